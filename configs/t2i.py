@@ -1,0 +1,58 @@
+"""Text to image: the DiT, LAP and refiner from scratch, conditioned on the frozen VLM.
+
+  python -m unifusion_jax.main --config=configs/t2i.py
+  python -m unifusion_jax.main --config=configs/t2i.py --mode=eval
+  python -m unifusion_jax.main --config=configs/t2i.py --mode=export   # then copy runs/t2i/export to the assets
+  python -m unifusion_jax.main --config=configs/t2i.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
+
+:tiny draws scenes at 64 px with the embedded models; docs/embedded.md has its figures, machine and time.
+:8b is the paper's size at 1024 px: InternVL2.5-8B with taps 4, 7, ..., 31, for a TPU v5p pod of 128 chips.
+"""
+
+from unifusion_jax import config
+from unifusion_jax.models import dit
+from unifusion_jax.models import lap
+from unifusion_jax.models import unifusion
+from unifusion_jax.objectives import generation
+from unifusion_jax.sharding import MeshConfig
+from unifusion_jax.step import OptimConfig
+
+
+def get_config(scale: str = 'tiny') -> config.Config:
+  scales = dict(tiny=tiny, base_8b=base_8b)
+  scales['8b'] = base_8b
+  if scale not in scales:
+    raise ValueError(f'configs/t2i.py has the scales tiny and 8b, not {scale!r}')
+  return scales[scale]()
+
+
+def tiny() -> config.Config:
+  return config.Config(
+      objective=generation.FlowConfig(),
+      model=unifusion.UniFusionConfig(
+          lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208, unroll=2),
+          dit.DiTConfig(channels=16, patch=1, depth=6, heads=6, kv_heads=2, head_dim=32, mlp=512, time_dim=128,
+                        rope_axes=(8, 12, 12), unroll=6),
+          dtype='float32'),
+      taps=(2, 4, 6),
+      frozen_dtype='float32',
+      data=config.DataConfig(tasks=('t2i', 'reconstruct'), weights=(0.97, 0.03), text_tokens=(128,), written_tokens=52,
+                             batch_size=32),
+      optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
+      train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000))
+
+
+def base_8b() -> config.Config:
+  return config.Config(
+      objective=generation.FlowConfig(shift=4.0),
+      model=unifusion.base_8b(),
+      vlm='OpenGVLab/InternVL2_5-8B',
+      vae='Qwen/Qwen-Image',
+      taps=tuple(range(4, 32, 3)),
+      data=config.DataConfig(path='data/train.jsonl', tasks=('t2i', 'reconstruct'), weights=(0.97, 0.03), size=1024,
+                             tiles=9, text_tokens=(1024,), written_tokens=512, batch_size=512),
+      optim=OptimConfig(learning_rate=1e-4, warmup=2000, decay=0.1, clip=0.5, ema=0.9999),
+      train=config.TrainConfig(steps=600_000, log_every=50, save_every=2000, preview_every=5000),
+      sample=config.SampleConfig(steps=40, guidance=4.5, shift=0.0),
+      mesh=MeshConfig(fsdp=32, tp=4),
+      devices=128)

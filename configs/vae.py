@@ -1,0 +1,26 @@
+"""The embedded autoencoder: AutoencoderKL, 8x smaller, 16 channels, 0.6M parameters, on scenes at 64 px.
+
+  python -m unifusion_jax.main --config=configs/vae.py
+  python -m unifusion_jax.main --config=configs/vae.py --mode=eval
+  python -m unifusion_jax.main --config=configs/vae.py --mode=export   # then copy runs/vae/export to the assets
+
+Figures, machine and time: docs/embedded.md.
+"""
+
+from unifusion_jax import config
+from unifusion_jax.models import vae
+from unifusion_jax.objectives import reconstruction
+from unifusion_jax.step import OptimConfig
+
+
+def get_config(scale: str = 'tiny') -> config.Config:
+  if scale != 'tiny':
+    raise ValueError(f'configs/vae.py has the scale tiny, not {scale!r}')
+  return config.Config(
+      objective=reconstruction.ReconstructionConfig(),
+      model=vae.VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
+                          scaling_factor=1.0),
+      data=config.DataConfig(tasks=('reconstruct',), weights=(1.0,), batch_size=32),
+      optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.5, ema=0.998),
+      train=config.TrainConfig(steps=6000, log_every=20, save_every=500, preview_every=1000),
+      eval=config.EvalConfig(examples=500))

@@ -1,0 +1,35 @@
+"""The embedded VLM: InternVL's architecture at 2.9M parameters, its own tokenizer, on scenes at 64 px.
+
+  python -m unifusion_jax.data.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
+  python -m unifusion_jax.main --config=configs/vlm.py
+  python -m unifusion_jax.main --config=configs/vlm.py --mode=eval
+  python -m unifusion_jax.main --config=configs/vlm.py --mode=export   # then copy runs/vlm/export to the assets
+
+Figures, machine and time: docs/embedded.md.
+"""
+
+from unifusion_jax import config
+from unifusion_jax.models import decoder
+from unifusion_jax.models import internvl
+from unifusion_jax.objectives import writing
+from unifusion_jax.step import OptimConfig
+
+
+def get_config(scale: str = 'tiny') -> config.Config:
+  if scale != 'tiny':
+    raise ValueError(f'configs/vlm.py has the scale tiny, not {scale!r}')
+  return config.Config(
+      objective=writing.WritingConfig(),
+      model=internvl.InternVLConfig(
+          vision=internvl.VisionConfig(width=128, depth=4, heads=4, hidden=512, tile=64, patch=8, unroll=True),
+          text=decoder.DecoderConfig(model_type='qwen2', vocab=1024, width=160, depth=6, heads=4, kv_heads=2,
+                                     head_dim=40, hidden=432, tied=True, theta=1e4, max_positions=2048, unroll=True),
+          image_token_id=5),
+      data=config.DataConfig(
+          tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
+                 'rewrite/3-4', 'multi'),
+          weights=(0.22, 0.15, 0.1, 0.07, 0.07, 0.05, 0.14, 0.1, 0.1),
+          text_tokens=(88, 108, 56, 72, 56, 72, 108, 132, 96), written_tokens=52, batch_size=32),
+      optim=OptimConfig(learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
+      train=config.TrainConfig(steps=4000, log_every=20, save_every=500, preview_every=1000),
+      eval=config.EvalConfig(examples=500, batch_size=100))

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Environment, test requirements and the tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment requirements.txt requirements-test.txt
+.venv/bin/python -m pytest -q "$@"

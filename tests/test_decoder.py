@@ -1,0 +1,132 @@
+"""The decoder alone: Llama 3.1's rotary scaling, taps, what is not computed, the cache, added states."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+from jax import P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from unifusion_jax import convert
+from unifusion_jax.models import internvl
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of
+from unifusion_jax.sharding import BATCH
+
+SMALL = DecoderConfig(vocab=64, width=32, depth=4, heads=4, kv_heads=2, head_dim=8, hidden=48)
+
+
+def batch(b=4, s=10):
+  tokens = np.random.default_rng(0).integers(0, 64, (b, s)).astype(np.int32)
+  return jax.device_put((tokens, np.arange(s) < np.array([[s], [s - 1], [s - 4], [1]])), P(BATCH))
+
+
+@functools.partial(jax.jit, static_argnames=('taps', 'depth'))
+def run(decoder, tokens, valid, **options):
+  return decoder(decoder.embed(tokens), decoder.angles(positions_of(valid)), causal_mask(valid), **options)
+
+
+def test_llama3_rope_scaling():
+  """A plain Llama of transformers whose rotary frequencies fall below, within and above the stretched band."""
+  config = transformers.LlamaConfig(
+      hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+      vocab_size=64, rope_parameters=dict(rope_type='llama3', rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+                                          high_freq_factor=4.0, original_max_position_embeddings=64))
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(config).eval()
+  with torch.no_grad():
+    for p in model.parameters():
+      p.copy_(torch.randn_like(p) * 0.3 + (p.ndim == 1))
+  ours = DecoderConfig.from_json(config.to_dict())
+  assert DecoderConfig.from_json(ours.to_json()) == ours and ours.llama3 == (8.0, 1.0, 4.0, 64)
+  rules = [(torch_name.replace(r'language_model\.', '', 1), path.removeprefix('decoder/'), pattern)
+           for torch_name, path, pattern in internvl.RULES if path.startswith('decoder/')]
+  tensors = {name: x.numpy() for name, x in model.state_dict().items()}
+  decoder = convert.load(lambda: Decoder(ours, rngs=nnx.Rngs(0)), tensors, rules, {'h': 2, 'g': 1, 'k': 16})
+  tokens, valid = batch(s=40)
+  with torch.no_grad():
+    theirs = model(input_ids=torch.tensor(np.asarray(tokens)).long(),
+                   attention_mask=torch.tensor(np.asarray(valid)).long()).logits.numpy()
+  logits = np.asarray(decoder.logits(run(decoder, tokens, valid)[0]))
+  assert np.abs(logits - theirs)[np.asarray(valid)].max() < 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize('unroll', [False, True])
+def test_taps(unroll):
+  decoder = Decoder(dataclasses.replace(SMALL, unroll=unroll), rngs=nnx.Rngs(0))
+  tokens, valid = batch()
+  last, every, _ = run(decoder, tokens, valid, taps=(0, 1, 2, 3, 4))
+  np.testing.assert_array_equal(last, every[:, :, 4])
+  for taps, depth in (((1, 3), None), ((0, 2), 2)):
+    x, tapped, _ = run(decoder, tokens, valid, taps=taps, depth=depth)
+    np.testing.assert_allclose(tapped, every[:, :, np.array(taps)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x, every[:, :, 4 if depth is None else depth], rtol=1e-5, atol=1e-6)
+  # A cotangent on one tap reaches the blocks before it and no other
+  grads = jax.jit(jax.grad(lambda decoder: run(decoder, tokens, valid, taps=(2, 3))[1][:, :, 0].sum()))(decoder)
+  reached = np.abs(np.asarray(grads.blocks.wv)).reshape(4, -1).max(axis=1) > 0
+  np.testing.assert_array_equal(reached, [True, True, False, False])
+  for taps, depth in (((2, 1), None), ((1, 3), 2), ((5,), None), ((), 5)):
+    with pytest.raises(ValueError, match='taps must increase'):
+      run(decoder, tokens, valid, taps=taps, depth=depth)
+
+
+def test_blocks_after_the_last_tap_are_not_computed():
+  decoder = Decoder(dataclasses.replace(SMALL, unroll=True), rngs=nnx.Rngs(0))
+
+  def flops(depth):
+    lowered = jax.jit(lambda decoder, *batch: run(decoder, *batch, taps=(depth,), depth=depth)[1]).lower(
+        decoder, *batch())
+    return lowered.compile().cost_analysis()['flops']
+
+  one, two, four = flops(1), flops(2), flops(4)
+  assert four - one == pytest.approx(3 * (two - one), rel=0.02) and two - one > 0.5 * one
+
+
+def test_cache_in_pieces():
+  """Three calls over one cache give what one call without gives."""
+  decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
+  tokens, _ = batch()
+  valid = jnp.full_like(tokens, True, dtype=bool)
+  whole, tapped, _ = run(decoder, tokens, valid, taps=(1, 4))
+  x, angles, mask = decoder.embed(tokens), decoder.angles(positions_of(valid)), causal_mask(valid)
+  cache = decoder.cache(len(tokens), tokens.shape[1] + 3)
+  for start, stop in ((0, 6), (6, 7), (7, 10)):
+    out, taps, cache = jax.jit(Decoder.__call__, static_argnames='taps')(
+        decoder, x[:, start:stop], angles[:, start:stop], mask[:, :, start:stop, :stop], taps=(1, 4), cache=cache,
+        start=start)
+    np.testing.assert_allclose(out, whole[:, start:stop], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(taps, tapped[:, start:stop], rtol=1e-4, atol=1e-5)
+
+
+def test_added_states():
+  """Addend i joins the output of block i, as running the blocks one by one and adding between them does."""
+  decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
+  tokens, valid = batch()
+  added = jax.device_put(np.random.default_rng(1).standard_normal((2, *tokens.shape, 32)).astype(np.float32),
+                         P(None, BATCH))
+  _, tapped, _ = run(decoder, tokens, valid, taps=(0, 1, 2, 3, 4), added=added)
+  angles, mask = decoder.angles(positions_of(valid)), causal_mask(valid)
+  x = decoder.embed(tokens)
+  one = Decoder(dataclasses.replace(SMALL, depth=1), rngs=nnx.Rngs(0))
+  for i in range(4):
+    np.testing.assert_allclose(x, tapped[:, :, i], rtol=1e-4, atol=1e-5)
+    one.blocks = jax.tree.map(lambda leaf: leaf[i:i + 1], decoder.blocks)
+    x = jax.jit(Decoder.__call__)(one, x, angles, mask)[0] + (added[i] if i < 2 else 0)
+  np.testing.assert_allclose(x, tapped[:, :, 4], rtol=1e-4, atol=1e-5)
+
+
+def test_config_errors():
+  text = SMALL.to_json()
+  for change, said in ((dict(model_type='gpt2'), 'gpt2'), (dict(attention_bias=True), 'attention_bias=True'),
+                       (dict(rope_parameters=dict(rope_type='yarn', rope_theta=1.0)), "rope_type='yarn'"),
+                       (dict(hidden_act='gelu'), "hidden_act='gelu'")):
+    with pytest.raises(ValueError, match=said):
+      DecoderConfig.from_json(text | change)
+  with pytest.raises(ValueError, match='7 query heads'):
+    Decoder(dataclasses.replace(SMALL, heads=7), rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='32769 positions'):
+    Decoder(SMALL, rngs=nnx.Rngs(0)).angles(jnp.zeros((1, 32769)))

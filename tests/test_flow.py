@@ -1,0 +1,80 @@
+"""The mathematics of rectified flow, against closed forms and diffusers' scheduler."""
+
+import jax
+from jax import P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifusion_jax import flow
+from unifusion_jax.sharding import BATCH
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape, out_sharding=P(BATCH))
+
+
+def test_ends_of_the_path():
+  data, noise = normal(0, 8, 3, 2), normal(1, 8, 3, 2)
+  t = jax.device_put(np.array([0, 1] * 4, np.float32), P(BATCH))
+  x = np.asarray(flow.interpolate(data, noise, t))
+  np.testing.assert_array_equal(x[0::2], np.asarray(data)[0::2])
+  np.testing.assert_array_equal(x[1::2], np.asarray(noise)[1::2])
+
+
+def test_the_true_velocity_has_zero_loss_and_a_constant_error_its_square():
+  data, noise, t = normal(0, 8, 4, 4, 2), normal(1, 8, 4, 4, 2), flow.sample_time(jax.random.key(2), 8)
+  assert flow.loss(lambda x, t: noise - data, data, noise, t) == 0
+  loss = flow.loss(lambda x, t: (noise - data + 0.5).astype(jnp.bfloat16), data, noise, t)
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, 0.25, rtol=1e-2)
+
+
+def test_times_are_the_shifted_logit_normal():
+  t = np.asarray(flow.sample_time(jax.random.key(0), 40000, mean=0.4, std=0.8, shift=3.0))
+  assert t.dtype == np.float32 and (t > 0).all() and (t < 1).all()
+  # A shift by s adds log s to the logit.
+  logit = np.log(t / (1 - t))
+  np.testing.assert_allclose(logit.mean(), 0.4 + np.log(3.0), atol=0.02)
+  np.testing.assert_allclose(logit.std(), 0.8, atol=0.02)
+
+
+def test_krea2_shift_and_sampling_times_are_those_of_diffusers():
+  scheduling = pytest.importorskip('diffusers.schedulers.scheduling_flow_match_euler_discrete')
+  np.testing.assert_allclose([flow.shift_for(256), flow.shift_for(6400)], np.exp([0.5, 1.15]), rtol=1e-6)
+  np.testing.assert_allclose(flow.shift_for(4096), np.exp(0.90625), rtol=1e-6)
+  assert flow.shift_for(64, low=(64, 0.0), high=(256, 1.0)) == 1.0
+  scheduler = scheduling.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+  scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=np.log(flow.shift_for(1024)))
+  np.testing.assert_allclose(flow.timesteps(7, flow.shift_for(1024)), scheduler.sigmas.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_of_one_is_off():
+  cond, uncond = normal(0, 8, 3), normal(1, 8, 3)
+  np.testing.assert_allclose(flow.guide(cond, uncond, 1.0), cond, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(flow.guide(cond, uncond, 0.0), uncond)
+  np.testing.assert_allclose(flow.guide(cond, uncond, 4.5), cond + 3.5 * (cond - uncond), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('method', ['euler', 'heun'])
+def test_a_straight_path_is_exact_in_any_number_of_steps(method):
+  data, noise = normal(0, 8, 4, 2), normal(1, 8, 4, 2)
+  for steps in (1, 5):
+    x = jax.jit(lambda n: flow.sample(lambda x, t: noise - data, n, flow.timesteps(steps, 2.0), method))(noise)
+    np.testing.assert_allclose(x, data, atol=1e-5)
+    assert jax.typeof(x).sharding.spec[0] == BATCH
+
+
+@pytest.mark.parametrize('method, order', [('euler', 1), ('heun', 2)])
+def test_order_of_convergence(method, order):
+  # dx/dt = 3 t^2 x from t = 1 to 0: x(0) = x(1) / e.
+  def error(steps):
+    x = flow.sample(lambda x, t: 3 * t[:, None] ** 2 * x, jnp.ones((8, 1), out_sharding=P(BATCH)),
+                    flow.timesteps(steps), method)
+    return abs(np.asarray(x)[0, 0] - np.exp(-1.0))
+  np.testing.assert_allclose(np.log2(error(32) / error(64)), order, atol=0.15)
+
+
+def test_unknown_method_is_refused():
+  with pytest.raises(ValueError, match="choose 'euler' or 'heun'"):
+    flow.sample(lambda x, t: x, normal(0, 8, 2), flow.timesteps(2), 'rk4')

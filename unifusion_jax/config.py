@@ -1,0 +1,161 @@
+"""The configuration of every job: a tree of dataclasses, each living beside the code that reads it.
+
+`configs/*.py` build one; `--config.a.b=value` changes a field; a misspelt field or a value of the wrong type stops at
+start. What is trained is what `objective` is: generation (DiT, LAP), writing (VLM) or reconstruction (autoencoder).
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from unifusion_jax.models import internvl
+from unifusion_jax.models import unifusion
+from unifusion_jax.models import vae as autoencoder
+from unifusion_jax.objectives import generation
+from unifusion_jax.objectives import reconstruction
+from unifusion_jax.objectives import writing
+from unifusion_jax.sharding import MeshConfig
+from unifusion_jax.step import OptimConfig
+
+ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Where examples come from and what shape they take."""
+  # 'scenes': drawn on the fly; a folder written by data/scenes/builder.py; a .jsonl or .parquet file of your own.
+  path: str = 'scenes'
+  tasks: tuple[str, ...] = ('t2i',)     # of scenes; 'reconstruct' also works for your own pictures
+  weights: tuple[float, ...] = (1.0,)   # share of each task
+  size: int = 64                        # pictures have about size^2 pixels
+  tiles: int = 1                        # tiles that the VLM may cut a reference into
+  text_tokens: tuple[int, ...] = (128,)  # room for all that the VLM reads and writes but pictures: of each task, or of all
+  written_tokens: int = 56              # room for what it writes
+  batch_size: int = 32                  # over all devices
+  workers: int = 0                      # processes that prepare batches; 0: threads of this one
+  skipped: float = 0.01                 # share of broken records past which the run stops
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  steps: int = 1000
+  log_every: int = 10
+  save_every: int = 500
+  preview_every: int = 500
+  diverged: float = 4.0  # stop when the loss is this many times its running median
+
+
+@dataclasses.dataclass
+class SampleConfig:
+  prompt: str = ''                  # one request a line; @file.txt reads them from a file
+  references: tuple[str, ...] = ()  # picture files, the same for every request
+  rewrite: str | None = None        # text to condition on instead of what the VLM would write
+  verifi: bool = True               # False: condition on the request itself
+  system: str | None = None         # another system prompt
+  num_images: int = 1               # for each request
+  seed: int = 0
+  width: int = 0                    # 0: the first reference's shape, else square
+  height: int = 0
+  steps: int = 24
+  guidance: float = 3.0             # 1: off
+  method: str = 'euler'             # or 'heun'
+  shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
+
+
+@dataclasses.dataclass
+class EvalConfig:
+  split: str = 'test'
+  examples: int = 200   # of each measurement
+  batch_size: int = 50
+
+
+@dataclasses.dataclass
+class Config:
+  objective: generation.FlowConfig | writing.WritingConfig | reconstruction.ReconstructionConfig
+  model: unifusion.UniFusionConfig | internvl.InternVLConfig | autoencoder.VAEConfig
+  vlm: str = str(ASSETS / 'vlm')  # a Hugging Face folder: the frozen VLM, or the tokenizer of the one in training
+  vae: str = str(ASSETS / 'vae')  # a diffusers AutoencoderKL folder
+  init: str | None = None         # a checkpoint folder to start from; None: from random weights
+  taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
+  frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
+  seed: int = 0
+  devices: int = 0                # the recipe's number of devices, for checks where they are not; 0: those here
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+def check(config: Config, devices: int) -> None:
+  """Raises one ValueError that lists every combination of settings that cannot work."""
+  data, wrong = config.data, []
+
+  def want(condition, text):
+    if not condition:
+      wrong.append(text)
+
+  data_shards = config.mesh.shape(devices)[0] * config.mesh.shape(devices)[1]
+  micro = data_shards * config.optim.accumulate
+  want(data.batch_size > 0 and data.batch_size % micro == 0,
+       f'data.batch_size={data.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {data_shards} '
+       f'devices share a batch, times optim.accumulate={config.optim.accumulate}')
+  want(len(data.tasks) == len(data.weights) and data.tasks,
+       f'data.tasks={data.tasks} and data.weights={data.weights} need one weight for each task')
+  want(len(data.text_tokens) in (1, len(data.tasks)),
+       f'data.text_tokens={data.text_tokens} must be one number, or one for each of data.tasks={data.tasks}')
+  want(all(w > 0 for w in data.weights), f'data.weights={data.weights} must all be above 0: leave a task out instead')
+  want(data.size % 16 == 0, f'data.size={data.size} must be a multiple of 16, so that every latent grid is whole')
+  want(data.tiles >= 1, f'data.tiles={data.tiles} must be 1 or more')
+  want(config.train.steps > 0, f'train.steps={config.train.steps} must be 1 or more')
+  want(config.optim.learning_rate > 0, f'optim.learning_rate={config.optim.learning_rate} must be above 0')
+  want(0 <= config.optim.ema < 1, f'optim.ema={config.optim.ema} must be in [0, 1)')
+  if isinstance(config.objective, generation.FlowConfig):
+    want(isinstance(config.model, unifusion.UniFusionConfig), 'a flow objective trains a UniFusion model')
+    want(len(config.taps) == config.model.lap.taps,
+         f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={config.model.lap.taps}')
+    want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
+    want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
+    want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
+    want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')
+    for name in ('drop', 'drop_pictures', 'drop_written', 'raw'):
+      value = getattr(config.objective, name)
+      want(0 <= value <= 1, f'objective.{name}={value} is a share: between 0 and 1')
+  if isinstance(config.objective, reconstruction.ReconstructionConfig):
+    want(config.model.scaling_factor == 1.0 and not config.model.shift_factor,
+         f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures it')
+  if wrong:
+    raise ValueError('this configuration cannot run:\n  ' + '\n  '.join(wrong))
+
+
+def to_json(config: Config) -> str:
+  """The resolved configuration, as it is kept in the workdir."""
+  return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + '\n'
+
+
+def keep(config: Config, workdir: pathlib.Path) -> None:
+  """Writes config.json into the workdir; refuses when a run with another configuration lives there.
+
+  How a run samples and evaluates may change; what it trains may not.
+  """
+  path = workdir / 'config.json'
+  new = json.loads(to_json(config))
+  if path.exists():
+    old = json.loads(path.read_text())
+    differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(old, new)
+              if name.split('.')[0] not in ('sample', 'eval', 'devices', 'mesh')]
+    if differ:
+      raise ValueError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
+                       + '\n  '.join(differ))
+  workdir.mkdir(parents=True, exist_ok=True)
+  path.write_text(to_json(config))
+
+
+def _differences(old, new, prefix=''):
+  for name in sorted(old.keys() | new.keys()):
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _differences(a, b, f'{prefix}{name}.')
+    elif a != b:
+      yield prefix + name, a, b

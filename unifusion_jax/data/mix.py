@@ -1,0 +1,47 @@
+"""Which sources a run reads, from its configuration."""
+
+import pathlib
+
+from unifusion_jax.data import images
+from unifusion_jax.data import sources
+from unifusion_jax.data.scenes import scene as world
+
+
+def mix(data, split: str = 'train', seed: int = 0) -> list[tuple[object, float]]:
+  """(source, weight) for each of `data.tasks`; `data` is a config.DataConfig.
+
+  Your own pictures are all one source, whatever the tasks, but for 'reconstruct', which asks for the targets back.
+  """
+  if data.path == 'scenes':
+    return [(sources.SceneSource(task, split, data.size, seed), weight) for task, weight in zip(data.tasks, data.weights)]
+  path = pathlib.Path(data.path)
+  if path.suffix in ('.jsonl', '.parquet'):
+    buckets = tuple(world.canvas(aspect, data.size)[::-1] for aspect in world.ASPECTS)
+    own = sources.FolderSource(path, buckets, data.skipped)
+    asked = {task: weight for task, weight in zip(data.tasks, data.weights)}
+    again = asked.pop('reconstruct', 0.0)
+    return [(own, sum(asked.values()))] + ([(Reconstruct(own), again)] if again else [])
+  if path.is_dir():
+    return [(sources.ArrayRecordSource(path, task, split), weight) for task, weight in zip(data.tasks, data.weights)]
+  raise FileNotFoundError(f"data.path={data.path!r} is neither 'scenes' nor a .jsonl or .parquet file nor a folder that "
+                          'unifusion_jax.data.scenes.builder wrote')
+
+
+class Reconstruct:
+  """Pictures of another source, each asked for again: the target is its own reference."""
+
+  def __init__(self, source):
+    self.name = f'{source.name}, reconstructed'
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict:
+    record = self._source[i]
+    return dict(record, references=[images.read(record['target'])], instruction='draw this picture again',
+                kind='reconstruct')
+
+  def bucket(self, i: int):
+    bucket = self._source.bucket(i)
+    return None if bucket is None else (*bucket[:2], 1)

@@ -1,0 +1,203 @@
+"""The plain language of scenes: one canonical sentence for a scene or for a partial description of one.
+
+    caption   = item {", " item} [", " background]
+    item      = objects [relation objects]
+    objects   = ("a" | "an" | "two" | "three" | "four") [size] [fill] [colour] shape ["at the" place]
+    background = "on a cream background" | "on a background fading from cream to mint"
+               | "on a cream and mint checkered background"
+
+This is what captions say, what rewriting writes, and what `parse` reads back. How people ask is in prompts.py.
+"""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+
+from unifusion_jax.data.scenes.constraints import RELATIONS, Constraints, Wanted
+from unifusion_jax.data.scenes.scene import (
+    BACKGROUND_COLOURS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Background, Object, Scene)
+from unifusion_jax.data.scenes.words import article, plural
+
+COUNTS = {2: 'two', 3: 'three', 4: 'four'}
+# Objects closer than this along an axis (a fraction of the canvas) are neither left of nor right of each other in
+# anything that is said; the judge may be more generous.
+CLEAR = 0.15
+
+
+def _objects_phrase(wanted: Wanted, count: int) -> str:
+  noun = wanted.shape or 'shape'
+  words = [w for w in (wanted.size, wanted.fill, wanted.colour) if w]
+  if count == 1:
+    phrase = article(' '.join(words + [noun]))
+  else:
+    phrase = ' '.join([COUNTS[count]] + words + [plural(noun)])
+  return f'{phrase} at the {wanted.place}' if wanted.place else phrase
+
+
+def background_phrase(background: Background) -> str:
+  """'a cream background' and its like, without the 'on'."""
+  if background.kind == 'plain':
+    return f'a {background.colours[0]} background'
+  first, second = background.colours
+  if background.kind == 'gradient':
+    return f'a background fading from {first} to {second}'
+  return f'a {first} and {second} checkered background'
+
+
+def in_canonical_order(constraints: Constraints) -> Constraints:
+  """Row by row where every object has a place and none a relation; otherwise the order given."""
+  if constraints.relations or not all(w.place for w in constraints.objects):
+    return constraints
+  ordered = sorted(constraints.objects, key=lambda w: PLACES.index(w.place))
+  return dataclasses.replace(constraints, objects=tuple(ordered))
+
+
+def grouped(constraints: Constraints) -> list[tuple[Wanted, int]]:
+  """Neighbours that are alike, with their number: 'two red circles'. Objects in a relation stay single."""
+  related = {k for i, _, j in constraints.relations for k in (i, j)}
+  groups = []
+  for i, wanted in enumerate(constraints.objects):
+    if groups and groups[-1][0] == wanted and not {i - 1, i} & related and groups[-1][1] < max(COUNTS):
+      groups[-1] = (wanted, groups[-1][1] + 1)
+    else:
+      groups.append((wanted, 1))
+  return groups
+
+
+def describe(constraints: Constraints) -> str:
+  """The canonical sentence that says what the constraints say (that the count is exact goes without saying).
+
+  A relation must be between neighbours in the order given, each object in at most one: (i, relation, i + 1).
+  """
+  relation_after = {}
+  for i, relation, j in constraints.relations:
+    if j != i + 1 or i in relation_after or i - 1 in relation_after or j in relation_after:
+      raise ValueError(f'The relation {(i, relation, j)} cannot be said: relations must join separate pairs of '
+                       'neighbours (i, relation, i + 1); reorder the objects.')
+    relation_after[i] = relation
+  constraints = in_canonical_order(constraints)
+  said, at = '', 0
+  for wanted, count in grouped(constraints):
+    joint = '' if at == 0 else f' {relation_after[at - 1]} ' if at - 1 in relation_after else ', '
+    said += joint + _objects_phrase(wanted, count)
+    at += count
+  return f'{said}, on {background_phrase(constraints.background)}' if constraints.background else said
+
+
+def full_description(scene: Scene) -> Constraints:
+  """Every attribute of every object in reading order, and the background."""
+  return Constraints(
+      tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in scene.in_reading_order()), scene.background)
+
+
+def caption(scene: Scene) -> str:
+  """The plain full caption: everything the language can say about the scene, in reading order."""
+  return describe(full_description(scene))
+
+
+def _any(words) -> str:
+  return '|'.join(sorted(words, key=len, reverse=True))
+
+
+_OBJECTS = re.compile(
+    rf'(?:(a|an|{_any(COUNTS.values())}) )(?:({_any(SIZES)}) )?(?:({_any(FILLS)}) )?(?:({_any(COLOURS)}) )?'
+    rf'({_any(list(SHAPES) + ["shape"] + [plural(s) for s in SHAPES] + ["shapes"])})(?: at the ({_any(PLACES)}))?')
+_MUTED = _any(BACKGROUND_COLOURS)
+_BACKGROUNDS = {
+    'plain': re.compile(rf'on a ({_MUTED}) background'),
+    'gradient': re.compile(rf'on a background fading from ({_MUTED}) to ({_MUTED})'),
+    'checkered': re.compile(rf'on a ({_MUTED}) and ({_MUTED}) checkered background')}
+_RELATION = re.compile(rf' ({_any(RELATIONS)}) (?=(?:a|an) )')
+_SINGULAR = {plural(s): s for s in SHAPES} | {s: s for s in SHAPES} | {'shapes': None, 'shape': None}
+_NUMBER = {word: n for n, word in COUNTS.items()} | {'a': 1, 'an': 1}
+
+
+def _parse_background(text: str) -> Background | None:
+  for kind, pattern in _BACKGROUNDS.items():
+    if found := pattern.fullmatch(text):
+      return Background(kind, found.groups())
+  return None
+
+
+def _parse_objects(text: str) -> list[Wanted] | None:
+  found = _OBJECTS.fullmatch(text)
+  if not found:
+    return None
+  number, size, fill, colour, noun, place = found.groups()
+  wanted = Wanted(_SINGULAR[noun], colour, size, fill, place)
+  count = _NUMBER[number]
+  return [wanted] * count if _objects_phrase(wanted, count) == text else None
+
+
+def parse(text: str) -> Constraints | None:
+  """The inverse of `describe`, also for objects out of canonical order; None for anything else."""
+  items = text.split(', ')
+  background = _parse_background(items[-1])
+  if background:
+    items = items[:-1]
+  objects, relations = [], []
+  for item in items:
+    parts = _RELATION.split(item)
+    if len(parts) not in (1, 3):
+      return None
+    for part in parts[::2]:
+      found = _parse_objects(part)
+      if not found or (len(parts) == 3 and len(found) > 1):
+        return None
+      objects += found
+    if len(parts) == 3:
+      relations.append((len(objects) - 2, parts[1], len(objects) - 1))
+  return Constraints(tuple(objects), background, relations=tuple(relations)) if objects else None
+
+
+def constraints_to_json(constraints: Constraints) -> str:
+  return json.dumps(dataclasses.asdict(constraints))
+
+
+def constraints_from_json(text: str) -> Constraints:
+  raw = json.loads(text)
+  background = raw['background'] and Background(raw['background']['kind'], tuple(raw['background']['colours']))
+  return Constraints(tuple(Wanted(**w) for w in raw['objects']), background, raw['exact_count'],
+                     tuple((i, relation, j) for i, relation, j in raw['relations']))
+
+
+def clear_relations(a: Object, b: Object) -> list[str]:
+  """The relations of a to b that nobody would dispute."""
+  return [relation for relation, distance in
+          (('left of', b.x - a.x), ('right of', a.x - b.x), ('above', b.y - a.y), ('below', a.y - b.y))
+          if distance > CLEAR]
+
+
+def constraints_of(scene: Scene, rng: np.random.Generator, *, full: float = 0.4, relation: float = 0.1,
+                   fills: bool = False, relation_allowed=lambda subject, relation, object: True) -> Constraints:
+  """A random partial description of a scene. All objects are named, each at least by shape and colour.
+
+  full: how often everything is said. relation: how often two objects are related instead of placed.
+  fills: always say the fill. relation_allowed(shape, relation, shape) says which relations may be spoken.
+  """
+  if rng.random() < full:
+    return full_description(scene)
+  objects = list(scene.in_reading_order())
+  background = scene.background if rng.random() < 0.5 else None
+  # How often size, fill and place are said: in this sentence never, now and then, or always.
+  sized, filled, placed = (0.5 * int(k) for k in rng.integers(3, size=3))
+
+  def said(o: Object, placed: float) -> Wanted:
+    size, fill, place = rng.random(3)
+    return Wanted(o.shape, o.colour, o.size if size < sized else None,
+                  o.fill if fills or fill < filled else None, o.place if place < placed else None)
+
+  if len(objects) > 1 and rng.random() < relation:
+    i, j = (int(k) for k in rng.permutation(len(objects))[:2])
+    a, b = objects[i], objects[j]
+    options = [r for r in clear_relations(a, b) if relation_allowed(a.shape, r, b.shape)]
+    first, second = said(a, 0), said(b, 0)
+    if options and first != second:
+      rest = tuple(said(o, 0) for k, o in enumerate(objects) if k not in (i, j))
+      return Constraints((first, second) + rest, background,
+                         relations=((0, options[rng.integers(len(options))], 1),))
+  wanted = [said(o, placed) for o in objects]
+  # Likes together, so that they can be counted.
+  return Constraints(tuple(sorted(wanted, key=wanted.index)), background)

@@ -1,0 +1,225 @@
+"""Questions about a picture with short, certain answers: to train the VLM, and to let it judge pictures (VQAScore)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from unifusion_jax.data.scenes import splits, words
+from unifusion_jax.data.scenes.constraints import Constraints, Wanted
+from unifusion_jax.data.scenes.language import (
+    background_phrase, clear_relations, constraints_of, describe, plural)
+from unifusion_jax.data.scenes.pointing import phrase, random_pointer
+from unifusion_jax.data.scenes.prompts import pick
+from unifusion_jax.data.scenes.sample import random_background
+from unifusion_jax.data.scenes.scene import BACKGROUND_KINDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Object, Scene
+
+QUESTION_KINDS = ('shows', 'exists', 'relation', 'compare', 'count', 'colour', 'shape', 'size', 'fill', 'where',
+                  'background')
+QUESTION_WEIGHTS = (0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
+NUMBERS = ('zero', 'one', 'two', 'three', 'four')
+_VALUES = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES), 'fill': FILLS, 'place': PLACES}
+
+
+class Question(NamedTuple):
+  text: str
+  answer: str
+  kind: str
+
+
+def shows(description: str) -> str:
+  """The yes/no question that VQAScore asks about a description."""
+  return f'does this picture show {description}?'
+
+
+def _satisfied(wanted: Wanted, obj: Object) -> bool:
+  return all(getattr(wanted, a) in (None, getattr(obj, a)) for a in _VALUES)
+
+
+def holds(constraints: Constraints, scene: Scene) -> bool:
+  """Whether the scene has exactly the wanted objects, the background, and every relation clearly."""
+  if len(constraints.objects) != len(scene.objects) or constraints.background not in (None, scene.background):
+    return False
+
+  def assign(chosen: tuple[int, ...]) -> bool:
+    if len(chosen) == len(scene.objects):
+      return all(r in clear_relations(scene.objects[chosen[i]], scene.objects[chosen[j]])
+                 for i, r, j in constraints.relations)
+    return any(assign(chosen + (k,)) for k, obj in enumerate(scene.objects)
+               if k not in chosen and _satisfied(constraints.objects[len(chosen)], obj))
+
+  return assign(())
+
+
+def _ok(wanted: Wanted, split: str) -> bool:
+  """Whether the wanted object may be spoken of."""
+  return None in (wanted.shape, wanted.colour, wanted.fill) or splits.allowed(split)(wanted)
+
+
+def _spoilt(rng: np.random.Generator, wanted: Wanted, split: str) -> Wanted | None:
+  """The same with one of its attributes changed."""
+  name = pick(rng, [a for a in _VALUES if getattr(wanted, a)])
+  value = pick(rng, [v for v in _VALUES[name] if v != getattr(wanted, name)])
+  spoilt = dataclasses.replace(wanted, **{name: value})
+  return spoilt if _ok(spoilt, split) else None
+
+
+def _shows(rng, scene, split):
+  """A whole description, true or with one thing wrong."""
+  may_relate = splits.relation_allowed(split)
+  constraints = constraints_of(scene, rng, relation_allowed=may_relate)
+  if rng.random() < 0.5:
+    return shows(describe(constraints)), 'yes'
+  objects = constraints.objects
+  draw = rng.random()
+  if constraints.background and draw < 0.2:
+    wrong = dataclasses.replace(constraints, background=random_background(rng))
+  elif constraints.relations and draw < 0.6:
+    (i, old, j), = constraints.relations
+    new = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}[old]
+    if not may_relate(objects[i].shape, new, objects[j].shape):
+      return None
+    wrong = dataclasses.replace(constraints, relations=((i, new, j),))
+  elif len(objects) > 1 and not constraints.relations and draw < 0.4:
+    # The colours (or shapes) of two objects exchanged: the binding is wrong, the words are the same.
+    i, j = (int(k) for k in rng.permutation(len(objects))[:2])
+    name = pick(rng, ('colour', 'shape'))
+    a, b = (dataclasses.replace(objects[k], **{name: getattr(objects[m], name)}) for k, m in ((i, j), (j, i)))
+    if not (_ok(a, split) and _ok(b, split)):
+      return None
+    wrong = dataclasses.replace(constraints, objects=tuple(
+        a if k == i else b if k == j else w for k, w in enumerate(objects)))
+  elif not constraints.relations and draw < 0.55 and len(objects) > 1:
+    k = int(rng.integers(len(objects)))
+    wrong = dataclasses.replace(constraints, objects=objects[:k] + objects[k + 1:])
+  else:
+    k = int(rng.integers(len(objects)))
+    spoilt = _spoilt(rng, objects[k], split)
+    if not spoilt:
+      return None
+    wrong = dataclasses.replace(constraints, objects=objects[:k] + (spoilt,) + objects[k + 1:])
+    if not all(may_relate(wrong.objects[i].shape, r, wrong.objects[j].shape) for i, r, j in wrong.relations):
+      return None
+  return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
+
+
+def _exists(rng, scene, split):
+  """One object, there or not; the false ones differ from a true one in one attribute."""
+  obj = pick(rng, scene.objects)
+  said = {a: getattr(obj, a) for a in _VALUES if rng.random() < (0.8 if a in ('shape', 'colour') else 0.25)}
+  if not said:
+    return None
+  wanted = Wanted(**said)
+  truth = rng.random() < 0.5
+  if not truth:
+    wanted = _spoilt(rng, wanted, split)
+    if not wanted or any(_satisfied(wanted, o) for o in scene.objects):
+      return None
+  named = describe(Constraints((wanted,)))
+  templates = ('is there {} in the picture?', 'can you see {}?', 'does the picture contain {}?', 'is there {}?')
+  return pick(rng, templates).format(named), 'yes' if truth else 'no'
+
+
+def _relation(rng, scene, split):
+  if len(scene.objects) < 2:
+    return None
+  i, j = (int(k) for k in rng.permutation(len(scene.objects))[:2])
+  a, b = scene.objects[i], scene.objects[j]
+  # What is neither clearly so nor clearly the opposite is not asked.
+  truth = rng.random() < 0.5
+  options = [r for r in (clear_relations(a, b) if truth else clear_relations(b, a))
+             if splits.relation_allowed(split)(a.shape, r, b.shape)]
+  first, second = (random_pointer(rng, scene, k, split, relations=False, positions=False) for k in (i, j))
+  if not (options and first and second):
+    return None
+  relation = pick(rng, words.RELATIONS[pick(rng, options)])
+  return f'is {phrase(rng, first)} {relation} {phrase(rng, second)}?', 'yes' if truth else 'no'
+
+
+def _kinds_of_things(rng, scene) -> tuple[str, int]:
+  """A plural such as 'red shapes', 'circles', 'striped shapes', likely to be in the scene, and how many there are."""
+  name = pick(rng, ('shape', 'colour', 'fill', 'size'))
+  value = pick(rng, [getattr(o, name) for o in scene.objects] + [pick(rng, _VALUES[name])])
+  count = sum(getattr(o, name) == value for o in scene.objects)
+  return plural(value) if name == 'shape' else f'{value} shapes', count
+
+
+def _compare(rng, scene, split):
+  (first, n), (second, m) = _kinds_of_things(rng, scene), _kinds_of_things(rng, scene)
+  if first == second:
+    return None
+  if n == m or rng.random() < 0.15:
+    if n == m and rng.random() < 0.6:
+      return f'are there more {first} than {second}?', 'no'
+    return f'are there as many {first} as {second}?', 'yes' if n == m else 'no'
+  truth = rng.random() < 0.6
+  if (n > m) != truth:
+    first, second = second, first
+  return f'are there more {first} than {second}?', 'yes' if truth else 'no'
+
+
+def _count(rng, scene, split):
+  if rng.random() < 0.35:
+    return pick(rng, ('how many shapes are there?', 'how many objects does the picture have?')), \
+        NUMBERS[len(scene.objects)]
+  things, count = _kinds_of_things(rng, scene)
+  return pick(rng, ('how many {} are there?', 'how many {} are in the picture?')).format(things), NUMBERS[count]
+
+
+def _attribute(rng, scene, split, name, templates):
+  """Points at an object without telling the attribute, and asks for it."""
+  i = int(rng.integers(len(scene.objects)))
+  for _ in range(5):
+    pointer = random_pointer(rng, scene, i, split)
+    if pointer and not getattr(pointer, name):
+      named = phrase(rng, pointer)
+      # 'What shape is the shape ...' would be odd.
+      return (pick(rng, templates).format(named.replace('shape', 'object') if name == 'shape' else named),
+              getattr(scene.objects[i], name))
+  return None
+
+
+def _colour(rng, scene, split):
+  return _attribute(rng, scene, split, 'colour', ('what colour is {}?', 'which colour does {} have?'))
+
+
+def _shape(rng, scene, split):
+  return _attribute(rng, scene, split, 'shape', ('what shape is {}?', 'which shape does {} have?'))
+
+
+def _size(rng, scene, split):
+  return _attribute(rng, scene, split, 'size', ('what size is {}?', 'how big is {}: small, medium or large?'))
+
+
+def _fill(rng, scene, split):
+  return _attribute(rng, scene, split, 'fill', ('is {} solid, striped or outlined?', 'which fill does {} have?'))
+
+
+def _where(rng, scene, split):
+  i = int(rng.integers(len(scene.objects)))
+  pointer = random_pointer(rng, scene, i, split, relations=False, positions=False)
+  if not pointer:
+    return None
+  return f'where is {phrase(rng, pointer)}?', f'at the {scene.objects[i].place}'
+
+
+def _background(rng, scene, split):
+  if rng.random() < 0.5:
+    return pick(rng, ('what is the background?', 'what background does the picture have?')), \
+        background_phrase(scene.background)
+  kind = scene.background.kind if rng.random() < 0.4 else pick(rng, BACKGROUND_KINDS)
+  asked = {'plain': 'plain', 'gradient': 'a gradient', 'checkered': 'checkered'}[kind]
+  return f'is the background {asked}?', 'yes' if kind == scene.background.kind else 'no'
+
+
+_ASK = {'shows': _shows, 'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count,
+        'colour': _colour, 'shape': _shape, 'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
+
+
+def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = None, split: str = 'train') -> Question:
+  """A question about the scene with its answer. kind: asked for if the scene allows it (None: any)."""
+  for _ in range(12):
+    asked = kind or str(rng.choice(QUESTION_KINDS, p=QUESTION_WEIGHTS))
+    if found := _ASK[asked](rng, scene, split):
+      return Question(*found, asked)
+  return Question(*_count(rng, scene, split), 'count')

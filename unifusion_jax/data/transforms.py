@@ -1,0 +1,205 @@
+"""From a raw record to the arrays of one training example: numpy functions on one example at a time.
+
+A transform is called as `transform(record, rng)`; it is picklable, so worker processes can run it.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import threading
+
+import numpy as np
+
+from unifusion_jax import verifi
+from unifusion_jax.data import images
+from unifusion_jax.data import sources
+from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.models import internvl
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How pictures and text become the VLM's input.
+
+  Attributes:
+    folder: the VLM's folder, for its tokenizer.
+    tile: side of a tile in pixels.  tokens: picture tokens of a tile.
+    max_tiles: tiles that a picture may be cut into (a thumbnail is added when there is more than one).
+    mean, std: what the vision tower's pixels are normalised with.
+    text: room in tokens for everything but pictures.  written: room for the written text and its stop token.
+    rooms: (task, room) pairs for tasks whose texts are shorter.
+  """
+  folder: str
+  tile: int
+  tokens: int
+  max_tiles: int
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  text: int
+  written: int
+  rooms: tuple[tuple[str, int], ...] = ()
+
+  @property
+  def chat(self) -> verifi.Chat:
+    return _chat(self.folder)
+
+  def pictures(self, references) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Normalised tiles [r y x 3] f32 of all references, and the picture tokens of each."""
+    tiles = [images.tiles(images.read(reference), self.tile, self.max_tiles) for reference in references]
+    counts = tuple(len(t) * self.tokens for t in tiles)
+    if not tiles:
+      return np.zeros((0, self.tile, self.tile, 3), np.float32), counts
+    return images.normalise(np.concatenate(tiles), self.mean, self.std), counts
+
+  def lengths(self, counts: tuple[int, ...], task: str = '') -> tuple[int, int]:
+    """(s, q): tokens, and tokens that reach the DiT, that a prompt with such pictures is padded to."""
+    markers = sum(len(ids) for ids in self.chat.picture_ends)
+    return dict(self.rooms).get(task, self.text) + sum(counts) + markers * len(counts), self.written + sum(counts)
+
+  def arrays(self, spans, counts: tuple[int, ...], task: str = '', kept=verifi.KEPT) -> dict[str, np.ndarray]:
+    """`verifi.arrays` at the lengths for such pictures; a record whose text is too long for them is a broken one."""
+    try:
+      return verifi.arrays(spans, *self.lengths(counts, task), kept)
+    except verifi.TooLong as error:
+      raise sources.BrokenRecord(str(error)) from error
+
+
+def layout(folder: str, data) -> Layout:
+  """The layout of the VLM in `folder` (its config.json and preprocessor_config.json); `data` is a DataConfig."""
+  path = pathlib.Path(folder)
+  config = internvl.InternVLConfig.from_json(json.loads((path / 'config.json').read_text()))
+  pixels = json.loads((path / 'preprocessor_config.json').read_text())
+  return Layout(str(folder), config.vision.tile, config.tile_tokens, data.tiles, tuple(pixels['image_mean']),
+                tuple(pixels['image_std']), max(data.text_tokens), data.written_tokens, rooms(data))
+
+
+def rooms(data) -> tuple[tuple[str, int], ...]:
+  """The room for text of each task, when there is one for each."""
+  return tuple(zip(data.tasks, data.text_tokens)) if len(data.text_tokens) > 1 else ()
+
+
+@functools.cache
+def _chat(folder: str) -> verifi.Chat:
+  with _LOADING:
+    return verifi.Chat(folder)
+
+
+_LOADING = threading.Lock()  # the tokenizer's library does not bear being imported by two threads at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+  """Examples for the DiT: the target, and what the VLM reads and has written about it.
+
+  Attributes:
+    layout: of the frozen VLM.
+    drop: share of examples with the null condition, an empty text without pictures.
+    drop_pictures: share of examples with references that lose their picture tokens.
+    drop_written: share of examples with references that keep only their picture tokens (and the stop token).
+    raw: share of examples whose kept text is the user's own words and not the rewritten ones.
+  """
+  layout: Layout
+  drop: float = 0.1
+  drop_pictures: float = 0.05
+  drop_written: float = 0.0
+  raw: float = 0.0
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    tiles, counts = self.layout.pictures(record['references'])
+    chat = self.layout.chat
+    instruction, written = record['instruction'] or record['caption'], record['caption']
+    chance, raw, part = rng.random(3)
+    kept = verifi.KEPT
+    pictures = counts
+    if chance < self.drop:
+      instruction, written, pictures = '', '', ()
+    elif counts and part < self.drop_pictures:
+      kept = tuple(kind for kind in kept if kind != 'picture')
+    elif counts and part < self.drop_pictures + self.drop_written:
+      kept = tuple(kind for kind in kept if kind != 'written')
+    elif raw < self.raw:
+      written = instruction
+    example = self.layout.arrays(chat.spans(instruction, pictures, written), counts, record.get('task', ''), kept)
+    del example['written']
+    example['target'] = images.read(record['target']).astype(np.float32) / 127.5 - 1.0
+    if counts:
+      example['tiles'] = tiles
+    return example
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+  """Examples for the VLM's own training: a chat and the tokens it has to write.
+
+  Adds to `verifi.arrays`: predict [w] i32, the places whose next token is to be written, targets [w] i32,
+  target_mask [w] bool; and, with pictures, the read-out of scenes (`readout`).
+  """
+  layout: Layout
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    del rng
+    tiles, counts = self.layout.pictures(record['references'])
+    spans = self.layout.chat.spans(record['instruction'], counts, record['caption'], system(record['task']))
+    example = self.layout.arrays(spans, counts, record['task'])
+    places = np.flatnonzero(example.pop('written'))
+    if len(places) > self.layout.written:
+      raise sources.BrokenRecord(f'an answer of {len(places)} tokens does not fit data.written_tokens={self.layout.written}')
+    room = (0, self.layout.written - len(places))
+    example = dict(tokens=example['tokens'], valid=example['valid'],
+                   predict=np.pad(places - 1, room).astype(np.int32),
+                   targets=np.pad(example['tokens'][places], room),
+                   target_mask=np.pad(np.ones(len(places), bool), room))
+    if counts:
+      example['tiles'] = tiles
+      side = round(self.layout.tokens ** 0.5)
+      example['readout'] = np.concatenate([readout(world.Scene.from_json(s), side) for s in record['source']])
+    return example
+
+
+def system(task: str) -> str:
+  """The system prompt under which the embedded VLM does a task: it answers, or it writes what is to be drawn."""
+  return verifi.SYSTEM['answer' if task.partition('/')[0] in ('question', 'caption') else 'rewrite']
+
+
+READOUT = (('shape', world.SHAPES), ('colour', tuple(world.COLOURS)), ('size', tuple(world.SIZES)),
+           ('fill', world.FILLS))
+
+
+def readout(scene: world.Scene, side: int) -> np.ndarray:
+  """What each of side x side picture tokens should know of the scene, row by row: [side^2 9] f32.
+
+  Columns: covered (0 or 1), index of shape, colour, size and fill of the nearest object that touches the token's
+  cell, that object's centre relative to the token's (x, y, in cells), background kind, background colours
+  (upper and lower as one index, 6 x 6).
+  """
+  background = scene.background
+  names = tuple(world.BACKGROUND_COLOURS)
+  colours = [names.index(c) for c in (background.colours[0], background.colours[-1])]
+  out = np.zeros((side, side, 9), np.float32)
+  out[..., 7] = world.BACKGROUND_KINDS.index(background.kind)
+  out[..., 8] = colours[0] * len(names) + colours[1]
+  centres = (np.arange(side) + 0.5) / side
+  best = np.full((side, side), np.inf)
+  for o in scene.objects:
+    rx, ry = world.radius(o.size, scene.aspect)
+    dx, dy = o.x - centres[None, :], o.y - centres[:, None]
+    # Distance from the cell to the centre of the object, in its radii: below 1 they touch.
+    gap = np.hypot(np.maximum(np.abs(dx) - 0.5 / side, 0) / rx, np.maximum(np.abs(dy) - 0.5 / side, 0) / ry)
+    distance = np.hypot(dx / rx, dy / ry)
+    nearest = (gap < 1) & (distance < best)
+    best = np.where(nearest, distance, best)
+    values = [1.0, *(names.index(getattr(o, kind)) for kind, names in READOUT)]
+    row = np.broadcast_to(np.array([*values, 0, 0], np.float32), (side, side, 7)).copy()
+    row[..., 5], row[..., 6] = dx * side, dy * side
+    out[..., :7] = np.where(nearest[..., None], row, out[..., :7])
+  return out.reshape(side * side, 9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """Examples for the autoencoder: the target alone."""
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    del rng
+    return dict(target=images.read(record['target']).astype(np.float32) / 127.5 - 1.0)

@@ -1,0 +1,78 @@
+"""Pictures drawn from prompts and edits of the embedded world, read by the judge."""
+
+import collections
+import pathlib
+
+import numpy as np
+
+from unifusion_jax import sample
+from unifusion_jax.data import images
+from unifusion_jax.data.scenes import examples
+from unifusion_jax.data.scenes import judge
+from unifusion_jax.data.scenes import language
+from unifusion_jax.data.scenes import scene as world
+
+SHOWN = 12  # rows of the sheet that goes with each measurement
+
+
+def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
+  """Rates on `config.eval.examples` examples of each task, on the split that is asked for and on the hold-outs.
+
+  t2i: one or two objects, every demanded attribute, place, count, relation and background met ('all'), and three or
+  four objects apart. edit: what should change did ('asked'), what should stay did ('kept'), both and nothing else
+  ('all'). Sheets of the first examples are written into `folder`.
+  """
+  report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance)
+  measures = []
+  tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
+  measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]
+  for split in dict.fromkeys((config.eval.split, 'heldout')):
+    for task, objects in measures:
+      records = [examples.example(task, split, i, size=config.data.size, objects=objects)
+                 for i in range(config.eval.examples)]
+      results = draw(sampler, records, config.eval.batch_size)
+      name = f'{split}_{task}_{objects[0]}-{objects[1]}'
+      report[name] = score(records, results)
+      images.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], results[:SHOWN]))
+  return report
+
+
+def draw(sampler: sample.Sampler, records: list[dict], batch_size: int, seed: int = 0) -> list[sample.Result]:
+  """One picture for each record, seeds counting from `seed`; batches hold one shape."""
+  groups = collections.defaultdict(list)
+  for i, record in enumerate(records):
+    groups[(*record['target'].shape[:2], len(record['references']))].append(i)
+  results = [None] * len(records)
+  for (height, width, _), members in groups.items():
+    for start in range(0, len(members), batch_size):
+      part = members[start:start + batch_size]
+      made = sampler([sample.Request(records[i]['instruction'], tuple(records[i]['references']), seed + int(i))
+                      for i in np.resize(part, batch_size)], height, width)
+      for i, result in zip(part, made):
+        results[i] = result
+  return results
+
+
+def score(records: list[dict], results: list[sample.Result]) -> dict:
+  """Rates of each of the judge's verdicts, of each kind of edit, and of texts written exactly."""
+  verdicts = collections.defaultdict(list)
+  for record, result in zip(records, results):
+    reading = judge.read(result.picture)
+    if record['references']:
+      source, target = world.Scene.from_json(record['source'][0]), world.Scene.from_json(record['scene'])
+      verdict = judge.check_edit(reading, source, target)
+    else:
+      verdict = judge.check(reading, language.constraints_from_json(record['constraints']))
+    for name, met in verdict.items():
+      verdicts[name].append(met)
+    verdicts[f'all/{record["kind"]}'].append(verdict['all'])
+    verdicts['written_exact'].append(result.written == record['caption'])
+  return {name: round(float(np.mean(values)), 4) for name, values in sorted(verdicts.items())}
+
+
+def _sheet(records, results) -> np.ndarray:
+  rows = [[*(images.read(p) for p in r['references']), result.picture, images.read(r['target'])]
+          for r, result in zip(records, results)]
+  captions = [[*([r['instruction']] * len(r['references'])), result.written,
+               r['caption'] if r['references'] else r['instruction']] for r, result in zip(records, results)]
+  return images.grid(rows, captions, cell=192)

@@ -1,0 +1,75 @@
+"""Rectified flow: x_t = (1 - t) data + t noise, velocity = noise - data, t = 1 is noise.
+
+Liu et al. (arXiv 2209.03003); time sampling and resolution shift of Stable Diffusion 3 (arXiv 2403.03206); the shift's
+dependence on the number of image tokens as in Krea 2. Pure functions; a `velocity` is any (x [b ...], t [b]) -> [b ...].
+"""
+
+import math
+from typing import Callable
+
+import jax
+from jax import P
+import jax.numpy as jnp
+
+from unifusion_jax.sharding import BATCH
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def shifted(t, shift):
+  """s t / (1 + (s - 1) t): moves times towards the noise for s > 1 (SD3, section 5.3.2)."""
+  return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_for(tokens: int, low: tuple[float, float] = (256, 0.5), high: tuple[float, float] = (6400, 1.15)) -> float:
+  """exp(mu) for a number of image tokens, mu linear through the points `low` and `high` (tokens, mu) (Krea 2)."""
+  slope = (high[1] - low[1]) / (high[0] - low[0])
+  return math.exp(low[1] + slope * (tokens - low[0]))
+
+
+def sample_time(key: jax.Array, batch: int, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> jax.Array:
+  """Training times [b] f32 in (0, 1): the logistic of N(mean, std), shifted."""
+  normal = jax.random.normal(key, (batch,), out_sharding=P(BATCH))
+  return shifted(jax.nn.sigmoid(mean + std * normal), shift)
+
+
+def interpolate(data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+  """(1 - t) data + t noise for data and noise [b ...] and t [b]."""
+  t = t.reshape(t.shape + (1,) * (data.ndim - 1))
+  return (1 - t) * data + t * noise
+
+
+def loss(velocity: Velocity, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+  """Mean squared error of the velocity at x_t, a scalar in f32, for data and noise [b ...] and t [b]."""
+  error = velocity(interpolate(data, noise, t), t).astype(jnp.float32) - (noise - data).astype(jnp.float32)
+  return jnp.mean(error * error)
+
+
+def timesteps(steps: int, shift: float = 1.0) -> jax.Array:
+  """Sampling times [n + 1] f32 from 1 (noise) to 0 (data), evenly spaced and then shifted."""
+  return shifted(jnp.linspace(1.0, 0.0, steps + 1, dtype=jnp.float32), shift)
+
+
+def guide(cond: jax.Array, uncond: jax.Array, scale) -> jax.Array:
+  """Classifier-free guidance (arXiv 2207.12598): scale 1 is `cond` alone, larger follows the condition more."""
+  return uncond + scale * (cond - uncond)
+
+
+def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str = 'euler') -> jax.Array:
+  """Integrates dx/dt = velocity from noise [b ...] along `times` [n + 1] to data [b ...], in one `lax.scan`.
+
+  'euler' takes one velocity a step and has order 1; 'heun' takes two and has order 2.
+  """
+  if method not in ('euler', 'heun'):
+    raise ValueError(f"method {method!r} is not a sampler: choose 'euler' or 'heun'")
+  at = lambda x, t: velocity(x, jnp.full_like(x[(slice(None),) + (0,) * (x.ndim - 1)], t, dtype=jnp.float32))
+
+  def step(x, interval):
+    t, following = interval
+    v = at(x, t)
+    end = x + (following - t) * v
+    if method == 'heun':
+      end = x + (following - t) * (v + at(end, following)) / 2
+    return end.astype(x.dtype), None
+
+  return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]

@@ -1,0 +1,226 @@
+"""The three things that can be trained, behind one set of verbs: data, parameters, loss, preview, evaluation, export."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unifusion_jax import checkpoint
+from unifusion_jax import config as configuration
+from unifusion_jax import requests
+from unifusion_jax import sample
+from unifusion_jax.data import images
+from unifusion_jax.data import mix
+from unifusion_jax.data import pipeline
+from unifusion_jax.data import transforms
+from unifusion_jax.eval import generation as eval_generation
+from unifusion_jax.eval import reconstruction as eval_reconstruction
+from unifusion_jax.eval import writing as eval_writing
+from unifusion_jax.models import internvl
+from unifusion_jax.models import unifusion
+from unifusion_jax.models import vae as autoencoder
+from unifusion_jax.objectives import generation
+from unifusion_jax.objectives import reconstruction
+from unifusion_jax.objectives import writing
+
+PREVIEWED = 8  # rows of a preview
+
+
+def build(config: configuration.Config) -> 'Generation | Writing | Reconstruction':
+  """The job that the configuration's objective is for."""
+  jobs = {generation.FlowConfig: Generation, writing.WritingConfig: Writing,
+          reconstruction.ReconstructionConfig: Reconstruction}
+  return jobs[type(config.objective)](config)
+
+
+def _layout(config: configuration.Config) -> transforms.Layout:
+  return transforms.layout(config.vlm, config.data)
+
+
+def _trained(job, workdir: pathlib.Path, mesh):
+  """The EMA of the workdir's last checkpoint; without a run there, the weights that `init` names."""
+  if (workdir / 'checkpoints').exists():
+    saved = checkpoint.Checkpoints(workdir)
+    try:
+      return saved.restore_ema(jax.eval_shape(job.draw_params), mesh)
+    finally:
+      saved.close()
+  if job.config.init is None:
+    raise FileNotFoundError(f'{workdir} holds no run and config.init names no weights: train first (--mode=train), '
+                            'or give --config.init=FOLDER')
+  return job.init_params()
+
+
+def _write_report(workdir: pathlib.Path, report: dict) -> None:
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / 'eval.json').write_text(json.dumps(report, indent=2) + '\n')
+  print(json.dumps(report, indent=2))
+
+
+@dataclasses.dataclass
+class Generation:
+  """The DiT with LAP and refiner, conditioned on a frozen VLM."""
+  config: configuration.Config
+
+  def load_frozen(self) -> generation.Frozen:
+    dtype = jnp.dtype(self.config.frozen_dtype)
+    vlm = internvl.load(self.config.vlm, dtype, unroll=_on_cpu())
+    if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
+      raise ValueError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
+                       f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
+    vae = autoencoder.load(self.config.vae, dtype)
+    if vae.config.latent_channels != self.config.model.dit.channels:
+      raise ValueError(f'{self.config.vae} has {vae.config.latent_channels} latent channels, but '
+                       f'model.dit.channels={self.config.model.dit.channels}')
+    return generation.Frozen(vlm, vae)
+
+  def draw_params(self) -> unifusion.UniFusion:
+    return unifusion.UniFusion(self.config.model, rngs=nnx.Rngs(self.config.seed))
+
+  def init_params(self) -> unifusion.UniFusion:
+    if self.config.init is None:
+      return jax.jit(self.draw_params)()
+    return unifusion.load(self.config.init, self.config.model)
+
+  def data(self):
+    o = self.config.objective
+    transform = transforms.Generate(_layout(self.config), o.drop, o.drop_pictures, o.drop_written, o.raw)
+    return mix.mix(self.config.data, seed=self.config.seed), transform
+
+  @property
+  def loss(self):
+    return functools.partial(generation.loss, self.config.objective, self.config.taps)
+
+  def sampler(self, params, frozen) -> sample.Sampler:
+    vae = frozen.vae.config
+    return sample.Sampler(params, frozen, _layout(self.config), self.config.taps, self.config.sample,
+                          2 ** (len(vae.block_out_channels) - 1), vae.latent_channels)
+
+  def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
+    """A grid of test requests: references, what was asked, what was written, result, target."""
+    source, _ = mix.mix(dataclasses.replace(self.config.data, tasks=self.config.data.tasks[:1],
+                                            weights=(1.0,)), split='test')[0]
+    records = requests.same_shape(source, PREVIEWED)
+    sheet = requests.sheet(self.sampler(params, frozen), records)
+    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+
+  def sample(self, workdir: pathlib.Path, mesh) -> None:
+    asked = requests.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
+    sampler = self.sampler(_trained(self, workdir, mesh), self.load_frozen())
+    requests.answer(sampler, asked, self.config.sample, workdir / 'pictures')
+
+  def evaluate(self, workdir: pathlib.Path, mesh) -> None:
+    sampler = self.sampler(_trained(self, workdir, mesh), self.load_frozen())
+    _write_report(workdir, eval_generation.evaluate(sampler, self.config, workdir / 'eval'))
+
+  def export(self, workdir: pathlib.Path, mesh) -> None:
+    unifusion.save(_trained(self, workdir, mesh), workdir / 'export')
+    print(f'wrote {workdir / "export"}')
+
+
+@dataclasses.dataclass
+class Writing:
+  """The embedded VLM."""
+  config: configuration.Config
+
+  def load_frozen(self):
+    return None
+
+  def draw_params(self) -> writing.Reader:
+    return writing.Reader(self.config.model, rngs=nnx.Rngs(self.config.seed))
+
+  def init_params(self) -> writing.Reader:
+    params = jax.jit(self.draw_params)()
+    if self.config.init is not None:
+      params.vlm = internvl.load(self.config.init, jnp.float32, unroll=_on_cpu())
+    return params
+
+  def data(self):
+    return mix.mix(self.config.data, seed=self.config.seed), transforms.Write(self._layout())
+
+  def _layout(self) -> transforms.Layout:
+    model, data = self.config.model, self.config.data
+    return transforms.Layout(self.config.vlm, model.vision.tile, model.tile_tokens, data.tiles, writing.MEAN, writing.STD,
+                             max(data.text_tokens), data.written_tokens, transforms.rooms(data))
+
+  @property
+  def loss(self):
+    return functools.partial(writing.loss, self.config.objective)
+
+  def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
+    del frozen
+    sheet = eval_writing.sheet(params.vlm, self._layout(), self.config.data, PREVIEWED)
+    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+
+  def sample(self, workdir: pathlib.Path, mesh) -> None:
+    raise ValueError('a VLM draws nothing: sample with configs/t2i.py or configs/edit.py, or use --mode=eval')
+
+  def evaluate(self, workdir: pathlib.Path, mesh) -> None:
+    params = _trained(self, workdir, mesh)
+    _write_report(workdir, eval_writing.evaluate(params.vlm, self._layout(), self.config))
+
+  def export(self, workdir: pathlib.Path, mesh) -> None:
+    writing.save(_trained(self, workdir, mesh).vlm, self.config.vlm, workdir / 'export')
+    print(f'wrote {workdir / "export"}')
+
+
+@dataclasses.dataclass
+class Reconstruction:
+  """The embedded autoencoder."""
+  config: configuration.Config
+
+  def load_frozen(self):
+    return None
+
+  def draw_params(self) -> autoencoder.Autoencoder:
+    return autoencoder.Autoencoder(self.config.model, rngs=nnx.Rngs(self.config.seed))
+
+  def init_params(self) -> autoencoder.Autoencoder:
+    if self.config.init is None:
+      return jax.jit(self.draw_params)()
+    vae = autoencoder.load(self.config.init, jnp.float32)
+    vae.config = self.config.model  # the scaling factor is measured anew at the export
+    return vae
+
+  def data(self):
+    return mix.mix(self.config.data, seed=self.config.seed), transforms.Picture()
+
+  @property
+  def loss(self):
+    return functools.partial(reconstruction.loss, self.config.objective)
+
+  def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
+    del frozen
+    source, _ = mix.mix(self.config.data, split='test')[0]
+    pictures = np.stack([record['target'] for record in requests.same_shape(source, PREVIEWED)])
+    back = eval_reconstruction.round_trip(params, pictures)
+    sheet = images.grid([list(pictures), list(back)], cell=128)
+    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+
+  def sample(self, workdir: pathlib.Path, mesh) -> None:
+    raise ValueError('an autoencoder draws nothing of its own: sample with configs/t2i.py or configs/edit.py')
+
+  def evaluate(self, workdir: pathlib.Path, mesh) -> None:
+    _write_report(workdir, eval_reconstruction.evaluate(_trained(self, workdir, mesh), self.config))
+
+  def export(self, workdir: pathlib.Path, mesh) -> None:
+    """The scaling factor makes latents of unit variance: it is measured on training pictures here."""
+    vae = _trained(self, workdir, mesh)
+    mixture, transform = self.data()
+    batches = pipeline.batches(mixture, transform, self.config.data.batch_size, self.config.seed)
+    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, eval_reconstruction.put(next(batches)['target']))))
+              for _ in range(8)]
+    batches.close()
+    vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.mean(spread)))
+    autoencoder.save(vae, workdir / 'export')
+    print(f'wrote {workdir / "export"}')
+
+
+def _on_cpu() -> bool:
+  """Unrolled layers run faster on a CPU; scanned ones compile faster everywhere."""
+  return jax.sharding.get_mesh().devices.flat[0].platform == 'cpu'

@@ -1,0 +1,259 @@
+"""The causal language model behind every VLM here: Llama 3, Qwen2, Qwen3 and InternLM2 are configurations of it.
+
+Pre-norm blocks with RMSNorm, grouped-query attention under RoPE (half-split pairs) and SwiGLU. Qwen2 has biases on q, k
+and v; Qwen3 normalises q and k per head; Llama 3.1 stretches the low rotary frequencies (`rope_type` llama3).
+A tap k is the residual stream after k blocks, as in `hidden_states[k]` of transformers, except that the last one is
+never final-normed; tap 0 is the embeddings.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax import P
+import jax.numpy as jnp
+import numpy as np
+
+from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, RESIDUAL, rms_norm, rope, scan
+from unifusion_jax.models.layers import stack, SwiGLU, weight
+from unifusion_jax.sharding import BATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Sizes and variant of the decoder; `from_json` reads the text config of a transformers checkpoint."""
+  model_type: str = 'qwen2'  # llama (which is InternLM2 too) | qwen2 | qwen3
+  vocab: int = 1024
+  width: int = 192
+  depth: int = 6
+  heads: int = 6
+  kv_heads: int = 2
+  head_dim: int = 32
+  hidden: int = 512
+  eps: float = 1e-6
+  theta: float = 1e6
+  max_positions: int = 32768
+  llama3: tuple = ()  # (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), or empty
+  tied: bool = False  # the head is the embedding table
+  unroll: bool = False  # unrolled layers run faster on a CPU; scanned ones compile faster, which is what a TPU wants
+
+  @classmethod
+  def from_json(cls, text: dict) -> 'DecoderConfig':
+    """From a transformers text config, of version 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+
+    Raises ValueError for what this decoder does not compute.
+    """
+    kind = text.get('model_type')
+    if kind not in ('llama', 'qwen2', 'qwen3', 'internlm2'):
+      raise ValueError(f'the text model is {kind!r}; this decoder is one of llama, qwen2, qwen3, internlm2')
+    if kind == 'internlm2':
+      kind = 'llama'  # the same mathematics under other names (internvl.py maps them)
+    wrong = [f'{key}={text[key]!r}' for key in ('attention_bias', 'mlp_bias', 'bias', 'use_sliding_window')
+             if text.get(key)]
+    if text.get('hidden_act', 'silu') != 'silu':
+      wrong.append(f'hidden_act={text["hidden_act"]!r}')
+    rotary = {'rope_theta': text.get('rope_theta', 10000.0), **(text.get('rope_scaling') or {}),
+              **(text.get('rope_parameters') or {})}
+    rope_type = rotary.get('rope_type', rotary.get('type', 'default'))
+    # 'dynamic' leaves positions below max_position_embeddings alone, and `angles` refuses the others
+    if rope_type not in ('default', 'dynamic', 'llama3'):
+      wrong.append(f'rope_type={rope_type!r}')
+    if rotary.get('partial_rotary_factor', 1.0) != 1.0:
+      wrong.append(f'partial_rotary_factor={rotary["partial_rotary_factor"]}')
+    if wrong:
+      raise ValueError(f'this decoder does not support {", ".join(wrong)} of the {kind} text config')
+    heads = text['num_attention_heads']
+    limit = text.get('max_position_embeddings', 32768)
+    # transformers' own default, which does not follow from the width
+    head_dim = text.get('head_dim') or (128 if kind == 'qwen3' else text['hidden_size'] // heads)
+    llama3 = ()
+    if rope_type == 'llama3':
+      llama3 = (rotary['factor'], rotary['low_freq_factor'], rotary['high_freq_factor'],
+                rotary.get('original_max_position_embeddings', limit))
+    return cls(
+        model_type=kind, vocab=text['vocab_size'], width=text['hidden_size'], depth=text['num_hidden_layers'],
+        heads=heads, kv_heads=text.get('num_key_value_heads') or heads,
+        head_dim=head_dim, hidden=text['intermediate_size'],
+        eps=text.get('rms_norm_eps', 1e-6), theta=rotary['rope_theta'], max_positions=limit, llama3=llama3,
+        tied=text.get('tie_word_embeddings', False))
+
+  def to_json(self) -> dict:
+    """The text config that transformers (5.x, and 4.x through the top-level `rope_theta`) reads back."""
+    text = {
+        'model_type': self.model_type, 'vocab_size': self.vocab, 'hidden_size': self.width,
+        'num_hidden_layers': self.depth, 'num_attention_heads': self.heads, 'num_key_value_heads': self.kv_heads,
+        'head_dim': self.head_dim, 'intermediate_size': self.hidden, 'rms_norm_eps': self.eps,
+        'max_position_embeddings': self.max_positions, 'hidden_act': 'silu', 'tie_word_embeddings': self.tied,
+        'rope_theta': self.theta, 'rope_parameters': {'rope_type': 'default', 'rope_theta': self.theta}}
+    if self.llama3:
+      factor, low, high, original = self.llama3
+      text['rope_parameters'] = text['rope_scaling'] = {
+          'rope_type': 'llama3', 'rope_theta': self.theta, 'factor': factor, 'low_freq_factor': low,
+          'high_freq_factor': high, 'original_max_position_embeddings': original}
+    return text
+
+
+class Cache(NamedTuple):
+  """Keys (rotated) and values of every layer, [layers b slots g k] each."""
+  k: jax.Array
+  v: jax.Array
+
+
+class Prompt(NamedTuple):
+  """What a VLM hands to its decoder for one batch of prompts."""
+  x: jax.Array  # [b s d] embeddings, pictures in place
+  angles: jax.Array  # [b s k/2]
+  valid: jax.Array  # [b s]
+  length: jax.Array  # [b] the RoPE position of the token that follows
+  added: jax.Array | None = None  # [n b s d] what joins the outputs of the first n blocks
+
+
+class Block(nnx.Module):
+  """One pre-norm block: x += attention(norm x); x += swiglu(norm x)."""
+
+  def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    d, h, g, k = config.width, config.heads, config.kv_heads, config.head_dim
+    self.eps = config.eps
+    axis = heads_axis(h, g)
+    self.norm1 = constant(1.0, (d,), dtype=dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wk = weight(rngs, (d, g, k), ('fsdp', axis, None), d, dtype)
+    self.wv = weight(rngs, (d, g, k), ('fsdp', axis, None), d, dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), h * k, dtype)
+    biased, normed = config.model_type == 'qwen2', config.model_type == 'qwen3'
+    self.bq = constant(0.0, (h, k), (axis, None), dtype) if biased else None
+    self.bk = constant(0.0, (g, k), (axis, None), dtype) if biased else None
+    self.bv = constant(0.0, (g, k), (axis, None), dtype) if biased else None
+    self.q_norm = constant(1.0, (k,), dtype=dtype) if normed else None
+    self.k_norm = constant(1.0, (k,), dtype=dtype) if normed else None
+    self.norm2 = constant(1.0, (d,), dtype=dtype)
+    self.mlp = SwiGLU(d, config.hidden, dtype, rngs=rngs)
+
+  def project(self, x: jax.Array, angles: jax.Array):
+    """x [b s d] -> rotated q [b s h k], rotated k and v [b s g k]."""
+    x = rms_norm(x, self.norm1, self.eps)
+    q, k, v = einsum('bsd,dhk->bshk', x, self.wq), einsum('bsd,dgk->bsgk', x, self.wk), einsum('bsd,dgk->bsgk', x, self.wv)
+    if self.bq is not None:
+      q, k, v = q + self.bq[...].astype(x.dtype), k + self.bk[...].astype(x.dtype), v + self.bv[...].astype(x.dtype)
+    if self.q_norm is not None:
+      q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+    return rope(q, angles), rope(k, angles), v
+
+  def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    """x [b s d] and what its queries read [b s h k] -> the block's output [b s d]."""
+    x = x + einsum('bshk,hkd->bsd', attended, self.wo, RESIDUAL)
+    return x + self.mlp(rms_norm(x, self.norm2, self.eps))
+
+
+class Decoder(nnx.Module):
+  """The decoder; it computes in the dtype of the embeddings it is given."""
+
+  def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    if config.heads % config.kv_heads:
+      raise ValueError(f'{config.heads} query heads cannot share {config.kv_heads} key/value heads: '
+                       'the second must divide the first')
+    self.config = config
+    # Split over the width alone: public vocabularies (151674, 92553) divide by nothing
+    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), config.width, dtype)
+    self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
+    self.norm = constant(1.0, (config.width,), dtype=dtype)
+    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), config.width, dtype)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """Token ids [b s] -> embeddings [b s d]."""
+    # Each device looks up its columns of the table for all of its fsdp group's tokens, then the group swaps columns for
+    # examples: the activations travel, not the table.
+    tokens = jax.sharding.reshard(tokens, P('data'))
+    return jax.sharding.reshard(self.embedding[...].at[tokens].get(out_sharding=P('data', None, 'fsdp')), RESIDUAL)
+
+  def angles(self, positions: jax.Array) -> jax.Array:
+    """Rotation angles [b s k/2], f32, of positions [b s]."""
+    config = self.config
+    if positions.shape[-1] > config.max_positions:
+      raise ValueError(f'{positions.shape[-1]} positions are more than the {config.max_positions} this model was '
+                       'trained for: shorten the sequence')
+    frequencies = config.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.llama3:
+      factor, low, high, original = config.llama3
+      kept = np.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+      frequencies = frequencies * (kept + (1 - kept) / factor)
+    return positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
+
+  def cache(self, batch: int, slots: int) -> Cache:
+    """An empty cache of that many slots per example, in the parameters' dtype."""
+    c = self.config
+    zeros = jnp.zeros((c.depth, batch, slots, c.kv_heads, c.head_dim), self.embedding.dtype,
+                      out_sharding=P(None, BATCH, None, heads_axis(c.heads, c.kv_heads)))
+    return Cache(zeros, zeros)
+
+  def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array, *, taps: tuple[int, ...] = (),
+               depth: int | None = None, cache: Cache | None = None, start: jax.Array | int = 0,
+               added: jax.Array | None = None):
+    """Runs the first `depth` blocks (all when None) -> (x [b s d], tapped [b s l d] or None, cache).
+
+    x [b s d] embeddings; angles [b s k/2]; mask broadcastable to [b h s t], True where a query may look.
+    taps: increasing block counts, none above `depth`.
+    cache: this call's keys and values go to its slots start .. start + s, and queries look at its first t slots.
+    added [n b s d]: addend i joins the output of block i (Qwen3-VL's deepstack).
+    """
+    depth = self.config.depth if depth is None else depth
+    taps = tuple(taps)
+    if not 0 <= depth <= self.config.depth or list(taps) != sorted(set(taps) & set(range(depth + 1))):
+      raise ValueError(f'taps {taps} within the first {depth} blocks: taps must increase and lie in 0 .. {depth}, and '
+                       f'this model has {self.config.depth} blocks')
+    # Every block writes into the slot of the next tap, so the tapped block writes there last; blocks after the last
+    # tap share one more slot, dropped at the end. The untapped states are never alive together.
+    slots = np.searchsorted(taps, np.arange(1, depth + 1))
+    tapped = None
+    if taps:
+      count = max([len(taps), *(slots + 1)])
+      tapped = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], count, x.shape[2]))
+
+    def block(carry, inputs):
+      x, tapped, cache = carry
+      index, slot, layer = inputs
+      if layer is None:
+        layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self.blocks)
+      q, k, v = layer.project(x, angles)
+      if cache is not None:
+        at = (index, 0, start, 0, 0)
+        cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (k, v))))
+        k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False)[:, :mask.shape[-1]] for a in cache)
+      x = layer.finish(x, attention(q, k, v, mask))
+      if added is not None:
+        addend = jax.lax.dynamic_index_in_dim(added, jnp.minimum(index, len(added) - 1), keepdims=False)
+        x = x + jnp.where(index < len(added), addend, 0).astype(x.dtype)
+      if taps:
+        tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 2)
+      return (x, tapped, cache), None
+
+    # A scan over part of the stack would copy that part first; indexing the whole does not. For gradients it is the
+    # other way round, and training runs every block.
+    layers = self.blocks if depth == self.config.depth else None
+    inputs = (jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers)
+    (x, tapped, cache), _ = scan(block, (x, tapped, cache), inputs, unroll=self.config.unroll or 1)
+    return x, tapped[:, :, :len(taps)] if taps else None, cache
+
+  def final(self, x: jax.Array) -> jax.Array:
+    """The final norm: last block's output [b s d] -> [b s d]."""
+    return rms_norm(x, self.norm, self.config.eps)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Last block's output at any chosen positions [b s d] -> next-token logits [b s v], f32."""
+    x = self.final(x)
+    if self.head is None:
+      return einsum('bsd,vd->bsv', x, self.embedding).astype(jnp.float32)
+    return einsum('bsd,dv->bsv', x, self.head).astype(jnp.float32)
+
+
+def positions_of(valid: jax.Array) -> jax.Array:
+  """RoPE positions [b s] that count the valid tokens [b s], whichever side the padding is on."""
+  return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def causal_mask(valid: jax.Array) -> jax.Array:
+  """[b 1 s s]: a query looks at valid tokens up to itself."""
+  index = jnp.arange(valid.shape[1])
+  return valid[:, None, None, :] & (index[:, None] >= index)

@@ -1,0 +1,174 @@
+"""The single-stream diffusion transformer of Krea 2; other sizes are other configurations of it.
+
+Condition tokens and image patches are one sequence [cond | image]. The time is projected once into six modulation
+vectors that all blocks share; each block adds a table of its own. Rotary positions are (frame, y, x): all zero for
+condition tokens, frame zero for images.
+"""
+
+import dataclasses
+import functools
+
+import einops
+from flax import nnx
+import jax
+from jax import P
+import jax.numpy as jnp
+
+from unifusion_jax.models import layers
+from unifusion_jax.models.layers import RESIDUAL, constant, einsum, rms_norm, weight
+from unifusion_jax.sharding import BATCH
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DiTConfig:
+  """Sizes; the defaults are Krea 2's."""
+  channels: int = 16  # c, of the latents
+  patch: int = 2
+  depth: int = 28
+  heads: int = 48
+  kv_heads: int = 12
+  head_dim: int = 128
+  mlp: int = 16384
+  time_dim: int = 256
+  rope_axes: tuple[int, int, int] = (32, 48, 48)  # of head_dim, for frame, y, x
+  rope_theta: float = 1000.0
+  eps: float = 1e-5
+  remat: bool = False
+  unroll: int = 1
+
+  @property
+  def width(self) -> int:
+    return self.heads * self.head_dim
+
+
+class Block(nnx.Module):
+  """x += gate * attention(modulate(norm(x))); the same with SwiGLU."""
+
+  def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+    c = config
+    self.eps = c.eps
+    self.table = constant(0.0, (6, c.width))
+    self.norm1 = constant(0.0, (c.width,))
+    self.attn = layers.GatedAttention(c.width, c.heads, c.kv_heads, c.head_dim, c.eps, rngs=rngs)
+    self.norm2 = constant(0.0, (c.width,))
+    self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
+
+  def __call__(self, x: jax.Array, modulation: jax.Array, mask: jax.Array, angles: jax.Array) -> jax.Array:
+    """x [b s d], modulation [b m d] f32 with m of 6, mask [b 1 1 s], angles [s k/2] -> [b s d]."""
+    slots = (modulation + self.table[...].astype(jnp.float32))[:, :, None]
+    scale1, shift1, gate1, scale2, shift2, gate2 = (slots[:, m] for m in range(6))
+    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), mask, angles)
+    x = x + (gate1 * y).astype(x.dtype)
+    y = self.mlp(modulate(x, self.norm2, scale2, shift2, self.eps))
+    return x + (gate2 * y).astype(x.dtype)
+
+
+class DiT(nnx.Module):
+  """Noised latents [b y x c] and condition tokens [b s d] -> velocity [b y x c]."""
+
+  def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+    if sum(config.rope_axes) != config.head_dim or any(a % 2 for a in config.rope_axes):
+      raise ValueError(f'rope_axes {config.rope_axes} must be three even numbers that add up to the head dim '
+                       f'{config.head_dim}')
+    if config.heads % config.kv_heads:
+      raise ValueError(f'{config.heads} heads cannot share {config.kv_heads} key/value heads evenly: '
+                       'kv_heads must divide heads')
+    c = self.config = dataclasses.replace(config)
+    d, p = c.width, c.channels * c.patch ** 2
+    self.image_w = weight(rngs, (p, d), (None, 'fsdp'), p)
+    self.image_b = constant(0.0, (d,))
+    self.time_w1 = weight(rngs, (c.time_dim, d), ('fsdp', 'tp'), c.time_dim)
+    self.time_b1 = constant(0.0, (d,))
+    self.time_w2 = weight(rngs, (d, d), ('tp', 'fsdp'), d)
+    self.time_b2 = constant(0.0, (d,))
+    # Zero modulation and a zero last layer: training starts from blocks that are the identity and velocity 0.
+    self.mod_w = constant(0.0, (d, 6, d), ('fsdp', None, 'tp'))
+    self.mod_b = constant(0.0, (6, d))
+    self.blocks = layers.stack(Block, c.depth, c, rngs=rngs)
+    self.norm = constant(0.0, (d,))
+    self.table = constant(0.0, (2, d))
+    self.final_w = constant(0.0, (d, p), ('fsdp', None))
+    self.final_b = constant(0.0, (p,))
+
+  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array) -> jax.Array:
+    """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32."""
+    c = self.config
+    b, height, width, channels = z.shape
+    if channels != c.channels or height % c.patch or width % c.patch:
+      raise ValueError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
+                       f'multiples of the patch {c.patch}')
+    rows, columns = height // c.patch, width // c.patch
+    image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)
+    x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)
+    keys = jnp.concatenate([mask, jnp.ones((b, rows * columns), bool, out_sharding=P(BATCH))], axis=1)
+    keys, angles = keys[:, None, None, :], self._angles(cond.shape[1], rows, columns)
+
+    time = layers.sinusoid(t * 1000, c.time_dim)
+    time = jax.nn.gelu(einsum('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
+    time = einsum('bf,fd->bd', time, self.time_w2, RESIDUAL) + self.time_b2[...]
+    modulation = einsum('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w, RESIDUAL) + self.mod_b[...]
+
+    x, _ = layers.scan(lambda x, block: (block(x, modulation, keys, angles), None), x, self.blocks,
+                       remat=c.remat, unroll=c.unroll)
+    scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
+    x = modulate(x[:, cond.shape[1]:], self.norm, scale, shift, c.eps)
+    x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)
+    return unpatchify(x, c.patch, rows, columns)
+
+  def _angles(self, text: int, rows: int, columns: int) -> jax.Array:
+    """Rotation angles [s k/2] of `text` condition tokens at 0, then of the image's patches row by row."""
+    c = self.config
+    y, x = jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)
+    axes = [layers.rope_angles(position, dim, c.rope_theta)
+            for position, dim in zip((jnp.zeros_like(y), y, x), c.rope_axes)]
+    return jnp.pad(jnp.concatenate(axes, axis=-1), ((text, 0), (0, 0)))
+
+
+def modulate(x: jax.Array, norm: nnx.Param, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
+  """(1 + scale) * rms_norm(x) + shift for x [b s d], scale and shift [b 1 d], in f32; result in x's dtype."""
+  y = rms_norm(x.astype(jnp.float32), norm, eps, 1.0)
+  return ((1 + scale) * y + shift).astype(x.dtype)
+
+
+def patchify(z: jax.Array, patch: int) -> jax.Array:
+  """[b y x c] -> [b s p], rows first, each patch channel-major (c, y, x) as in Krea 2."""
+  cut = functools.partial(einops.rearrange, pattern='b (y i) (x j) c -> b (y x) (c i j)', i=patch, j=patch)
+  return jax.sharding.auto_axes(cut, out_sharding=RESIDUAL)(z)
+
+
+def unpatchify(x: jax.Array, patch: int, rows: int, columns: int) -> jax.Array:
+  """The inverse of `patchify` for an image of rows x columns patches."""
+  join = functools.partial(einops.rearrange, pattern='b (y x) (c i j) -> b (y i) (x j) c',
+                           y=rows, x=columns, i=patch, j=patch)
+  return jax.sharding.auto_axes(join, out_sharding=RESIDUAL)(x)
+
+
+# diffusers' Krea2Transformer2DModel. It rotates neighbouring channels of a head, we rotate halves (contiguous, so
+# cheaper): query and key channels are reordered once here and attention cannot tell.
+RULES = (
+    (r'img_in\.weight', 'dit/image_w', 'd p -> p d'),
+    (r'img_in\.bias', 'dit/image_b', 'd -> d'),
+    (r'time_embed\.linear_1\.weight', 'dit/time_w1', 'd t -> t d'),
+    (r'time_embed\.linear_1\.bias', 'dit/time_b1', 'd -> d'),
+    (r'time_embed\.linear_2\.weight', 'dit/time_w2', 'm d -> d m'),
+    (r'time_embed\.linear_2\.bias', 'dit/time_b2', 'd -> d'),
+    (r'time_mod_proj\.weight', 'dit/mod_w', '(m f) d -> d m f'),
+    (r'time_mod_proj\.bias', 'dit/mod_b', '(m d) -> m d'),
+    (r'transformer_blocks\.(\d+)\.scale_shift_table', 'dit/blocks/table', 'm d -> m d'),
+    (r'transformer_blocks\.(\d+)\.norm1\.weight', 'dit/blocks/norm1', 'd -> d'),
+    (r'transformer_blocks\.(\d+)\.norm2\.weight', 'dit/blocks/norm2', 'd -> d'),
+    (r'transformer_blocks\.(\d+)\.attn\.to_q\.weight', 'dit/blocks/attn/wq', '(h k two) d -> d h (two k)'),
+    (r'transformer_blocks\.(\d+)\.attn\.to_k\.weight', 'dit/blocks/attn/wk', '(g k two) d -> d g (two k)'),
+    (r'transformer_blocks\.(\d+)\.attn\.to_v\.weight', 'dit/blocks/attn/wv', '(g k) d -> d g k'),
+    (r'transformer_blocks\.(\d+)\.attn\.to_gate\.weight', 'dit/blocks/attn/gate', '(h k) d -> d h k'),
+    (r'transformer_blocks\.(\d+)\.attn\.to_out\.0\.weight', 'dit/blocks/attn/wo', 'd (h k) -> h k d'),
+    (r'transformer_blocks\.(\d+)\.attn\.norm_q\.weight', 'dit/blocks/attn/q_norm', '(k two) -> (two k)'),
+    (r'transformer_blocks\.(\d+)\.attn\.norm_k\.weight', 'dit/blocks/attn/k_norm', '(k two) -> (two k)'),
+    (r'transformer_blocks\.(\d+)\.ff\.gate\.weight', 'dit/blocks/mlp/gate', 'f d -> d f'),
+    (r'transformer_blocks\.(\d+)\.ff\.up\.weight', 'dit/blocks/mlp/up', 'f d -> d f'),
+    (r'transformer_blocks\.(\d+)\.ff\.down\.weight', 'dit/blocks/mlp/down', 'd f -> f d'),
+    (r'final_layer\.norm\.weight', 'dit/norm', 'd -> d'),
+    (r'final_layer\.scale_shift_table', 'dit/table', 'm d -> m d'),
+    (r'final_layer\.linear\.weight', 'dit/final_w', 'p d -> d p'),
+    (r'final_layer\.linear\.bias', 'dit/final_b', 'p -> p'),
+)

@@ -1,0 +1,317 @@
+"""InternVL 2.5 / 3 / 3.5: InternViT, pixel shuffle, a two-layer projector, and a decoder that reads the result.
+
+Follows `InternVLForConditionalGeneration` of transformers. One tile of y x x pixels becomes (y / patch)^2 vision tokens
+and, after the pixel shuffle by 2, a quarter as many picture embeddings, which replace the picture tokens of the prompt.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from flax import nnx
+import jax
+from jax import P
+import jax.numpy as jnp
+
+from unifusion_jax import convert
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt
+from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, layer_norm, RESIDUAL, rms_norm, scan
+from unifusion_jax.models.layers import stack, weight
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """InternViT; the defaults are the 300M one."""
+  width: int = 1024
+  depth: int = 24
+  heads: int = 16
+  hidden: int = 4096
+  tile: int = 448  # pixels on a side
+  patch: int = 14
+  norm: str = 'layer_norm'  # or rms_norm (the 6B one)
+  eps: float = 1e-6
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  unroll: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVLConfig:
+  """`from_json` reads the config.json of the `-hf` checkpoints."""
+  vision: VisionConfig = VisionConfig()
+  text: DecoderConfig = DecoderConfig()
+  image_token_id: int = 151667
+  shuffle: int = 2  # tokens joined along each side
+
+  @property
+  def tile_tokens(self) -> int:
+    """Picture embeddings of one tile."""
+    return (self.vision.tile // self.vision.patch // self.shuffle) ** 2
+
+  @classmethod
+  def from_json(cls, config: dict, unroll: bool = False) -> 'InternVLConfig':
+    """From the dict in config.json; ValueError for what is not computed here."""
+    vision = config['vision_config']
+    tile, patch = (value if isinstance(value, list) else [value, value]
+                   for value in (vision.get('image_size', 448), vision.get('patch_size', 14)))
+    wanted = {
+        'vision_feature_layer': -1, 'vision_feature_select_strategy': 'default', 'projector_hidden_act': 'gelu'}
+    wrong = [f'{key}={config[key]!r}' for key, value in wanted.items() if config.get(key, value) != value]
+    wanted = {'hidden_act': 'gelu', 'use_mask_token': False, 'use_mean_pooling': True, 'num_channels': 3,
+              'use_absolute_position_embeddings': True}
+    wrong += [f'vision_config.{key}={vision[key]!r}' for key, value in wanted.items() if vision.get(key, value) != value]
+    if tile[0] != tile[1] or patch[0] != patch[1]:
+      wrong.append(f'tiles of {tile} pixels in patches of {patch}, which are not square')
+    if wrong:
+      raise ValueError(f'this InternVL does not support {", ".join(wrong)}')
+    text = DecoderConfig.from_json(config['text_config'])
+    tied = config.get('tie_word_embeddings', text.tied)
+    return cls(
+        vision=VisionConfig(
+            width=vision.get('hidden_size', 1024), depth=vision.get('num_hidden_layers', 24),
+            heads=vision.get('num_attention_heads', 16), hidden=vision.get('intermediate_size', 4096), tile=tile[0],
+            patch=patch[0], norm=vision.get('norm_type', 'layer_norm'), eps=vision.get('layer_norm_eps', 1e-6),
+            qkv_bias=vision.get('attention_bias', False), qk_norm=vision.get('use_qk_norm', False), unroll=unroll),
+        text=dataclasses.replace(text, tied=tied, unroll=unroll),
+        image_token_id=config['image_token_id'], shuffle=round(1 / config.get('downsample_ratio', 0.5)))
+
+  def to_json(self) -> dict:
+    """The config.json of a `-hf` checkpoint."""
+    v = self.vision
+    return {
+        'architectures': ['InternVLForConditionalGeneration'], 'model_type': 'internvl', 'dtype': 'float32',
+        'downsample_ratio': 1 / self.shuffle, 'image_seq_length': self.tile_tokens,
+        'image_token_id': self.image_token_id, 'projector_hidden_act': 'gelu', 'vision_feature_layer': -1,
+        'vision_feature_select_strategy': 'default', 'tie_word_embeddings': self.text.tied,
+        'text_config': self.text.to_json(),
+        'vision_config': {
+            'model_type': 'internvl_vision', 'attention_bias': v.qkv_bias, 'hidden_act': 'gelu', 'hidden_size': v.width,
+            'image_size': [v.tile, v.tile], 'intermediate_size': v.hidden, 'layer_norm_eps': v.eps,
+            'norm_type': v.norm, 'num_attention_heads': v.heads, 'num_channels': 3, 'num_hidden_layers': v.depth,
+            'patch_size': [v.patch, v.patch], 'use_absolute_position_embeddings': True, 'use_mask_token': False,
+            'use_mean_pooling': True, 'use_qk_norm': v.qk_norm}}
+
+
+class VisionBlock(nnx.Module):
+  """x += scale1 * attention(norm x); x += scale2 * mlp(norm x)."""
+
+  def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    d, h, f = config.width, config.heads, config.hidden
+    k = d // h
+    axis = heads_axis(h, h)
+    self.eps = config.eps
+    centred = config.norm == 'layer_norm'
+    self.norm1 = constant(1.0, (d,), dtype=dtype)
+    self.norm1_bias = constant(0.0, (d,), dtype=dtype) if centred else None
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.bq = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
+    self.bk = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
+    self.bv = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
+    self.q_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
+    self.k_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
+    self.bo = constant(0.0, (d,), dtype=dtype)
+    self.scale1 = constant(0.1, (d,), dtype=dtype)
+    self.norm2 = constant(1.0, (d,), dtype=dtype)
+    self.norm2_bias = constant(0.0, (d,), dtype=dtype) if centred else None
+    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.b1 = constant(0.0, (f,), ('tp',), dtype)
+    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.b2 = constant(0.0, (d,), dtype=dtype)
+    self.scale2 = constant(0.1, (d,), dtype=dtype)
+
+  def norm(self, x: jax.Array, scale, bias) -> jax.Array:
+    return rms_norm(x, scale, self.eps) if bias is None else layer_norm(x, scale, bias, self.eps)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[b s d] -> [b s d], b being tiles."""
+    y = self.norm(x, self.norm1, self.norm1_bias)
+    q, k, v = (einsum('bsd,dhk->bshk', y, w) for w in (self.wq, self.wk, self.wv))
+    if self.bq is not None:
+      q, k, v = q + self.bq[...], k + self.bk[...], v + self.bv[...]
+    if self.q_norm is not None:  # over all heads together
+      q, k = (rms_norm(a.reshape(y.shape), scale).reshape(a.shape) for a, scale in ((q, self.q_norm), (k, self.k_norm)))
+    y = einsum('bshk,hkd->bsd', attention(q, k, v), self.wo, RESIDUAL) + self.bo[...]
+    x = x + self.scale1[...] * y
+    y = einsum('bsd,df->bsf', self.norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
+    y = einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=False), self.w2, RESIDUAL) + self.b2[...]
+    return x + self.scale2[...] * y
+
+
+class Vision(nnx.Module):
+  """InternViT: tiles -> patch states after the last block."""
+
+  def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.config = config
+    d, p = config.width, config.patch ** 2 * 3
+    self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
+    self.patch_bias = constant(0.0, (d,), dtype=dtype)
+    self.class_token = weight(rngs, (d,), (None,), 2500, dtype)  # std 0.02, and for the positions
+    self.positions = weight(rngs, ((config.tile // config.patch) ** 2 + 1, d), (None, None), 2500, dtype)
+    self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
+
+  def __call__(self, tiles: jax.Array) -> jax.Array:
+    """Normalised tiles [b y x 3] -> [b s d] without the class token, rows first."""
+    b, n, p = tiles.shape[0], self.config.tile // self.config.patch, self.config.patch
+    x = tiles.astype(self.patch.dtype).reshape(b, n, p, n, p, 3, out_sharding=RESIDUAL)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * n, -1, out_sharding=RESIDUAL)
+    x = einsum('bsp,pd->bsd', x, self.patch, RESIDUAL) + self.patch_bias[...]
+    first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1]), out_sharding=RESIDUAL)
+    x = jnp.concatenate([first, x], axis=1) + self.positions[...]
+    x, _ = scan(lambda x, block: (block(x), None), x, self.blocks, unroll=self.config.unroll or 1)
+    return x[:, 1:]
+
+
+class Projector(nnx.Module):
+  """linear2(gelu(linear1(layer_norm x)))."""
+
+  def __init__(self, width_in: int, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.norm = constant(1.0, (width_in,), dtype=dtype)
+    self.norm_bias = constant(0.0, (width_in,), dtype=dtype)
+    self.w1 = weight(rngs, (width_in, width), ('fsdp', 'tp'), width_in, dtype)
+    self.b1 = constant(0.0, (width,), ('tp',), dtype)
+    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), width, dtype)
+    self.b2 = constant(0.0, (width,), dtype=dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = einsum('bsd,de->bse', layer_norm(x, self.norm, self.norm_bias, 1e-5), self.w1) + self.b1[...]
+    return einsum('bsd,de->bse', jax.nn.gelu(y, approximate=False), self.w2, RESIDUAL) + self.b2[...]
+
+
+class InternVL(nnx.Module):
+  """The whole model; tokens [b s] int32, valid [b s] bool (padding on either side), tiles [b r y x 3] f32 normalised."""
+
+  def __init__(self, config: InternVLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.config = config
+    self.vision = Vision(config.vision, dtype, rngs=rngs)
+    self.projector = Projector(config.vision.width * config.shuffle ** 2, config.text.width, dtype, rngs=rngs)
+    self.decoder = Decoder(config.text, dtype, rngs=rngs)
+
+  def pictures(self, tiles: jax.Array) -> jax.Array:
+    """Tiles [b r y x 3] -> picture embeddings [b r*n e], n = config.tile_tokens of each tile, rows first."""
+    b, r, *size = tiles.shape
+    side = self.config.vision.tile
+    if size != [side, side, 3]:
+      raise ValueError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {side} x {side} x 3')
+    x = self.vision(tiles.reshape(b * r, *size))
+    n, a = side // self.config.vision.patch // self.config.shuffle, self.config.shuffle
+    x = x.reshape(b * r, n, a, n, a, -1, out_sharding=RESIDUAL)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b * r, n * n, -1, out_sharding=RESIDUAL)
+    return self.projector(x).reshape(b, r * n * n, -1, out_sharding=RESIDUAL)
+
+  def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None,
+             pictures: jax.Array | None = None) -> Prompt:
+    """Embeddings with the pictures in place, and where each token stands; `pictures` stands in for what tiles give.
+
+    Picture embeddings replace the valid picture tokens in order; padded tiles at the end are never used. An example
+    with more picture tokens than its tiles give gets NaN there: a shape known only at run time cannot raise.
+    """
+    tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)  # plain arrays are welcome
+    x = self.decoder.embed(tokens)
+    if tiles is not None:
+      pictures = self.pictures(jax.sharding.reshard(tiles, RESIDUAL))
+    if pictures is not None:
+      here = (tokens == self.config.image_token_id) & valid
+      index = jnp.where(here, jnp.cumsum(here, axis=1) - 1, 0)
+      pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
+      picked = pick(pictures.astype(x.dtype), index)
+      x = jnp.where(here[..., None], picked, x)
+    positions = positions_of(valid)
+    return Prompt(x, self.decoder.angles(positions), valid, jnp.sum(valid, axis=1, dtype=jnp.int32))
+
+  def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...],
+             tiles: jax.Array | None = None) -> jax.Array:
+    """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run."""
+    prompt = self.prompt(tokens, valid, tiles)
+    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), taps=taps, depth=max(taps))[1]
+
+  def last(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None) -> jax.Array:
+    """The last block's output [b s e], which `decoder.logits` takes at any chosen positions."""
+    prompt = self.prompt(tokens, valid, tiles)
+    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid))[0]
+
+  def logits(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None) -> jax.Array:
+    """Next-token logits [b s v], f32."""
+    return self.decoder.logits(self.last(tokens, valid, tiles))
+
+
+def dims(config: InternVLConfig) -> dict[str, int]:
+  """The sizes behind the letters of RULES: h g k of the decoder, a c the ViT's heads and head dim, y x its patch."""
+  return {'h': config.text.heads, 'g': config.text.kv_heads, 'k': config.text.head_dim,
+          'a': config.vision.heads, 'c': config.vision.width // config.vision.heads,
+          'y': config.vision.patch, 'x': config.vision.patch}
+
+
+def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> InternVL:
+  """From a `-hf` checkpoint folder (config.json and safetensors), sharded over the mesh in context."""
+  folder = pathlib.Path(folder)
+  config = InternVLConfig.from_json(json.loads((folder / 'config.json').read_text()), unroll)
+  tensors = convert.read(folder)
+  # Configs disagree with themselves about tying (two keys, defaults that changed): the file knows
+  config = dataclasses.replace(
+      config, text=dataclasses.replace(config.text, tied='language_model.lm_head.weight' not in tensors))
+  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype)
+
+
+def save(vlm: InternVL, folder) -> None:
+  """Writes config.json and model.safetensors, which transformers' InternVLForConditionalGeneration loads."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
+  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)), {'format': 'pt'})
+
+
+_LAYER = r'language_model\.model\.layers\.(\d+)\.'
+_VISION = r'vision_tower\.encoder\.layer\.(\d+)\.'
+
+RULES = (
+    (r'language_model\.model\.embed_tokens\.weight', 'decoder/embedding', 'v d -> v d'),
+    (r'language_model\.model\.norm\.weight', 'decoder/norm', 'd -> d'),
+    (r'language_model\.lm_head\.weight', 'decoder/head', 'v d -> d v'),
+    (_LAYER + r'input_layernorm\.weight', 'decoder/blocks/norm1', 'd -> d'),
+    (_LAYER + r'self_attn\.q_proj\.weight', 'decoder/blocks/wq', '(h k) d -> d h k'),
+    (_LAYER + r'self_attn\.k_proj\.weight', 'decoder/blocks/wk', '(g k) d -> d g k'),
+    (_LAYER + r'self_attn\.v_proj\.weight', 'decoder/blocks/wv', '(g k) d -> d g k'),
+    (_LAYER + r'self_attn\.q_proj\.bias', 'decoder/blocks/bq', '(h k) -> h k'),
+    (_LAYER + r'self_attn\.k_proj\.bias', 'decoder/blocks/bk', '(g k) -> g k'),
+    (_LAYER + r'self_attn\.v_proj\.bias', 'decoder/blocks/bv', '(g k) -> g k'),
+    (_LAYER + r'self_attn\.q_norm\.weight', 'decoder/blocks/q_norm', 'k -> k'),
+    (_LAYER + r'self_attn\.k_norm\.weight', 'decoder/blocks/k_norm', 'k -> k'),
+    (_LAYER + r'self_attn\.o_proj\.weight', 'decoder/blocks/wo', 'd (h k) -> h k d'),
+    (_LAYER + r'post_attention_layernorm\.weight', 'decoder/blocks/norm2', 'd -> d'),
+    (_LAYER + r'mlp\.gate_proj\.weight', 'decoder/blocks/mlp/gate', 'f d -> d f'),
+    (_LAYER + r'mlp\.up_proj\.weight', 'decoder/blocks/mlp/up', 'f d -> d f'),
+    (_LAYER + r'mlp\.down_proj\.weight', 'decoder/blocks/mlp/down', 'd f -> f d'),
+    (r'multi_modal_projector\.layer_norm\.weight', 'projector/norm', 'd -> d'),
+    (r'multi_modal_projector\.layer_norm\.bias', 'projector/norm_bias', 'd -> d'),
+    (r'multi_modal_projector\.linear_1\.weight', 'projector/w1', 'e d -> d e'),
+    (r'multi_modal_projector\.linear_1\.bias', 'projector/b1', 'e -> e'),
+    (r'multi_modal_projector\.linear_2\.weight', 'projector/w2', 'e d -> d e'),
+    (r'multi_modal_projector\.linear_2\.bias', 'projector/b2', 'e -> e'),
+    (r'vision_tower\.embeddings\.cls_token', 'vision/class_token', '1 1 d -> d'),
+    (r'vision_tower\.embeddings\.position_embeddings', 'vision/positions', '1 s d -> s d'),
+    (r'vision_tower\.embeddings\.patch_embeddings\.projection\.weight', 'vision/patch', 'd r y x -> (y x r) d'),
+    (r'vision_tower\.embeddings\.patch_embeddings\.projection\.bias', 'vision/patch_bias', 'd -> d'),
+    (_VISION + r'layernorm_before\.weight', 'vision/blocks/norm1', 'd -> d'),
+    (_VISION + r'layernorm_before\.bias', 'vision/blocks/norm1_bias', 'd -> d'),
+    (_VISION + r'attention\.q_proj\.weight', 'vision/blocks/wq', '(a c) d -> d a c'),
+    (_VISION + r'attention\.k_proj\.weight', 'vision/blocks/wk', '(a c) d -> d a c'),
+    (_VISION + r'attention\.v_proj\.weight', 'vision/blocks/wv', '(a c) d -> d a c'),
+    (_VISION + r'attention\.q_proj\.bias', 'vision/blocks/bq', '(a c) -> a c'),
+    (_VISION + r'attention\.k_proj\.bias', 'vision/blocks/bk', '(a c) -> a c'),
+    (_VISION + r'attention\.v_proj\.bias', 'vision/blocks/bv', '(a c) -> a c'),
+    (_VISION + r'attention\.q_norm\.weight', 'vision/blocks/q_norm', 'd -> d'),
+    (_VISION + r'attention\.k_norm\.weight', 'vision/blocks/k_norm', 'd -> d'),
+    (_VISION + r'attention\.projection_layer\.weight', 'vision/blocks/wo', 'd (a c) -> a c d'),
+    (_VISION + r'attention\.projection_layer\.bias', 'vision/blocks/bo', 'd -> d'),
+    (_VISION + r'lambda_1', 'vision/blocks/scale1', 'd -> d'),
+    (_VISION + r'layernorm_after\.weight', 'vision/blocks/norm2', 'd -> d'),
+    (_VISION + r'layernorm_after\.bias', 'vision/blocks/norm2_bias', 'd -> d'),
+    (_VISION + r'mlp\.fc1\.weight', 'vision/blocks/w1', 'f d -> d f'),
+    (_VISION + r'mlp\.fc1\.bias', 'vision/blocks/b1', 'f -> f'),
+    (_VISION + r'mlp\.fc2\.weight', 'vision/blocks/w2', 'd f -> f d'),
+    (_VISION + r'mlp\.fc2\.bias', 'vision/blocks/b2', 'd -> d'),
+    (_VISION + r'lambda_2', 'vision/blocks/scale2', 'd -> d'),
+)

@@ -1,0 +1,113 @@
+"""Layerwise attention pooling: hidden states of several VLM layers become condition tokens of the DiT.
+
+UniFusion (arXiv 2510.12789): every token is a batch row whose sequence is its tapped layers; two transformer blocks
+attend over the layers, a linear map of the layer axis to one collapses them, and a bidirectional refiner over the
+tokens undoes the position bias of causal attention. The blocks are those of Krea 2, whose `text_fusion` and `txt_in`
+are one configuration of this module.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from unifusion_jax.models import layers
+from unifusion_jax.models.layers import RESIDUAL, constant, einsum, rms_norm, weight
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class LAPConfig:
+  """Sizes; the defaults are Krea 2's for Qwen3-VL-4B."""
+  width: int = 2560  # e
+  taps: int = 12  # l
+  depth: int = 2
+  refiner_depth: int = 2
+  heads: int = 20
+  kv_heads: int = 20
+  mlp: int = 6912
+  eps: float = 1e-5
+  remat: bool = False
+  unroll: int = 1
+
+
+class Block(nnx.Module):
+  """x += attention(norm(x)); x += swiglu(norm(x)), without positions and time."""
+
+  def __init__(self, config: LAPConfig, *, rngs: nnx.Rngs):
+    c = config
+    self.eps = c.eps
+    self.norm1 = constant(0.0, (c.width,))
+    self.attn = layers.GatedAttention(c.width, c.heads, c.kv_heads, c.width // c.heads, c.eps, rngs=rngs)
+    self.norm2 = constant(0.0, (c.width,))
+    self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
+
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    x = x + self.attn(rms_norm(x, self.norm1, self.eps, 1.0), mask)
+    return x + self.mlp(rms_norm(x, self.norm2, self.eps, 1.0))
+
+
+class LAP(nnx.Module):
+  """Tapped hidden states [b s l e] -> condition tokens [b s d]."""
+
+  def __init__(self, config: LAPConfig, width: int, *, rngs: nnx.Rngs):
+    if config.width % config.heads:
+      raise ValueError(f'LAP width {config.width} is not a multiple of its {config.heads} heads: change one of them')
+    c = self.config = dataclasses.replace(config)
+    self.blocks = layers.stack(Block, c.depth, c, rngs=rngs)
+    self.pool = constant(1 / c.taps, (c.taps,))
+    self.refiner = layers.stack(Block, c.refiner_depth, c, rngs=rngs)
+    self.norm = constant(0.0, (c.width,))
+    self.w1 = weight(rngs, (c.width, width), ('fsdp', 'tp'), c.width)
+    self.b1 = constant(0.0, (width,))
+    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), width)
+    self.b2 = constant(0.0, (width,))
+
+  def __call__(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """hidden [b s l e], mask [b s] (True: a token to use) -> [b s d]. Masked tokens change no other token."""
+    b, s, l, e = hidden.shape
+    c = self.config
+    if (l, e) != (c.taps, c.width):
+      raise ValueError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
+                       "set the config's taps and width to those of the vision-language model")
+    run = lambda x, blocks, mask=None: layers.scan(
+        lambda x, block: (block(x, mask), None), x, blocks, remat=c.remat, unroll=c.unroll)[0]
+    # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
+    x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
+    x = run(x.reshape(b * s, l, e), self.blocks).reshape(b, s, l, e)
+    x = einsum('bsle,l->bse', x, self.pool)
+    # With the diagonal a row of nothing but padding still has a key to look at.
+    keys = mask[:, None, None, :] | jnp.eye(s, dtype=bool)
+    x = rms_norm(run(x, self.refiner, keys), self.norm, c.eps, 1.0)
+    x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
+    return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
+
+
+def _block_rules(torch: str, ours: str):
+  return (
+      (rf'{torch}\.(\d+)\.norm1\.weight', f'{ours}/norm1', 'e -> e'),
+      (rf'{torch}\.(\d+)\.norm2\.weight', f'{ours}/norm2', 'e -> e'),
+      (rf'{torch}\.(\d+)\.attn\.to_q\.weight', f'{ours}/attn/wq', '(h k) e -> e h k'),
+      (rf'{torch}\.(\d+)\.attn\.to_k\.weight', f'{ours}/attn/wk', '(g k) e -> e g k'),
+      (rf'{torch}\.(\d+)\.attn\.to_v\.weight', f'{ours}/attn/wv', '(g k) e -> e g k'),
+      (rf'{torch}\.(\d+)\.attn\.to_gate\.weight', f'{ours}/attn/gate', '(h k) e -> e h k'),
+      (rf'{torch}\.(\d+)\.attn\.to_out\.0\.weight', f'{ours}/attn/wo', 'e (h k) -> h k e'),
+      (rf'{torch}\.(\d+)\.attn\.norm_q\.weight', f'{ours}/attn/q_norm', 'k -> k'),
+      (rf'{torch}\.(\d+)\.attn\.norm_k\.weight', f'{ours}/attn/k_norm', 'k -> k'),
+      (rf'{torch}\.(\d+)\.ff\.gate\.weight', f'{ours}/mlp/gate', 'f e -> e f'),
+      (rf'{torch}\.(\d+)\.ff\.up\.weight', f'{ours}/mlp/up', 'f e -> e f'),
+      (rf'{torch}\.(\d+)\.ff\.down\.weight', f'{ours}/mlp/down', 'e f -> f e'),
+  )
+
+
+# diffusers' Krea2Transformer2DModel. Its norms are zero-centred as ours are.
+RULES = (
+    *_block_rules(r'text_fusion\.layerwise_blocks', 'lap/blocks'),
+    (r'text_fusion\.projector\.weight', 'lap/pool', '1 l -> l'),
+    *_block_rules(r'text_fusion\.refiner_blocks', 'lap/refiner'),
+    (r'txt_in\.norm\.weight', 'lap/norm', 'e -> e'),
+    (r'txt_in\.linear_1\.weight', 'lap/w1', 'd e -> e d'),
+    (r'txt_in\.linear_1\.bias', 'lap/b1', 'd -> d'),
+    (r'txt_in\.linear_2\.weight', 'lap/w2', 'm d -> d m'),
+    (r'txt_in\.linear_2\.bias', 'lap/b2', 'd -> d'),
+)

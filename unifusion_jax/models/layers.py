@@ -1,0 +1,146 @@
+"""The layers that every model here is made of.
+
+Axis letters, used in every einsum and docstring of the project:
+  b batch   s tokens   q query tokens   l tapped VLM layers   e VLM width   d DiT (or any model) width
+  h query heads   g key/value heads   k head dim   f MLP hidden   v vocabulary   c latent channels   p patch vector
+  y x spatial   r tiles   m modulation slots   n diffusion steps
+
+Modules hold Params only and are plain pytrees. A parameter's sharding is an argument of `weight`, beside its shape.
+"""
+
+import math
+
+from flax import nnx
+import jax
+from jax import P
+import jax.numpy as jnp
+
+from unifusion_jax.sharding import BATCH
+
+RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
+
+
+def weight(rngs: nnx.Rngs, shape, spec, fan_in: int, dtype=jnp.float32) -> nnx.Param:
+  """A matrix drawn from N(0, 1/fan_in), sharded as `spec` (one mesh axis, or None, for each dim of `shape`)."""
+  return nnx.Param(nnx.initializers.normal(fan_in ** -0.5)(rngs.params(), shape, dtype, out_sharding=P(*spec)))
+
+
+def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
+  """A vector or bias that starts at one value."""
+  return nnx.Param(jnp.full(shape, value, dtype, out_sharding=P(*spec)))
+
+
+def heads_axis(heads: int, kv_heads: int) -> str | None:
+  """The mesh axis of attention heads: tp where it divides both counts, else none (attention is then replicated over tp)."""
+  tp = jax.sharding.get_abstract_mesh().shape['tp']
+  return 'tp' if heads % tp == 0 and kv_heads % tp == 0 else None
+
+
+def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
+  """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is."""
+  return jnp.einsum(equation, x, w[...].astype(x.dtype), out_sharding=out)
+
+
+def stack(cls, depth: int, *args, rngs: nnx.Rngs):
+  """`depth` modules of one kind as one module whose every leaf has a leading layer axis."""
+  return jax.vmap(lambda key: cls(*args, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+
+
+def scan(block, x, layers, *, remat: bool = False, unroll: int | bool = 1):
+  """Runs `block(x, layer) -> (x, y)` over stacked layers; returns (x, stacked y)."""
+  return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=unroll)
+
+
+def rms_norm(x: jax.Array, scale=None, eps: float = 1e-6, offset: float = 0.0) -> jax.Array:
+  """x / rms(x) * (offset + scale) over the last axis; statistics and scale in f32, result in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  if scale is not None:
+    y = y * (offset + scale[...].astype(jnp.float32))
+  return y.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale, bias, eps: float = 1e-6) -> jax.Array:
+  """(x - mean) / std * scale + bias over the last axis, in f32; result in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * scale[...].astype(jnp.float32) + bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
+  """Rotation angles [... dim/2] in f32 for integer or real positions [...]."""
+  frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  return positions.astype(jnp.float32)[..., None] * frequencies
+
+
+def rope(x: jax.Array, angles: jax.Array, *, interleaved: bool = False) -> jax.Array:
+  """Rotates pairs of x [b s h k] by angles [b s k/2] (or [s k/2]) in f32.
+
+  Pairs are (i, i + k/2) as in Llama, or neighbours (2i, 2i + 1) as in Krea 2 when `interleaved`.
+  """
+  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+  y = x.astype(jnp.float32)
+  if interleaved:
+    a, b = y[..., 0::2], y[..., 1::2]
+    y = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
+  else:
+    a, b = jnp.split(y, 2, axis=-1)
+    y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return y.astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *,
+              causal: bool = False, scale: float | None = None) -> jax.Array:
+  """Softmax attention, the one door to kernels: q [b q h k], k and v [b s g k] with g dividing h -> [b q h k].
+
+  `mask` is boolean, True where a query may look, broadcastable to [b h q s]. Softmax in f32.
+  """
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
+
+
+class SwiGLU(nnx.Module):
+  """down(silu(gate x) * up x)."""
+
+  def __init__(self, width: int, hidden: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.gate = weight(rngs, (width, hidden), ('fsdp', 'tp'), width, dtype)
+    self.up = weight(rngs, (width, hidden), ('fsdp', 'tp'), width, dtype)
+    self.down = weight(rngs, (hidden, width), ('tp', 'fsdp'), hidden, dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = jax.nn.silu(einsum('bsd,df->bsf', x, self.gate)) * einsum('bsd,df->bsf', x, self.up)
+    return einsum('bsf,fd->bsd', hidden, self.down, RESIDUAL)
+
+
+class GatedAttention(nnx.Module):
+  """Grouped-query attention with QK-norm and a sigmoid gate on its output, without biases (Krea 2).
+
+  The two norms are zero-centred: they multiply by 1 + scale.
+  """
+
+  def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, eps: float, *, rngs: nnx.Rngs):
+    self.eps = eps
+    self.wq = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), width)
+    self.wk = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), width)
+    self.wv = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), width)
+    self.gate = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), width)
+    self.wo = weight(rngs, (heads, head_dim, width), ('tp', None, 'fsdp'), heads * head_dim)
+    self.q_norm = constant(0.0, (head_dim,))
+    self.k_norm = constant(0.0, (head_dim,))
+
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
+    """[b s d] -> [b s d]; `mask` as in `attention`, `angles` as in `rope` (none: no positions)."""
+    q = rms_norm(einsum('bsd,dhk->bshk', x, self.wq), self.q_norm, self.eps, 1.0)
+    k = rms_norm(einsum('bsd,dgk->bsgk', x, self.wk), self.k_norm, self.eps, 1.0)
+    v = einsum('bsd,dgk->bsgk', x, self.wv)
+    if angles is not None:
+      q, k = rope(q, angles), rope(k, angles)
+    gate = jax.nn.sigmoid(einsum('bsd,dhk->bshk', x, self.gate))
+    return einsum('bshk,hkd->bsd', attention(q, k, v, mask) * gate, self.wo, RESIDUAL)
+
+
+def sinusoid(t: jax.Array, dim: int, period: float = 1e4) -> jax.Array:
+  """[b] -> [b dim], cosines then sines, in f32."""
+  frequencies = jnp.exp(-math.log(period) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+  angles = t.astype(jnp.float32)[:, None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

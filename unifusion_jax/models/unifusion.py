@@ -1,0 +1,141 @@
+"""UniFusion: layerwise attention pooling and the diffusion transformer as one module, its configurations and files.
+
+A checkpoint is a folder in the layout of diffusers' Krea2Transformer2DModel: config.json with its field names (and
+`patch_size`, which Krea keeps in the pipeline's index) and diffusion_pytorch_model.safetensors with its keys. Krea 2's
+published transformer folder therefore loads here, and what is saved here loads there.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from unifusion_jax import convert
+from unifusion_jax.models import dit, lap
+from unifusion_jax.models.dit import DiT, DiTConfig
+from unifusion_jax.models.lap import LAP, LAPConfig
+
+WEIGHTS = 'diffusion_pytorch_model.safetensors'
+
+
+@dataclasses.dataclass
+class UniFusionConfig:
+  lap: LAPConfig = dataclasses.field(default_factory=LAPConfig)
+  dit: DiTConfig = dataclasses.field(default_factory=DiTConfig)
+  dtype: str = 'bfloat16'  # of the computation; parameters have their own
+
+
+def krea2() -> UniFusionConfig:
+  """Krea 2 (12.8B parameters, 0.4B of them pooling and refiner) for the 12 taps of Qwen3-VL-4B."""
+  return UniFusionConfig(LAPConfig(remat=True), DiTConfig(remat=True))
+
+
+def base_8b() -> UniFusionConfig:
+  """A DiT of 8.0B parameters and 0.9B of pooling and refiner for 10 taps of InternVL2.5-8B, as large as the paper's.
+
+  Krea 2's blocks and proportions (width over depth about 200); the paper gives no sizes below "8B".
+  """
+  return UniFusionConfig(
+      LAPConfig(width=4096, taps=10, heads=32, kv_heads=32, mlp=11008, remat=True),
+      DiTConfig(depth=26, heads=40, kv_heads=8, mlp=13824, remat=True))
+
+
+class UniFusion(nnx.Module):
+  """`condition` once per prompt, `velocity` once per step."""
+
+  def __init__(self, config: UniFusionConfig, *, rngs: nnx.Rngs):
+    self.dtype = config.dtype
+    self.lap = LAP(config.lap, config.dit.width, rngs=rngs)
+    self.dit = DiT(config.dit, rngs=rngs)
+
+  @property
+  def config(self) -> UniFusionConfig:
+    return UniFusionConfig(dataclasses.replace(self.lap.config), dataclasses.replace(self.dit.config), self.dtype)
+
+  def condition(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Tapped VLM states [b s l e] and which of their tokens to use [b s] -> condition tokens [b s d]."""
+    return self.lap(hidden.astype(self.dtype), mask)
+
+  def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array) -> jax.Array:
+    """Latents [b y x c] at time t [b] (1 is noise), condition [b s d] and its mask [b s] -> velocity [b y x c] f32."""
+    return self.dit(z, t, cond.astype(self.dtype), mask)
+
+
+def to_json(config: UniFusionConfig) -> dict:
+  """The sizes under the names of diffusers' Krea2Transformer2DModel."""
+  return {
+      '_class_name': 'Krea2Transformer2DModel',
+      'in_channels': config.dit.channels * config.dit.patch ** 2,
+      'patch_size': config.dit.patch,
+      'num_layers': config.dit.depth,
+      'attention_head_dim': config.dit.head_dim,
+      'num_attention_heads': config.dit.heads,
+      'num_key_value_heads': config.dit.kv_heads,
+      'intermediate_size': config.dit.mlp,
+      'timestep_embed_dim': config.dit.time_dim,
+      'axes_dims_rope': list(config.dit.rope_axes),
+      'rope_theta': config.dit.rope_theta,
+      'norm_eps': config.dit.eps,
+      'text_hidden_dim': config.lap.width,
+      'num_text_layers': config.lap.taps,
+      'text_num_attention_heads': config.lap.heads,
+      'text_num_key_value_heads': config.lap.kv_heads,
+      'text_intermediate_size': config.lap.mlp,
+      'num_layerwise_text_blocks': config.lap.depth,
+      'num_refiner_text_blocks': config.lap.refiner_depth,
+  }
+
+
+def from_json(fields: dict) -> UniFusionConfig:
+  """The configuration of a config.json; how to compute (dtype, remat, unroll) is left at its defaults."""
+  fields = to_json(krea2()) | {k: v for k, v in fields.items() if not k.startswith('_')}
+  unknown = sorted(fields.keys() - to_json(krea2()).keys())
+  if unknown:
+    raise ValueError(f'config.json has fields that a Krea 2 transformer does not: {", ".join(unknown)}')
+  f = fields
+  patch = f['patch_size']
+  if f['in_channels'] % patch ** 2:
+    raise ValueError(f'config.json: in_channels {f["in_channels"]} is not a multiple of patch_size {patch} squared')
+  return UniFusionConfig(
+      LAPConfig(
+          width=f['text_hidden_dim'], taps=f['num_text_layers'], depth=f['num_layerwise_text_blocks'],
+          refiner_depth=f['num_refiner_text_blocks'], heads=f['text_num_attention_heads'],
+          kv_heads=f['text_num_key_value_heads'], mlp=f['text_intermediate_size'], eps=f['norm_eps']),
+      DiTConfig(
+          channels=f['in_channels'] // patch ** 2, patch=patch, depth=f['num_layers'],
+          heads=f['num_attention_heads'], kv_heads=f['num_key_value_heads'], head_dim=f['attention_head_dim'],
+          mlp=f['intermediate_size'], time_dim=f['timestep_embed_dim'], rope_axes=tuple(f['axes_dims_rope']),
+          rope_theta=f['rope_theta'], eps=f['norm_eps']))
+
+
+def read_config(folder) -> UniFusionConfig:
+  """The configuration of a checkpoint folder."""
+  return from_json(json.loads((pathlib.Path(folder) / 'config.json').read_text()))
+
+
+def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
+  """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
+
+  `config` chooses how to compute (dtype, remat, unroll); ValueError where its sizes are not the checkpoint's.
+  """
+  stored = read_config(folder)
+  config = config or stored
+  wanted, found = to_json(config), to_json(stored)
+  differ = [f'{k} is {found[k]}, not {wanted[k]}' for k in wanted if wanted[k] != found[k]]
+  if differ:
+    raise ValueError(f'{folder} does not hold the model asked for: {"; ".join(differ)}')
+  return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), convert.read(folder), RULES, DIMS, dtype)
+
+
+def save(model: UniFusion, folder) -> None:
+  """Writes config.json and the weights, in the model's own dtype, into `folder`."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  convert.write(folder / WEIGHTS, convert.export(model, RULES, DIMS))
+  (folder / 'config.json').write_text(json.dumps(to_json(model.config), indent=2) + '\n')
+
+
+RULES, DIMS = lap.RULES + dit.RULES, {'two': 2}

@@ -1,0 +1,105 @@
+"""Training the embedded VLM: next-token loss on what it has to write, and a read-out that teaches its eye.
+
+The read-out is a linear head on the projected picture tokens that has to tell what of the scene each of them covers.
+It is dropped when the VLM is exported.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from unifusion_jax.data import transforms
+from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.models import internvl
+from unifusion_jax.models import layers
+from unifusion_jax.models.decoder import causal_mask
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # InternVL's normalisation of pixels
+
+
+@dataclasses.dataclass
+class WritingConfig:
+  readout: float = 1.0  # weight of the read-out's loss; it only exists for scenes
+
+
+# Sizes of the read-out's outputs: covered, the object's attributes, its centre, background kind and colours.
+_PARTS = (1, *(len(names) for _, names in transforms.READOUT), 2, len(world.BACKGROUND_KINDS),
+          len(world.BACKGROUND_COLOURS) ** 2)
+
+
+class Reader(nnx.Module):
+  """The VLM with the read-out head that it is trained with."""
+
+  def __init__(self, config: internvl.InternVLConfig, *, rngs: nnx.Rngs):
+    self.vlm = internvl.InternVL(config, rngs=rngs)
+    width = config.text.width
+    self.head = layers.weight(rngs, (width, sum(_PARTS)), (None, None), width)
+
+
+def loss(config: WritingConfig, params: Reader, frozen, batch, key):
+  """Cross-entropy of the written tokens (and the read-out), f32.
+
+  Args:
+    batch: as `transforms.Write` gives it, batched.
+  """
+  del frozen, key
+  pictures = None
+  metrics = {}
+  readout = jnp.zeros((), jnp.float32)
+  if 'tiles' in batch:
+    pictures = params.vlm.pictures(batch['tiles'])
+    readout, metrics = _readout_loss(layers.einsum('bse,ef->bsf', pictures, params.head), batch['readout'])
+  prompt = params.vlm.prompt(batch['tokens'], batch['valid'], pictures=pictures)
+  last, _, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['valid']))
+  logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
+  mask = batch['target_mask'].astype(jnp.float32)
+  targets = batch['targets'].astype(jnp.int32)
+  log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+  chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+  count = jnp.sum(mask)
+  value = -jnp.sum(chosen * mask) / count
+  right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
+  return value + config.readout * readout, dict(loss=value, accuracy=right, **metrics)
+
+
+def _readout_loss(outputs: jax.Array, wanted: jax.Array):
+  """outputs [b s sum(_PARTS)], wanted [b s 9] as `transforms.readout` -> (mean loss, accuracies)."""
+  edges = [sum(_PARTS[:i + 1]) for i in range(len(_PARTS) - 1)]
+  covered, shape, colour, size, fill, centre, kind, colours = jnp.split(outputs.astype(jnp.float32), edges, axis=-1)
+  present = wanted[..., 0]
+
+  def mean(x, where):
+    return jnp.sum(x * where) / jnp.maximum(jnp.sum(where), 1.0)
+
+  def chosen(logits, labels, where):
+    log_probabilities = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_probabilities, labels.astype(jnp.int32)[..., None], axis=-1)[..., 0]
+    return -mean(picked, where), mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32), where)
+
+  everywhere = jnp.ones_like(present)
+  losses = {'covered': mean(jnp.logaddexp(0.0, jnp.where(present > 0, -1, 1) * covered[..., 0]), everywhere),
+            'centre': mean(jnp.mean(jnp.abs(centre - wanted[..., 5:7]), -1), present)}
+  rates = {}
+  for i, (name, logits) in enumerate((('shape', shape), ('colour', colour), ('size', size), ('fill', fill)), 1):
+    losses[name], rates[f'readout_{name}'] = chosen(logits, wanted[..., i], present)
+  losses['kind'], rates['readout_background'] = chosen(kind, wanted[..., 7], everywhere)
+  losses['colours'], _ = chosen(colours, wanted[..., 8], everywhere)
+  return sum(losses.values()), dict(rates, readout_centre=losses['centre'])
+
+
+def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
+  """Writes a Hugging Face folder: weights, config.json, preprocessor_config.json and the tokenizer's files."""
+  folder = pathlib.Path(folder)
+  internvl.save(vlm, folder)
+  tile = vlm.config.vision.tile
+  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(MEAN),
+                image_std=list(STD), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)
+  (folder / 'preprocessor_config.json').write_text(json.dumps(pixels, indent=2) + '\n')
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+    if pathlib.Path(tokenizer).resolve() != folder.resolve():
+      shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)

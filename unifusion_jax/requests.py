@@ -1,0 +1,90 @@
+"""Requests from the command line or from a source, and their answers as files and sheets."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from unifusion_jax import sample
+from unifusion_jax.data import images
+
+
+def from_config(settings, size: int) -> list[tuple[sample.Request, int, int]]:
+  """What `config.sample` asks for: (request, height, width), `num_images` for each line of the prompt.
+
+  Raises:
+    ValueError: when there is nothing to do, or a picture cannot be read.
+  """
+  text = settings.prompt
+  if text.startswith('@'):
+    text = pathlib.Path(text[1:]).read_text()
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if not lines and settings.rewrite is not None:
+    lines = [settings.rewrite]
+  if not lines:
+    raise ValueError('nothing to draw: give --config.sample.prompt="..." (one request a line, or @file.txt)')
+  references = tuple(images.read(path) for path in settings.references)
+  height, width = settings.height, settings.width
+  if not height or not width:
+    height, width = _shape_like(references[0] if references else None, size, height, width)
+  made = []
+  for i, line in enumerate(lines):
+    for j in range(settings.num_images):
+      seed = settings.seed + i * settings.num_images + j
+      made.append((sample.Request(line, references, seed, settings.rewrite), height, width))
+  return made
+
+
+def _shape_like(reference, size: int, height: int, width: int) -> tuple[int, int]:
+  """About size^2 pixels in the reference's proportions, each side a multiple of 16; a side that is given stays."""
+  ratio = 1.0 if reference is None else reference.shape[1] / reference.shape[0]
+  if height or width:
+    wanted = (height, height * ratio) if height else (width / ratio, width)
+  else:
+    wanted = (size / ratio ** 0.5, size * ratio ** 0.5)
+  rounded = [max(16, round(side / 16) * 16) for side in wanted]
+  return height or rounded[0], width or rounded[1]
+
+
+def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path) -> None:
+  """Draws everything asked for; writes a PNG for each picture, with what made it in its metadata, and a grid."""
+  rows, captions = [], []
+  requests = [request for request, _, _ in asked]
+  _, height, width = asked[0]
+  results = sampler(requests, height, width)
+  for i, (request, result) in enumerate(zip(requests, results)):
+    path = folder / f'{i:03d}.png'
+    made_by = dict(prompt=request.instruction, written=result.written, seed=str(request.seed),
+                   settings=json.dumps(dict(steps=settings.steps, guidance=settings.guidance, method=settings.method,
+                                            shift=settings.shift, verifi=settings.verifi, width=width, height=height)))
+    images.write_png(path, result.picture, made_by)
+    print(f'{path}\n  asked:   {request.instruction}\n  written: {result.written}')
+    rows.append([*request.references, result.picture])
+    captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
+                    + [result.written])
+  images.write_png(folder / 'grid.png', images.grid(rows, captions))
+  print(f'{folder / "grid.png"}')
+
+
+def same_shape(source, count: int) -> list[dict]:
+  """The first `count` records of a source that share the first one's shape."""
+  first = source.bucket(0)
+  records, i = [], 0
+  while len(records) < count and i < len(source):
+    if source.bucket(i) == first:
+      records.append(source[i])
+    i += 1
+  return records
+
+
+def sheet(sampler: sample.Sampler, records: list[dict]) -> np.ndarray:
+  """A picture of what the model makes of records: references, result (with what was written), target."""
+  height, width = records[0]['target'].shape[:2]
+  requests = [sample.Request(r['instruction'] or r['caption'], tuple(r['references']), i) for i, r in enumerate(records)]
+  results = sampler(requests, height, width)
+  rows = [[*(images.read(p) for p in r['references']), result.picture, images.read(r['target'])]
+          for r, result in zip(records, results)]
+  captions = [([''] * (len(r['references']) - 1) + [request.instruction] if r['references'] else [])
+              + [result.written, r['caption'] if r['references'] else request.instruction]
+              for r, request, result in zip(records, requests, results)]
+  return images.grid(rows, captions, cell=192)

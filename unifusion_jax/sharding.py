@@ -1,0 +1,56 @@
+"""The device mesh and the few names everything is sharded by.
+
+Three axes: `data` (pure replication of parameters), `fsdp` (parameters and batch), `tp` (heads and hidden units).
+All are Explicit: an array's type says how it is sharded, and gradients, moments and EMA inherit it.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+AXES = ('data', 'fsdp', 'tp')
+BATCH = ('data', 'fsdp')  # the batch dimension of every activation
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  data: int = 1
+  fsdp: int = -1  # -1: all devices that the other two leave
+  tp: int = 1
+
+  def shape(self, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tp) for that many devices; ValueError when they do not multiply to it."""
+    sizes = [self.data, self.fsdp, self.tp]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) == 1 and devices % known == 0:
+      sizes[sizes.index(-1)] = devices // known
+    if any(s < 1 for s in sizes) or int(np.prod(sizes)) != devices:
+      raise ValueError(f'mesh data={self.data} fsdp={self.fsdp} tp={self.tp} does not fit {devices} devices: '
+                       'the product must equal the number of devices, and one axis at most may be -1')
+    return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+  """The mesh over all devices of all processes."""
+  return jax.make_mesh(config.shape(jax.device_count()), AXES)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
+  """The same mesh over devices that are not here, for type-checking a program at full size."""
+  explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+  return jax.sharding.AbstractMesh(config.shape(devices), AXES, axis_types=explicit)
+
+
+def put_batch(batch, mesh: jax.sharding.Mesh):
+  """This process's share of a batch (numpy arrays with leading dim b) as global arrays sharded over BATCH."""
+  sharding = jax.sharding.NamedSharding(mesh, jax.P(BATCH))
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def abstract(tree, mesh):
+  """Every leaf of an `eval_shape` result with a sharding on `mesh`; scalars, which have none, are replicated."""
+  def leaf(x):
+    spec = x.sharding.spec if x.sharding is not None else jax.P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+  return jax.tree.map(leaf, tree)

@@ -1,0 +1,106 @@
+"""The training loop: build, restore, step, log, preview, save. It knows no model; `jobs.py` does."""
+
+import collections
+import math
+import pathlib
+import statistics
+import time
+
+from absl import logging
+import jax
+import numpy as np
+
+from unifusion_jax import checkpoint
+from unifusion_jax import config as configuration
+from unifusion_jax import jobs
+from unifusion_jax import metrics as metrics_lib
+from unifusion_jax import sharding
+from unifusion_jax import step as step_lib
+from unifusion_jax.data import pipeline
+
+
+class Diverged(RuntimeError):
+  """Training produced something that is not worth saving."""
+
+
+def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, *, stop_at: int | None = None):
+  """Trains to `config.train.steps` (or pauses at `stop_at`), going on where the workdir's last checkpoint stands.
+
+  Returns the final State. The mesh must be in context.
+  """
+  configuration.check(config, mesh.size)
+  configuration.keep(config, workdir)
+  job = jobs.build(config)
+  frozen = job.load_frozen()
+  tx = step_lib.optimizer(config.optim, config.train.steps)
+
+  def fresh(params):
+    return step_lib.init(params, tx)
+
+  mix, transform = job.data()
+  data = pipeline.batches(mix, transform, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(),
+                          workers=config.data.workers)
+  saved = checkpoint.Checkpoints(workdir)
+  if saved.latest() is None:
+    state = jax.jit(fresh, donate_argnums=0)(job.init_params())
+  else:
+    state = saved.restore(jax.eval_shape(lambda: fresh(job.draw_params())), data, mesh)
+    logging.info('going on from step %d of %s', int(state.step), workdir)
+  train_step = step_lib.make_train_step(job.loss, tx, config.optim)
+
+  start, end = int(state.step), config.train.steps if stop_at is None else min(stop_at, config.train.steps)
+  writer = metrics_lib.Writer(workdir, start, config.train.steps)
+  watch = _Watch(config.train.diverged)
+  key = jax.random.key(config.seed)
+  seen = skipped = 0
+  clock, clock_step = time.monotonic(), start
+  try:
+    for step in range(start, end):
+      batch = next(data)
+      missed = batch.pop('skipped')
+      seen, skipped = seen + len(missed), skipped + int(np.sum(missed))
+      if np.any(missed):
+        pipeline.check_skipped(seen, skipped, config.data.skipped, mix)
+      state, scalars = train_step(state, frozen, sharding.put_batch(batch, mesh), key)
+      done = step + 1
+      if done % config.train.log_every == 0 or done == end:
+        scalars = {name: float(value) for name, value in scalars.items()}
+        watch(done, scalars)
+        now = time.monotonic()
+        rate = (done - clock_step) * config.data.batch_size / (now - clock)
+        clock, clock_step = now, done
+        writer.write(done, dict(scalars, images_per_second=rate, skipped=skipped))
+        writer.advance(done)
+      if done % config.train.preview_every == 0 or done == end:
+        job.preview(state.ema, frozen, workdir, done)
+        clock, clock_step = time.monotonic(), done
+      if done % config.train.save_every == 0 or done == end:
+        # A bad step between two logged ones shows in its successor: nothing is saved before it is looked at.
+        watch(done, {name: float(value) for name, value in scalars.items()})
+        saved.save(state, data)
+    saved.wait()
+  finally:
+    saved.close()
+    data.close()
+    writer.close()
+  return state
+
+
+class _Watch:
+  """Raises Diverged when the loss or the gradient is not finite, or the loss leaps above its running median."""
+
+  def __init__(self, factor: float):
+    self._factor = factor
+    self._recent = collections.deque(maxlen=50)
+
+  def __call__(self, step: int, scalars: dict[str, float]) -> None:
+    bad = [name for name in ('loss', 'gradient_norm') if not math.isfinite(scalars[name])]
+    advice = 'the last checkpoint is kept; lower optim.learning_rate or optim.clip, or look at the data, and run again'
+    if bad:
+      raise Diverged(f'step {step}: {" and ".join(bad)} no longer finite; {advice}')
+    if len(self._recent) == self._recent.maxlen:
+      usual = statistics.median(self._recent)
+      if scalars['loss'] > self._factor * usual:
+        raise Diverged(f'step {step}: loss {scalars["loss"]:.4g} is more than train.diverged={self._factor:g} times its '
+                       f'running median {usual:.4g}; {advice}')
+    self._recent.append(scalars['loss'])

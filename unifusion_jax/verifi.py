@@ -1,0 +1,153 @@
+"""VERIFI: one place that lays out what the VLM reads and writes, and says which of it reaches the DiT.
+
+The order is the paper's (arXiv 2510.12789, architecture figure): system prompt | pictures | instruction | written
+text, inside the VLM's own chat template. The DiT is conditioned on the picture tokens and on the written text with the
+stop token that ends it; system prompt, instruction and every other token of the template are masked. The stop
+token stays so that the empty text, the null condition of classifier-free guidance, is one token and not none.
+
+Ids are built span by span. Text of a user is tokenised as plain text, so a template token spelled inside it stays text.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jinja2
+import numpy as np
+
+SYSTEM = {
+    'rewrite': 'Describe the picture to draw.',
+    'answer': 'Answer.',
+}
+_SLOTS = ('slotsystem', 'slotuser', 'slotwritten')  # stand-ins that no template rewrites
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """A run of token ids of one kind: 'template', 'system', 'picture', 'instruction', 'written' or 'stop'."""
+  kind: str
+  ids: tuple[int, ...]
+
+
+KEPT = ('picture', 'written', 'stop')
+
+
+class TooLong(ValueError):
+  """Text that does not fit the lengths that are set."""
+
+
+class Chat:
+  """The chat of one VLM: its tokenizer, its template taken apart, and how a picture stands in it.
+
+  Attributes:
+    stop_ids: ids that end written text.
+    picture_id: the id that each picture token stands under until the vision tower's output replaces it.
+    picture_ends: the template's ids before and after the tokens of a picture.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, picture=('<img>', '<IMG_CONTEXT>', '</img>\n')):
+    self.folder = str(folder)
+    self.tokenizer = _tokenizer(self.folder)
+    self.picture_id = self._one_id(picture[1])
+    self.picture_ends = tuple(self._template_ids(text) for text in (picture[0], picture[2]))
+    rendered = self._render(system=_SLOTS[0], user=_SLOTS[1], written=_SLOTS[2])
+    literals, rest = [], rendered
+    for slot in _SLOTS:
+      before, found, rest = rest.partition(slot)
+      if not found or slot in rest:
+        raise ValueError(f'{self.folder}: its chat template does not give system, user and assistant text once each, '
+                         f'in this order, so VERIFI cannot tell the spans apart; it renders {rendered!r}')
+      literals.append(self._template_ids(before))
+    closing = self._template_ids(rest)
+    if not closing:
+      raise ValueError(f'{self.folder}: its chat template ends an answer with no token, so nothing stops writing')
+    self._literals = literals
+    self.stop_ids = (closing[0],)
+
+  def _render(self, **texts) -> str:
+    messages = [dict(role='system', content=texts['system']), dict(role='user', content=texts['user']),
+                dict(role='assistant', content=texts['written'])]
+    try:
+      return self.tokenizer.apply_chat_template(messages, tokenize=False)
+    except (jinja2.TemplateError, ValueError) as error:
+      raise ValueError(f'{self.folder}: no usable chat template in its tokenizer: {error}') from error
+
+  def _template_ids(self, text: str) -> tuple[int, ...]:
+    return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+  def _one_id(self, token: str) -> int:
+    ids = self._template_ids(token)
+    if len(ids) != 1:
+      raise ValueError(f'{self.folder}: {token!r} is not one token of its tokenizer, so pictures have no place')
+    return ids[0]
+
+  def text_ids(self, text: str) -> tuple[int, ...]:
+    """Ids of plain text: a special token spelled in it is tokenised letter by letter."""
+    return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+  def spans(self, instruction: str, pictures: tuple[int, ...] = (), written: str | None = None,
+            system: str = SYSTEM['rewrite']) -> list[Span]:
+    """Everything the VLM reads, in order.
+
+    Args:
+      instruction: what the user asks.
+      pictures: the number of picture tokens of each reference (tiles times tokens of a tile).
+      written: the text of the answer; None leaves the prompt open, for the VLM to write.
+      system: the system prompt.
+    """
+    open_picture, close_picture = self.picture_ends
+    spans = [Span('template', self._literals[0]), Span('system', self.text_ids(system)),
+             Span('template', self._literals[1])]
+    for tokens in pictures:
+      spans += [Span('template', open_picture), Span('picture', (self.picture_id,) * tokens),
+                Span('template', close_picture)]
+    spans += [Span('instruction', self.text_ids(instruction)), Span('template', self._literals[2])]
+    if written is not None:
+      spans += [Span('written', self.text_ids(written)), Span('stop', self.stop_ids)]
+    return spans
+
+  def read(self, ids) -> str:
+    """Text of written ids, up to the first stop token."""
+    ids = list(ids)
+    stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
+    return self.tokenizer.decode(ids[:stops[0]] if stops else ids, skip_special_tokens=True).strip()
+
+
+def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ...] = KEPT) -> dict[str, np.ndarray]:
+  """Spans as padded arrays.
+
+  Args:
+    spans: from `Chat.spans`.
+    length: s, tokens that an example is padded to.
+    kept_length: q, kept tokens that it is padded to.
+    kept: the kinds of span that reach the DiT.
+
+  Returns:
+    tokens [s] i32 and valid [s] bool; keep [q] i32, where in s each kept token stands, and keep_mask [q] bool;
+    written [s] bool, the tokens that the VLM has to write (text and stop).
+
+  Raises:
+    TooLong: when the text does not fit; nothing is cut off.
+  """
+  ids = np.array([token for span in spans for token in span.ids], np.int32)
+  kinds = np.array([span.kind for span in spans for _ in span.ids])
+  keep = np.flatnonzero(np.isin(kinds, kept)).astype(np.int32)
+  if len(ids) > length or len(keep) > kept_length:
+    raise TooLong(f'a prompt of {len(ids)} tokens, {len(keep)} of them for the DiT, does not fit the {length} and '
+                     f'{kept_length} that are set: shorten the text or raise data.text_tokens / data.written_tokens')
+
+  def pad(x, n):
+    return np.pad(x, (0, n - len(x)))
+  return dict(tokens=pad(ids, length), valid=pad(np.ones(len(ids), bool), length), keep=pad(keep, kept_length),
+              keep_mask=pad(np.ones(len(keep), bool), kept_length),
+              written=pad(np.isin(kinds, ('written', 'stop')), length))
+
+
+@functools.cache
+def _tokenizer(folder: str):
+  import transformers  # a slow import that only tokenizing needs
+  transformers.logging.set_verbosity_error()
+  path = pathlib.Path(folder)
+  if not (path / 'tokenizer_config.json').exists() and not (path / 'tokenizer.json').exists():
+    raise FileNotFoundError(f'{folder} holds no tokenizer.json: point config.vlm at a Hugging Face VLM folder')
+  return transformers.AutoTokenizer.from_pretrained(folder)
