@@ -19,8 +19,7 @@ from unifusion_jax.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
-  scales = dict(tiny=tiny, base_8b=base_8b)
-  scales['8b'] = base_8b
+  scales = {'tiny': tiny, '8b': base_8b}
   if scale not in scales:
     raise ValueError(f'configs/t2i.py has the scales tiny and 8b, not {scale!r}')
   return scales[scale]()
@@ -36,10 +35,11 @@ def tiny() -> config.Config:
           dtype='float32'),
       taps=(2, 4, 6),
       frozen_dtype='float32',
-      data=config.DataConfig(tasks=('t2i', 'reconstruct'), weights=(0.97, 0.03), text_tokens=(128,), written_tokens=52,
-                             batch_size=32),
+      data=config.DataConfig(tasks=('t2i/1-2', 't2i/3-4', 'reconstruct'), weights=(0.67, 0.3, 0.03),
+                             text_tokens=(108, 132, 76), written_tokens=(30, 52, 52), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
-      train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000))
+      train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000),
+      sample=config.SampleConfig(weights=str(config.ASSETS / 't2i')))
 
 
 def base_8b() -> config.Config:
@@ -47,10 +47,10 @@ def base_8b() -> config.Config:
       objective=generation.FlowConfig(shift=4.0),
       model=unifusion.base_8b(),
       vlm='OpenGVLab/InternVL2_5-8B',
-      vae='Qwen/Qwen-Image',
+      vae='black-forest-labs/FLUX.1-schnell',
       taps=tuple(range(4, 32, 3)),
       data=config.DataConfig(path='data/train.jsonl', tasks=('t2i', 'reconstruct'), weights=(0.97, 0.03), size=1024,
-                             tiles=9, text_tokens=(1024,), written_tokens=512, batch_size=512),
+                             tiles=9, text_tokens=(1024,), written_tokens=(512,), batch_size=512),
       optim=OptimConfig(learning_rate=1e-4, warmup=2000, decay=0.1, clip=0.5, ema=0.9999),
       train=config.TrainConfig(steps=600_000, log_every=50, save_every=2000, preview_every=5000),
       sample=config.SampleConfig(steps=40, guidance=4.5, shift=0.0),

@@ -22,5 +22,5 @@ def get_config(scale: str = 'tiny') -> config.Config:
                           scaling_factor=1.0),
       data=config.DataConfig(tasks=('reconstruct',), weights=(1.0,), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.5, ema=0.998),
-      train=config.TrainConfig(steps=6000, log_every=20, save_every=500, preview_every=1000),
+      train=config.TrainConfig(steps=2600, log_every=20, save_every=500, preview_every=1000),
       eval=config.EvalConfig(examples=500))

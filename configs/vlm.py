@@ -1,7 +1,9 @@
 """The embedded VLM: InternVL's architecture at 2.9M parameters, its own tokenizer, on scenes at 64 px.
 
   python -m unifusion_jax.data.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
-  python -m unifusion_jax.main --config=configs/vlm.py
+  python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye          # the vision tower alone, first
+  python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye --mode=export
+  python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/eye/export   # then all of it
   python -m unifusion_jax.main --config=configs/vlm.py --mode=eval
   python -m unifusion_jax.main --config=configs/vlm.py --mode=export   # then copy runs/vlm/export to the assets
 
@@ -16,8 +18,18 @@ from unifusion_jax.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
-  if scale != 'tiny':
-    raise ValueError(f'configs/vlm.py has the scale tiny, not {scale!r}')
+  if scale not in ('tiny', 'eye'):
+    raise ValueError(f'configs/vlm.py has the scales tiny and eye, not {scale!r}')
+  made = tiny()
+  if scale == 'eye':
+    made.objective.words = 0.0
+    made.data = config.DataConfig(tasks=('caption',), weights=(1.0,), text_tokens=(76,), batch_size=64)
+    made.optim = OptimConfig(learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
+    made.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
+  return made
+
+
+def tiny() -> config.Config:
   return config.Config(
       objective=writing.WritingConfig(),
       model=internvl.InternVLConfig(
@@ -29,7 +41,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
           tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
                  'rewrite/3-4', 'multi'),
           weights=(0.22, 0.15, 0.1, 0.07, 0.07, 0.05, 0.14, 0.1, 0.1),
-          text_tokens=(88, 108, 56, 72, 56, 72, 108, 132, 96), written_tokens=52, batch_size=32),
+          text_tokens=(88, 108, 56, 72, 56, 72, 108, 132, 96), written_tokens=(40, 52, 30, 52, 10, 10, 30, 52, 52), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=4000, log_every=20, save_every=500, preview_every=1000),
       eval=config.EvalConfig(examples=500, batch_size=100))

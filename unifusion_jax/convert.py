@@ -108,9 +108,9 @@ def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[s
   """The module that `make()` would build, filled from `tensors` (name -> anything with shape, dtype and slicing).
 
   `make` only runs abstractly. Leaves get the sharding that it gives them on the mesh in context, and `dtype` (for
-  floating leaves) or the one it gives them. Each process reads the slices of its own devices, a layer at a time, so
-  the host never holds more than about one torch tensor twice. `ignore`: regexes of torch names that are not wanted.
-  ValueError lists every missing, unused, misshapen or doubly used tensor; nothing is returned half filled.
+  floating leaves) or the one it gives them. Each process reads the slices of its own devices, a layer at a time: the
+  host holds two or three times the largest torch tensor, never a whole stack. `ignore`: regexes of torch names that
+  are not wanted. ValueError lists every missing, unused, misshapen or doubly used tensor; nothing is half filled.
   """
   abstract = jax.eval_shape(make)
   leaves, sources, problems = _plan(abstract, rules, dims)
@@ -132,10 +132,11 @@ def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[s
     kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
     if sources[path][0].layer is None:
       return _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec))
-    stacked = jnp.zeros(leaf.shape, kind, device=jax.NamedSharding(mesh, spec))
-    for source in sources[path]:
-      layer = _array(source, tensors, leaf.shape[1:], kind, jax.NamedSharding(mesh, jax.P(*spec[1:])))
-      stacked = jax.block_until_ready(_set_layer(stacked, layer, source.layer))
+    stacked = jax.jit(lambda: jnp.zeros(leaf.shape, kind), out_shardings=jax.NamedSharding(mesh, spec))()
+    layer = jax.NamedSharding(mesh, jax.P(*spec[1:]))
+    for source in sources[path]:  # a layer has no name here, or the host would hold it while it reads the next
+      stacked = _set_layer(stacked, _array(source, tensors, leaf.shape[1:], kind, layer), source.layer)
+      jax.block_until_ready(stacked)
     return stacked
 
   return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
@@ -167,8 +168,7 @@ def _array(source, tensors, shape, dtype, sharding) -> jax.Array:
     index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
     key = tuple((i.start, i.stop) for i in index)
     if key not in seen:
-      seen[key] = np.ascontiguousarray(source.read(tensors[source.name], index).astype(dtype)).reshape(
-          [i.stop - i.start for i in index])
+      seen[key] = source.read(tensors[source.name], index).astype(dtype, order='C')
     return seen[key]
 
   return jax.make_array_from_callback(shape, sharding, slab, dtype=dtype)

@@ -1,7 +1,7 @@
 """Rectified flow: x_t = (1 - t) data + t noise, velocity = noise - data, t = 1 is noise.
 
 Liu et al. (arXiv 2209.03003); time sampling and resolution shift of Stable Diffusion 3 (arXiv 2403.03206); the shift's
-dependence on the number of image tokens as in Krea 2. Pure functions; a `velocity` is any (x [b ...], t [b]) -> [b ...].
+dependence on the number of image tokens as in Krea 2. Pure functions; a `velocity` maps (x [b ...], t [b]) to [b ...].
 """
 
 import math

@@ -14,6 +14,7 @@ from unifusion_jax import checkpoint
 from unifusion_jax import config as configuration
 from unifusion_jax import requests
 from unifusion_jax import sample
+from unifusion_jax import step
 from unifusion_jax.data import images
 from unifusion_jax.data import mix
 from unifusion_jax.data import pipeline
@@ -27,6 +28,7 @@ from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.objectives import generation
 from unifusion_jax.objectives import reconstruction
 from unifusion_jax.objectives import writing
+from unifusion_jax.sharding import BATCH
 
 PREVIEWED = 8  # rows of a preview
 
@@ -42,18 +44,42 @@ def _layout(config: configuration.Config) -> transforms.Layout:
   return transforms.layout(config.vlm, config.data)
 
 
+def _abstract_batch(shapes: dict) -> dict:
+  """Arrays with a leading batch dim as they reach the train step; `shapes` gives (shape, dtype) of each."""
+  sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+
+
+def _abstract_state(job):
+  tx = step.optimizer(job.config.optim, job.config.train.steps)
+  return jax.eval_shape(lambda: step.init(job.draw_params(), tx))
+
+
+def _vlm_config(name: str) -> internvl.InternVLConfig:
+  """Of a folder, or of a public name whose weights are not here."""
+  path = pathlib.Path(name) / 'config.json'
+  return internvl.InternVLConfig.from_json(json.loads(path.read_text())) if path.exists() else internvl.PRESETS[
+      name.split('/')[-1]]
+
+
+def _vae_config(name: str) -> autoencoder.VAEConfig:
+  path = pathlib.Path(name) / 'config.json'
+  return autoencoder.VAEConfig.from_json(json.loads(path.read_text())) if path.exists() else autoencoder.PRESETS[name]
+
+
 def _trained(job, workdir: pathlib.Path, mesh):
-  """The EMA of the workdir's last checkpoint; without a run there, the weights that `init` names."""
+  """The EMA of the workdir's last checkpoint; without a run there, what `sample.weights` or `init` names."""
   if (workdir / 'checkpoints').exists():
     saved = checkpoint.Checkpoints(workdir)
     try:
       return saved.restore_ema(jax.eval_shape(job.draw_params), mesh)
     finally:
       saved.close()
-  if job.config.init is None:
-    raise FileNotFoundError(f'{workdir} holds no run and config.init names no weights: train first (--mode=train), '
-                            'or give --config.init=FOLDER')
-  return job.init_params()
+  weights = job.config.sample.weights or job.config.init
+  if weights is None:
+    raise FileNotFoundError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), '
+                            'or give --config.sample.weights=FOLDER')
+  return job.load_params(weights)
 
 
 def _write_report(workdir: pathlib.Path, report: dict) -> None:
@@ -83,9 +109,26 @@ class Generation:
     return unifusion.UniFusion(self.config.model, rngs=nnx.Rngs(self.config.seed))
 
   def init_params(self) -> unifusion.UniFusion:
-    if self.config.init is None:
-      return jax.jit(self.draw_params)()
-    return unifusion.load(self.config.init, self.config.model)
+    return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
+
+  def load_params(self, folder: str) -> unifusion.UniFusion:
+    return unifusion.load(folder, self.config.model)
+
+  def abstract(self):
+    """(state, frozen, batch) as shapes on the abstract mesh in context: for checks without devices or weights."""
+    c, data = self.config, self.config.data
+    vlm, vae = _vlm_config(c.vlm), _vae_config(c.vae)
+    dtype = jnp.dtype(c.frozen_dtype)
+    frozen = jax.eval_shape(lambda: generation.Frozen(internvl.InternVL(vlm, dtype, rngs=nnx.Rngs(0)),
+                                                      autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
+    b, tiles = data.batch_size, data.tiles + (data.tiles > 1)
+    pictures = tiles * vlm.tile_tokens
+    s, q = max(data.text_tokens) + pictures, max(data.written_tokens) + pictures
+    batch = _abstract_batch(dict(
+        target=((b, data.size, data.size, 3), jnp.float32), tokens=((b, s), jnp.int32), valid=((b, s), bool),
+        keep=((b, q), jnp.int32), keep_mask=((b, q), bool),
+        tiles=((b, tiles, vlm.vision.tile, vlm.vision.tile, 3), jnp.float32)))
+    return _abstract_state(self), frozen, batch
 
   def data(self):
     o = self.config.objective
@@ -135,10 +178,22 @@ class Writing:
     return writing.Reader(self.config.model, rngs=nnx.Rngs(self.config.seed))
 
   def init_params(self) -> writing.Reader:
+    return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
+
+  def load_params(self, folder: str) -> writing.Reader:
+    """The read-out head, which no folder holds, starts anew."""
     params = jax.jit(self.draw_params)()
-    if self.config.init is not None:
-      params.vlm = internvl.load(self.config.init, jnp.float32, unroll=_on_cpu())
+    params.vlm = internvl.load(folder, jnp.float32, unroll=_on_cpu())
     return params
+
+  def abstract(self):
+    layout, b = self._layout(), self.config.data.batch_size
+    s, w = max(self.config.data.text_tokens) + layout.tokens, max(self.config.data.written_tokens)
+    batch = _abstract_batch(dict(
+        tokens=((b, s), jnp.int32), valid=((b, s), bool), predict=((b, w), jnp.int32), targets=((b, w), jnp.int32),
+        target_mask=((b, w), bool), tiles=((b, 1, layout.tile, layout.tile, 3), jnp.float32),
+        readout=((b, layout.tokens, 9), jnp.float32)))
+    return _abstract_state(self), None, batch
 
   def data(self):
     return mix.mix(self.config.data, seed=self.config.seed), transforms.Write(self._layout())
@@ -146,7 +201,7 @@ class Writing:
   def _layout(self) -> transforms.Layout:
     model, data = self.config.model, self.config.data
     return transforms.Layout(self.config.vlm, model.vision.tile, model.tile_tokens, data.tiles, writing.MEAN, writing.STD,
-                             max(data.text_tokens), data.written_tokens, transforms.rooms(data))
+                             max(data.text_tokens), max(data.written_tokens), transforms.rooms(data))
 
   @property
   def loss(self):
@@ -154,6 +209,8 @@ class Writing:
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     del frozen
+    if not self.config.objective.words:
+      return  # an eye alone says nothing
     sheet = eval_writing.sheet(params.vlm, self._layout(), self.config.data, PREVIEWED)
     images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
 
@@ -181,11 +238,17 @@ class Reconstruction:
     return autoencoder.Autoencoder(self.config.model, rngs=nnx.Rngs(self.config.seed))
 
   def init_params(self) -> autoencoder.Autoencoder:
-    if self.config.init is None:
-      return jax.jit(self.draw_params)()
-    vae = autoencoder.load(self.config.init, jnp.float32)
+    return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
+
+  def load_params(self, folder: str) -> autoencoder.Autoencoder:
+    vae = autoencoder.load(folder, jnp.float32)
     vae.config = self.config.model  # the scaling factor is measured anew at the export
     return vae
+
+  def abstract(self):
+    data = self.config.data
+    batch = _abstract_batch(dict(target=((data.batch_size, data.size, data.size, 3), jnp.float32)))
+    return _abstract_state(self), None, batch
 
   def data(self):
     return mix.mix(self.config.data, seed=self.config.seed), transforms.Picture()

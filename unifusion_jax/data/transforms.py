@@ -28,7 +28,7 @@ class Layout:
     max_tiles: tiles that a picture may be cut into (a thumbnail is added when there is more than one).
     mean, std: what the vision tower's pixels are normalised with.
     text: room in tokens for everything but pictures.  written: room for the written text and its stop token.
-    rooms: (task, room) pairs for tasks whose texts are shorter.
+    rooms: (task, text, written) for tasks that have their own.
   """
   folder: str
   tile: int
@@ -38,7 +38,7 @@ class Layout:
   std: tuple[float, float, float]
   text: int
   written: int
-  rooms: tuple[tuple[str, int], ...] = ()
+  rooms: tuple[tuple[str, int, int], ...] = ()
 
   @property
   def chat(self) -> verifi.Chat:
@@ -55,7 +55,12 @@ class Layout:
   def lengths(self, counts: tuple[int, ...], task: str = '') -> tuple[int, int]:
     """(s, q): tokens, and tokens that reach the DiT, that a prompt with such pictures is padded to."""
     markers = sum(len(ids) for ids in self.chat.picture_ends)
-    return dict(self.rooms).get(task, self.text) + sum(counts) + markers * len(counts), self.written + sum(counts)
+    text, written = self.room(task)
+    return text + sum(counts) + markers * len(counts), written + sum(counts)
+
+  def room(self, task: str = '') -> tuple[int, int]:
+    """Tokens for text, and for written text, of a task."""
+    return next((room for name, *room in self.rooms if name == task), (self.text, self.written))
 
   def arrays(self, spans, counts: tuple[int, ...], task: str = '', kept=verifi.KEPT) -> dict[str, np.ndarray]:
     """`verifi.arrays` at the lengths for such pictures; a record whose text is too long for them is a broken one."""
@@ -71,12 +76,14 @@ def layout(folder: str, data) -> Layout:
   config = internvl.InternVLConfig.from_json(json.loads((path / 'config.json').read_text()))
   pixels = json.loads((path / 'preprocessor_config.json').read_text())
   return Layout(str(folder), config.vision.tile, config.tile_tokens, data.tiles, tuple(pixels['image_mean']),
-                tuple(pixels['image_std']), max(data.text_tokens), data.written_tokens, rooms(data))
+                tuple(pixels['image_std']), max(data.text_tokens), max(data.written_tokens), rooms(data))
 
 
-def rooms(data) -> tuple[tuple[str, int], ...]:
-  """The room for text of each task, when there is one for each."""
-  return tuple(zip(data.tasks, data.text_tokens)) if len(data.text_tokens) > 1 else ()
+def rooms(data) -> tuple[tuple[str, int, int], ...]:
+  """The rooms of each task: of `text_tokens` and `written_tokens`, which hold one number for all or one for each."""
+  count = len(data.tasks)
+  each = [numbers * count if len(numbers) == 1 else numbers for numbers in (data.text_tokens, data.written_tokens)]
+  return tuple(zip(data.tasks, *each))
 
 
 @functools.cache
@@ -143,9 +150,10 @@ class Write:
     spans = self.layout.chat.spans(record['instruction'], counts, record['caption'], system(record['task']))
     example = self.layout.arrays(spans, counts, record['task'])
     places = np.flatnonzero(example.pop('written'))
-    if len(places) > self.layout.written:
-      raise sources.BrokenRecord(f'an answer of {len(places)} tokens does not fit data.written_tokens={self.layout.written}')
-    room = (0, self.layout.written - len(places))
+    _, most = self.layout.room(record['task'])
+    if len(places) > most:
+      raise sources.BrokenRecord(f'an answer of {len(places)} tokens does not fit the {most} of data.written_tokens')
+    room = (0, most - len(places))
     example = dict(tokens=example['tokens'], valid=example['valid'],
                    predict=np.pad(places - 1, room).astype(np.int32),
                    targets=np.pad(example['tokens'][places], room),

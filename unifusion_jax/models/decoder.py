@@ -134,7 +134,7 @@ class Block(nnx.Module):
   def project(self, x: jax.Array, angles: jax.Array):
     """x [b s d] -> rotated q [b s h k], rotated k and v [b s g k]."""
     x = rms_norm(x, self.norm1, self.eps)
-    q, k, v = einsum('bsd,dhk->bshk', x, self.wq), einsum('bsd,dgk->bsgk', x, self.wk), einsum('bsd,dgk->bsgk', x, self.wv)
+    q, k, v = (einsum('bsd,dhk->bshk', x, w) for w in (self.wq, self.wk, self.wv))
     if self.bq is not None:
       q, k, v = q + self.bq[...].astype(x.dtype), k + self.bk[...].astype(x.dtype), v + self.bv[...].astype(x.dtype)
     if self.q_norm is not None:

@@ -125,9 +125,9 @@ class DiT(nnx.Module):
 
 
 def modulate(x: jax.Array, norm: nnx.Param, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
-  """(1 + scale) * rms_norm(x) + shift for x [b s d], scale and shift [b 1 d], in f32; result in x's dtype."""
-  y = rms_norm(x.astype(jnp.float32), norm, eps, 1.0)
-  return ((1 + scale) * y + shift).astype(x.dtype)
+  """(1 + scale) (1 + norm) x / rms(x) + shift for x [b s d], norm [d], scale and shift [b 1 d]; f32 within."""
+  factor = (1 + scale) * (1 + norm[...].astype(jnp.float32))  # one factor, one sum over tokens in its gradient
+  return (factor * rms_norm(x.astype(jnp.float32), eps=eps) + shift).astype(x.dtype)
 
 
 def patchify(z: jax.Array, patch: int) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
+import numpy as np
 
 from unifusion_jax import convert
 from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt
@@ -37,7 +38,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InternVLConfig:
-  """`from_json` reads the config.json of the `-hf` checkpoints."""
+  """The whole model; PRESETS at the end of this file has the public sizes."""
   vision: VisionConfig = VisionConfig()
   text: DecoderConfig = DecoderConfig()
   image_token_id: int = 151667
@@ -49,8 +50,24 @@ class InternVLConfig:
     return (self.vision.tile // self.vision.patch // self.shuffle) ** 2
 
   @classmethod
+  def from_original(cls, config: dict, image_token_id: int, unroll: bool = False) -> 'InternVLConfig':
+    """From the config.json of OpenGVLab's own layout, which leaves the picture token's id to the tokenizer."""
+    vision, size = config['vision_config'], config.get('force_image_size')
+    wrong = [f'{key}={config[key]!r}' for key, value in {'ps_version': 'v2', 'use_backbone_lora': 0, 'use_llm_lora': 0}
+             .items() if config.get(key, value) != value]
+    if size not in (None, vision['image_size']):
+      wrong.append(f'force_image_size={size} over a ViT for {vision["image_size"]}')
+    if wrong:
+      raise ValueError(f'this InternVL does not support {", ".join(wrong)}')
+    names = {'attention_bias': vision.get('qkv_bias', False), 'use_qk_norm': vision.get('qk_normalization', True),
+             'norm_type': vision.get('norm_type', 'rms_norm')}
+    return cls.from_json({
+        'vision_config': vision | names, 'text_config': config['llm_config'], 'image_token_id': image_token_id,
+        'vision_feature_layer': config.get('select_layer', -1), 'downsample_ratio': config['downsample_ratio']}, unroll)
+
+  @classmethod
   def from_json(cls, config: dict, unroll: bool = False) -> 'InternVLConfig':
-    """From the dict in config.json; ValueError for what is not computed here."""
+    """From the config.json of a `-hf` checkpoint; ValueError for what is not computed here."""
     vision = config['vision_config']
     tile, patch = (value if isinstance(value, list) else [value, value]
                    for value in (vision.get('image_size', 448), vision.get('patch_size', 14)))
@@ -59,7 +76,8 @@ class InternVLConfig:
     wrong = [f'{key}={config[key]!r}' for key, value in wanted.items() if config.get(key, value) != value]
     wanted = {'hidden_act': 'gelu', 'use_mask_token': False, 'use_mean_pooling': True, 'num_channels': 3,
               'use_absolute_position_embeddings': True}
-    wrong += [f'vision_config.{key}={vision[key]!r}' for key, value in wanted.items() if vision.get(key, value) != value]
+    wrong += [f'vision_config.{key}={vision[key]!r}' for key, value in wanted.items()
+              if vision.get(key, value) != value]
     if tile[0] != tile[1] or patch[0] != patch[1]:
       wrong.append(f'tiles of {tile} pixels in patches of {patch}, which are not square')
     if wrong:
@@ -113,14 +131,14 @@ class VisionBlock(nnx.Module):
     self.k_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
     self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
-    self.scale1 = constant(0.1, (d,), dtype=dtype)
+    self.scale1 = constant(1.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype) if centred else None
     self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
     self.b1 = constant(0.0, (f,), ('tp',), dtype)
     self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
-    self.scale2 = constant(0.1, (d,), dtype=dtype)
+    self.scale2 = constant(1.0, (d,), dtype=dtype)
 
   def norm(self, x: jax.Array, scale, bias) -> jax.Array:
     return rms_norm(x, scale, self.eps) if bias is None else layer_norm(x, scale, bias, self.eps)
@@ -140,6 +158,19 @@ class VisionBlock(nnx.Module):
     return x + self.scale2[...] * y
 
 
+def sinusoids(side: int, width: int) -> np.ndarray:
+  """Where learned positions start: [1 + side^2 width], zero for the class token, then waves along y and along x.
+
+  From small random numbers, attention to neighbours takes an eye trained from scratch thousands of steps longer.
+  """
+  frequencies = 100.0 ** -np.linspace(0, 1, width // 4)
+  angles = np.arange(side)[:, None] * frequencies
+  waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side width/2]
+  shape = (side, side, width // 2)
+  grid = np.concatenate([np.broadcast_to(waves[:, None], shape), np.broadcast_to(waves[None], shape)], axis=-1)
+  return np.pad(grid.reshape(side * side, -1), ((1, 0), (0, width - 4 * (width // 4))))
+
+
 class Vision(nnx.Module):
   """InternViT: tiles -> patch states after the last block."""
 
@@ -148,8 +179,8 @@ class Vision(nnx.Module):
     d, p = config.width, config.patch ** 2 * 3
     self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
-    self.class_token = weight(rngs, (d,), (None,), 2500, dtype)  # std 0.02, and for the positions
-    self.positions = weight(rngs, ((config.tile // config.patch) ** 2 + 1, d), (None, None), 2500, dtype)
+    self.class_token = weight(rngs, (d,), (None,), 2500, dtype)  # std 0.02
+    self.positions = nnx.Param(jnp.asarray(sinusoids(config.tile // config.patch, d), dtype))
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
 
   def __call__(self, tiles: jax.Array) -> jax.Array:
@@ -181,7 +212,7 @@ class Projector(nnx.Module):
 
 
 class InternVL(nnx.Module):
-  """The whole model; tokens [b s] int32, valid [b s] bool (padding on either side), tiles [b r y x 3] f32 normalised."""
+  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles [b r y x 3] normalised."""
 
   def __init__(self, config: InternVLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
@@ -238,21 +269,45 @@ class InternVL(nnx.Module):
 
 
 def dims(config: InternVLConfig) -> dict[str, int]:
-  """The sizes behind the letters of RULES: h g k of the decoder, a c the ViT's heads and head dim, y x its patch."""
-  return {'h': config.text.heads, 'g': config.text.kv_heads, 'k': config.text.head_dim,
-          'a': config.vision.heads, 'c': config.vision.width // config.vision.heads,
-          'y': config.vision.patch, 'x': config.vision.patch}
+  """The sizes behind the letters of the rules: h g k of the decoder, a c the ViT's heads and head dim, y x its patch,
+  n the three of its fused qkv, r what one key head of InternLM2's fused wqkv has: its queries, itself, its value."""
+  text, vision = config.text, config.vision
+  return {'h': text.heads, 'g': text.kv_heads, 'k': text.head_dim, 'r': text.heads // text.kv_heads + 2,
+          'a': vision.heads, 'c': vision.width // vision.heads, 'n': 3, 'y': vision.patch, 'x': vision.patch}
 
 
 def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> InternVL:
-  """From a `-hf` checkpoint folder (config.json and safetensors), sharded over the mesh in context."""
+  """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
+
+  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it.
+  """
   folder = pathlib.Path(folder)
-  config = InternVLConfig.from_json(json.loads((folder / 'config.json').read_text()), unroll)
+  described = json.loads((folder / 'config.json').read_text())
   tensors = convert.read(folder)
+  if 'llm_config' in described:
+    config = InternVLConfig.from_original(described, picture_token(folder), unroll)
+    rules = INTERNLM2_RULES if described['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
+  else:
+    config, rules = InternVLConfig.from_json(described, unroll), RULES
   # Configs disagree with themselves about tying (two keys, defaults that changed): the file knows
-  config = dataclasses.replace(
-      config, text=dataclasses.replace(config.text, tied='language_model.lm_head.weight' not in tensors))
-  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype)
+  tied = not {'language_model.lm_head.weight', 'language_model.output.weight'} & set(tensors)
+  config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
+  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, dims(config), dtype,
+                      ignore=(r'.*rotary_emb\.inv_freq',))
+
+
+def picture_token(folder: pathlib.Path) -> int:
+  """The id of <IMG_CONTEXT> in a folder with a tokenizer's files."""
+  def parse(name):
+    return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+  ids = dict(parse('added_tokens.json'))
+  decoder = parse('tokenizer_config.json').get('added_tokens_decoder', {})
+  ids |= {token['content']: int(i) for i, token in decoder.items()}
+  ids |= {token['content']: token['id'] for token in parse('tokenizer.json').get('added_tokens', [])}
+  if '<IMG_CONTEXT>' not in ids:
+    raise ValueError(f'{folder}: no added_tokens.json, tokenizer_config.json or tokenizer.json gives the id of '
+                     "<IMG_CONTEXT>; copy the checkpoint's tokenizer files next to its config.json")
+  return ids['<IMG_CONTEXT>']
 
 
 def save(vlm: InternVL, folder) -> None:
@@ -260,13 +315,14 @@ def save(vlm: InternVL, folder) -> None:
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)), {'format': 'pt'})
+  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
 
 
 _LAYER = r'language_model\.model\.layers\.(\d+)\.'
 _VISION = r'vision_tower\.encoder\.layer\.(\d+)\.'
+_ORIGINAL = r'vision_model\.encoder\.layers\.(\d+)\.'
 
-RULES = (
+TEXT_RULES = (
     (r'language_model\.model\.embed_tokens\.weight', 'decoder/embedding', 'v d -> v d'),
     (r'language_model\.model\.norm\.weight', 'decoder/norm', 'd -> d'),
     (r'language_model\.lm_head\.weight', 'decoder/head', 'v d -> d v'),
@@ -284,6 +340,24 @@ RULES = (
     (_LAYER + r'mlp\.gate_proj\.weight', 'decoder/blocks/mlp/gate', 'f d -> d f'),
     (_LAYER + r'mlp\.up_proj\.weight', 'decoder/blocks/mlp/up', 'f d -> d f'),
     (_LAYER + r'mlp\.down_proj\.weight', 'decoder/blocks/mlp/down', 'd f -> f d'),
+)
+
+INTERNLM2_TEXT_RULES = (
+    (r'language_model\.model\.tok_embeddings\.weight', 'decoder/embedding', 'v d -> v d'),
+    (r'language_model\.model\.norm\.weight', 'decoder/norm', 'd -> d'),
+    (r'language_model\.output\.weight', 'decoder/head', 'v d -> d v'),
+    (_LAYER + r'attention_norm\.weight', 'decoder/blocks/norm1', 'd -> d'),
+    (_LAYER + r'attention\.wqkv\.weight', 'decoder/blocks/wq', '(g r k) d -> d (g r) k', {'r': slice(0, -2)}),
+    (_LAYER + r'attention\.wqkv\.weight', 'decoder/blocks/wk', '(g r k) d -> d g k', {'r': -2}),
+    (_LAYER + r'attention\.wqkv\.weight', 'decoder/blocks/wv', '(g r k) d -> d g k', {'r': -1}),
+    (_LAYER + r'attention\.wo\.weight', 'decoder/blocks/wo', 'd (h k) -> h k d'),
+    (_LAYER + r'ffn_norm\.weight', 'decoder/blocks/norm2', 'd -> d'),
+    (_LAYER + r'feed_forward\.w1\.weight', 'decoder/blocks/mlp/gate', 'f d -> d f'),
+    (_LAYER + r'feed_forward\.w3\.weight', 'decoder/blocks/mlp/up', 'f d -> d f'),
+    (_LAYER + r'feed_forward\.w2\.weight', 'decoder/blocks/mlp/down', 'd f -> f d'),
+)
+
+RULES = TEXT_RULES + (
     (r'multi_modal_projector\.layer_norm\.weight', 'projector/norm', 'd -> d'),
     (r'multi_modal_projector\.layer_norm\.bias', 'projector/norm_bias', 'd -> d'),
     (r'multi_modal_projector\.linear_1\.weight', 'projector/w1', 'e d -> d e'),
@@ -292,7 +366,7 @@ RULES = (
     (r'multi_modal_projector\.linear_2\.bias', 'projector/b2', 'e -> e'),
     (r'vision_tower\.embeddings\.cls_token', 'vision/class_token', '1 1 d -> d'),
     (r'vision_tower\.embeddings\.position_embeddings', 'vision/positions', '1 s d -> s d'),
-    (r'vision_tower\.embeddings\.patch_embeddings\.projection\.weight', 'vision/patch', 'd r y x -> (y x r) d'),
+    (r'vision_tower\.embeddings\.patch_embeddings\.projection\.weight', 'vision/patch', 'd i y x -> (y x i) d'),
     (r'vision_tower\.embeddings\.patch_embeddings\.projection\.bias', 'vision/patch_bias', 'd -> d'),
     (_VISION + r'layernorm_before\.weight', 'vision/blocks/norm1', 'd -> d'),
     (_VISION + r'layernorm_before\.bias', 'vision/blocks/norm1_bias', 'd -> d'),
@@ -315,3 +389,69 @@ RULES = (
     (_VISION + r'mlp\.fc2\.bias', 'vision/blocks/b2', 'd -> d'),
     (_VISION + r'lambda_2', 'vision/blocks/scale2', 'd -> d'),
 )
+
+_ORIGINAL_VISION_RULES = (
+    (r'mlp1\.0\.weight', 'projector/norm', 'd -> d'),
+    (r'mlp1\.0\.bias', 'projector/norm_bias', 'd -> d'),
+    (r'mlp1\.1\.weight', 'projector/w1', 'e d -> d e'),
+    (r'mlp1\.1\.bias', 'projector/b1', 'e -> e'),
+    (r'mlp1\.3\.weight', 'projector/w2', 'e d -> d e'),
+    (r'mlp1\.3\.bias', 'projector/b2', 'e -> e'),
+    (r'vision_model\.embeddings\.class_embedding', 'vision/class_token', '1 1 d -> d'),
+    (r'vision_model\.embeddings\.position_embedding', 'vision/positions', '1 s d -> s d'),
+    (r'vision_model\.embeddings\.patch_embedding\.weight', 'vision/patch', 'd i y x -> (y x i) d'),
+    (r'vision_model\.embeddings\.patch_embedding\.bias', 'vision/patch_bias', 'd -> d'),
+    (_ORIGINAL + r'norm1\.weight', 'vision/blocks/norm1', 'd -> d'),
+    (_ORIGINAL + r'norm1\.bias', 'vision/blocks/norm1_bias', 'd -> d'),
+    (_ORIGINAL + r'attn\.qkv\.weight', 'vision/blocks/wq', '(n a c) d -> d a c', {'n': 0}),
+    (_ORIGINAL + r'attn\.qkv\.weight', 'vision/blocks/wk', '(n a c) d -> d a c', {'n': 1}),
+    (_ORIGINAL + r'attn\.qkv\.weight', 'vision/blocks/wv', '(n a c) d -> d a c', {'n': 2}),
+    (_ORIGINAL + r'attn\.qkv\.bias', 'vision/blocks/bq', '(n a c) -> a c', {'n': 0}),
+    (_ORIGINAL + r'attn\.qkv\.bias', 'vision/blocks/bk', '(n a c) -> a c', {'n': 1}),
+    (_ORIGINAL + r'attn\.qkv\.bias', 'vision/blocks/bv', '(n a c) -> a c', {'n': 2}),
+    (_ORIGINAL + r'attn\.q_norm\.weight', 'vision/blocks/q_norm', 'd -> d'),
+    (_ORIGINAL + r'attn\.k_norm\.weight', 'vision/blocks/k_norm', 'd -> d'),
+    (_ORIGINAL + r'attn\.proj\.weight', 'vision/blocks/wo', 'd (a c) -> a c d'),
+    (_ORIGINAL + r'attn\.proj\.bias', 'vision/blocks/bo', 'd -> d'),
+    (_ORIGINAL + r'ls1', 'vision/blocks/scale1', 'd -> d'),
+    (_ORIGINAL + r'norm2\.weight', 'vision/blocks/norm2', 'd -> d'),
+    (_ORIGINAL + r'norm2\.bias', 'vision/blocks/norm2_bias', 'd -> d'),
+    (_ORIGINAL + r'mlp\.fc1\.weight', 'vision/blocks/w1', 'f d -> d f'),
+    (_ORIGINAL + r'mlp\.fc1\.bias', 'vision/blocks/b1', 'f -> f'),
+    (_ORIGINAL + r'mlp\.fc2\.weight', 'vision/blocks/w2', 'd f -> f d'),
+    (_ORIGINAL + r'mlp\.fc2\.bias', 'vision/blocks/b2', 'd -> d'),
+    (_ORIGINAL + r'ls2', 'vision/blocks/scale2', 'd -> d'),
+)
+
+ORIGINAL_RULES = TEXT_RULES + _ORIGINAL_VISION_RULES
+INTERNLM2_RULES = INTERNLM2_TEXT_RULES + _ORIGINAL_VISION_RULES
+
+
+def _preset(kind: str, width: int, depth: int, heads: int, kv_heads: int, hidden: int, head_dim: int = 128,
+            vision: VisionConfig = VisionConfig()) -> InternVLConfig:
+  model_type, vocab, picture, eps, limit = {
+      'internlm2': ('llama', 92553, 92546, 1e-5, 32768), 'qwen2': ('qwen2', 151674, 151667, 1e-6, 32768),
+      'qwen3': ('qwen3', 151936, 151671, 1e-6, 40960)}[kind]
+  return InternVLConfig(vision, DecoderConfig(model_type, vocab, width, depth, heads, kv_heads, head_dim, hidden, eps,
+                                              max_positions=limit), picture)
+
+
+_VIT_6B = VisionConfig(3200, 45, 25, 12800, norm='rms_norm', qkv_bias=False, qk_norm=True)
+
+# For planning without a checkpoint; `load` goes by the checkpoint's own config.json
+PRESETS = {
+    'InternVL2_5-1B': _preset('qwen2', 896, 24, 14, 2, 4864, 64),
+    'InternVL2_5-2B': _preset('internlm2', 2048, 24, 16, 8, 8192),
+    'InternVL2_5-4B': _preset('qwen2', 2048, 36, 16, 2, 11008),
+    'InternVL2_5-8B': _preset('internlm2', 4096, 32, 32, 8, 14336),
+    'InternVL3-1B': _preset('qwen2', 896, 24, 14, 2, 4864, 64),
+    'InternVL3-2B': _preset('qwen2', 1536, 28, 12, 2, 8960),
+    'InternVL3-8B': _preset('qwen2', 3584, 28, 28, 4, 18944),
+    'InternVL3-14B': _preset('qwen2', 5120, 48, 40, 8, 13824),
+    'InternVL3_5-1B': _preset('qwen3', 1024, 28, 16, 8, 3072),
+    'InternVL3_5-2B': _preset('qwen3', 2048, 28, 16, 8, 6144),
+    'InternVL3_5-4B': _preset('qwen3', 2560, 36, 32, 8, 9728),
+    'InternVL3_5-8B': _preset('qwen3', 4096, 36, 32, 8, 12288),
+    'InternVL3_5-14B': _preset('qwen3', 5120, 40, 40, 8, 17408),
+    'InternVL3_5-38B': _preset('qwen3', 5120, 64, 64, 8, 25600, vision=_VIT_6B),
+}

@@ -8,6 +8,7 @@ Axis letters, used in every einsum and docstring of the project:
 Modules hold Params only and are plain pytrees. A parameter's sharding is an argument of `weight`, beside its shape.
 """
 
+import functools
 import math
 
 from flax import nnx
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from unifusion_jax.sharding import BATCH
 
 RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
+MASKED = -1e30  # a logit whose softmax weight is 0
 
 
 def weight(rngs: nnx.Rngs, shape, spec, fan_in: int, dtype=jnp.float32) -> nnx.Param:
@@ -31,14 +33,33 @@ def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
 
 
 def heads_axis(heads: int, kv_heads: int) -> str | None:
-  """The mesh axis of attention heads: tp where it divides both counts, else none (attention is then replicated over tp)."""
+  """The mesh axis of attention heads: tp if it divides both counts, else None (attention is then repeated over tp)."""
   tp = jax.sharding.get_abstract_mesh().shape['tp']
   return 'tp' if heads % tp == 0 and kv_heads % tp == 0 else None
 
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
   """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is."""
-  return jnp.einsum(equation, x, w[...].astype(x.dtype), out_sharding=out)
+  return _product(equation, out, x, w[...].astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(equation, out, x, w):
+  return jnp.einsum(equation, x, w, out_sharding=out)
+
+
+def _product_backward(equation, out, saved, gradient):
+  # As autodiff would, but with x first in the product for w. Autodiff puts the gradient first, and XLA for CPU then
+  # transposes it together with all the elementwise work that made it, which takes longer than the product itself.
+  x, w = saved
+  letters, result = equation.split('->')
+  of_x, of_w = letters.split(',')
+  like = lambda array: jax.typeof(array).sharding.spec
+  return (jnp.einsum(f'{result},{of_w}->{of_x}', gradient, w, out_sharding=like(x)),
+          jnp.einsum(f'{of_x},{result}->{of_w}', x, gradient, out_sharding=like(w)))
+
+
+_product.defvjp(lambda equation, out, x, w: (_product(equation, out, x, w), (x, w)), _product_backward)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):
@@ -96,7 +117,23 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 
   `mask` is boolean, True where a query may look, broadcastable to [b h q s]. Softmax in f32.
   """
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
+  b, queries, heads, dim = q.shape
+  keys, groups = k.shape[1:3]
+  # Heads before tokens at once, and normalisation after the product with v: on CPU that is twice as fast as
+  # jax.nn.dot_product_attention, gradient included.
+  q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  logits = jnp.einsum('bghqk,bgsk->bghqs', q, k, preferred_element_type=jnp.float32) * (scale or dim ** -0.5)
+  if causal:
+    logits = jnp.where(jnp.arange(queries)[:, None] >= jnp.arange(keys), logits, MASKED)
+  if mask is not None:
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], groups, -1, *mask.shape[2:])
+    logits = jnp.where(mask, logits, MASKED)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+  y = jnp.einsum('bghqs,bgsk->bghqk', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  y = (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+  return y.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads, dim)
 
 
 class SwiGLU(nnx.Module):

@@ -113,7 +113,11 @@ def from_json(fields: dict) -> UniFusionConfig:
 
 def read_config(folder) -> UniFusionConfig:
   """The configuration of a checkpoint folder."""
-  return from_json(json.loads((pathlib.Path(folder) / 'config.json').read_text()))
+  path = pathlib.Path(folder) / 'config.json'
+  if not path.exists():
+    raise ValueError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
+                     'of a Krea 2 pipeline')
+  return from_json(json.loads(path.read_text()))
 
 
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
@@ -131,10 +135,11 @@ def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> Un
 
 
 def save(model: UniFusion, folder) -> None:
-  """Writes config.json and the weights, in the model's own dtype, into `folder`."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  convert.write(folder / WEIGHTS, convert.export(model, RULES, DIMS))
+  """Writes config.json and the weights, in the model's own dtype, into `folder`. Every process must call it."""
+  folder, tensors = pathlib.Path(folder), convert.export(model, RULES, DIMS)
+  if jax.process_index() != 0:
+    return
+  convert.write(folder / WEIGHTS, tensors)
   (folder / 'config.json').write_text(json.dumps(to_json(model.config), indent=2) + '\n')
 
 

@@ -16,6 +16,7 @@ from unifusion_jax import convert
 from unifusion_jax.models import layers
 from unifusion_jax.sharding import BATCH
 
+WEIGHTS = 'diffusion_pytorch_model.safetensors'
 EPS = 1e-6  # of every norm, in diffusers too
 ENCODER_BLOCK, DECODER_BLOCK = 'DownEncoderBlock2D', 'UpDecoderBlock2D'
 FIXED = {'act_fn': 'silu', 'latents_mean': None, 'latents_std': None}  # the only values that are implemented
@@ -210,8 +211,15 @@ class Decoder(nnx.Module):
     for level in self.levels:
       x = level(x)
       if level.resample is not None:
-        x = level.resample(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        x = level.resample(_double(x))
     return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+def _double(x: jax.Array) -> jax.Array:
+  """[b y x c] -> [b 2y 2x c], every pixel as a square of four. One broadcast: its gradient is one sum on CPU, too."""
+  b, y, x_, c = x.shape
+  squares = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, x_, 2, c))
+  return jax.lax.reshape(squares, (b, 2 * y, 2 * x_, c), out_sharding=jax.P(BATCH))
 
 
 class Autoencoder(nnx.Module):
@@ -256,12 +264,17 @@ class Autoencoder(nnx.Module):
     return self.decoder(z).astype(jnp.float32)
 
 
+# For planning without a checkpoint; `load` goes by the checkpoint's own config.json
+PRESETS = {'black-forest-labs/FLUX.1-schnell': VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)}
+
+
 def load(folder, dtype=jnp.float32) -> Autoencoder:
   """From a diffusers folder: config.json and *.safetensors. Needs the mesh in context."""
   folder = pathlib.Path(folder)
   config = VAEConfig.from_json(json.loads((folder / 'config.json').read_text()))
+  plain = folder / WEIGHTS  # releases may have an fp16 variant beside it
   tensors = {}
-  for name, tensor in convert.read(folder).items():
+  for name, tensor in convert.read(plain if plain.exists() else folder).items():
     *head, part, kind = name.split('.')
     tensors['.'.join([*head, OLD_NAMES.get(part, part), kind])] = tensor
   return convert.load(lambda: Autoencoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, {})
@@ -270,9 +283,10 @@ def load(folder, dtype=jnp.float32) -> Autoencoder:
 def save(vae: Autoencoder, folder):
   """Writes what diffusers' AutoencoderKL.from_pretrained, and `load`, read."""
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  convert.write(folder / 'diffusion_pytorch_model.safetensors', convert.export(vae, RULES, {}))
-  (folder / 'config.json').write_text(json.dumps(vae.config.to_json(), indent=2) + '\n')
+  tensors = convert.export(vae, RULES, {})
+  if jax.process_index() == 0:
+    convert.write(folder / WEIGHTS, tensors)
+    (folder / 'config.json').write_text(json.dumps(vae.config.to_json(), indent=2) + '\n')
 
 
 def _rules():

@@ -24,6 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # InternVL's normalisa
 
 @dataclasses.dataclass
 class WritingConfig:
+  words: float = 1.0    # weight of the written tokens' loss; at 0 the eye alone is trained, several times as fast
   readout: float = 1.0  # weight of the read-out's loss; it only exists for scenes
 
 
@@ -54,6 +55,8 @@ def loss(config: WritingConfig, params: Reader, frozen, batch, key):
   if 'tiles' in batch:
     pictures = params.vlm.pictures(batch['tiles'])
     readout, metrics = _readout_loss(layers.einsum('bse,ef->bsf', pictures, params.head), batch['readout'])
+  if not config.words:
+    return readout, dict(loss=readout, **metrics)
   prompt = params.vlm.prompt(batch['tokens'], batch['valid'], pictures=pictures)
   last, _, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['valid']))
   logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
@@ -64,7 +67,7 @@ def loss(config: WritingConfig, params: Reader, frozen, batch, key):
   count = jnp.sum(mask)
   value = -jnp.sum(chosen * mask) / count
   right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
-  return value + config.readout * readout, dict(loss=value, accuracy=right, **metrics)
+  return config.words * value + config.readout * readout, dict(loss=value, accuracy=right, **metrics)
 
 
 def _readout_loss(outputs: jax.Array, wanted: jax.Array):

@@ -1,0 +1,43 @@
+"""Edits: the shipped text-to-image base goes on with single-reference edits, a few text prompts among them.
+
+  python -m unifusion_jax.main --config=configs/edit.py
+  python -m unifusion_jax.main --config=configs/edit.py --mode=sample --config.sample.references=my.png \
+      --config.sample.prompt="make the circle blue" --workdir=out
+  python -m unifusion_jax.main --config=configs/edit.py --mode=eval
+  python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
+
+Sampling in a folder without a run uses the shipped editing model. :tiny takes minutes on two CPU cores;
+docs/embedded.md has its figures, machine and time. :8b is the paper's editing fine-tune: 11,000 steps.
+"""
+
+import importlib.util
+import pathlib
+
+from unifusion_jax import config
+from unifusion_jax.step import OptimConfig
+
+
+def get_config(scale: str = 'tiny') -> config.Config:
+  base = _t2i().get_config(scale)
+  if scale == 'tiny':
+    base.data.tasks = ('edit/1-2', 'edit/3-4', 't2i', 'reconstruct')
+    base.data.weights = (0.5, 0.3, 0.15, 0.05)
+    base.data.text_tokens, base.data.written_tokens = (88, 108, 132, 76), (40, 52, 52, 52)
+    base.init = str(config.ASSETS / 't2i')
+    base.sample.weights = str(config.ASSETS / 'edit')
+    base.optim = OptimConfig(learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)
+    base.train = config.TrainConfig(steps=400, log_every=10, save_every=200, preview_every=200)
+  else:
+    base.data.tasks, base.data.weights = ('edit', 't2i', 'reconstruct'), (0.8, 0.15, 0.05)
+    base.init = 'runs/t2i/export'
+    base.optim = OptimConfig(learning_rate=5e-5, warmup=500, decay=0.1, clip=0.5, ema=0.9999)
+    base.train = config.TrainConfig(steps=11_000, log_every=50, save_every=1000, preview_every=1000)
+  return base
+
+
+def _t2i():
+  """The text-to-image recipe that this one starts from; config files are no package."""
+  spec = importlib.util.spec_from_file_location('t2i', pathlib.Path(__file__).with_name('t2i.py'))
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

@@ -1,0 +1,198 @@
+"""The loop: resuming is exact, the mesh does not matter, bad runs stop, and every shipped recipe type-checks whole."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifusion_jax import config
+from unifusion_jax import jobs
+from unifusion_jax import sharding
+from unifusion_jax import step
+from unifusion_jax import train
+from unifusion_jax.data import pipeline
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+@pytest.fixture(autouse=True)
+def no_preview(monkeypatch):
+  """Previews are tests/test_sample.py's."""
+  monkeypatch.setattr(jobs.Generation, 'preview', lambda *_: None)
+
+
+def leaves(state):
+  return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def test_two_and_two_steps_are_four(recipe, mesh, tmp_path):
+  whole = train.train(recipe(), tmp_path / 'whole', mesh)
+  train.train(recipe(), tmp_path / 'parts', mesh, stop_at=2)
+  parts = train.train(recipe(), tmp_path / 'parts', mesh)
+  assert int(parts.step) == 4
+  for a, b in zip(leaves(whole), leaves(parts), strict=True):
+    np.testing.assert_array_equal(a, b)
+  lines = [json.loads(line) for line in (tmp_path / 'parts' / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == [1, 2, 3, 4]
+  assert (tmp_path / 'parts' / 'config.json').exists() and list((tmp_path / 'parts').glob('events.*'))
+
+
+def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path):
+  whole = train.train(recipe(), tmp_path / 'whole', mesh)
+  every = dataclasses.replace(recipe().train, save_every=100)
+  cut = recipe(train=every)
+  train.train(cut, tmp_path / 'cut', mesh, stop_at=2)
+  checkpoints = tmp_path / 'cut' / 'checkpoints'
+  (checkpoints / '99.orbax-checkpoint-tmp').mkdir()  # what an interrupted save leaves
+  assert int(train.train(cut, tmp_path / 'cut', mesh).step) == 4
+  again = train.train(cut, tmp_path / 'cut', mesh)  # nothing is left to do
+  for a, b in zip(leaves(whole), leaves(again), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def losses(recipe, shape, accumulate=1):
+  """The first two losses and the gradient norms on a mesh of that shape."""
+  made = recipe(mesh=sharding.MeshConfig(*shape))
+  made.optim.accumulate = accumulate
+  devices = int(np.prod(shape))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES,
+                           axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+  out = []
+  with jax.set_mesh(mesh):
+    job = jobs.build(made)
+    frozen = job.load_frozen()
+    tx = step.optimizer(made.optim, 4)
+    state = jax.jit(lambda: step.init(job.draw_params(), tx))()
+    train_step = step.make_train_step(job.loss, tx, made.optim)
+    data = pipeline.batches(*job.data(), 8)
+    for _ in range(2):
+      batch = next(data)
+      batch.pop('skipped')
+      state, scalars = train_step(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
+      out.append([float(scalars['loss']), float(scalars['gradient_norm'])])
+    data.close()
+  return np.array(out)
+
+
+def test_every_mesh_gives_the_same_losses(recipe):
+  one = losses(recipe, (1, 1, 1))
+  assert np.isfinite(one).all()
+  np.testing.assert_allclose(losses(recipe, (1, 4, 2)), one, rtol=2e-4)
+  np.testing.assert_allclose(losses(recipe, (2, 4, 1)), one, rtol=2e-4)
+
+
+def test_accumulated_gradients_are_a_mean(recipe):
+  """Each micro-batch draws its own times and noise, so only the size of things can be compared."""
+  plain, cut = losses(recipe, (1, 1, 1)), losses(recipe, (1, 2, 1), accumulate=4)
+  assert np.isfinite(cut).all()
+  np.testing.assert_allclose(cut[:, 0], plain[:, 0], rtol=0.5)
+
+
+def test_accumulation_adds_up():
+  def loss(w, frozen, batch, key):
+    value = jnp.mean(w['w'] * batch['x'])
+    return value, dict(loss=value)
+  x = jax.device_put(np.arange(8.0, dtype=np.float32), jax.P(sharding.BATCH))
+  norms = []
+  for n in (1, 2):
+    settings = step.OptimConfig(accumulate=n)
+    tx = step.optimizer(settings, 10)
+    state = step.init({'w': jnp.ones(())}, tx)
+    _, metrics = step.make_train_step(loss, tx, settings)(state, None, {'x': x}, jax.random.key(0))
+    norms.append((float(metrics['loss']), float(metrics['gradient_norm'])))
+  assert norms[0] == norms[1] == (3.5, 3.5)
+
+
+def test_ema_and_schedule():
+  settings = step.OptimConfig(learning_rate=1.0, warmup=10, decay=0.5)
+  rates = [float(step.schedule(settings, 100)(i)) for i in (0, 5, 10, 49, 75, 100)]
+  np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 0.505, 0.01], atol=0.02)
+
+
+def test_not_a_number_stops_and_keeps_the_last_checkpoint(recipe, mesh, tmp_path, monkeypatch):
+  good = jobs.Generation.loss.fget
+  monkeypatch.setattr(train.step_lib, 'make_train_step', _poisoned(train.step_lib.make_train_step, at=3))
+  with pytest.raises(train.Diverged, match='step 4: loss .*no longer finite'):
+    train.train(recipe(), tmp_path, mesh)
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()] == ['2']
+  assert good is jobs.Generation.loss.fget
+
+
+def _poisoned(make, at):
+  """A train step whose loss is not a number from step `at` on."""
+  def made(*args):
+    real = make(*args)
+    def run(state, *rest):
+      bad = int(state.step) >= at
+      state, metrics = real(state, *rest)
+      return state, dict(metrics, loss=metrics['loss'] * (jnp.nan if bad else 1))
+    return run
+  return made
+
+
+def test_a_leap_of_the_loss_stops():
+  watch = train._Watch(3.0)
+  for i in range(60):
+    watch(i, dict(loss=1.0 + 0.01 * (i % 3), gradient_norm=1.0))
+  with pytest.raises(train.Diverged, match='running median'):
+    watch(60, dict(loss=9.0, gradient_norm=1.0))
+
+
+def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
+  config.keep(recipe(), tmp_path)
+  config.keep(recipe(sample=config.SampleConfig(steps=9)), tmp_path)  # sampling may differ
+  other = recipe()
+  other.optim.learning_rate = 5.0
+  with pytest.raises(ValueError, match='optim.learning_rate: 0.01 there, 5.0 now'):
+    config.keep(other, tmp_path)
+
+
+@pytest.mark.parametrize('change, text', [
+    (lambda c: setattr(c.data, 'batch_size', 6), 'data.batch_size=6 must be a multiple of 4'),
+    (lambda c: setattr(c, 'taps', (1,)), 'model.lap.taps=2'),
+    (lambda c: setattr(c, 'taps', (2, 1)), 'must rise'),
+    (lambda c: setattr(c.data, 'weights', (1.0, 2.0)), 'one weight for each task'),
+    (lambda c: setattr(c.data, 'size', 50), 'multiple of 16'),
+    (lambda c: setattr(c.mesh, 'tp', 3), 'does not fit 8 devices'),
+    (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
+    (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
+])
+def test_impossible_combinations_say_so(recipe, change, text):
+  made = recipe()
+  made.mesh, made.data = dataclasses.replace(made.mesh), dataclasses.replace(made.data)
+  change(made)
+  with pytest.raises(ValueError) as error:
+    config.check(made, 8)
+  assert text in str(error.value)
+
+
+def shipped(name: str, scale: str) -> config.Config:
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(scale)
+
+
+@pytest.mark.parametrize('mesh', [None])  # in place of the fixture: an abstract mesh of any size comes into context
+@pytest.mark.parametrize('name, scale', [('t2i', 'tiny'), ('edit', 'tiny'), ('vlm', 'tiny'), ('vae', 'tiny'),
+                                         ('t2i', '8b'), ('edit', '8b')])
+def test_recipes_type_check_at_full_size(name, scale, mesh):
+  """The whole train step, abstractly, on the recipe's own mesh: no device, no weight is needed."""
+  made = shipped(name, scale)
+  devices = made.devices or 1
+  config.check(made, devices)
+  mesh = sharding.abstract_mesh(made.mesh, devices)
+  with jax.sharding.use_abstract_mesh(mesh):
+    state, frozen, batch = jobs.build(made).abstract()
+    tx = step.optimizer(made.optim, made.train.steps)
+    train_step = step.make_train_step(jobs.build(made).loss, tx, made.optim)
+    after, metrics = jax.eval_shape(train_step, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+    assert a.shape == b.shape and (a.sharding is None or a.sharding.spec == b.sharding.spec)
+  assert metrics['loss'].shape == () and metrics['loss'].dtype == jnp.float32

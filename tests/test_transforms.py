@@ -1,0 +1,95 @@
+"""One example at a time: what reaches the DiT and the VLM, and what dropping leaves."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from unifusion_jax import config
+from unifusion_jax.data import sources
+from unifusion_jax.data import transforms
+from unifusion_jax.data.scenes import examples
+from unifusion_jax.data.scenes import scene as world
+
+LAYOUT = transforms.Layout(str(config.ASSETS / 'vlm'), 64, 16, 1, (0.5,) * 3, (0.5,) * 3, 132, 52,
+                           (('edit', 110, 50), ('question', 80, 12)))
+EDIT = examples.example('edit', 'train', 3)
+
+
+def kept_ids(example):
+  return list(example['tokens'][example['keep'][example['keep_mask']]])
+
+
+def test_an_edit_keeps_its_picture_and_the_written_caption():
+  example = transforms.Generate(LAYOUT, drop=0, drop_pictures=0)(EDIT, np.random.default_rng(0))
+  chat = LAYOUT.chat
+  assert kept_ids(example) == [chat.picture_id] * 16 + list(chat.text_ids(EDIT['caption'])) + list(chat.stop_ids)
+  assert example['tiles'].shape == (1, 64, 64, 3) and example['target'].min() >= -1 and example['target'].max() <= 1
+  assert (len(example['tokens']), len(example['keep'])) == LAYOUT.lengths((16,), 'edit') != LAYOUT.lengths((16,))
+
+
+@pytest.mark.parametrize('drops, wanted', [
+    (dict(drop=1), 'stop'), (dict(drop=0, drop_pictures=1), 'text'), (dict(drop=0, drop_pictures=0, drop_written=1), 'picture'),
+    (dict(drop=0, drop_pictures=0, raw=1), 'raw')])
+def test_dropping(drops, wanted):
+  chat = LAYOUT.chat
+  example = transforms.Generate(LAYOUT, **drops)(EDIT, np.random.default_rng(0))
+  whole = transforms.Generate(LAYOUT, drop=0, drop_pictures=0)(EDIT, np.random.default_rng(0))
+  assert {k: v.shape for k, v in example.items()} == {k: v.shape for k, v in whole.items()}
+  stop, pictures = list(chat.stop_ids), [chat.picture_id] * 16
+  assert kept_ids(example) == {
+      'stop': stop, 'text': list(chat.text_ids(EDIT['caption'])) + stop, 'picture': pictures + stop,
+      'raw': pictures + list(chat.text_ids(EDIT['instruction'])) + stop}[wanted]
+  if wanted == 'stop':  # the null condition has seen no picture either
+    assert chat.picture_id not in example['tokens']
+
+
+def test_the_null_condition_is_the_same_in_training_and_sampling():
+  dropped = transforms.Generate(LAYOUT, drop=1)(EDIT, np.random.default_rng(0))
+  spans = LAYOUT.chat.spans('', (), '')
+  assert list(dropped['tokens'][dropped['valid']]) == [token for span in spans for token in span.ids]
+
+
+def test_what_the_vlm_has_to_write():
+  for task in ('edit', 'question', 'rewrite'):
+    record = examples.example(task, 'train', 5)
+    example = transforms.Write(LAYOUT)(record, np.random.default_rng(0))
+    chat, mask = LAYOUT.chat, example['target_mask']
+    assert list(example['targets'][mask]) == list(chat.text_ids(record['caption'])) + list(chat.stop_ids)
+    np.testing.assert_array_equal(example['tokens'][example['predict'][mask] + 1], example['targets'][mask])
+    assert ('readout' in example) == bool(record['references'])
+
+
+def test_text_that_does_not_fit_is_a_broken_record():
+  long = dict(EDIT, caption='red ' * 60)
+  for transform in (transforms.Generate(LAYOUT, drop=0, drop_pictures=0), transforms.Write(LAYOUT)):
+    with pytest.raises(sources.BrokenRecord, match='does not fit'):
+      transform(long, np.random.default_rng(0))
+
+
+def test_the_readout_says_what_covers_each_token():
+  scene = world.Scene((world.Object('star', 'red', 'large', 'solid', 0.30, 0.25),
+                       world.Object('ring', 'blue', 'small', 'striped', 0.80, 0.80)),
+                      world.Background('gradient', ('sky', 'sand')))
+  table = transforms.readout(scene, 4).reshape(4, 4, 9)
+  star = table[0, 1]  # the cell around (.375, .125)
+  assert star[0] == 1 and world.SHAPES[int(star[1])] == 'star' and list(world.COLOURS)[int(star[2])] == 'red'
+  np.testing.assert_allclose(star[5:7], [(0.30 - 0.375) * 4, (0.25 - 0.125) * 4], atol=1e-6)
+  ring = table[3, 3]
+  assert world.SHAPES[int(ring[1])] == 'ring' and world.FILLS[int(ring[4])] == 'striped'
+  assert table[0, 3, 0] == 0 and table[3, 0, 0] == 0
+  assert (table[..., 7] == world.BACKGROUND_KINDS.index('gradient')).all() and len(np.unique(table[..., 8])) == 1
+
+
+def test_several_references_each_bring_their_tokens():
+  record = next(r for r in (examples.example('multi', 'train', i) for i in range(20)) if len(r['references']) == 3)
+  layout = dataclasses.replace(LAYOUT, rooms=())
+  example = transforms.Generate(layout, drop=0, drop_pictures=0)(record, np.random.default_rng(0))
+  assert example['tiles'].shape[0] == 3 and kept_ids(example).count(layout.chat.picture_id) == 48
+
+
+def test_more_tiles_mean_more_tokens():
+  layout = dataclasses.replace(LAYOUT, max_tiles=4)
+  wide = np.zeros((64, 128, 3), np.uint8)
+  tiles, counts = layout.pictures([wide])
+  assert len(tiles) == 3 and counts == (48,)  # two tiles and the thumbnail
