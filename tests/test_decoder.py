@@ -103,7 +103,10 @@ def test_cache_in_pieces():
 
 
 def test_added_states():
-  """Addend i joins the output of block i, as running the blocks one by one and adding between them does."""
+  """Addend i joins the output of block i, as running the blocks one by one and adding between them does.
+
+  Taps are the outputs themselves, before the addition, as in transformers.
+  """
   decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
   tokens, valid = batch()
   added = jax.device_put(np.random.default_rng(1).standard_normal((2, *tokens.shape, 32)).astype(np.float32),
@@ -112,11 +115,12 @@ def test_added_states():
   angles, mask = decoder.angles(positions_of(valid)), causal_mask(valid)
   x = decoder.embed(tokens)
   one = Decoder(dataclasses.replace(SMALL, depth=1), rngs=nnx.Rngs(0))
+  np.testing.assert_allclose(x, tapped[:, :, 0], rtol=1e-4, atol=1e-5)
   for i in range(4):
-    np.testing.assert_allclose(x, tapped[:, :, i], rtol=1e-4, atol=1e-5)
     one.blocks = jax.tree.map(lambda leaf: leaf[i:i + 1], decoder.blocks)
-    x = jax.jit(Decoder.__call__)(one, x, angles, mask)[0] + (added[i] if i < 2 else 0)
-  np.testing.assert_allclose(x, tapped[:, :, 4], rtol=1e-4, atol=1e-5)
+    x = jax.jit(Decoder.__call__)(one, x, angles, mask)[0]
+    np.testing.assert_allclose(x, tapped[:, :, i + 1], rtol=1e-4, atol=1e-5)
+    x = x + added[i] if i < 2 else x
 
 
 def test_config_errors():

@@ -20,9 +20,10 @@ class Checkpoints:
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._folder.mkdir(parents=True, exist_ok=True)
     # Small arrays are written by one replica: sharing them out would compile a program for every slice.
-    saving = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2 ** 24)
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
     self._writer = ocp.training.Checkpointer(
-        self._folder, context=ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)),
+        self._folder, context=context,
         preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True)
 
   def latest(self) -> int | None:

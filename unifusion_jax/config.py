@@ -75,7 +75,9 @@ class EvalConfig:
 class Config:
   objective: generation.FlowConfig | writing.WritingConfig | reconstruction.ReconstructionConfig
   model: unifusion.UniFusionConfig | internvl.InternVLConfig | autoencoder.VAEConfig
-  vlm: str = str(ASSETS / 'vlm')  # a Hugging Face folder: the frozen VLM, or the tokenizer of the one in training
+  vlm: str = str(ASSETS / 'vlm')  # a folder or hub id: the frozen VLM, or the tokenizer of the one in training
+  vlm_quantized: str = ''         # 'int8': its weights in int8; 'w8a8': its activations too
+  vlm_cache: str | None = None    # a folder that keeps the converted VLM for the next start
   vae: str = str(ASSETS / 'vae')  # a diffusers AutoencoderKL folder
   init: str | None = None         # a checkpoint folder to start training from; None: from random weights
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
@@ -119,6 +121,7 @@ def check(config: Config, devices: int) -> None:
     want(isinstance(config.model, unifusion.UniFusionConfig), 'a flow objective trains a UniFusion model')
     want(len(config.taps) == config.model.lap.taps,
          f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={config.model.lap.taps}')
+    want(config.vlm_quantized in ('', 'int8', 'w8a8'), f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'")
     want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
     want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
     want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')

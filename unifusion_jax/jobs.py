@@ -12,6 +12,7 @@ import numpy as np
 
 from unifusion_jax import checkpoint
 from unifusion_jax import config as configuration
+from unifusion_jax import encoders
 from unifusion_jax import requests
 from unifusion_jax import sample
 from unifusion_jax import step
@@ -55,13 +56,6 @@ def _abstract_state(job):
   return jax.eval_shape(lambda: step.init(job.draw_params(), tx))
 
 
-def _vlm_config(name: str) -> internvl.InternVLConfig:
-  """Of a folder, or of a public name whose weights are not here."""
-  path = pathlib.Path(name) / 'config.json'
-  return internvl.InternVLConfig.from_json(json.loads(path.read_text())) if path.exists() else internvl.PRESETS[
-      name.split('/')[-1]]
-
-
 def _vae_config(name: str) -> autoencoder.VAEConfig:
   path = pathlib.Path(name) / 'config.json'
   return autoencoder.VAEConfig.from_json(json.loads(path.read_text())) if path.exists() else autoencoder.PRESETS[name]
@@ -95,7 +89,7 @@ class Generation:
 
   def load_frozen(self) -> generation.Frozen:
     dtype = jnp.dtype(self.config.frozen_dtype)
-    vlm = internvl.load(self.config.vlm, dtype, unroll=_on_cpu())
+    vlm = encoders.load(self.config.vlm, dtype, _on_cpu(), self.config.vlm_quantized, self.config.vlm_cache)
     if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
       raise ValueError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
                        f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
@@ -117,10 +111,10 @@ class Generation:
   def abstract(self):
     """(state, frozen, batch) as shapes on the abstract mesh in context: for checks without devices or weights."""
     c, data = self.config, self.config.data
-    vlm, vae = _vlm_config(c.vlm), _vae_config(c.vae)
+    vlm, vae = encoders.config(c.vlm), _vae_config(c.vae)
     dtype = jnp.dtype(c.frozen_dtype)
-    frozen = jax.eval_shape(lambda: generation.Frozen(internvl.InternVL(vlm, dtype, rngs=nnx.Rngs(0)),
-                                                      autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
+    frozen = generation.Frozen(encoders.abstract(vlm, dtype, c.vlm_quantized),
+                               jax.eval_shape(lambda: autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
     b, tiles = data.batch_size, data.tiles + (data.tiles > 1)
     pictures = tiles * vlm.tile_tokens
     s, q = max(data.text_tokens) + pictures, max(data.written_tokens) + pictures

@@ -3,8 +3,12 @@
   python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit
 """
 
+import dataclasses
+import difflib
 import os
 import pathlib
+import pydoc
+import re
 import sys
 
 from absl import app
@@ -14,7 +18,10 @@ import jax
 from ml_collections import config_flags
 
 from unifusion_jax import config as configuration
+from unifusion_jax import describe
+from unifusion_jax import jobs
 from unifusion_jax import sharding
+from unifusion_jax import train
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'eval', 'export'], 'What to do.')
@@ -29,19 +36,20 @@ def main(argv):
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
-  config: configuration.Config = _CONFIG.value
+  config = _CONFIG.value
+  if isinstance(config, describe.DescribeConfig):
+    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+      return describe.run(config)
   recipe = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0]).stem
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe)
   configuration.check(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     if _MODE.value == 'train':
-      from unifusion_jax import train
       train.train(config, workdir, mesh)
       where = dict(pictures=workdir / 'samples', metrics=workdir / 'metrics.jsonl', checkpoint=workdir / 'checkpoints')
       print('\n'.join(['done.', *(f'  {name}: {path}' for name, path in where.items())]))
     else:
-      from unifusion_jax import jobs
       job = jobs.build(config)
       run = dict(sample=job.sample, eval=job.evaluate, export=job.export)[_MODE.value]
       run(workdir, mesh)
@@ -61,12 +69,26 @@ def run():
 
 
 def _parse(argv):
-  """Parses flags; an unknown field of the configuration is answered with those that exist."""
+  """Parses flags; what cannot be parsed ends in one sentence, and a misspelt setting in the nearest that exists."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, KeyError, TypeError, AttributeError, ValueError) as error:
-    sys.exit(f'error: {error.args[0] if error.args else error}\nSettings are --config.a.b=value; configs/ and '
-             'unifusion_jax/config.py list them. --helpfull lists the flags.')
+  except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+    while error.__cause__ or error.__context__:  # a recipe's own error is wrapped several times
+      error = error.__cause__ or error.__context__
+    text = str(error.args[-1] if isinstance(error, OSError) else error.args[0] if error.args else error)
+    sys.exit(f'error: {_with_fields(text)}\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list '
+             'them, --helpfull the flags.')
+
+
+def _with_fields(text: str) -> str:
+  """ml_collections' complaint about a field that does not exist, with the fields that do."""
+  found = re.match(r"Field (\w+) not found on dataclass <class '([\w.]+)'>", text)
+  if not found:
+    return text
+  name, holder = found.groups()
+  fields = [field.name for field in dataclasses.fields(pydoc.locate(holder))]
+  near = difflib.get_close_matches(name, fields, 1)
+  return f'there is no setting {name!r}; ' + (f'did you mean {near[0]!r}? ' if near else '') + f'There are: {", ".join(fields)}'
 
 
 if __name__ == '__main__':

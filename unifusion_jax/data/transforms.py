@@ -6,11 +6,11 @@ A transform is called as `transform(record, rng)`; it is picklable, so worker pr
 import dataclasses
 import functools
 import json
-import pathlib
 import threading
 
 import numpy as np
 
+from unifusion_jax import hub
 from unifusion_jax import verifi
 from unifusion_jax.data import images
 from unifusion_jax.data import sources
@@ -72,10 +72,10 @@ class Layout:
 
 def layout(folder: str, data) -> Layout:
   """The layout of the VLM in `folder` (its config.json and preprocessor_config.json); `data` is a DataConfig."""
-  path = pathlib.Path(folder)
+  path = hub.resolve(folder, weights=False)
   config = internvl.InternVLConfig.from_json(json.loads((path / 'config.json').read_text()))
   pixels = json.loads((path / 'preprocessor_config.json').read_text())
-  return Layout(str(folder), config.vision.tile, config.tile_tokens, data.tiles, tuple(pixels['image_mean']),
+  return Layout(str(path), config.vision.tile, config.tile_tokens, data.tiles, tuple(pixels['image_mean']),
                 tuple(pixels['image_std']), max(data.text_tokens), max(data.written_tokens), rooms(data))
 
 

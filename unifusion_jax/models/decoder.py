@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
     x [b s d] embeddings; angles [b s k/2]; mask broadcastable to [b h s t], True where a query may look.
     taps: increasing block counts, none above `depth`.
     cache: this call's keys and values go to its slots start .. start + s, and queries look at its first t slots.
-    added [n b s d]: addend i joins the output of block i (Qwen3-VL's deepstack).
+    added [n b s d]: addend i joins the output of block i (Qwen3-VL's deepstack), after that output was tapped.
     """
     depth = self.config.depth if depth is None else depth
     taps = tuple(taps)
@@ -222,11 +222,11 @@ class Decoder(nnx.Module):
         cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (k, v))))
         k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False)[:, :mask.shape[-1]] for a in cache)
       x = layer.finish(x, attention(q, k, v, mask))
+      if taps:
+        tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 2)
       if added is not None:
         addend = jax.lax.dynamic_index_in_dim(added, jnp.minimum(index, len(added) - 1), keepdims=False)
         x = x + jnp.where(index < len(added), addend, 0).astype(x.dtype)
-      if taps:
-        tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 2)
       return (x, tapped, cache), None
 
     # A scan over part of the stack would copy that part first; indexing the whole does not. For gradients it is the

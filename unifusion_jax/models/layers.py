@@ -15,7 +15,9 @@ from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
+import numpy as np
 
+from unifusion_jax import quantize
 from unifusion_jax.sharding import BATCH
 
 RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
@@ -40,6 +42,8 @@ def heads_axis(heads: int, kv_heads: int) -> str | None:
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
   """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is."""
+  if isinstance(w, quantize.Int8):
+    return w.times(equation, x, out)
   return _product(equation, out, x, w[...].astype(x.dtype))
 
 
@@ -72,6 +76,33 @@ def scan(block, x, layers, *, remat: bool = False, unroll: int | bool = 1):
   return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=unroll)
 
 
+def scan_taps(block, x, layers, taps: tuple[int, ...], depth: int, *, unroll: int | bool = 1):
+  """Runs `block(x, layer) -> x` over the first `depth` stacked layers: (x [b s d], x after `taps` blocks [b s l d]).
+
+  taps increase and lie in 0 .. depth; 0 is x as it came. The untapped states are never alive together.
+  """
+  if list(taps) != sorted(set(taps) & set(range(depth + 1))):
+    raise ValueError(f'taps {taps} must increase and lie in 0 .. {depth}')
+  # Every layer writes into the slot of the next tap, so the tapped one writes there last; layers after the last tap
+  # share one more slot, dropped at the end.
+  slots = np.searchsorted(taps, np.arange(1, depth + 1))
+  kept = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], max([len(taps), *(slots + 1)]), x.shape[2]))
+
+  def step(carry, inputs):
+    x, kept = carry
+    index, slot, layer = inputs
+    if layer is None:
+      layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+    x = block(x, layer)
+    return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 2)), None
+
+  # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time.
+  all_of_it = layers if depth == len(jax.tree.leaves(layers)[0]) else None
+  inputs = (jnp.arange(depth), jnp.asarray(slots, jnp.int32), all_of_it)
+  (x, kept), _ = jax.lax.scan(step, (x, kept), inputs, unroll=unroll)
+  return x, kept[:, :, :len(taps)]
+
+
 def rms_norm(x: jax.Array, scale=None, eps: float = 1e-6, offset: float = 0.0) -> jax.Array:
   """x / rms(x) * (offset + scale) over the last axis; statistics and scale in f32, result in x's dtype."""
   y = x.astype(jnp.float32)
@@ -95,20 +126,12 @@ def rope_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
   return positions.astype(jnp.float32)[..., None] * frequencies
 
 
-def rope(x: jax.Array, angles: jax.Array, *, interleaved: bool = False) -> jax.Array:
-  """Rotates pairs of x [b s h k] by angles [b s k/2] (or [s k/2]) in f32.
-
-  Pairs are (i, i + k/2) as in Llama, or neighbours (2i, 2i + 1) as in Krea 2 when `interleaved`.
-  """
+def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + k/2) of x [b s h k] by angles [b s k/2] (or [s k/2]) in f32, as in Llama."""
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   y = x.astype(jnp.float32)
-  if interleaved:
-    a, b = y[..., 0::2], y[..., 1::2]
-    y = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
-  else:
-    a, b = jnp.split(y, 2, axis=-1)
-    y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-  return y.astype(x.dtype)
+  a, b = jnp.split(y, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *,

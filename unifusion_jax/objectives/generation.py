@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax import encoders
 from unifusion_jax import flow
-from unifusion_jax.models import internvl
 from unifusion_jax.models import unifusion
 from unifusion_jax.models import vae as autoencoder
 
@@ -27,7 +27,7 @@ class FlowConfig:
 @dataclasses.dataclass
 class Frozen:
   """The models that training reads and never changes."""
-  vlm: internvl.InternVL
+  vlm: encoders.Encoder
   vae: autoencoder.Autoencoder
 
 

@@ -1,0 +1,217 @@
+"""An encoder here beside the same one in transformers: one device, the same weights, shapes and dtype, in one run.
+
+  python -m benchmarks.vlm                                              # the embedded VLM
+  python -m benchmarks.vlm --vlm=random:small --dtype=float32           # 0.1B of random weights, for a CPU
+  python -m benchmarks.vlm --vlm=random:InternVL3-1B --dtype=bfloat16 --compile   # for a GPU
+  python -m benchmarks.vlm --vlm=FOLDER --batch=8 --text=512 --new=128
+
+encode: every hidden state of the decoder for prompts with pictures. decode: greedy tokens over a static cache, the
+prefill taken off. load: each loader in its own process, files in the page cache. Repetitions alternate between the two;
+rates are the median [smallest, largest], ratios are ours over theirs, of neighbouring repetitions. States are compared
+before anything is timed. Needs requirements-test.txt.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # one GPU serves both
+
+from absl import app
+from absl import flags
+import numpy as np
+
+_VLM = flags.DEFINE_string('vlm', None, 'An InternVL folder in the -hf layout, or random:small, or random:<a public '
+                           'name>; default the embedded VLM.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation, for both.')
+_BATCH = flags.DEFINE_integer('batch', 4, 'Prompts.', lower_bound=1)
+_TEXT = flags.DEFINE_integer('text', 128, 'Text tokens of a prompt.', lower_bound=2)
+_TILES = flags.DEFINE_integer('tiles', 1, 'Tiles of a prompt.', lower_bound=1)
+_NEW = flags.DEFINE_integer('new', 64, 'Tokens to write.', lower_bound=2)
+_REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions of each; one more warms up.', lower_bound=1)
+_COMPILE = flags.DEFINE_bool('compile', False, 'torch.compile for transformers.')
+_LOAD = flags.DEFINE_enum('load', None, ['ours', 'theirs'], 'Only load, and print bytes, seconds and memory.')
+
+
+def main(argv):
+  del argv
+  if _LOAD.value:
+    print(json.dumps(load_alone(_VLM.value, _LOAD.value)))
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = prepare(_VLM.value, pathlib.Path(temporary))
+    loading = {who: [] for who in ('ours', 'theirs')}
+    for _ in range(min(_REPEATS.value, 5) + 1):  # the first brings the files into the page cache
+      for who, runs in loading.items():
+        runs.append(json.loads(subprocess.run(
+            [sys.executable, '-m', 'benchmarks.vlm', f'--vlm={folder}', f'--load={who}', f'--dtype={_DTYPE.value}'],
+            check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    for who, runs in loading.items():
+      rate, extra = ([run[key] for run in runs[1:]] for key in ('gb_per_second', 'extra_gb'))
+      print(f'load    {who:6} {spread(rate)} GB/s   host memory beyond the weights {spread(extra)} GB')
+    compare(folder)
+
+
+def prepare(name: str | None, temporary: pathlib.Path) -> pathlib.Path:
+  """The checkpoint folder; random weights are drawn and written into `temporary`."""
+  from unifusion_jax import config
+  from unifusion_jax.models import decoder, internvl
+  if not (name or '').startswith('random:'):
+    return pathlib.Path(name or config.ASSETS / 'vlm')
+  small = internvl.InternVLConfig(
+      vision=internvl.VisionConfig(width=256, depth=6, heads=4, hidden=1024, tile=224),
+      text=decoder.DecoderConfig(vocab=8192, width=768, depth=12, heads=12, kv_heads=4, head_dim=64, hidden=2048),
+      image_token_id=5)
+  made = dict(internvl.PRESETS, small=small)[name.removeprefix('random:')]
+  import jax
+  from flax import nnx
+  with jax.set_mesh(one_device()):
+    internvl.save(jax.jit(lambda: internvl.InternVL(made, _DTYPE.value, rngs=nnx.Rngs(0)))(), temporary)
+  return temporary
+
+
+def one_device():
+  import jax
+  from unifusion_jax import sharding
+  return jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
+
+
+def ours(folder):
+  """Our model, on the first device; the mesh must be in context."""
+  import jax
+  from unifusion_jax import encoders
+  return jax.block_until_ready(encoders.load(folder, _DTYPE.value, unroll=jax.devices()[0].platform == 'cpu'))
+
+
+def theirs(folder):
+  """The model of transformers, on a GPU where jax has one."""
+  import jax
+  import torch
+  import transformers
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  device = 'cuda' if jax.devices()[0].platform == 'gpu' else 'cpu'
+  model = transformers.AutoModelForImageTextToText.from_pretrained(
+      folder, dtype=getattr(torch, _DTYPE.value), device_map=device if device == 'cuda' else None)
+  return model.eval()
+
+
+def load_alone(folder: str, who: str) -> dict:
+  """Loads once; host memory is counted from before the load, less the weights where they are in host memory."""
+  import jax
+  import torch
+  import transformers
+  from unifusion_jax import encoders
+  # Both start with the code of both in memory
+  assert encoders and torch and transformers.InternVLForConditionalGeneration
+  size = sum(file.stat().st_size for file in pathlib.Path(folder).glob('*.safetensors'))
+  on_host = jax.devices()[0].platform == 'cpu'
+  with jax.set_mesh(one_device()):
+    before = int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    start = time.perf_counter()
+    model = ours(folder) if who == 'ours' else theirs(folder)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if who == 'ours':
+      held = sum(x.nbytes for x in jax.tree.leaves(model))
+    else:
+      held = sum(x.nbytes for x in model.state_dict().values())
+  return dict(gb_per_second=size / seconds / 1e9, extra_gb=(peak - before - held * on_host) / 1e9)
+
+
+def compare(folder: pathlib.Path) -> None:
+  """Checks that both compute the same, then times both."""
+  import jax
+  import jax.numpy as jnp
+  import torch
+  from unifusion_jax.generate import generate
+  from unifusion_jax.models import internvl
+  with jax.set_mesh(one_device()):
+    vlm, model = ours(folder), theirs(folder)
+    made = vlm.config
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, made.text.vocab, (_BATCH.value, _TEXT.value + _TILES.value * made.tile_tokens))
+    tokens = np.where(tokens == made.image_token_id, 10, tokens).astype(np.int32)
+    tokens[:, 1:1 + _TILES.value * made.tile_tokens] = made.image_token_id
+    tiles = rng.standard_normal((_BATCH.value, _TILES.value, *[made.vision.tile] * 2, 3)).astype(np.float32)
+    inputs = jax.device_put((tokens, np.ones(tokens.shape, bool), tiles))
+    taps = tuple(range(made.text.depth + 1))
+    encode = jax.jit(internvl.InternVL.hidden, static_argnums=3)
+    pixels = torch.from_numpy(tiles.reshape(-1, *tiles.shape[2:])).permute(0, 3, 1, 2).contiguous()
+    asked = dict(input_ids=torch.from_numpy(tokens).long().to(model.device),
+                 pixel_values=pixels.to(model.device, model.dtype),
+                 attention_mask=torch.ones(tokens.shape, dtype=torch.long, device=model.device))
+    forward = torch.compile(model.model) if _COMPILE.value else model.model
+    settings = dict(do_sample=False, eos_token_id=None, pad_token_id=0, cache_implementation='static',
+                    disable_compile=not _COMPILE.value)
+
+    def synchronised(value):
+      if model.device.type == 'cuda':
+        torch.cuda.synchronize()
+      return value
+
+    def our_states():
+      return jax.block_until_ready(encode(vlm, *inputs[:2], taps, inputs[2]))
+
+    def their_states():
+      with torch.inference_mode():
+        return synchronised(forward(**asked, output_hidden_states=True, use_cache=False).hidden_states)
+
+    def our_words(count):
+      return jax.block_until_ready(generate(vlm, *inputs, max_new=count, stop_ids=()).tokens)
+
+    def their_words(count):
+      with torch.inference_mode():
+        return synchronised(model.generate(**asked, max_new_tokens=count, **settings))
+
+    # The last of theirs has gone through the final norm
+    mine, other = np.asarray(our_states()[:, :, -2].astype(jnp.float32)), their_states()[-2].float().cpu().numpy()
+    error = np.abs(mine - other).max() / np.abs(other).max()
+    if not error < (1e-3 if _DTYPE.value == 'float32' else 0.1):
+      raise ValueError(f'the two models differ by {error:.2g} relative: there is nothing to compare')
+    where = 'CPU' if inputs[0].device.platform == 'cpu' else inputs[0].device.device_kind
+    print(f'{where}, {_DTYPE.value}, batch {_BATCH.value}, {tokens.shape[1]} tokens each; '
+          f'last tap differs by {error:.1e} relative')
+    report('encode', _BATCH.value * tokens.shape[1], [seconds(our_states)], [seconds(their_states)])
+    report('decode', _BATCH.value * (_NEW.value - 1), [seconds(our_words, _NEW.value), seconds(our_words, 1)],
+           [seconds(their_words, _NEW.value), seconds(their_words, 1)])
+
+
+def seconds(call, *arguments):
+  """A function that times one call."""
+  def timed():
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+  return timed
+
+
+def report(name: str, tokens: int, ours_timed, theirs_timed) -> None:
+  """Alternates between the two and prints tokens/s of each and their ratio.
+
+  Of two timers of a side, the second is what is taken off the first (the prefill).
+  """
+  rates = {'ours': [], 'theirs': []}
+  for repetition in range(_REPEATS.value + 1):
+    for who, timers in (('ours', ours_timed), ('theirs', theirs_timed)):
+      whole, *rest = (timer() for timer in timers)
+      if repetition:
+        rates[who].append(tokens / max(whole - sum(rest), 1e-9))
+  for who, values in rates.items():
+    print(f'{name}  {who:6} {spread(values)} tokens/s')
+  print(f'{name}  ratio  {spread([a / b for a, b in zip(rates["ours"], rates["theirs"])])}')
+
+
+def spread(values: list[float]) -> str:
+  """Median [smallest, largest]."""
+  return f'{statistics.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]'
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,17 @@
+"""What a VLM says of a picture, of several, or to words alone. Any device; the embedded VLM needs none but a CPU.
+
+  python -m unifusion_jax.main --config=configs/describe.py --config.image=x.png
+  python -m unifusion_jax.main --config=configs/describe.py --config.image=x.png --config.prompt="what shape is red?"
+  python -m unifusion_jax.main --config=configs/describe.py --config.vlm=OpenGVLab/InternVL3-1B-hf \
+      --config.image=a.jpg,b.jpg --config.prompt="What changed?" --config.quantized=int8
+  python -m unifusion_jax.main --config=configs/describe.py --config.vlm=FOLDER --config.prompt="Write a haiku." \
+      --config.temperature=0.7 --config.top_p=0.9 --config.seed=1
+
+docs/encoders.md lists the models.
+"""
+
+from unifusion_jax import describe
+
+
+def get_config() -> describe.DescribeConfig:
+  return describe.DescribeConfig()

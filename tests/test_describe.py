@@ -1,0 +1,216 @@
+"""What a VLM says, through padding, batching over devices, quantising and keeping, is what the bare model says."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+
+from absl import flags
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+import pytest
+
+from unifusion_jax import config as configuration
+from unifusion_jax import describe
+from unifusion_jax import encoders
+from unifusion_jax import generate
+from unifusion_jax import sharding
+from unifusion_jax import verifi
+from unifusion_jax.data import images
+from unifusion_jax.data import qwen_images
+from unifusion_jax.data import sources
+from unifusion_jax.data.scenes import language
+from unifusion_jax.models import decoder, qwen3_vl, t5, text
+
+WORDS = 12
+TEXT = decoder.DecoderConfig(vocab=1040, width=32, depth=2, heads=2, kv_heads=2, head_dim=16, hidden=48,
+                             max_positions=512)
+PIXELS = dict(patch_size=8, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+              size=dict(shortest_edge=256, longest_edge=4096))
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+  """Paths of three pictures: 64 x 64, 96 x 48 and 200 x 31 pixels."""
+  folder = tmp_path_factory.mktemp('pictures')
+  for i, (x, y) in enumerate([(64, 64), (96, 48), (200, 31)]):
+    noise = np.random.default_rng(i).integers(0, 256, (y, x, 3)).astype(np.uint8)
+    images.write_png(folder / f'{i}.png', noise)
+  return [str(folder / f'{i}.png') for i in range(3)]
+
+
+@pytest.fixture(scope='module')
+def qwen(tmp_path_factory):
+  """A tiny random Qwen3-VL with the embedded tokenizer and its own picture tokens."""
+  import transformers
+  folder = tmp_path_factory.mktemp('qwen')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(describe.EMBEDDED)
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<|vision_start|>', '<|image_pad|>', '<|vision_end|>']})
+  tokenizer.save_pretrained(folder)
+  vision = qwen3_vl.VisionConfig(width=16, depth=2, heads=2, hidden=32, patch=8, side=4, deepstack=(0,))
+  made = qwen3_vl.Qwen3VLConfig(vision, dataclasses.replace(TEXT, model_type='qwen3'),
+                                tokenizer.convert_tokens_to_ids('<|image_pad|>'), (4, 2, 2))
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
+    qwen3_vl.save(qwen3_vl.Qwen3VL(made, rngs=nnx.Rngs(3)), folder)
+  (folder / 'preprocessor_config.json').write_text(json.dumps(PIXELS))
+  return folder
+
+
+def language_model(folder, kind='llama'):
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+    shutil.copyfile(describe.EMBEDDED / name, folder / name)
+  text.save(text.TextModel(text.TextConfig(dataclasses.replace(TEXT, model_type=kind)), rngs=nnx.Rngs(4)), folder)
+  return folder
+
+
+def asked(folder, **changes):
+  return describe.DescribeConfig(**dict(dict(vlm=str(folder), dtype='float32', max_tokens=WORDS), **changes))
+
+
+def bare(folder, spans, tiles, stop_ids, **settings):
+  """Ids from one device, one row and no padding."""
+  ids = np.array([token for span in spans for token in span.ids], np.int32)[None]
+  with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])):
+    vlm = encoders.load(folder, jnp.float32)
+    out = generate.generate(vlm, ids, np.ones(ids.shape, bool), jax.tree.map(lambda x: x[None], tiles), max_new=WORDS,
+                            stop_ids=stop_ids, **settings)
+    return np.asarray(out.tokens)[0, :int(out.lengths[0])]
+
+
+def test_says_what_the_model_says(recipe, pictures):
+  """Three pictures, one of them cut into tiles."""
+  folder = recipe().vlm
+  chat = verifi.Chat(folder)
+  cut = [images.tiles(images.read(path), 64, 4) for path in pictures]
+  assert [len(each) for each in cut] == [1, 3, 5]
+  pixels = json.loads((pathlib.Path(folder) / 'preprocessor_config.json').read_text())
+  tiles = images.normalise(np.concatenate(cut), pixels['image_mean'], pixels['image_std'])
+  spans = chat.spans('what changed?', (16, 48, 80), None, verifi.SYSTEM['answer'])
+  wanted = chat.read(bare(folder, spans, tiles, chat.stop_ids))
+  assert wanted
+  assert describe.describe(asked(folder, image=','.join(pictures), prompt='what changed?')) == wanted
+
+
+def test_words_alone_and_sampling(recipe):
+  folder = recipe().vlm
+  chat = verifi.Chat(folder)
+  wanted = chat.read(bare(folder, chat.spans('draw a circle', (), None, verifi.SYSTEM['rewrite']), None, chat.stop_ids))
+  assert describe.describe(asked(folder, prompt='draw a circle')) == wanted
+  drawn = [describe.describe(asked(folder, prompt='draw a circle', temperature=2.0, seed=seed)) for seed in (0, 0, 1)]
+  assert drawn[0] == drawn[1] != drawn[2]
+  most_probable = describe.describe(asked(folder, prompt='draw a circle', temperature=2.0, top_p=1e-6, seed=1))
+  assert most_probable == wanted != drawn[2]
+
+
+def test_another_system_prompt_is_read(recipe):
+  folder = recipe().vlm
+  chat = verifi.Chat(folder)
+  spans = chat.spans('draw a circle', (), None, 'a small circle')
+  assert describe.layout(chat, 'draw a circle', (), 'a small circle') == spans
+  wanted = chat.read(bare(folder, spans, None, chat.stop_ids))
+  assert describe.describe(asked(folder, prompt='draw a circle', system='a small circle')) == wanted
+
+
+def test_quantised_and_kept(recipe, tmp_path, pictures):
+  """The second start, which reads what the first one kept, says the same."""
+  settings = dict(image=pictures[0], prompt='describe', quantized='int8', cache=str(tmp_path / 'kept'),
+                  dtype='bfloat16')
+  first = describe.describe(asked(recipe().vlm, **settings))
+  assert len(list((tmp_path / 'kept').iterdir())) == 1
+  assert describe.describe(asked(recipe().vlm, **settings)) == first
+
+
+def test_qwen3_vl(qwen, pictures):
+  chat = verifi.Chat(qwen, ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>'))
+  pixels = qwen_images.PixelConfig.from_json(PIXELS)
+  shown = [images.read(path) for path in pictures[:2]]
+  sizes = [qwen_images.size_of(*picture.shape[:2], pixels) for picture in shown]
+  counts = tuple(y * x // 256 for y, x in sizes)
+  tiles = qwen_images.pack(shown, pixels, 4 * sum(counts), 2)
+  spans = chat.spans('what changed?', counts, None, 'Look.')
+  wanted = chat.read(bare(qwen, spans, tiles, chat.stop_ids))
+  assert wanted
+  assert describe.describe(asked(qwen, image=','.join(pictures[:2]), prompt='what changed?', system='Look.')) == wanted
+
+
+def test_text_alone(tmp_path, pictures):
+  folder = language_model(tmp_path)
+  chat = verifi.Chat(folder)
+  wanted = chat.read(bare(folder, chat.spans('hello', (), None, 'Be brief.'), None, chat.stop_ids))
+  assert describe.describe(asked(folder, prompt='hello', system='Be brief.')) == wanted
+  with pytest.raises(ValueError, match='reads text alone: leave out config.image'):
+    describe.describe(asked(folder, image=pictures[0]))
+
+
+def test_default_system_prompt_is_the_templates(tmp_path):
+  """A public template that brings a system prompt of its own keeps it; the embedded VLM has the one it learned."""
+  folder = language_model(tmp_path)
+  template = (folder / 'chat_template.jinja').read_text()
+  default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nKind.<|im_end|>\\n' }}{% endif %}"
+  (folder / 'chat_template.jinja').write_text(default + template)
+  chat = verifi.Chat(folder)
+  embedded = [token for span in describe.layout(chat, 'hi', (), None) for token in span.ids]
+  assert embedded == [t for span in chat.spans('hi', (), None, verifi.SYSTEM['rewrite']) for t in span.ids]
+  tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+  (folder / 'tokenizer.json').write_text(json.dumps(tokenizer, indent=1))  # no longer the embedded one, byte for byte
+  ids = [token for span in describe.layout(chat, 'hi', (), None) for token in span.ids]
+  messages = [dict(role='user', content='hi')]
+  assert ids == chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                                   return_dict=False)
+  assert 'Kind.' in chat.tokenizer.decode(ids)
+
+
+def test_stops_of_the_checkpoint_count(recipe, tmp_path):
+  chat = verifi.Chat(recipe().vlm)
+  assert describe.stops(chat, tmp_path) == chat.stop_ids
+  for given, wanted in ((7, (7,)), ([7, chat.stop_ids[0], 9], (7, 9)), (None, ())):
+    (tmp_path / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=given)))
+    assert describe.stops(chat, tmp_path) == chat.stop_ids + wanted
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(), 'nothing to answer'), (dict(prompt='x', dtype='int4'), "dtype='int4' must be"),
+    (dict(prompt='x', quantized='int4'), "quantized='int4' must be one of"),
+    (dict(image='nowhere.png'), 'nowhere.png is not there'), (dict(prompt='x', max_tokens=0), 'max_new is 0'),
+    (dict(prompt='a red circle ' * 400), 'more than the 512 positions')])
+def test_errors(recipe, changes, message):
+  with pytest.raises(ValueError, match=message):
+    describe.describe(asked(recipe().vlm, **changes))
+
+
+def test_what_writes_nothing_is_refused(tmp_path):
+  t5.save(t5.T5Encoder(t5.T5Config(64, 16, 1, 2, 8, 16), rngs=nnx.Rngs(0)), tmp_path)
+  with pytest.raises(ValueError, match='an encoder, which writes nothing'):
+    describe.describe(asked(tmp_path, prompt='x'))
+
+
+def test_a_folder_that_does_not_say_how_to_normalise(recipe, tmp_path, pictures):
+  shutil.copytree(recipe().vlm, tmp_path / 'vlm')
+  (tmp_path / 'vlm' / 'preprocessor_config.json').unlink()
+  with pytest.raises(ValueError, match='no preprocessor_config.json'):
+    describe.describe(asked(tmp_path / 'vlm', image=pictures[0]))
+
+
+def test_command_line(monkeypatch):
+  arguments = ['main', '--config.image=a b.png', '--config.system=Be kind.', '--config.temperature=0.5',
+               '--config.quantized=int8', '--config.mesh.tp=2']
+  monkeypatch.setattr(sys, 'argv', arguments)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', 'configs/describe.py', '', flag_values=values)
+  values(arguments)
+  assert values.config == describe.DescribeConfig(image='a b.png', system='Be kind.', temperature=0.5, quantized='int8',
+                                                  mesh=sharding.MeshConfig(tp=2))
+
+
+def test_embedded_vlm_describes_a_scene(tmp_path, capsys):
+  """Out of the box: the defaults of configs/describe.py and a picture."""
+  record = sources.SceneSource('caption', 'test', 64)[0]
+  images.write_png(tmp_path / 'x.png', record['references'][0])
+  describe.run(describe.DescribeConfig(image=str(tmp_path / 'x.png'), max_tokens=64))
+  said = capsys.readouterr().out.strip()
+  assert language.parse(said) is not None, said
+  assert describe.EMBEDDED == configuration.ASSETS / 'vlm'

@@ -1,0 +1,151 @@
+"""Encoders by name: each kind of checkpoint finds its model, and what is kept of one is that model."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifusion_jax import convert
+from unifusion_jax import encoders
+from unifusion_jax import quantize
+from unifusion_jax import sharding
+from unifusion_jax.models import decoder, internvl, qwen3_vl, t5, text
+
+TEXT = decoder.DecoderConfig(vocab=64, width=16, depth=2, heads=2, kv_heads=2, head_dim=8, hidden=32, max_positions=64)
+EYE = internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=16, patch=4)
+MADE = {
+    'internvl': (internvl, internvl.InternVL, internvl.InternVLConfig(EYE, TEXT, image_token_id=5)),
+    'qwen3_vl': (qwen3_vl, qwen3_vl.Qwen3VL, qwen3_vl.Qwen3VLConfig(
+        qwen3_vl.VisionConfig(width=16, depth=2, heads=2, hidden=32, patch=8, side=4, deepstack=(0,)),
+        dataclasses.replace(TEXT, model_type='qwen3'), 5, (2, 1, 1))),
+    'llama': (text, text.TextModel, text.TextConfig(dataclasses.replace(
+        TEXT, model_type='llama', llama3=(8.0, 1.0, 4.0, 32)))),
+    'qwen2': (text, text.TextModel, text.TextConfig(dataclasses.replace(TEXT, tied=True))),
+    'qwen3': (text, text.TextModel, text.TextConfig(dataclasses.replace(TEXT, model_type='qwen3'))),
+    't5': (t5, t5.T5Encoder, t5.T5Config(64, 16, 2, 2, 8, 32)),
+}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """{kind: a folder with a random model of it}."""
+  made = {}
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
+    for kind, (module, model, config) in MADE.items():
+      made[kind] = tmp_path_factory.mktemp(kind)
+      module.save(jax.jit(lambda: model(config, rngs=nnx.Rngs(0)))(), made[kind])
+  return made
+
+
+def assert_equal(ours, wanted):
+  assert jax.tree.structure(ours) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted)):
+    assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def spec(leaf):
+  return tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
+
+
+@pytest.mark.parametrize('kind', MADE)
+def test_each_kind_finds_its_model(folders, kind):
+  module, model, config = MADE[kind]
+  loaded = encoders.load(folders[kind], jnp.float32)
+  assert type(loaded) is model and loaded.config == config == encoders.config(folders[kind])
+  assert_equal(loaded, module.load(folders[kind], jnp.float32))
+  shapes = encoders.abstract(config, jnp.float32)
+  assert jax.tree.structure(shapes) == jax.tree.structure(loaded)
+  for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(loaded)):
+    assert (a.shape, a.dtype, spec(a)) == (b.shape, b.dtype, spec(b))
+
+
+@pytest.mark.parametrize('kind', MADE)
+def test_every_matrix_of_every_kind_is_quantised(folders, kind):
+  small = encoders.load(folders[kind], quantized='int8')
+  rest = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(
+      small, is_leaf=lambda x: isinstance(x, quantize.Int8)) if not isinstance(leaf, quantize.Int8)]
+  large = [name for name, leaf in rest if leaf.size > 16 * 16]  # 16 is the width
+  assert all(any(part in name for part in ('embedding', 'patch', 'positions')) for name in large), large
+  assert jax.tree.structure(small) == jax.tree.structure(encoders.abstract(small.config, quantized='int8'))
+
+
+def test_original_layout_is_found(tmp_path):
+  from test_internvl import original_layout, torch_model
+  original_layout(torch_model('qwen2', attention_bias=True), tmp_path)
+  vlm = encoders.load(tmp_path, jnp.float32)
+  assert type(vlm) is internvl.InternVL and vlm.config == encoders.config(tmp_path)
+
+
+def test_layers_are_unrolled_where_it_is_asked(folders):
+  for kind in ('internvl', 'qwen3_vl', 'llama'):
+    assert encoders.load(folders[kind], unroll=True).config.text.unroll
+    assert encoders.config(folders[kind], unroll=True).text.unroll and not encoders.config(folders[kind]).text.unroll
+
+
+def test_public_names_need_no_weights():
+  assert encoders.config('OpenGVLab/InternVL2_5-8B') is internvl.PRESETS['InternVL2_5-8B']
+  assert encoders.config('Qwen/Qwen3-VL-4B-Instruct@main') is qwen3_vl.PRESETS['Qwen3-VL-4B-Instruct']
+  assert encoders.config('meta-llama/Llama-3.1-8B') is text.PRESETS['Llama-3.1-8B']
+  assert encoders.config('google/flan-t5-xxl') is t5.PRESETS['flan-t5-xxl']
+  with pytest.raises(ValueError, match='owner/absent.*not in the cache'):
+    encoders.config('owner/absent')
+
+
+def test_others_are_refused(tmp_path):
+  with pytest.raises(ValueError, match='has no config.json'):
+    encoders.load(tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='llava')))
+  for call in (encoders.load, encoders.config):
+    with pytest.raises(ValueError, match="type 'llava' is not supported; supported are internvl .*qwen3_vl.*t5"):
+      call(tmp_path)
+  with pytest.raises(ValueError, match="quantized='int4' must be one of '', 'int8', 'w8a8'"):
+    encoders.load(tmp_path, quantized='int4')
+
+
+@pytest.mark.parametrize('kind,quantized', [('internvl', ''), ('qwen3_vl', 'int8'), ('qwen2', 'w8a8'), ('t5', '')])
+def test_what_is_kept_is_the_model(folders, tmp_path, monkeypatch, kind, quantized):
+  first = encoders.load(folders[kind], quantized=quantized, cache=str(tmp_path))
+  monkeypatch.setattr(convert, 'read', None)  # the second load has no use for the checkpoint
+  again = encoders.load(folders[kind], quantized=quantized, cache=str(tmp_path))
+  assert_equal(again, first)
+  assert again.config == first.config
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=8))):
+    other = encoders.load(folders[kind], quantized=quantized, cache=str(tmp_path))
+    shapes = encoders.abstract(first.config, quantized=quantized)
+  for a, b, shape in zip(*map(jax.tree.leaves, (other, first, shapes))):
+    assert a.sharding.spec == shape.sharding.spec and a.sharding.mesh.shape['fsdp'] == 8
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_every_form_of_every_version_is_kept_apart(folders, tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(folders['qwen2'], folder)
+  def count():
+    return len(list((tmp_path / 'kept').iterdir()))
+  cache = str(tmp_path / 'kept')
+  encoders.load(folder, cache=cache)
+  encoders.load(folder, cache=cache, unroll=True)  # the same weights
+  assert count() == 1
+  encoders.load(folder, jnp.float32, cache=cache)
+  encoders.load(folder, quantized='int8', cache=cache)
+  assert count() == 3
+  tensors = {name: tensor[:] + 1 for name, tensor in convert.read(folder).items()}
+  convert.write(folder / 'model.safetensors', tensors)
+  os.utime(folder / 'model.safetensors', (1, 1))
+  changed = encoders.load(folder, jnp.float32, cache=cache)
+  assert count() == 4
+  assert_equal(changed, text.load(folder, jnp.float32))
+
+
+def test_what_another_version_kept_is_refused(folders, tmp_path, monkeypatch):
+  encoders.load(folders['qwen2'], cache=str(tmp_path))
+  monkeypatch.setattr(text.TextConfig, 'from_json', lambda *_: text.TextConfig(dataclasses.replace(TEXT, depth=3)))
+  with pytest.raises(ValueError, match='kept by another version'):
+    encoders.load(folders['qwen2'], cache=str(tmp_path))

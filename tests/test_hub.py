@@ -1,0 +1,105 @@
+"""Names to folders: local ones, and hub ids from a cache laid out here, offline as in every test."""
+
+import numpy as np
+import pytest
+
+from unifusion_jax import convert
+from unifusion_jax import hub
+
+COMMIT, OLDER = 'a' * 40, 'b' * 40
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """`cache(id, files, commit, ref)` puts a snapshot where huggingface_hub looks; files are {name: bytes}."""
+  from huggingface_hub import constants
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+
+  def lay(repository, files, commit=COMMIT, ref='main'):
+    root = tmp_path / 'hub' / f'models--{repository.replace("/", "--")}'
+    for name, content in files.items():
+      path = root / 'snapshots' / commit / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content)
+    (root / 'refs').mkdir(parents=True, exist_ok=True)
+    (root / 'refs' / ref).write_text(commit)
+    return root / 'snapshots' / commit
+  return lay
+
+
+def weights(tmp_path, value: float) -> bytes:
+  convert.write(tmp_path / 'x.safetensors', {'w': np.full(3, value, np.float32)})
+  return (tmp_path / 'x.safetensors').read_bytes()
+
+
+def test_local_folder_and_hub_id_are_equals(cache, tmp_path):
+  snapshot = cache('owner/model', {'config.json': b'{}', 'model.safetensors': weights(tmp_path, 1.0)})
+  by_id = hub.resolve('owner/model')
+  assert by_id == snapshot and hub.resolve(str(snapshot)) == snapshot and hub.resolve(snapshot) == snapshot
+  np.testing.assert_array_equal(convert.read(by_id)['w'][:], np.ones(3, np.float32))
+
+
+def test_revision_is_pinned(cache, tmp_path):
+  new = cache('owner/model', {'model.safetensors': weights(tmp_path, 1.0)})
+  old = cache('owner/model', {'model.safetensors': weights(tmp_path, 2.0)}, OLDER, 'v1')
+  assert hub.resolve('owner/model') == hub.resolve(f'owner/model@{COMMIT}') == new
+  assert hub.resolve('owner/model@v1') == hub.resolve('owner/model', 'v1') == hub.resolve(f'owner/model@{OLDER}') == old
+  with pytest.raises(ValueError, match="pinned to 'v1'.*'v2'"):
+    hub.resolve('owner/model@v1', 'v2')
+  with pytest.raises(ValueError, match='no revision'):
+    hub.resolve(new, 'v1')
+  with pytest.raises(ValueError, match='owner/model at v2: .*not in the cache'):
+    hub.resolve('owner/model@v2')
+
+
+def test_subfolder(cache, tmp_path):
+  snapshot = cache('owner/pipeline', {'model_index.json': b'{}', 'vae/model.safetensors': weights(tmp_path, 1.0)})
+  assert hub.resolve('owner/pipeline/vae@main') == snapshot / 'vae'
+  with pytest.raises(ValueError, match='no such subfolder'):
+    hub.resolve('owner/pipeline/text_encoder')
+  with pytest.raises(ValueError, match='has no .safetensors'):
+    hub.resolve('owner/pipeline')
+
+
+def test_pickles_are_refused_with_the_reason(cache):
+  snapshot = cache('owner/pickled', {'config.json': b'{}', 'pytorch_model.bin': b'\x80'})
+  with pytest.raises(ValueError, match='owner/pickled has no .safetensors file .it holds pytorch_model.bin.*any code'):
+    hub.resolve('owner/pickled')
+  assert hub.resolve('owner/pickled', weights=False) == snapshot
+
+
+def test_only_data_is_asked_for(monkeypatch, tmp_path):
+  """No code, no pickle, nothing of other folders; weights only where they are wanted."""
+  import huggingface_hub
+  from huggingface_hub.utils import filter_repo_objects
+  files = ['config.json', 'model-1.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer.model',
+           'chat_template.jinja', 'merges.txt', 'modeling_x.py', 'pytorch_model.bin', 'model.onnx', 'README.md',
+           'original/consolidated.safetensors', 'vae/config.json', 'vae/model.safetensors', 'vae/more/x.json']
+  asked = []
+
+  def download(repository, revision, allow_patterns, ignore_patterns):
+    asked.append(list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
+    for name in asked[-1]:
+      (tmp_path / name).parent.mkdir(exist_ok=True)
+      (tmp_path / name).touch()
+    return str(tmp_path)
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  hub.resolve('owner/model')
+  hub.resolve('owner/model', weights=False)
+  hub.resolve('owner/model/vae')
+  assert asked == [files[:7], [f for f in files[:7] if not f.endswith('.safetensors')],
+                   ['vae/config.json', 'vae/model.safetensors']]
+
+
+@pytest.mark.parametrize('name,message', [
+    ('owner/absent', 'no such local folder.*not in the cache'), ('nothing', 'no such folder, and no hub id'),
+    ('/nowhere/at/all', 'no such folder'), ('./a/b', 'no such folder'), ('https://x.y/owner/model', 'no hub id')])
+def test_names_that_are_nothing(cache, name, message):
+  with pytest.raises(ValueError, match=message):
+    hub.resolve(name)
+
+
+def test_a_file_is_no_folder(tmp_path):
+  (tmp_path / 'model.safetensors').touch()
+  with pytest.raises(ValueError, match='is a file: give the folder'):
+    hub.resolve(tmp_path / 'model.safetensors')

@@ -1,0 +1,402 @@
+"""Qwen3-VL: a vision tower for pictures of any shape, deepstack, and a Qwen3 decoder under interleaved M-RoPE.
+
+Follows `Qwen3VLForConditionalGeneration` of transformers, without video. A picture is a grid of 16 x 16 pixel patches.
+Learned positions are interpolated to its grid, patches attend within their picture, and every square of 2 x 2 patches
+becomes one picture embedding, which replaces a picture token of the prompt, and one deepstack feature for each of the
+first decoder blocks, which joins that block's output at the same token. A token's rotary position has three parts
+(time, row, column), which differ at picture tokens only; the text goes on after the longer side of a picture.
+
+Pictures vary in shape and arrays must not: the patches of all pictures of an example lie end to end in `Pictures`,
+padded at the end, beside their grids. What depends on a grid (positions, rotations, interpolation, masks) is computed
+from it on the device, so that one compiled program serves all pictures that fit, mixed within a batch as they like.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unifusion_jax import convert
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt
+from unifusion_jax.models.internvl import TEXT_RULES
+from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, layer_norm, RESIDUAL, rope, rope_angles
+from unifusion_jax.models.layers import scan_taps, stack, weight
+
+
+class Pictures(NamedTuple):
+  """What a prompt's pictures are given as, in the place of InternVL's tiles (`data/qwen_images.py` makes them)."""
+  patches: jax.Array  # [b p c] f32 normalised, c = 3 * 2 * 16 * 16; p is divisible by 4, and padding is at the end
+  grids: jax.Array  # [b r 2] int32 rows and columns of patches, both even; 0, 0 where there is no picture
+
+
+class Seen(NamedTuple):
+  """What the vision tower makes of them."""
+  features: jax.Array  # [b n 1+l e], n = p / 4: the picture embedding, then those of deepstack
+  grids: jax.Array  # [b r 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """The vision tower; the defaults are those of the 2B and 4B models."""
+  width: int = 1024
+  depth: int = 24
+  heads: int = 16
+  hidden: int = 4096
+  patch: int = 16  # pixels on a side
+  frames: int = 2  # a still picture is shown twice
+  merge: int = 2  # patches joined along each side
+  side: int = 48  # of the square of learned positions
+  deepstack: tuple[int, ...] = (5, 11, 17)  # 0-based blocks whose outputs reach the decoder
+  unroll: bool = False
+
+  @property
+  def patch_size(self) -> int:
+    """Numbers in a patch."""
+    return 3 * self.frames * self.patch ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLConfig:
+  """The whole model; PRESETS at the end of this file has the public sizes."""
+  vision: VisionConfig = VisionConfig()
+  text: DecoderConfig = DecoderConfig(model_type='qwen3')
+  image_token_id: int = 151655
+  sections: tuple[int, int, int] = (24, 20, 20)  # rotary frequencies that turn with time, row and column
+
+  @classmethod
+  def from_json(cls, config: dict, unroll: bool = False) -> 'Qwen3VLConfig':
+    """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
+    vision, text = config['vision_config'], config['text_config']
+    patch, frames = (value[0] if isinstance(value, list) and len(set(value)) == 1 else value for value in (
+        vision.get('patch_size', 16), vision.get('temporal_patch_size', 2)))
+    wanted = {'hidden_act': 'gelu_pytorch_tanh', 'in_channels': 3, 'out_hidden_size': text['hidden_size']}
+    wrong = [f'vision_config.{key}={vision[key]!r}' for key, value in wanted.items() if vision.get(key, value) != value]
+    if text.get('model_type') != 'qwen3_vl_text':
+      wrong.append(f'text_config.model_type={text.get("model_type")!r}')
+    rotary = vision.get('rope_parameters') or {}
+    if rotary.get('rope_theta', 1e4) != 1e4 or rotary.get('rope_type', 'axial') != 'axial':
+      wrong.append(f'vision_config.rope_parameters={rotary}')
+    rotary = {**(text.get('rope_scaling') or {}), **(text.get('rope_parameters') or {})}
+    if not rotary.get('mrope_interleaved', True):
+      wrong.append('mrope_interleaved=False')
+    deepstack = tuple(vision.get('deepstack_visual_indexes', (8, 16, 24)))
+    if not deepstack or list(deepstack) != sorted(set(deepstack)):
+      wrong.append(f'vision_config.deepstack_visual_indexes={list(deepstack)}, which must increase')
+    side = round(vision.get('num_position_embeddings', 2304) ** 0.5)
+    if side ** 2 != vision.get('num_position_embeddings', 2304):
+      wrong.append(f'vision_config.num_position_embeddings={vision["num_position_embeddings"]}, which is no square')
+    if wrong:
+      raise ValueError(f'this Qwen3-VL does not support {", ".join(wrong)}')
+    # transformers' own defaults, where the text config is silent
+    defaults = {'rope_theta': 500000.0, 'max_position_embeddings': 128000}
+    decoder = DecoderConfig.from_json(defaults | text | {'model_type': 'qwen3'})
+    return cls(
+        vision=VisionConfig(
+            width=vision.get('hidden_size', 1152), depth=vision.get('depth', 27), heads=vision.get('num_heads', 16),
+            hidden=vision.get('intermediate_size', 4304), patch=patch, frames=frames,
+            merge=vision.get('spatial_merge_size', 2), side=side, deepstack=deepstack, unroll=unroll),
+        text=dataclasses.replace(decoder, tied=config.get('tie_word_embeddings', decoder.tied), unroll=unroll),
+        image_token_id=config.get('image_token_id', 151655),
+        sections=tuple(rotary.get('mrope_section', (24, 20, 20))))
+
+  def to_json(self) -> dict:
+    """The config.json of a transformers checkpoint."""
+    v, text = self.vision, self.text.to_json()
+    # The same under both names: rope_parameters is read by transformers 5.x, rope_scaling by 4.x
+    rotary = text['rope_parameters'] | {'mrope_interleaved': True, 'mrope_section': list(self.sections)}
+    return {
+        'architectures': ['Qwen3VLForConditionalGeneration'], 'model_type': 'qwen3_vl', 'dtype': 'float32',
+        'image_token_id': self.image_token_id, 'tie_word_embeddings': self.text.tied,
+        'text_config': text | {'model_type': 'qwen3_vl_text', 'rope_parameters': rotary, 'rope_scaling': rotary},
+        'vision_config': {
+            'model_type': 'qwen3_vl_vision', 'hidden_size': v.width, 'depth': v.depth, 'num_heads': v.heads,
+            'intermediate_size': v.hidden, 'patch_size': v.patch, 'temporal_patch_size': v.frames, 'in_channels': 3,
+            'spatial_merge_size': v.merge, 'num_position_embeddings': v.side ** 2, 'out_hidden_size': self.text.width,
+            'deepstack_visual_indexes': list(v.deepstack), 'hidden_act': 'gelu_pytorch_tanh'}}
+
+
+def locate(index: jax.Array, grids: jax.Array):
+  """Which picture and which of its cells are number `index` [b s] of pictures laid end to end, grids [b r 2].
+
+  Returns (picture, cell, rows, columns), [b s] each; past the last picture: the number of pictures, and no rows.
+  """
+  sizes = grids[..., 0] * grids[..., 1]
+  past = index[..., None] >= jnp.cumsum(sizes, axis=1)[:, None]
+  picture = jnp.sum(past, axis=-1)
+  cell = index - jnp.sum(jnp.where(past, sizes[:, None], 0), axis=-1)
+  mine = picture[..., None] == jnp.arange(grids.shape[1])
+  rows, columns = (jnp.sum(jnp.where(mine, grids[:, None, :, i], 0), axis=-1) for i in (0, 1))
+  return picture, cell, rows, columns
+
+
+class VisionBlock(nnx.Module):
+  """x += attention(norm x); x += mlp(norm x)."""
+
+  def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    d, h, f = config.width, config.heads, config.hidden
+    k = d // h
+    axis = heads_axis(h, h)
+    self.norm1 = constant(1.0, (d,), dtype=dtype)
+    self.norm1_bias = constant(0.0, (d,), dtype=dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.bq = constant(0.0, (h, k), (axis, None), dtype)
+    self.bk = constant(0.0, (h, k), (axis, None), dtype)
+    self.bv = constant(0.0, (h, k), (axis, None), dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
+    self.bo = constant(0.0, (d,), dtype=dtype)
+    self.norm2 = constant(1.0, (d,), dtype=dtype)
+    self.norm2_bias = constant(0.0, (d,), dtype=dtype)
+    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.b1 = constant(0.0, (f,), ('tp',), dtype)
+    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.b2 = constant(0.0, (d,), dtype=dtype)
+
+  def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> jax.Array:
+    """[b p d] -> [b p d]; angles [b p k/2], mask [b 1 p p]."""
+    y = layer_norm(x, self.norm1, self.norm1_bias)
+    q, k, v = (einsum('bsd,dhk->bshk', y, w) + b[...] for w, b in (
+        (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)))
+    y = attention(rope(q, angles), rope(k, angles), v, mask)
+    x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL) + self.bo[...]
+    y = einsum('bsd,df->bsf', layer_norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
+    return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, RESIDUAL) + self.b2[...]
+
+
+class Merger(nnx.Module):
+  """Squares of patches to embeddings: linear2(gelu(linear1(norm x))), the norm before or after they are joined."""
+
+  def __init__(self, config: VisionConfig, width: int, joined_norm: bool, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    d, joined = config.width, config.width * config.merge ** 2
+    self.joined_norm = joined_norm
+    self.norm = constant(1.0, (joined if joined_norm else d,), dtype=dtype)
+    self.norm_bias = constant(0.0, (joined if joined_norm else d,), dtype=dtype)
+    self.w1 = weight(rngs, (joined, joined), ('fsdp', 'tp'), joined, dtype)
+    self.b1 = constant(0.0, (joined,), ('tp',), dtype)
+    self.w2 = weight(rngs, (joined, width), ('tp', 'fsdp'), joined, dtype)
+    self.b2 = constant(0.0, (width,), dtype=dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[b p d] -> [b n e]."""
+    joined = self.w1.shape[0]
+    if not self.joined_norm:
+      x = layer_norm(x, self.norm, self.norm_bias)
+    x = x.reshape(x.shape[0], -1, joined, out_sharding=RESIDUAL)
+    if self.joined_norm:
+      x = layer_norm(x, self.norm, self.norm_bias)
+    x = jax.nn.gelu(einsum('bsd,df->bsf', x, self.w1) + self.b1[...], approximate=False)
+    return einsum('bsf,fe->bse', x, self.w2, RESIDUAL) + self.b2[...]
+
+
+class Vision(nnx.Module):
+  """The vision tower and its mergers."""
+
+  def __init__(self, config: VisionConfig, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.config = config
+    d, p = config.width, config.patch_size
+    self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
+    self.patch_bias = constant(0.0, (d,), dtype=dtype)
+    self.positions = weight(rngs, (config.side ** 2, d), (None, None), 2500, dtype)  # std 0.02
+    self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
+    self.merger = Merger(config, width, False, dtype, rngs=rngs)
+    self.deepstack = stack(Merger, len(config.deepstack), config, width, True, dtype, rngs=rngs)
+
+  def __call__(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
+    """Patches [b p c] of pictures with grids [b r 2] -> features [b n 1+l e]."""
+    c = self.config
+    picture, cell, rows, columns = locate(jnp.arange(patches.shape[1])[None], grids)
+    # Patches come square by square, and within a square row by row
+    squares, inside = jnp.maximum(columns // c.merge, 1), cell % c.merge ** 2
+    row = cell // c.merge ** 2 // squares * c.merge + inside // c.merge
+    column = cell // c.merge ** 2 % squares * c.merge + inside % c.merge
+    x = einsum('bsp,pd->bsd', patches.astype(self.patch.dtype), self.patch, RESIDUAL) + self.patch_bias[...]
+    x = x + self.interpolated(row, column, rows, columns).astype(x.dtype)
+    k = c.width // c.heads
+    angles = jnp.concatenate([rope_angles(row, k // 2, 1e4), rope_angles(column, k // 2, 1e4)], axis=-1)
+    mask = picture[:, None, :, None] == picture[:, None, None, :]
+    x, kept = scan_taps(lambda x, block: block(x, angles, mask), x, self.blocks, tuple(i + 1 for i in c.deepstack),
+                        c.depth, unroll=c.unroll or 1)
+    deep = jax.lax.map(lambda pair: pair[0](pair[1]), (self.deepstack, jnp.moveaxis(kept, 2, 0)))
+    return jnp.moveaxis(jnp.concatenate([self.merger(x)[None], deep]), 0, 2)
+
+  def interpolated(self, row, column, rows, columns) -> jax.Array:
+    """The learned positions at places [b p] of grids of rows x columns, corners on corners: [b p d] f32."""
+    side = self.config.side
+
+    def taps(at, size):
+      at = at * (side - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32)
+      low = jnp.floor(at)
+      clipped = (jnp.clip(low.astype(jnp.int32) + i, 0, side - 1) for i in (0, 1))  # padding may lie anywhere
+      return list(zip(clipped, (1 - (at - low), at - low)))
+
+    def learned(y, x):
+      return self.positions[...].at[y * side + x].get(out_sharding=RESIDUAL).astype(jnp.float32)
+
+    return sum(learned(y, x) * (along_y * along_x)[..., None]
+               for y, along_y in taps(row, rows) for x, along_x in taps(column, columns))
+
+
+class Qwen3VL(nnx.Module):
+  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles: `Pictures`."""
+
+  def __init__(self, config: Qwen3VLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.config = config
+    self.vision = Vision(config.vision, config.text.width, dtype, rngs=rngs)
+    self.decoder = Decoder(config.text, dtype, rngs=rngs)
+
+  def pictures(self, tiles: Pictures) -> Seen:
+    """What the vision tower makes of the pictures."""
+    vision = self.config.vision
+    if tiles.patches.shape[-1] != vision.patch_size or tiles.patches.shape[1] % vision.merge ** 2:
+      raise ValueError(f'patches are {list(tiles.patches.shape)}; this model wants {vision.patch_size} numbers in each '
+                       f'(3 x {vision.frames} x {vision.patch} x {vision.patch}) and a multiple of {vision.merge ** 2} '
+                       'patches')
+    return Seen(self.vision(tiles.patches, tiles.grids), tiles.grids)
+
+  def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: Pictures | None = None,
+             pictures: Seen | None = None) -> Prompt:
+    """Embeddings with the pictures in place, and where each token stands; `pictures` stands in for what tiles give.
+
+    Picture embeddings replace the valid picture tokens in order. An example with more picture tokens than its grids
+    and patches give gets NaN there: a shape known only at run time cannot raise.
+    """
+    tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)  # plain arrays are welcome
+    x = self.decoder.embed(tokens)
+    if tiles is not None:
+      pictures = self.pictures(Pictures(*jax.sharding.reshard(tuple(tiles), RESIDUAL)))
+    if pictures is None:
+      angles = self.decoder.angles(positions_of(valid))
+      return Prompt(x, angles, valid, jnp.sum(valid, axis=1, dtype=jnp.int32))
+    here = (tokens == self.config.image_token_id) & valid
+    text = valid & ~here
+    before = jnp.cumsum(here, axis=1, dtype=jnp.int32) - here
+    grids = pictures.grids // self.config.vision.merge
+    picture, cell, rows, columns = locate(before, grids)
+    done = picture[..., None] > jnp.arange(grids.shape[1])
+    start = jnp.cumsum(text, axis=1, dtype=jnp.int32) - text
+    start = start + jnp.sum(jnp.where(done, jnp.max(grids, axis=-1)[:, None], 0), axis=-1)
+    columns = jnp.maximum(columns, 1)
+    positions = jnp.stack([jnp.zeros_like(cell), cell // columns, cell % columns], axis=-1)
+    positions = start[..., None] + jnp.where(here[..., None], positions, 0)
+
+    pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
+    picked = pick(pictures.features.astype(x.dtype), jnp.where(here, before, 0))
+    picked = jnp.where((rows > 0)[..., None, None], picked, jnp.nan)
+    x = jnp.where(here[..., None], picked[:, :, 0], x)
+    added = jnp.moveaxis(jnp.where(here[..., None, None], picked[:, :, 1:], 0), 2, 0)
+    length = jnp.max(jnp.where(valid[..., None], positions, -1), axis=(1, 2)) + 1
+    return Prompt(x, self.angles(positions), valid, length, added)
+
+  def angles(self, positions: jax.Array) -> jax.Array:
+    """Rotation angles [b s k/2] of positions [b s 3]: time, row and column take turns as long as each one's section."""
+    part = np.zeros(self.config.text.head_dim // 2, int)
+    for i in (1, 2):
+      part[i:3 * self.config.sections[i]:3] = i
+    time, row, column = (self.decoder.angles(positions[..., i]) for i in range(3))
+    return jnp.where(part == 0, time, jnp.where(part == 1, row, column))
+
+  def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...],
+             tiles: Pictures | None = None) -> jax.Array:
+    """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
+
+    As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature joins.
+    """
+    prompt = self.prompt(tokens, valid, tiles)
+    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), taps=taps, depth=max(taps),
+                        added=prompt.added)[1]
+
+  def last(self, tokens: jax.Array, valid: jax.Array, tiles: Pictures | None = None) -> jax.Array:
+    """The last block's output [b s e], which `decoder.logits` takes at any chosen positions."""
+    prompt = self.prompt(tokens, valid, tiles)
+    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), added=prompt.added)[0]
+
+  def logits(self, tokens: jax.Array, valid: jax.Array, tiles: Pictures | None = None) -> jax.Array:
+    """Next-token logits [b s v], f32."""
+    return self.decoder.logits(self.last(tokens, valid, tiles))
+
+
+def dims(config: Qwen3VLConfig) -> dict[str, int]:
+  """The sizes behind the letters of the rules: h g k of the decoder, a c the tower's heads and head dim, n the three of
+  its fused qkv, i t y x a patch's channels, frames, rows and columns."""
+  text, vision = config.text, config.vision
+  return {'h': text.heads, 'g': text.kv_heads, 'k': text.head_dim, 'a': vision.heads, 'c': vision.width // vision.heads,
+          'n': 3, 'i': 3, 't': vision.frames, 'y': vision.patch, 'x': vision.patch}
+
+
+def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> Qwen3VL:
+  """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context."""
+  folder = pathlib.Path(folder)
+  config = Qwen3VLConfig.from_json(json.loads((folder / 'config.json').read_text()), unroll)
+  tensors = convert.read(folder)
+  # Configs disagree with themselves about tying: the file knows
+  config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied='lm_head.weight' not in tensors))
+  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype)
+
+
+def save(vlm: Qwen3VL, folder) -> None:
+  """Writes config.json and model.safetensors, which transformers' Qwen3VLForConditionalGeneration loads."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
+  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
+
+
+_VISION = r'model\.visual\.blocks\.(\d+)\.'
+_DEEPSTACK = r'model\.visual\.deepstack_merger_list\.(\d+)\.'
+
+RULES = tuple(
+    (name.replace(r'language_model\.model\.', r'model\.language_model\.').replace(r'language_model\.lm', 'lm'), *rest)
+    for name, *rest in TEXT_RULES) + (
+    (r'model\.visual\.patch_embed\.proj\.weight', 'vision/patch', 'd i t y x -> (i t y x) d'),
+    (r'model\.visual\.patch_embed\.proj\.bias', 'vision/patch_bias', 'd -> d'),
+    (r'model\.visual\.pos_embed\.weight', 'vision/positions', 's d -> s d'),
+    (_VISION + r'norm1\.weight', 'vision/blocks/norm1', 'd -> d'),
+    (_VISION + r'norm1\.bias', 'vision/blocks/norm1_bias', 'd -> d'),
+    (_VISION + r'attn\.qkv\.weight', 'vision/blocks/wq', '(n a c) d -> d a c', {'n': 0}),
+    (_VISION + r'attn\.qkv\.weight', 'vision/blocks/wk', '(n a c) d -> d a c', {'n': 1}),
+    (_VISION + r'attn\.qkv\.weight', 'vision/blocks/wv', '(n a c) d -> d a c', {'n': 2}),
+    (_VISION + r'attn\.qkv\.bias', 'vision/blocks/bq', '(n a c) -> a c', {'n': 0}),
+    (_VISION + r'attn\.qkv\.bias', 'vision/blocks/bk', '(n a c) -> a c', {'n': 1}),
+    (_VISION + r'attn\.qkv\.bias', 'vision/blocks/bv', '(n a c) -> a c', {'n': 2}),
+    (_VISION + r'attn\.proj\.weight', 'vision/blocks/wo', 'd (a c) -> a c d'),
+    (_VISION + r'attn\.proj\.bias', 'vision/blocks/bo', 'd -> d'),
+    (_VISION + r'norm2\.weight', 'vision/blocks/norm2', 'd -> d'),
+    (_VISION + r'norm2\.bias', 'vision/blocks/norm2_bias', 'd -> d'),
+    (_VISION + r'mlp\.linear_fc1\.weight', 'vision/blocks/w1', 'f d -> d f'),
+    (_VISION + r'mlp\.linear_fc1\.bias', 'vision/blocks/b1', 'f -> f'),
+    (_VISION + r'mlp\.linear_fc2\.weight', 'vision/blocks/w2', 'd f -> f d'),
+    (_VISION + r'mlp\.linear_fc2\.bias', 'vision/blocks/b2', 'd -> d'),
+    (r'model\.visual\.merger\.norm\.weight', 'vision/merger/norm', 'd -> d'),
+    (r'model\.visual\.merger\.norm\.bias', 'vision/merger/norm_bias', 'd -> d'),
+    (r'model\.visual\.merger\.linear_fc1\.weight', 'vision/merger/w1', 'f d -> d f'),
+    (r'model\.visual\.merger\.linear_fc1\.bias', 'vision/merger/b1', 'f -> f'),
+    (r'model\.visual\.merger\.linear_fc2\.weight', 'vision/merger/w2', 'e f -> f e'),
+    (r'model\.visual\.merger\.linear_fc2\.bias', 'vision/merger/b2', 'e -> e'),
+    (_DEEPSTACK + r'norm\.weight', 'vision/deepstack/norm', 'd -> d'),
+    (_DEEPSTACK + r'norm\.bias', 'vision/deepstack/norm_bias', 'd -> d'),
+    (_DEEPSTACK + r'linear_fc1\.weight', 'vision/deepstack/w1', 'f d -> d f'),
+    (_DEEPSTACK + r'linear_fc1\.bias', 'vision/deepstack/b1', 'f -> f'),
+    (_DEEPSTACK + r'linear_fc2\.weight', 'vision/deepstack/w2', 'e f -> f e'),
+    (_DEEPSTACK + r'linear_fc2\.bias', 'vision/deepstack/b2', 'e -> e'),
+)
+
+
+def _preset(width: int, depth: int, heads: int, hidden: int, tied: bool,
+            vision: VisionConfig = VisionConfig()) -> Qwen3VLConfig:
+  return Qwen3VLConfig(vision, DecoderConfig('qwen3', 151936, width, depth, heads, 8, 128, hidden, theta=5e6,
+                                             max_positions=262144, tied=tied))
+
+
+# For planning without a checkpoint; `load` goes by the checkpoint's own config.json
+PRESETS = {
+    'Qwen3-VL-2B-Instruct': _preset(2048, 28, 16, 6144, True),
+    'Qwen3-VL-4B-Instruct': _preset(2560, 36, 32, 9728, True),
+    'Qwen3-VL-8B-Instruct': _preset(4096, 36, 32, 12288, False,
+                                    VisionConfig(1152, 27, hidden=4304, deepstack=(8, 16, 24))),
+}

@@ -1,0 +1,179 @@
+"""The encoder of T5 v1.1 and Flan-T5 (arXiv 2002.05202, 2210.11416): text only, bidirectional.
+
+Follows `T5EncoderModel` of transformers. Pre-norm blocks with RMSNorm, attention without scaling whose logits get a
+learned bias for each bucket of token distances, the same in all blocks, and a gated GELU. No other positions.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from flax import nnx
+import jax
+from jax import P
+import jax.numpy as jnp
+import numpy as np
+
+from unifusion_jax import convert
+from unifusion_jax.models.layers import constant, einsum, heads_axis, MASKED, RESIDUAL, rms_norm, scan_taps, stack
+from unifusion_jax.models.layers import weight
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes of the encoder; PRESETS at the end of this file has public ones."""
+  vocab: int = 32128
+  width: int = 768
+  depth: int = 12
+  heads: int = 12
+  head_dim: int = 64
+  hidden: int = 2048
+  buckets: int = 32
+  max_distance: int = 128  # tokens farther apart than this are all in one bucket
+  eps: float = 1e-6
+
+  @classmethod
+  def from_json(cls, config: dict) -> 'T5Config':
+    """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
+    if config.get('model_type') != 't5':
+      raise ValueError(f'the model is {config.get("model_type")!r}; this encoder is t5')
+    if config.get('feed_forward_proj') != 'gated-gelu':
+      raise ValueError(f'feed_forward_proj is {config.get("feed_forward_proj", "relu")!r}, as in the first T5; this '
+                       'encoder is that of T5 v1.1 and Flan-T5, with gated-gelu')
+    return cls(config['vocab_size'], config['d_model'], config['num_layers'], config['num_heads'], config['d_kv'],
+               config['d_ff'], config.get('relative_attention_num_buckets', 32),
+               config.get('relative_attention_max_distance', 128), config.get('layer_norm_epsilon', 1e-6))
+
+  def to_json(self) -> dict:
+    """The config.json of a transformers checkpoint of the encoder alone."""
+    return {'architectures': ['T5EncoderModel'], 'model_type': 't5', 'dtype': 'float32', 'vocab_size': self.vocab,
+            'd_model': self.width, 'num_layers': self.depth, 'num_heads': self.heads, 'd_kv': self.head_dim,
+            'd_ff': self.hidden, 'relative_attention_num_buckets': self.buckets,
+            'relative_attention_max_distance': self.max_distance, 'layer_norm_epsilon': self.eps,
+            'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
+
+
+def bucket_of(distance: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
+  """The bucket of key position minus query position: exact when near, logarithmic up to max_distance, by sign."""
+  half = buckets // 2
+  exact = half // 2
+  far = np.abs(distance)
+  octaves = np.log(np.maximum(far, exact).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
+  coarse = np.minimum(exact + (octaves * (half - exact)).astype(np.int32), half - 1)
+  return np.where(far < exact, far, coarse) + half * (distance > 0)
+
+
+class Block(nnx.Module):
+  """x += attention(norm x); x += w_out(gelu(gate norm x) * up norm x)."""
+
+  def __init__(self, config: T5Config, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    d, h, k, f = config.width, config.heads, config.head_dim, config.hidden
+    self.eps = config.eps
+    axis = heads_axis(h, h)
+    self.norm1 = constant(1.0, (d,), dtype=dtype)
+    # What would be scaled elsewhere starts smaller here
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d * k, dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), h * k, dtype)
+    self.norm2 = constant(1.0, (d,), dtype=dtype)
+    self.gate = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.up = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.down = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+
+  def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
+    """[b s d] -> [b s d]; bias [h s s] f32 joins the logits, mask [b 1 1 s] is True where a key may be seen."""
+    y = rms_norm(x, self.norm1, self.eps)
+    q, k, v = (einsum('bsd,dhk->bshk', y, w) for w in (self.wq, self.wk, self.wv))
+    # Not `layers.attention`: the kernels behind it know no bias
+    logits = jnp.einsum('bqhk,bshk->bhqs', q, k, preferred_element_type=jnp.float32) + bias
+    weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
+    y = jnp.einsum('bhqs,bshk->bqhk', weights.astype(v.dtype), v)
+    x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL)
+    y = rms_norm(x, self.norm2, self.eps)
+    y = jax.nn.gelu(einsum('bsd,df->bsf', y, self.gate), approximate=True) * einsum('bsd,df->bsf', y, self.up)
+    return x + einsum('bsf,fd->bsd', y, self.down, RESIDUAL)
+
+
+class T5Encoder(nnx.Module):
+  """The encoder; tokens [b s] int32, valid [b s] (False on padding)."""
+
+  def __init__(self, config: T5Config, dtype=jnp.float32, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), 1, dtype)
+    axis = heads_axis(config.heads, config.heads)
+    self.bias = weight(rngs, (config.buckets, config.heads), (None, axis), config.width, dtype)
+    self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
+    self.norm = constant(1.0, (config.width,), dtype=dtype)
+
+  def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...], tiles: None = None) -> jax.Array:
+    """Tapped states [b s l d]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run."""
+    if tiles is not None:
+      raise ValueError('T5 reads text alone: give it no pictures')
+    config = self.config
+    tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)
+    # Looked up by columns, as in decoder.py
+    x = self.embedding[...].at[jax.sharding.reshard(tokens, P('data'))].get(out_sharding=P('data', None, 'fsdp'))
+    x = jax.sharding.reshard(x, RESIDUAL)
+    index = np.arange(tokens.shape[1])
+    buckets = bucket_of(index - index[:, None], config.buckets, config.max_distance)
+    heads = P(None, None, heads_axis(config.heads, config.heads))
+    bias = self.bias[...].at[buckets].get(out_sharding=heads).transpose(2, 0, 1).astype(jnp.float32)
+    mask = valid[:, None, None]
+    return scan_taps(lambda x, block: block(x, bias, mask), x, self.blocks, tuple(taps), max(taps))[1]
+
+  def last(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """The encoder's result [b s d], final-normed: what T5's decoder, and the models conditioned on T5, read."""
+    return rms_norm(self.hidden(tokens, valid, (self.config.depth,))[:, :, 0], self.norm, self.config.eps)
+
+
+def dims(config: T5Config) -> dict[str, int]:
+  """The sizes behind the letters of the rules."""
+  return {'h': config.heads, 'k': config.head_dim}
+
+
+def load(folder, dtype=jnp.bfloat16) -> T5Encoder:
+  """From a checkpoint folder (config.json and safetensors) of the encoder or of the whole T5, sharded over the mesh."""
+  folder = pathlib.Path(folder)
+  config = T5Config.from_json(json.loads((folder / 'config.json').read_text()))
+  tensors = convert.read(folder)
+  # One table under two names, of which files have either or both
+  if 'encoder.embed_tokens.weight' in tensors:
+    table = tensors.pop('encoder.embed_tokens.weight')
+    tensors.setdefault('shared.weight', table)
+  return convert.load(lambda: T5Encoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype,
+                      ignore=(r'decoder\..*', r'lm_head\.weight'))
+
+
+def save(model: T5Encoder, folder) -> None:
+  """Writes config.json and model.safetensors, which transformers' T5EncoderModel loads."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(model.config.to_json(), indent=2) + '\n')
+  convert.write(folder / 'model.safetensors', convert.export(model, RULES, dims(model.config)))
+
+
+_ATTENTION = r'encoder\.block\.(\d+)\.layer\.0\.'
+_MLP = r'encoder\.block\.(\d+)\.layer\.1\.'
+
+RULES = (
+    (r'shared\.weight', 'embedding', 'v d -> v d'),
+    (r'encoder\.final_layer_norm\.weight', 'norm', 'd -> d'),
+    (r'encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight', 'bias', 'n h -> n h'),
+    (_ATTENTION + r'layer_norm\.weight', 'blocks/norm1', 'd -> d'),
+    (_ATTENTION + r'SelfAttention\.q\.weight', 'blocks/wq', '(h k) d -> d h k'),
+    (_ATTENTION + r'SelfAttention\.k\.weight', 'blocks/wk', '(h k) d -> d h k'),
+    (_ATTENTION + r'SelfAttention\.v\.weight', 'blocks/wv', '(h k) d -> d h k'),
+    (_ATTENTION + r'SelfAttention\.o\.weight', 'blocks/wo', 'd (h k) -> h k d'),
+    (_MLP + r'layer_norm\.weight', 'blocks/norm2', 'd -> d'),
+    (_MLP + r'DenseReluDense\.wi_0\.weight', 'blocks/gate', 'f d -> d f'),
+    (_MLP + r'DenseReluDense\.wi_1\.weight', 'blocks/up', 'f d -> d f'),
+    (_MLP + r'DenseReluDense\.wo\.weight', 'blocks/down', 'd f -> f d'),
+)
+
+# For planning without a checkpoint; `load` goes by the checkpoint's own config.json
+PRESETS = {
+    'flan-t5-base': T5Config(),
+    'flan-t5-xxl': T5Config(width=4096, depth=24, heads=64, hidden=10240),
+}
