@@ -1,4 +1,8 @@
-"""Training checkpoints in orbax: items `state` (with the EMA apart, as `ema`) and `data`, the loader's position."""
+"""Training checkpoints in orbax: items `state` (with the EMA apart, as `ema`) and `data`, the loader's position.
+
+Trees are saved as flat dicts from path to array ('params/dit/blocks/attn/wq/value'), so what is on disk is independent
+of the classes that hold it here.
+"""
 
 import dataclasses
 import pathlib
@@ -36,24 +40,37 @@ class Checkpoints:
     step = int(state.step)
     if self.latest() != step:
       rest = dataclasses.replace(state, ema=None)
-      self._writer.save_checkpointables_async(step, dict(state=rest, ema=state.ema, data=data), force=True)
+      items = dict(state=_named(rest), ema=_named(state.ema), data=data)
+      self._writer.save_checkpointables_async(step, items, force=True)
 
   def restore(self, abstract: State, data, mesh) -> State:
     """The newest state, sharded as `abstract` is on `mesh`; `data` is moved to where that run stood."""
     abstract = sharding.abstract(abstract, mesh)
-    items = dict(state=dataclasses.replace(abstract, ema=None), ema=abstract.ema, data=data)
-    loaded = self._writer.load_checkpointables(None, items)
-    return dataclasses.replace(loaded['state'], ema=loaded['ema'])
+    rest = dataclasses.replace(abstract, ema=None)
+    loaded = self._writer.load_checkpointables(None, dict(state=_named(rest), ema=_named(abstract.ema), data=data))
+    return dataclasses.replace(_like(rest, loaded['state']), ema=_like(abstract.ema, loaded['ema']))
 
   def restore_ema(self, abstract_params, mesh):
     """The newest EMA alone: sampling never reads an optimizer."""
     if self.latest() is None:
       raise FileNotFoundError(f'{self._folder} holds no checkpoint: train first (--mode=train), or leave out --workdir '
                               'to use the weights that config.init names')
-    return self._writer.load_checkpointables(None, dict(ema=sharding.abstract(abstract_params, mesh)))['ema']
+    abstract = sharding.abstract(abstract_params, mesh)
+    return _like(abstract, self._writer.load_checkpointables(None, dict(ema=_named(abstract)))['ema'])
 
   def wait(self) -> None:
     self._writer.wait()
 
   def close(self) -> None:
     self._writer.close()
+
+
+def _named(tree) -> dict[str, object]:
+  """{path: leaf}."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _like(tree, named: dict[str, object]):
+  """`tree` with its leaves taken from `named`."""
+  return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])

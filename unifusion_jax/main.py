@@ -71,7 +71,9 @@ def run():
 def _parse(argv):
   """Parses flags; what cannot be parsed ends in one sentence, and a misspelt setting in the nearest that exists."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.mesh  # a recipe that could not be loaded says so only when something is asked of it
+    return rest
   except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
     while error.__cause__ or error.__context__:  # a recipe's own error is wrapped several times
       error = error.__cause__ or error.__context__
