@@ -36,7 +36,7 @@ def tiny() -> config.Config:
       taps=(2, 4, 6),
       frozen_dtype='float32',
       data=config.DataConfig(tasks=('t2i/1-2', 't2i/3-4', 'reconstruct'), weights=(0.67, 0.3, 0.03),
-                             text_tokens=(108, 132, 76), written_tokens=(30, 52, 52), batch_size=32),
+                             text_tokens=(116, 132, 76), written_tokens=(30, 52, 52), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
       train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000),
       sample=config.SampleConfig(weights=str(config.ASSETS / 't2i')))

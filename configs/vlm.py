@@ -41,7 +41,7 @@ def tiny() -> config.Config:
           tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
                  'rewrite/3-4', 'multi'),
           weights=(0.22, 0.15, 0.1, 0.07, 0.07, 0.05, 0.14, 0.1, 0.1),
-          text_tokens=(88, 108, 56, 72, 56, 72, 108, 132, 96), written_tokens=(40, 52, 30, 52, 10, 10, 30, 52, 52), batch_size=32),
+          text_tokens=(88, 108, 56, 72, 56, 72, 116, 132, 96), written_tokens=(40, 52, 30, 52, 10, 10, 30, 52, 52), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=4000, log_every=20, save_every=500, preview_every=1000),
       eval=config.EvalConfig(examples=500, batch_size=100))

@@ -20,7 +20,7 @@ class FlowConfig:
   drop: float = 0.1             # share of examples with the null condition
   drop_pictures: float = 0.05   # share of examples with references whose picture tokens are masked
   drop_written: float = 0.05    # share of examples with references whose written text is masked
-  raw: float = 0.1              # share of examples conditioned on the user's words instead of the rewritten ones
+  raw: float = 0.0              # share of examples conditioned on the user's words instead of the rewritten ones
 
 
 @jax.tree_util.register_dataclass
