@@ -39,7 +39,8 @@ def tiny() -> config.Config:
                              text_tokens=(116, 132, 76), written_tokens=(30, 52, 52), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
       train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000),
-      sample=config.SampleConfig(weights=str(config.ASSETS / 't2i')))
+      sample=config.SampleConfig(weights=str(config.ASSETS / 't2i')),
+      mesh=MeshConfig(data=-1, fsdp=1))
 
 
 def base_8b() -> config.Config:

@@ -10,6 +10,7 @@ Figures, machine and time: docs/embedded.md.
 from unifusion_jax import config
 from unifusion_jax.models import vae
 from unifusion_jax.objectives import reconstruction
+from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.step import OptimConfig
 
 
@@ -23,4 +24,5 @@ def get_config(scale: str = 'tiny') -> config.Config:
       data=config.DataConfig(tasks=('reconstruct',), weights=(1.0,), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=2600, log_every=20, save_every=500, preview_every=1000),
+      mesh=MeshConfig(data=-1, fsdp=1),
       eval=config.EvalConfig(examples=500))

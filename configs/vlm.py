@@ -14,6 +14,7 @@ from unifusion_jax import config
 from unifusion_jax.models import decoder
 from unifusion_jax.models import internvl
 from unifusion_jax.objectives import writing
+from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.step import OptimConfig
 
 
@@ -44,4 +45,5 @@ def tiny() -> config.Config:
           text_tokens=(88, 108, 56, 72, 56, 72, 116, 132, 96), written_tokens=(40, 52, 30, 52, 10, 10, 30, 52, 52), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=4000, log_every=20, save_every=500, preview_every=1000),
+      mesh=MeshConfig(data=-1, fsdp=1),
       eval=config.EvalConfig(examples=500, batch_size=100))

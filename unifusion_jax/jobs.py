@@ -156,7 +156,9 @@ class Generation:
     _write_report(workdir, eval_generation.evaluate(sampler, self.config, workdir / 'eval'))
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
-    unifusion.save(_trained(self, workdir, mesh), workdir / 'export')
+    """In bfloat16, as such models are published."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _trained(self, workdir, mesh))
+    unifusion.save(params, workdir / 'export')
     print(f'wrote {workdir / "export"}')
 
 
