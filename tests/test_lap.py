@@ -124,3 +124,19 @@ def test_same_as_krea2_text_fusion():
   with torch.no_grad():
     theirs = projection(fusion(torch.tensor(hidden()), torch.tensor(mask)[:, None, None, :])).numpy()
   np.testing.assert_allclose(call(ours, hidden(), mask)[mask], theirs[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', [None])  # in place of the fixture
+@pytest.mark.parametrize('shape', [(2, 1, 1), (2, 4, 1), (1, 2, 1)])
+def test_a_batch_of_one_row_a_device(shape, mesh):
+  """As many rows as devices share, or as the first axis has: rows are split the way they were joined."""
+  devices = np.array(jax.devices()[:int(np.prod(shape))]).reshape(shape)
+  made = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+  rows = shape[0] * shape[1]
+  with jax.set_mesh(made):
+    config = LAPConfig(width=16, taps=2, depth=1, refiner_depth=1, heads=2, kv_heads=2, mlp=16)
+    model = LAP(config, 16, rngs=nnx.Rngs(0))
+    hidden = jax.device_put(np.ones((rows, 8, 2, 16), np.float32), P(sharding.BATCH))
+    mask = jax.device_put(np.ones((rows, 8), bool), P(sharding.BATCH))
+    out = jax.jit(lambda m, h, k: m(h, k))(model, hidden, mask)
+    assert jax.typeof(out).sharding.spec[0] == sharding.BATCH and np.isfinite(np.asarray(out)).all()

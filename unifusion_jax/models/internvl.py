@@ -226,7 +226,7 @@ class InternVL(nnx.Module):
     side = self.config.vision.tile
     if size != [side, side, 3]:
       raise ValueError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {side} x {side} x 3')
-    x = self.vision(tiles.reshape(b * r, *size))
+    x = self.vision(tiles.reshape(b * r, *size, out_sharding=RESIDUAL))
     n, a = side // self.config.vision.patch // self.config.shuffle, self.config.shuffle
     x = x.reshape(b * r, n, a, n, a, -1, out_sharding=RESIDUAL)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b * r, n * n, -1, out_sharding=RESIDUAL)

@@ -74,7 +74,7 @@ class LAP(nnx.Module):
         lambda x, block: (block(x, mask), None), x, blocks, remat=c.remat, unroll=c.unroll)[0]
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
-    x = run(x.reshape(b * s, l, e), self.blocks).reshape(b, s, l, e)
+    x = run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks).reshape(b, s, l, e, out_sharding=RESIDUAL)
     x = einsum('bsle,l->bse', x, self.pool)
     # With the diagonal a row of nothing but padding still has a key to look at.
     keys = mask[:, None, None, :] | jnp.eye(s, dtype=bool)
