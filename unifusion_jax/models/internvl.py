@@ -10,7 +10,6 @@ import pathlib
 
 from flax import nnx
 import jax
-from jax import P
 import jax.numpy as jnp
 import numpy as np
 

@@ -165,7 +165,6 @@ def prompt(constraints: Constraints, rng: np.random.Generator, style: str = 'par
   things, at, joined = [], 0, False
   for k, (wanted, count) in enumerate(groups):
     related = joined or at in relations
-    number = None
     if style == 'knowledge' and count > 1 and not wanted.place and rng.random() < 0.6:
       head = thing(rng, wanted, count, 'counted', number='as many')
       text = f'{head} as {pick(rng, words.COUNT_FACTS[count])}'

@@ -1,0 +1,52 @@
+"""Examples a second of a recipe's train step, at one shape of batch.
+
+  JAX_PLATFORMS=cpu python -m benchmarks.train_step --config=configs/t2i.py --cpu_devices=2
+"""
+
+import json
+import statistics
+import time
+
+from absl import app
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from unifusion_jax import jobs
+from unifusion_jax import sharding
+from unifusion_jax import step
+from unifusion_jax.data import pipeline
+
+_CONFIG = config_flags.DEFINE_config_file('config')
+_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'jax devices to make of the CPU, where that is the device.')
+_STEPS = flags.DEFINE_integer('steps', 12, 'Timed steps, after one that compiles.')
+
+
+def main(_):
+  jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
+  config = _CONFIG.value
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    job = jobs.build(config)
+    frozen, tx = job.load_frozen(), step.optimizer(config.optim, config.train.steps)
+    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(job.init_params())
+    train_step = step.make_train_step(job.loss, tx, config.optim)
+    data = pipeline.batches(*job.data(), config.data.batch_size, config.seed)
+    batch = next(data)
+    data.close()
+    batch.pop('skipped')
+    batch = sharding.put_batch(batch, mesh)
+    seconds = []
+    for _ in range(_STEPS.value + 1):
+      start = time.perf_counter()
+      state, metrics = train_step(state, frozen, batch, jax.random.key(0))
+      jax.block_until_ready((state, metrics))
+      seconds.append(time.perf_counter() - start)
+  rates = sorted(config.data.batch_size / s for s in seconds[1:])
+  print(json.dumps(dict(
+      devices=mesh.size, shapes={name: x.shape for name, x in batch.items()}, first_step_s=round(seconds[0], 1),
+      examples_per_second=dict(median=round(statistics.median(rates), 1), least=round(rates[0], 1), most=round(rates[-1], 1)))))
+
+
+if __name__ == '__main__':
+  app.run(main)
