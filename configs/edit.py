@@ -25,7 +25,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
     base.data.text_tokens, base.data.written_tokens = (132,), (52,)
     base.init = str(config.ASSETS / 't2i')
     base.sample.weights = str(config.ASSETS / 'edit')
-    base.optim = OptimConfig(learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)
+    base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)
     base.train = config.TrainConfig(steps=400, log_every=10, save_every=200, preview_every=200)
   else:
     base.init = 'runs/t2i/export'

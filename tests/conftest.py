@@ -66,3 +66,31 @@ def recipe(tmp_path_factory):
         sample=config.SampleConfig(steps=2), eval=config.EvalConfig(examples=4, batch_size=4))
     return dataclasses.replace(made, **changes)
   return make
+
+
+@pytest.fixture(scope='session')
+def qwen(tmp_path_factory):
+  """The folder of a tiny random Qwen3-VL with the embedded tokenizer and its own picture tokens."""
+  import json
+
+  from flax import nnx
+  import transformers
+
+  from unifusion_jax import config
+  from unifusion_jax.models import decoder, qwen3_vl
+
+  folder = tmp_path_factory.mktemp('qwen')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(config.ASSETS / 'vlm')
+  tokenizer.add_special_tokens({'additional_special_tokens': ['<|vision_start|>', '<|image_pad|>', '<|vision_end|>']})
+  tokenizer.save_pretrained(folder)
+  vision = qwen3_vl.VisionConfig(width=16, depth=2, heads=2, hidden=32, patch=8, side=4, deepstack=(0,))
+  made = qwen3_vl.Qwen3VLConfig(
+      vision, decoder.DecoderConfig('qwen3', vocab=1040, width=32, depth=2, heads=2, kv_heads=2, head_dim=16, hidden=48,
+                                    max_positions=512),
+      tokenizer.convert_tokens_to_ids('<|image_pad|>'), (4, 2, 2))
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
+    qwen3_vl.save(qwen3_vl.Qwen3VL(made, rngs=nnx.Rngs(3)), folder)
+  pixels = dict(patch_size=8, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+                size=dict(shortest_edge=256, longest_edge=4096))
+  (folder / 'preprocessor_config.json').write_text(json.dumps(pixels))
+  return folder

@@ -14,10 +14,12 @@ ROOT = pathlib.Path(__file__).parent.parent
     (['--config=configs/edit.py', '--config.optim.learning_rate=fast'], "could not convert string to float: 'fast'"),
     (['--config=configs/edit.py:huge'], "has the scales tiny and 8b, not 'huge'"),
     (['--config=configs/nothere.py'], 'configs/nothere.py'),
-    (['--config=configs/edit.py', '--mode=dance'], 'train|sample|eval'),
+    (['--config=configs/edit.py', '--mode=dance'], 'train|sample|rewrite|eval'),
     (['--config=configs/edit.py', '--mode=sample'], 'nothing to draw'),
     (['--config=configs/edit.py', '--mode=sample', '--config.sample.prompt=x', '--config.sample.references=no.png'], 'no.png'),
+    (['--config=configs/edit.py', '--config.sample.references=/a.png,/b.png'], 'as tuple'),
     (['--config=configs/vlm.py', '--mode=sample'], 'draws nothing'),
+    (['--config=configs/vae.py', '--mode=rewrite'], 'rewritten for a DiT'),
     (['--config=configs/edit.py', '--config.data.path=nowhere'], "data.path='nowhere' is neither"),
     (['--config=configs/edit.py', '--config.data.batch_size=0'], 'data.batch_size=0 must be a multiple of'),
 ])

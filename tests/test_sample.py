@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 
+from flax import nnx
 import jax
 import numpy as np
 from PIL import Image
@@ -12,21 +14,31 @@ from unifusion_jax import config
 from unifusion_jax import jobs
 from unifusion_jax import requests
 from unifusion_jax import sample
+from unifusion_jax import sharding
+from unifusion_jax import verifi
 from unifusion_jax.data import images
+from unifusion_jax.data import transforms
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.eval import generation as eval_generation
+from unifusion_jax.eval import verifi as eval_verifi
+from unifusion_jax.models import decoder
+from unifusion_jax.models import text
+from unifusion_jax.objectives import generation
 
 
 @pytest.fixture(scope='module')
 def sampler(recipe):
-  """A random model whose final layer is not zero, so that its condition matters."""
-  from unifusion_jax import sharding
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
-    job = jobs.build(recipe())
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding),
-                          job.init_params())
-    return job.sampler(params, job.load_frozen())
+    return random_sampler(recipe())
+
+
+def random_sampler(made):
+  """A random model whose final layer is not zero, so that its condition matters."""
+  job = jobs.build(made)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding),
+                        job.init_params())
+  return job.sampler(params, job.load_frozen())
 
 
 REFERENCES = [examples.example('edit', 'test', i)['references'][0] for i in range(4)]
@@ -41,35 +53,67 @@ def test_written_tokens_condition_as_they_were_computed(sampler, monkeypatch):
   text = 'a small red circle'
   ids = [*sampler.layout.chat.text_ids(text), *sampler.layout.chat.stop_ids]
   monkeypatch.setattr(sample.generate, 'generate', _dictated(ids))
-  single, mask, written = sampler._condition(asked())
-  forced, forced_mask, _ = sampler._condition(asked(rewrite=text))
-  assert written == [text] * 4
+  single, mask, written, remarks = sampler._condition(asked())
+  forced, forced_mask, _, _ = sampler._condition(asked(rewrite=text))
+  assert written == [text] * 4 and remarks == [''] * 4
   for row in range(4):
     np.testing.assert_allclose(np.asarray(single)[row][np.asarray(mask)[row]],
                                np.asarray(forced)[row][np.asarray(forced_mask)[row]], atol=2e-4, rtol=2e-3)
 
 
-def _dictated(ids):
-  """`generate` whose choices are given: the prompt is prolonged by them, and the states are those of feeding them."""
+def _dictated(ids, others=None):
+  """`generate` whose choices are given (for the rows in `others`, others): the prompt is prolonged by them, and the
+  states are those of feeding them."""
   from unifusion_jax import generate
   from unifusion_jax.eval.reconstruction import put
 
-  def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, taps):
+  def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, taps, **sampling):
     tokens, valid = np.asarray(tokens), np.asarray(valid)
-    lengths = valid.sum(1)
-    longer = np.pad(tokens, ((0, 0), (0, len(ids))))
-    more = np.pad(valid, ((0, 0), (0, len(ids))))
+    rows = [(others or {}).get(row, ids) for row in range(len(tokens))]
+    lengths, most = valid.sum(1), max(map(len, rows))
+    longer = np.pad(tokens, ((0, 0), (0, most)))
+    more = np.pad(valid, ((0, 0), (0, most)))
     for row, n in enumerate(lengths):
-      longer[row, n:n + len(ids)], more[row, n:n + len(ids)] = ids, True
+      longer[row, n:n + len(rows[row])], more[row, n:n + len(rows[row])] = rows[row], True
     hidden = np.asarray(vlm.hidden(put(longer), put(more), taps, tiles))
     out = np.zeros((len(tokens), max_new, *hidden.shape[2:]), hidden.dtype)
-    for row, n in enumerate(lengths):
-      out[row, :len(ids)] = hidden[row, n:n + len(ids)]
     written = np.zeros((len(tokens), max_new), np.int32)
-    written[:, :len(ids)] = ids
-    return generate.Generated(put(written), put(np.full(len(tokens), len(ids))), None,
+    for row, n in enumerate(lengths):
+      out[row, :len(rows[row])] = hidden[row, n:n + len(rows[row])]
+      written[row, :len(rows[row])] = rows[row]
+    return generate.Generated(put(written), put(np.array([len(row) for row in rows])), None,
                               put(hidden[:, :tokens.shape[1]]), put(out))
   return made
+
+
+def test_qwen3_vl_conditions_in_the_same_way(recipe, qwen, monkeypatch):
+  """Pictures of two sizes in one batch, written about and teacher-forced."""
+  sampler = random_sampler(recipe(vlm=str(qwen)))
+  small = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+  mixture = [*asked(2), dataclasses.replace(asked(1)[0], references=(small,)), sample.Request('make it blue')]
+  chat, text = sampler.layout.chat, 'a small red circle'
+  monkeypatch.setattr(sample.generate, 'generate', _dictated([*chat.text_ids(text), *chat.stop_ids]))
+  single, written, _ = kept(sampler, mixture)
+  forced, _, _ = kept(sampler, [dataclasses.replace(request, rewrite=text) for request in mixture])
+  words = len(chat.text_ids(text)) + 1
+  assert [len(tokens) - words for tokens in single] == [16, 16, 6, 0] and written == [text] * 4
+  for a, b in zip(single, forced):
+    np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3)
+  assert np.abs(single[0][:6] - single[2][:6]).max() > 1e-3
+  assert sampler(asked(1, rewrite=text), 64, 64)[0].picture.shape == (64, 64, 3)
+
+
+def test_a_language_model_conditions_on_text_alone(recipe, tmp_path):
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+    shutil.copyfile(config.ASSETS / 'vlm' / name, tmp_path / name)
+  made = decoder.DecoderConfig('llama', vocab=1024, width=32, depth=2, heads=2, kv_heads=2, head_dim=16, hidden=48,
+                               max_positions=512)
+  text.save(text.TextModel(text.TextConfig(made), rngs=nnx.Rngs(4)), tmp_path)
+  sampler = random_sampler(recipe(vlm=str(tmp_path)))
+  tokens, written, _ = kept(sampler, [sample.Request('x', rewrite='a red circle')] * 4)
+  assert written[0] == 'a red circle' and len(tokens[0]) == len(sampler.layout.chat.text_ids('a red circle')) + 1
+  with pytest.raises(ValueError, match='reads text alone'):
+    kept(sampler, asked(4))
 
 
 def test_answers_do_not_depend_on_their_batch(sampler):
@@ -94,9 +138,98 @@ def test_guidance_of_one_needs_no_null(sampler, monkeypatch):
   assert np.abs(a.astype(int) - b).max() <= 1
 
 
-def test_without_verifi_the_request_is_the_text(sampler):
-  raw = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, verifi=False))
-  assert raw.write(asked(4)) == ['make it blue'] * 4
+def changed(sampler, **settings):
+  return dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, **settings))
+
+
+def kept(sampler, requests):
+  """The condition tokens that count, of each request, and what they stand for."""
+  condition, mask, written, remarks = sampler._condition(requests)
+  return [np.asarray(c)[np.asarray(m)] for c, m in zip(condition, mask)], written, remarks
+
+
+def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypatch):
+  """The loss with the VLM's own words is that of a teacher-forced pass over them; raw and null rows are as they were."""
+  made = recipe(objective=generation.FlowConfig(drop=0.2, drop_pictures=0.2, drop_written=0.2, raw=0.2))
+  job, online = jobs.build(made), jobs.build(dataclasses.replace(
+      made, objective=dataclasses.replace(made.objective, online=True)))
+  params, frozen = random_sampler(made).model, job.load_frozen()
+  chat = jobs.transforms.layout(made).chat
+  ids = chat.text_ids('a small red circle')
+  records = (dict(examples.example('edit', 'train', i, objects=(1, 2)), rewrites=[ids]) for i in range(100))
+  records = [record for record in records if record['target'].shape == (64, 64, 3)][:16]
+  losses = []
+  for j in (job, online):
+    _, transform = j.data()
+    rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
+    batch = sample._put({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    monkeypatch.setattr(generation.generate, 'generate', _dictated([*ids, *chat.stop_ids]))
+    losses.append(float(j.loss(params, frozen, batch, jax.random.key(0))[0]))
+  assert 4 < np.sum(batch['open']) < 16
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_without_verifi_the_request_itself_is_kept(sampler):
+  tokens, written, _ = kept(changed(sampler, verifi=False), asked(4))
+  words = len(sampler.layout.chat.text_ids('make it blue'))
+  assert written == ['make it blue'] * 4 and [len(t) for t in tokens] == [16 + words + 1] * 4
+  # As in training: a transform that keeps the raw request gives the same tokens to the DiT
+  record = dict(examples.example('edit', 'test', 0), instruction='make it blue')
+  example = transforms.Generate(sampler.layout, drop=0, drop_pictures=0, raw=1)(record, np.random.default_rng(0))
+  batch = sample._put({name: np.stack([example[name]] * 8) for name in ('tokens', 'valid', 'keep', 'keep_mask', 'tiles')})
+  trained = sample._read(sampler.model, sampler.frozen.vlm, batch['tokens'], batch['valid'], batch['keep'],
+                         batch['keep_mask'], batch['tiles'], taps=sampler.taps)
+  np.testing.assert_allclose(np.asarray(trained)[0][example['keep_mask']], tokens[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_rewrite_without_words_or_end_falls_back(sampler, monkeypatch):
+  """Only the rows that failed do, and they say so."""
+  chat, room = sampler.layout.chat, sampler.layout.written
+  good, stop, endless = chat.text_ids('a small red circle'), chat.stop_ids, chat.text_ids('red ' * room)[:room]
+  plain, _, _ = kept(changed(sampler, verifi=False), asked(4))
+  monkeypatch.setattr(sample.generate, 'generate', _dictated([*good, *stop]))
+  usual, _, _ = kept(sampler, asked(4))
+  monkeypatch.setattr(sample.generate, 'generate', _dictated([*good, *stop], {1: [*stop], 2: [*endless]}))
+  tokens, written, remarks = kept(sampler, asked(4))
+  assert written == ['a small red circle', 'make it blue', 'make it blue', 'a small red circle']
+  assert 'wrote nothing' in remarks[1] and f'no end within {room} tokens' in remarks[2] and not remarks[0] + remarks[3]
+  for row, wanted in enumerate((usual, plain, plain, usual)):
+    np.testing.assert_allclose(tokens[row], wanted[row], atol=1e-4, rtol=1e-3)
+
+
+def test_each_way_of_asking_in_one_batch(sampler):
+  """Given text, the VLM's own, with pictures and without: each row is what it would be alone."""
+  mixture = [asked(1, rewrite='a red circle')[0], asked(1)[0], sample.Request('a red circle', seed=3),
+             sample.Request('make it blue', (REFERENCES[0], REFERENCES[1]), 4)]
+  together, written, _ = kept(sampler, mixture)
+  for row, request in enumerate(mixture):
+    alone, said, _ = kept(sampler, [request] * 4)
+    assert said[0] == written[row] and len(alone[0]) == len(together[row])
+    np.testing.assert_allclose(together[row], alone[0], atol=1e-4, rtol=1e-3)
+
+
+def test_sampled_rewrites_follow_the_seed(sampler, monkeypatch):
+  monkeypatch.setattr(sample, 'read', lambda chat, ids, lengths: ([chat.read(row) for row in ids], {}))  # it never ends
+  hot = changed(sampler, temperature=5.0)
+  requests = [sample.Request('a red circle', seed=seed) for seed in (1, 2, 1, 3)]
+  _, first, _ = kept(hot, requests)
+  _, again, _ = kept(hot, requests[::-1])
+  assert first == again[::-1] and first[0] == first[2] and len(set(first)) == 3
+
+
+def test_the_system_prompt_can_be_swapped(sampler):
+  by_name = kept(changed(sampler, system='faithful'), asked(4, rewrite='x'))[0][0]
+  by_text = kept(changed(sampler, system=verifi.SYSTEM['faithful']), asked(4, rewrite='x'))[0][0]
+  own = kept(sampler, asked(4, rewrite='x'))[0][0]
+  np.testing.assert_array_equal(by_name, by_text)
+  assert np.abs(by_name - own).max() > 1e-3
+
+
+def test_more_tiles_for_a_request(sampler):
+  wide = np.random.default_rng(0).integers(0, 256, (64, 128, 3)).astype(np.uint8)
+  request = sample.Request('make it blue', (wide,), rewrite='x')
+  one, several = (kept(changed(sampler, tiles=n), [request] * 4)[0][0] for n in (1, 2))
+  assert len(several) - len(one) == 2 * 16  # two tiles and the thumbnail in place of one tile
 
 
 @pytest.mark.parametrize('height, width', [(48, 80), (80, 48)])
@@ -107,8 +240,6 @@ def test_other_shapes(sampler, height, width):
 def test_sizes_that_cannot_be(sampler):
   with pytest.raises(ValueError, match='multiples of 8'):
     sampler(asked(1), 60, 64)
-  with pytest.raises(ValueError, match='equally many picture tokens'):
-    sampler([*asked(1), sample.Request('a red circle')], 64, 64)
   with pytest.raises(ValueError, match='does not fit'):
     sampler(asked(1, instruction='red ' * 200), 64, 64)
 
@@ -123,6 +254,9 @@ def test_requests_from_the_command_line(tmp_path):
   (tmp_path / 'prompts.txt').write_text('one\ntwo\n')
   settings = config.SampleConfig(prompt=f'@{tmp_path}/prompts.txt', width=96, height=32)
   assert [(r.instruction, h, w) for r, h, w in requests.from_config(settings, 64)] == [('one', 32, 96), ('two', 32, 96)]
+  settings = config.SampleConfig(prompt='x', references=(str(path), str(path)), stitch=True)
+  (request, *_), = requests.from_config(settings, 64)
+  assert [picture.shape for picture in request.references] == [(60, 200, 3)]
   with pytest.raises(ValueError, match='nothing to draw'):
     requests.from_config(config.SampleConfig(), 64)
   (tmp_path / 'broken.png').write_bytes(b'no picture')
@@ -147,6 +281,42 @@ def test_preview_and_evaluation(sampler, recipe, tmp_path, mesh):
   report = eval_generation.evaluate(sampler, made, tmp_path / 'eval')
   for name in ('test_t2i_1-2', 'test_t2i_3-4', 'heldout_t2i_1-2', 'heldout_t2i_3-4'):
     assert 0 <= report[name]['all'] <= 1 and (tmp_path / 'eval' / f'{name}.png').exists()
+
+
+def test_the_study_of_verifi(recipe, tmp_path):
+  """Each way of asking is asked in that way, on examples of its kind."""
+  asked = []
+
+  @dataclasses.dataclass
+  class Recorder:
+    settings: config.SampleConfig
+
+    def __call__(self, requests, height, width):
+      asked.extend((self.settings, request) for request in requests)
+      noise = np.random.default_rng(self.settings.tiles).integers(0, 256, (height, width, 3)).astype(np.uint8)
+      return [sample.Result(noise, request.instruction) for request in requests]
+
+  made = recipe(eval=config.EvalConfig(examples=3, batch_size=4, seeds=2))
+  report = eval_verifi.evaluate(Recorder(config.SampleConfig()), made, tmp_path)
+  assert set(report['edits']) == {'both', 'written', 'pictures', 'raw'} and set(report['references']) == {'2', '3'}
+  assert report['edits']['both'] == dict(mean=0.0, least=0.0, most=0.0) and 0 <= report['references']['2']['copy'] <= 1
+  assert report['tiles']['1'] != report['tiles']['9'] and 0 < report['tiles']['1']['mean'] < 255
+  ways = {(s.verifi, s.pictures, s.system, s.tiles, r.rewrite, len(r.references)) for s, r in asked}
+  assert ways == {
+      *((on, True, None, 0, None, n) for on in (True, False) for n in (0, 1)),
+      (True, False, None, 0, None, 1), (True, True, None, 0, '', 1), *((True, True, 'answer', 0, None, n) for n in (0, 1)),
+      (True, True, None, 0, None, 2), (True, True, None, 0, None, 3), *((True, True, None, n, None, 1) for n in (1, 4, 9))}
+  wide = [request.references[0].shape for settings, request in asked if settings.tiles]
+  assert min(min(shape[:2]) for shape in wide) >= 100  # large enough for tiles to matter
+  for name in ('prompts_plain', 'edits', 'system_t2i', 'references_3', 'tiles'):
+    assert images.read(tmp_path / f'{name}.png').shape[1] > 300
+
+
+def test_without_pictures_only_the_written_text_is_kept(sampler):
+  alone, whole = (kept(changed(sampler, pictures=on), asked(4, rewrite='x'))[0][0] for on in (False, True))
+  assert len(whole) - len(alone) == 16
+  words = len(sampler.layout.chat.text_ids('make it blue'))
+  assert len(kept(changed(sampler, pictures=False, verifi=False), asked(4))[0][0]) == words + 1
 
 
 def test_the_score_of_perfect_answers_is_one():

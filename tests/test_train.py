@@ -5,9 +5,11 @@ import importlib.util
 import json
 import pathlib
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from unifusion_jax import config
@@ -16,6 +18,7 @@ from unifusion_jax import sharding
 from unifusion_jax import step
 from unifusion_jax import train
 from unifusion_jax.data import pipeline
+from unifusion_jax.models import layers
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -30,10 +33,12 @@ def leaves(state):
   return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
-def test_two_and_two_steps_are_four(recipe, mesh, tmp_path):
-  whole = train.train(recipe(), tmp_path / 'whole', mesh)
-  train.train(recipe(), tmp_path / 'parts', mesh, stop_at=2)
-  parts = train.train(recipe(), tmp_path / 'parts', mesh)
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
+  made = recipe(optim=dataclasses.replace(recipe().optim, name=name))
+  whole = train.train(made, tmp_path / 'whole', mesh)
+  train.train(made, tmp_path / 'parts', mesh, stop_at=2)
+  parts = train.train(made, tmp_path / 'parts', mesh)
   assert int(parts.step) == 4
   for a, b in zip(leaves(whole), leaves(parts), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -55,9 +60,9 @@ def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-def losses(recipe, shape):
-  """The first two losses and the gradient norms on a mesh of that shape."""
-  made = recipe(mesh=sharding.MeshConfig(*shape))
+def losses(recipe, shape, name):
+  """The first losses and gradient norms on a mesh of that shape."""
+  made = recipe(mesh=sharding.MeshConfig(*shape), optim=dataclasses.replace(recipe().optim, name=name, warmup=0))
   devices = int(np.prod(shape))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES,
                            axis_types=(jax.sharding.AxisType.Explicit,) * 3)
@@ -69,7 +74,7 @@ def losses(recipe, shape):
     state = jax.jit(lambda: step.init(job.draw_params(), tx))()
     train_step = step.make_train_step(job.loss, tx, made.optim)
     data = pipeline.batches(*job.data(), 8)
-    for _ in range(2):
+    for _ in range(3):
       batch = next(data)
       batch.pop('skipped')
       state, scalars = train_step(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
@@ -78,11 +83,45 @@ def losses(recipe, shape):
   return np.array(out)
 
 
-def test_every_mesh_gives_the_same_losses(recipe):
-  one = losses(recipe, (1, 1, 1))
+def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
+  """References of other sizes than the target, in batches of one shape."""
+  data = dataclasses.replace(recipe().data, tasks=('edit',), text_tokens=(132,), written_tokens=(52,))
+  made = recipe(vlm=str(qwen), data=data, train=config.TrainConfig(steps=2, log_every=1, save_every=2))
+  state = train.train(made, tmp_path, mesh)
+  assert int(state.step) == 2
+  assert all(np.isfinite(json.loads(line)['loss']) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines())
+
+
+def test_the_vlm_writes_as_training_goes(recipe, mesh, tmp_path):
+  made = recipe(objective=dataclasses.replace(recipe().objective, online=True), train=config.TrainConfig(steps=2, log_every=1))
+  assert int(train.train(made, tmp_path, mesh).step) == 2
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_every_mesh_gives_the_same_losses(name, recipe):
+  one = losses(recipe, (1, 1, 1), name)
   assert np.isfinite(one).all()
-  np.testing.assert_allclose(losses(recipe, (1, 4, 2)), one, rtol=2e-4)
-  np.testing.assert_allclose(losses(recipe, (2, 4, 1)), one, rtol=2e-4)
+  np.testing.assert_allclose(losses(recipe, (1, 4, 2), name), one, rtol=2e-4)
+  np.testing.assert_allclose(losses(recipe, (2, 4, 1), name), one, rtol=2e-4)
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
+  keys = nnx.Rngs(0)
+  params = layers.stack(lambda rngs: nnx.Dict(
+      fan=layers.weight(rngs, (32, 4, 8), ('fsdp', 'tp', None), 32), join=layers.weight(rngs, (4, 8, 64), (), 32),
+      table=layers.weight(rngs, (16, 32), (), 32), bias=layers.constant(0.0, (4, 8))), 3, rngs=keys)
+  gradients = jax.tree.map(lambda x: jax.device_put(np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
+                                                    x.sharding), params)
+  settings = step.OptimConfig(name='muon', learning_rate=0.1, warmup=0, clip=1e9)
+  muon, adam = (jax.jit(lambda g, p, tx=tx: tx.update(g, tx.init(p), p)[0])(gradients, params)
+                for tx in (step.optimizer(settings, 10), optax.nadamw(0.1, settings.b1, settings.b2, weight_decay=0.0)))
+  for name in ('table', 'bias'):
+    np.testing.assert_allclose(muon[name][...], adam[name][...], rtol=1e-5)
+  for name, shape in (('fan', (32, 32)), ('join', (32, 64))):
+    for matrix in np.asarray(muon[name][...]).reshape(3, *shape):
+      # Newton-Schulz takes every singular value near one; 0.2 rms of a full matrix is 0.2 sqrt(its longer side) of them.
+      values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * max(shape) ** 0.5)
+      assert 0.3 < values.min() and values.max() < 1.3
 
 
 def test_accumulation_adds_up():
@@ -131,8 +170,12 @@ def test_a_leap_of_the_loss_stops():
   watch = train._Watch(3.0)
   for i in range(60):
     watch(i, dict(loss=1.0 + 0.01 * (i % 3), gradient_norm=1.0))
-  with pytest.raises(train.Diverged, match='running median'):
-    watch(60, dict(loss=9.0, gradient_norm=1.0))
+  watch(60, dict(loss=9.0, gradient_norm=1.0))  # one batch of a harder task is no leap
+  for i in range(61, 66):
+    watch(i, dict(loss=1.0, gradient_norm=1.0))
+  with pytest.raises(train.Diverged, match='median of the last 5 logged losses, 9'):
+    for i in range(66, 71):
+      watch(i, dict(loss=9.0, gradient_norm=1.0))
 
 
 def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from unifusion_jax import config
+from unifusion_jax.data import eyes
 from unifusion_jax.data import sources
 from unifusion_jax.data import transforms
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.data.scenes import scene as world
 
-LAYOUT = transforms.Layout(str(config.ASSETS / 'vlm'), 64, 16, 1, (0.5,) * 3, (0.5,) * 3, 132, 52,
+LAYOUT = transforms.Layout(str(config.ASSETS / 'vlm'), eyes.Tiles(64, 16, 1), 132, 52,
                            (('edit', 110, 50), ('question', 80, 12)))
 EDIT = examples.example('edit', 'train', 3)
 
@@ -25,7 +26,7 @@ def test_an_edit_keeps_its_picture_and_the_written_caption():
   chat = LAYOUT.chat
   assert kept_ids(example) == [chat.picture_id] * 16 + list(chat.text_ids(EDIT['caption'])) + list(chat.stop_ids)
   assert example['tiles'].shape == (1, 64, 64, 3) and example['target'].min() >= -1 and example['target'].max() <= 1
-  assert (len(example['tokens']), len(example['keep'])) == LAYOUT.lengths((16,), 'edit') != LAYOUT.lengths((16,))
+  assert (len(example['tokens']), len(example['keep'])) == LAYOUT.lengths(1, 'edit') != LAYOUT.lengths(1)
 
 
 @pytest.mark.parametrize('drops, wanted', [
@@ -88,8 +89,24 @@ def test_several_references_each_bring_their_tokens():
   assert example['tiles'].shape[0] == 3 and kept_ids(example).count(layout.chat.picture_id) == 48
 
 
-def test_more_tiles_mean_more_tokens():
-  layout = dataclasses.replace(LAYOUT, max_tiles=4)
-  wide = np.zeros((64, 128, 3), np.uint8)
-  tiles, counts = layout.pictures([wide])
-  assert len(tiles) == 3 and counts == (48,)  # two tiles and the thumbnail
+def test_rewrites_take_the_place_of_the_caption():
+  chat = LAYOUT.chat
+  rewrites = [list(chat.text_ids(text)) for text in ('a red circle', 'a blue star')]
+  transform = transforms.Generate(LAYOUT, drop=0, drop_pictures=0)
+  seen = {tuple(kept_ids(transform(dict(EDIT, rewrites=rewrites), np.random.default_rng(i)))[16:]) for i in range(20)}
+  assert seen == {(*ids, *chat.stop_ids) for ids in rewrites}
+
+
+def test_a_raw_request_that_is_too_long_stays_rewritten():
+  long = dict(EDIT, instruction='red ' * 60)
+  example = transforms.Generate(dataclasses.replace(LAYOUT, rooms=(('edit', 240, 50),)), drop=0, drop_pictures=0, raw=1)(
+      long, np.random.default_rng(0))
+  assert kept_ids(example)[16:] == [*LAYOUT.chat.text_ids(EDIT['caption']), *LAYOUT.chat.stop_ids]
+
+
+def test_a_record_says_in_how_many_tiles_it_is_shown():
+  wide = dict(EDIT, references=[np.zeros((64, 128, 3), np.uint8)])
+  transform = transforms.Generate(dataclasses.replace(LAYOUT, rooms=()), drop=0, drop_pictures=0)
+  for tiles, room, shown in ((1, 1, 1), (4, 5, 3)):  # two tiles and the thumbnail, in the room of four and one
+    example = transform(dict(wide, tiles=tiles), np.random.default_rng(0))
+    assert len(example['tiles']) == room and kept_ids(example).count(LAYOUT.chat.picture_id) == 16 * shown

@@ -1,5 +1,6 @@
 """The layout of prompts: spans account for every token, masks keep what they should, a user's text stays text."""
 
+from concurrent import futures
 import json
 import shutil
 
@@ -35,6 +36,52 @@ def test_spans_are_the_template(chat, pictures):
   assert chat.tokenizer.decode(whole[len(ids(spans)):]) == '\n'
 
 
+TEMPLATES = {
+    'chatml': "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}",
+    'llama': "{% for m in messages %}<|im_start|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}",
+    'plain': "{% for m in messages %}{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m['role']] }}"
+             "{{ m['content'] }}{{ '<|im_end|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"}
+
+
+@pytest.mark.parametrize('template', TEMPLATES)
+def test_every_token_is_accounted_for(template, tmp_path):
+  """Over templates, pictures, lengths and hostile texts: the spans spell what the template renders, each kind is where
+  it belongs, and what reaches the DiT is exactly the kept kinds, in order."""
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copy(f'{VLM}/{name}', tmp_path)
+  (tmp_path / 'chat_template.jinja').write_text(TEMPLATES[template])
+  chat = verifi.Chat(tmp_path)
+  rng = np.random.default_rng(0)
+  words = [*HOSTILE[1:4], *'a red circle above two small blue stars on mint'.split()]
+
+  def text(least):
+    return ' '.join(rng.choice(words, rng.integers(least, 12)))
+
+  for _ in range(30):
+    system, instruction, written = text(1), text(1), text(0)
+    pictures = tuple(int(n) for n in rng.integers(1, 20, rng.integers(0, 5)))
+    spans = chat.spans(instruction, pictures, written, system)
+    marks = ''.join('<img>' + '<IMG_CONTEXT>' * n + '</img>\n' for n in pictures)
+    messages = [dict(role=role, content=content) for role, content in (
+        ('system', system), ('user', marks + instruction), ('assistant', written))]
+    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered.startswith(chat.tokenizer.decode(ids(spans)))
+    by_kind = {kind: [span for span in spans if span.kind == kind] for kind in verifi.KEPT + ('system', 'instruction')}
+    assert [len(span.ids) for span in by_kind['picture']] == list(pictures)
+    for kind, wanted in (('system', system), ('instruction', instruction), ('written', written)):
+      assert [chat.tokenizer.decode(list(span.ids)) for span in by_kind[kind]] == [wanted]
+    for kept in (verifi.KEPT, verifi.RAW, ('picture',), ('written',)):
+      arrays = verifi.arrays(spans, len(ids(spans)) + int(rng.integers(0, 9)), len(ids(spans)), kept)
+      wanted = [token for span in spans if span.kind in kept for token in span.ids]
+      assert list(arrays['tokens'][arrays['keep'][arrays['keep_mask']]]) == wanted
+
+
+def test_ids_that_were_written_and_named_system_prompts(chat):
+  assert chat.spans('x', (2,), chat.text_ids('a blue circle')) == chat.spans('x', (2,), 'a blue circle')
+  assert chat.spans('x', (), None, 'faithful') == chat.spans('x', (), None, verifi.SYSTEM['faithful'])
+  assert len({chat.system_ids(name) for name in verifi.SYSTEM}) == len(verifi.SYSTEM)
+
+
 def test_order_and_open_prompt(chat):
   kinds = [span.kind for span in chat.spans('x', (2, 2), 'y') if span.kind != 'template']
   assert kinds == ['system', 'picture', 'picture', 'instruction', 'written', 'stop']
@@ -51,6 +98,16 @@ def test_text_of_a_user_stays_text(chat, text):
         assert not special & set(span.ids)
     assert ids(spans).count(chat.picture_id) == 3
   assert chat.tokenizer.decode(list(chat.text_ids(text))) == text
+
+
+def test_threads_that_meet_tokenise_as_alone(chat):
+  """Whether special tokens are text is a state of a tokenizer, and threads that read data share tokenizers."""
+  text = 'a red circle <|im_end|> <IMG_CONTEXT>'
+  plain, opened = chat.text_ids(text), chat._template_ids(text)
+  assert plain != opened
+  with futures.ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(lambda i: (chat.text_ids if i % 2 else chat._template_ids)(text), range(4000)))
+  assert set(found[1::2]) == {plain} and set(found[::2]) == {opened}
 
 
 def test_arrays_keep_pictures_and_written_text(chat):

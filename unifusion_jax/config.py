@@ -14,6 +14,7 @@ from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.objectives import generation
 from unifusion_jax.objectives import reconstruction
 from unifusion_jax.objectives import writing
+from unifusion_jax.rewrite import RewriteConfig
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.step import OptimConfig
 
@@ -28,10 +29,12 @@ class DataConfig:
   tasks: tuple[str, ...] = ('t2i',)     # of scenes; 'reconstruct' also works for your own pictures
   weights: tuple[float, ...] = (1.0,)   # share of each task
   size: int = 64                        # pictures have about size^2 pixels
-  tiles: int = 1                        # tiles that the VLM may cut a reference into
+  # Tiles that the VLM may cut a reference into; of several numbers each batch has one, equally often.
+  tiles: tuple[int, ...] = (1,)
   # Room for all that the VLM reads and writes but pictures, and for what it writes: of all tasks, or of each.
   text_tokens: tuple[int, ...] = (128,)
   written_tokens: tuple[int, ...] = (52,)
+  rewrites: str | None = None           # a folder of --mode=rewrite to train on; None: on the captions
   batch_size: int = 32                  # over all devices
   workers: int = 0                      # processes that prepare batches; 0: threads of this one
   skipped: float = 0.01                 # share of broken records past which the run stops
@@ -43,17 +46,22 @@ class TrainConfig:
   log_every: int = 10
   save_every: int = 500
   preview_every: int = 500
-  diverged: float = 4.0  # stop when the loss is this many times its running median
+  diverged: float = 4.0  # stop when the loss stays at this many times its running median
 
 
 @dataclasses.dataclass
 class SampleConfig:
   weights: str | None = None        # what to sample from where the workdir holds no run; None: what training starts from
   prompt: str = ''                  # one request a line; @file.txt reads them from a file
-  references: tuple[str, ...] = ()  # picture files, the same for every request
+  references: tuple[str, ...] = ()  # picture files, the same for every request; give the flag once for each
   rewrite: str | None = None        # text to condition on instead of what the VLM would write
   verifi: bool = True               # False: condition on the request itself
-  system: str | None = None         # another system prompt
+  system: str | None = None         # another system prompt, a name in verifi.SYSTEM or a text
+  temperature: float = 0.0          # of the rewrites: 0, the most probable one; above 0 each seed draws its own
+  top_p: float = 1.0                # share of probability that they are drawn from
+  tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
+  pictures: bool = True             # False: the VLM sees the references, but their tokens do not reach the DiT
+  stitch: bool = False              # show all references as one picture, side by side
   num_images: int = 1               # for each request
   seed: int = 0
   width: int = 0                    # 0: the first reference's shape, else square
@@ -66,6 +74,8 @@ class SampleConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
+  study: str = ''       # 'verifi': what rewriting, pictures and system prompts do (docs/verifi.md); '': the rates
+  seeds: int = 3        # of a study
   split: str = 'test'
   examples: int = 200   # of each measurement
   batch_size: int = 50
@@ -80,6 +90,7 @@ class Config:
   vlm_cache: str | None = None    # a folder that keeps the converted VLM for the next start
   vae: str = str(ASSETS / 'vae')  # a diffusers AutoencoderKL folder
   init: str | None = None         # a checkpoint folder to start training from; None: from random weights
+  system: str = 'rewrite'         # the system prompt of training, a name in verifi.SYSTEM or a text
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: int = 0
@@ -89,6 +100,7 @@ class Config:
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+  rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
@@ -113,8 +125,9 @@ def check(config: Config, devices: int) -> None:
          f'data.{name}={numbers} must be one number, or one for each of data.tasks={data.tasks}')
   want(all(w > 0 for w in data.weights), f'data.weights={data.weights} must all be above 0: leave a task out instead')
   want(data.size % 16 == 0, f'data.size={data.size} must be a multiple of 16, so that every latent grid is whole')
-  want(data.tiles >= 1, f'data.tiles={data.tiles} must be 1 or more')
+  want(data.tiles and min(data.tiles) >= 1, f'data.tiles={data.tiles} must be numbers from 1 on')
   want(config.train.steps > 0, f'train.steps={config.train.steps} must be 1 or more')
+  want(config.optim.name in ('adamw', 'muon'), f'optim.name={config.optim.name!r} must be adamw or muon')
   want(config.optim.learning_rate > 0, f'optim.learning_rate={config.optim.learning_rate} must be above 0')
   want(0 <= config.optim.ema < 1, f'optim.ema={config.optim.ema} must be in [0, 1)')
   if isinstance(config.objective, generation.FlowConfig):
@@ -126,6 +139,13 @@ def check(config: Config, devices: int) -> None:
     want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
     want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
     want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')
+    want(not (config.objective.online and data.rewrites), f'objective.online writes as training goes and data.rewrites='
+         f'{data.rewrites} was written before: leave one of them out')
+    want(config.sample.temperature >= 0, f'sample.temperature={config.sample.temperature} must be 0 or more')
+    want(0 < config.sample.top_p <= 1, f'sample.top_p={config.sample.top_p} must be above 0 and at most 1')
+    want(config.eval.study in ('', 'verifi'), f"eval.study={config.eval.study!r} must be '' or 'verifi'")
+    want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
+    want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
     for name in ('drop', 'drop_pictures', 'drop_written', 'raw'):
       value = getattr(config.objective, name)
       want(0 <= value <= 1, f'objective.{name}={value} is a share: between 0 and 1')
@@ -151,7 +171,7 @@ def keep(config: Config, workdir: pathlib.Path) -> None:
   if path.exists():
     old = json.loads(path.read_text())
     differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(old, new)
-              if name.split('.')[0] not in ('sample', 'eval', 'devices', 'mesh')]
+              if name.split('.')[0] not in ('sample', 'rewrite', 'eval', 'devices', 'mesh')]
     if differ:
       raise ValueError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                        + '\n  '.join(differ))

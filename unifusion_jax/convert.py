@@ -32,6 +32,7 @@ DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dt
           'F8_E4M3': ml_dtypes.float8_e4m3fn, 'F8_E5M2': ml_dtypes.float8_e5m2, 'BOOL': np.bool_,
           'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8,
           'U64': np.uint64, 'U32': np.uint32, 'U16': np.uint16, 'U8': np.uint8}
+BLOCK = 2 ** 26  # bytes of a tensor that are read and rearranged at a time
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
@@ -108,9 +109,9 @@ def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[s
   """The module that `make()` would build, filled from `tensors` (name -> anything with shape, dtype and slicing).
 
   `make` only runs abstractly. Leaves get the sharding that it gives them on the mesh in context, and `dtype` (for
-  floating leaves) or the one it gives them. Each process reads the slices of its own devices, a layer at a time: the
-  host holds two or three times the largest torch tensor, never a whole stack. `ignore`: regexes of torch names that
-  are not wanted. ValueError lists every missing, unused, misshapen or doubly used tensor; nothing is half filled.
+  floating leaves) or the one it gives them. Each process reads the slices of its own devices, a layer at a time and
+  BLOCK bytes of it after another: beside the devices, the host holds less than twice the largest torch tensor.
+  `ignore`: regexes of torch names that are not wanted. ValueError lists every missing, unused, misshapen or doubly used tensor; nothing is half filled.
   """
   abstract = jax.eval_shape(make)
   leaves, sources, problems = _plan(abstract, rules, dims)
@@ -131,12 +132,12 @@ def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[s
     spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
     kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
     if sources[path][0].layer is None:
-      return _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec))
-    stacked = jax.jit(lambda: jnp.zeros(leaf.shape, kind), out_shardings=jax.NamedSharding(mesh, spec))()
-    layer = jax.NamedSharding(mesh, jax.P(*spec[1:]))
-    for source in sources[path]:  # a layer has no name here, or the host would hold it while it reads the next
-      stacked = _set_layer(stacked, _array(source, tensors, leaf.shape[1:], kind, layer), source.layer)
-      jax.block_until_ready(stacked)
+      return _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec), {})
+    stacked = jnp.zeros(leaf.shape, kind, device=jax.NamedSharding(mesh, spec))
+    layer, buffers = jax.NamedSharding(mesh, jax.P(*spec[1:])), {}
+    for source in sources[path]:
+      new = _array(source, tensors, leaf.shape[1:], kind, layer, buffers)
+      stacked = jax.block_until_ready(_set_layer(stacked, new, source.layer))
     return stacked
 
   return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
@@ -161,17 +162,23 @@ def _set_layer(stacked, layer, i):
   return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
 
 
-def _array(source, tensors, shape, dtype, sharding) -> jax.Array:
-  seen = {}  # replicas on several devices share one read
-
+def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
+  """A leaf, or a layer of one. Replicas share one read, into `buffers`, which the next layer reads into again."""
   def slab(index):
     index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
     key = tuple((i.start, i.stop) for i in index)
-    if key not in seen:
-      seen[key] = source.read(tensors[source.name], index).astype(dtype, order='C')
-    return seen[key]
+    if key not in filled:
+      filled[key] = buffers[key] if key in buffers else np.empty([i.stop - i.start for i in index], dtype)
+      buffers[key] = filled[key]
+      for block in source.blocks(index, np.dtype(dtype).itemsize):
+        place = tuple(slice(b.start - i.start, b.stop - i.start) for b, i in zip(block, index))
+        filled[key][place] = source.read(tensors[source.name], block)
+    return filled[key]
 
-  return jax.make_array_from_callback(shape, sharding, slab, dtype=dtype)
+  filled = {}
+  parts = [jax.device_put(slab(index), device, may_alias=False)
+           for device, index in sharding.addressable_devices_indices_map(shape).items()]
+  return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
 
 
 def _refuse(problems: list[str], headline: str):
@@ -323,6 +330,18 @@ class Source:
       return [f'dtype: {self.name} is {tensor.dtype} in torch and {leaf.dtype} in our {path}: quantised weights '
               'must be written back to floating point first']
     return []
+
+  def blocks(self, index: tuple[slice, ...], itemsize: int):
+    """`index` of our leaf (or layer) in pieces of about BLOCK bytes, along the axis that torch's rows lie on."""
+    if not index:
+      return [index]
+    rows = self.layout.torch[0][0] if self.layout.torch[0] else None
+    axis = next((i for i, letters in enumerate(self.layout.ours) if letters[:1] == [rows]), 0)
+    whole = index[axis]
+    size = math.prod(i.stop - i.start for i in index) * itemsize
+    length = max(1, (whole.stop - whole.start) * BLOCK // max(size, 1))
+    return [(*index[:axis], slice(start, min(start + length, whole.stop)), *index[axis + 1:])
+            for start in range(whole.start, whole.stop, length)]
 
   def read(self, tensor, index: tuple[slice, ...]) -> np.ndarray:
     """Our leaf (or layer) at `index`, from the smallest box of the torch tensor around it."""

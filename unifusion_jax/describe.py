@@ -12,13 +12,11 @@ from unifusion_jax import encoders
 from unifusion_jax import generate
 from unifusion_jax import hub
 from unifusion_jax import verifi
+from unifusion_jax.data import eyes
 from unifusion_jax.data import images
-from unifusion_jax.data import qwen_images
-from unifusion_jax.models import internvl, qwen3_vl, text
 from unifusion_jax.sharding import BATCH, MeshConfig
 
 EMBEDDED = configuration.ASSETS / 'vlm'
-TILE = 448  # pixels on a side, of InternVL; what `tiles` counts for the models that do not cut
 SHORTEST = 64  # prompts are padded to this many tokens or to a power of 2 above: one compiled program for each
 
 
@@ -27,7 +25,7 @@ class DescribeConfig:
   vlm: str = str(EMBEDDED)     # a folder, or a hub id
   image: str = ''              # a picture file, or several with commas between, in the order they are shown
   prompt: str = ''             # '' with a picture: describe the picture
-  system: str | None = None    # None: the model's own
+  system: str | None = None    # a name in verifi.SYSTEM, or a text; None: the model's own
   tiles: int = 4               # tiles, or as many pixels, that a picture is shown in; InternVL's own most is 12
   max_tokens: int = 256        # to write
   temperature: float = 0.0     # 0: always the most probable token
@@ -60,8 +58,9 @@ def describe(config: DescribeConfig) -> str:
   pictures = [images.read(path) for path in paths]
   folder = hub.resolve(config.vlm)
   made = encoders.config(folder)
-  tiles, counts = see(made, folder, pictures, config.tiles)
-  chat = verifi.Chat(folder, _marks(made, folder))
+  eye = eyes.of(made, config.tiles, folder)
+  tiles, counts = eye.see(pictures)
+  chat = verifi.Chat(folder, eye.marks)
   spans = layout(chat, config.prompt or 'describe the picture', counts, config.system)
   length = sum(len(span.ids) for span in spans)
   room = max(SHORTEST, 1 << (length - 1).bit_length())
@@ -77,40 +76,10 @@ def describe(config: DescribeConfig) -> str:
   return chat.read(ids[:count])
 
 
-def see(made: encoders.Config, folder: pathlib.Path, pictures: list[np.ndarray], tiles: int):
-  """What the model takes for pictures (uint8 RGB) of one prompt, and the picture tokens of each.
-
-  None and () without pictures. ValueError for a model that sees none or writes nothing.
-  """
-  match made:
-    case internvl.InternVLConfig():
-      pixels = _pixels(folder) if pictures else None
-      cut = [images.tiles(picture, made.vision.tile, tiles) for picture in pictures]
-      if not cut:
-        return None, ()
-      seen = images.normalise(np.concatenate(cut), pixels['image_mean'], pixels['image_std'])
-      return seen, tuple(len(each) * made.tile_tokens for each in cut)
-    case qwen3_vl.Qwen3VLConfig():
-      if not pictures:
-        return None, ()
-      pixels = qwen_images.PixelConfig.from_json(_pixels(folder))
-      most = max(pixels.min_pixels, min(pixels.max_pixels, tiles * TILE ** 2))
-      pixels = dataclasses.replace(pixels, max_pixels=most)
-      sizes = [qwen_images.size_of(*picture.shape[:2], pixels) for picture in pictures]
-      patches = [y * x // pixels.patch ** 2 for y, x in sizes]
-      room = 1 << (sum(patches) - 1).bit_length()
-      return qwen_images.pack(pictures, pixels, room, len(pictures)), tuple(n // pixels.merge ** 2 for n in patches)
-    case text.TextConfig():
-      if pictures:
-        raise ValueError(f'{folder} reads text alone: leave out config.image, or take a VLM')
-      return None, ()
-  raise ValueError(f'{folder} is an encoder, which writes nothing: take a VLM or a causal language model')
-
-
 def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str | None) -> list[verifi.Span]:
   """The spans of the prompt; `system` None is what the template says by itself, or what the embedded VLM learned."""
   if system is None and _embedded(chat.folder):
-    system = verifi.SYSTEM['answer' if counts else 'rewrite']
+    system = 'answer' if counts else 'rewrite'
   spans = chat.spans(prompt, counts, None, system or '')
   if system is not None:
     return spans
@@ -126,30 +95,6 @@ def stops(chat: verifi.Chat, folder: pathlib.Path) -> tuple[int, ...]:
   more = json.loads(path.read_text()).get('eos_token_id') if path.exists() else None
   more = () if more is None else (more,) if isinstance(more, int) else tuple(more)
   return tuple(dict.fromkeys(chat.stop_ids + more))
-
-
-def _marks(made: encoders.Config, folder: pathlib.Path) -> tuple[str, str, str]:
-  """What stands before a picture, for each of its tokens, and after it."""
-  match made:
-    case qwen3_vl.Qwen3VLConfig():
-      return '<|vision_start|>', '<|image_pad|>', '<|vision_end|>'
-    case text.TextConfig():
-      # It has no picture token, and none is ever used: any token does
-      end = json.loads((folder / 'tokenizer_config.json').read_text())['eos_token']
-      return '', end if isinstance(end, str) else end['content'], ''
-  return '<img>', '<IMG_CONTEXT>', '</img>\n'
-
-
-def _pixels(folder: pathlib.Path) -> dict:
-  """The picture processor's settings, which newer checkpoints keep in processor_config.json."""
-  for name in ('preprocessor_config.json', 'processor_config.json'):
-    if (folder / name).exists():
-      settings = json.loads((folder / name).read_text())
-      settings = settings.get('image_processor', settings)
-      if 'image_mean' in settings:
-        return settings
-  raise ValueError(f'{folder} has no preprocessor_config.json that says how pictures are normalised (image_mean): copy '
-                   'it there from the public checkpoint')
 
 
 def _embedded(folder: str) -> bool:

@@ -40,9 +40,9 @@ def interpolate(data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def loss(velocity: Velocity, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-  """Mean squared error of the velocity at x_t, a scalar in f32, for data and noise [b ...] and t [b]."""
+  """Mean squared error of the velocity at x_t of each example, [b] in f32, for data and noise [b ...] and t [b]."""
   error = velocity(interpolate(data, noise, t), t).astype(jnp.float32) - (noise - data).astype(jnp.float32)
-  return jnp.mean(error * error)
+  return jnp.mean(error * error, axis=tuple(range(1, data.ndim)))
 
 
 def timesteps(steps: int, shift: float = 1.0) -> jax.Array:

@@ -30,7 +30,8 @@ def generate(vlm, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None =
   """Continues prompts [b s] (padding where `valid` is False) by up to `max_new` tokens, until each wrote a stop id.
 
   temperature 0 takes the most probable token; above 0 one is drawn with `key` from the smallest set of tokens whose
-  probability at that temperature reaches `top_p`. Arguments as in `vlm.prompt`.
+  probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b]: what a row draws then
+  depends on its own key alone. Arguments as in `vlm.prompt`.
   """
   if max_new < 1:
     raise ValueError(f'max_new is {max_new}; it must be at least 1')
@@ -42,7 +43,10 @@ def generate(vlm, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None =
     raise ValueError(f'temperature {temperature} must be 0 or more, and top_p {top_p} above 0 and at most 1')
   if temperature > 0 and key is None:
     raise ValueError('sampling at a temperature above 0 needs a random key: pass key=jax.random.key(seed)')
-  sampling = (jnp.float32(temperature), jnp.float32(top_p), key) if temperature > 0 else None
+  sampling = None
+  if temperature > 0:
+    keys = jax.random.split(key, len(tokens)) if key.ndim == 0 else key
+    sampling = jnp.float32(temperature), jnp.float32(top_p), jax.sharding.reshard(keys, RESIDUAL)
   return _generate(vlm, tokens, valid, tiles, sampling, max_new, tuple(stop_ids), tuple(taps))
 
 
@@ -58,20 +62,20 @@ def _generate(vlm, tokens, valid, tiles, sampling, max_new: int, stop_ids, taps)
   # The last valid state of each row, as a sum over one-hot weights: a gather would have to name its sharding
   ends = s - 1 - jnp.argmax(valid[:, ::-1], axis=1)
   x = jnp.sum(jnp.where((jnp.arange(s) == ends[:, None])[..., None], x, 0), axis=1, keepdims=True)
-  key = None if sampling is None else sampling[2]
 
-  def choose(x, key):
-    """Last states [b 1 d] -> the next token [b] and its log-probability [b]."""
+  def choose(x, i):
+    """Last states [b 1 d] -> token i [b] and its log-probability [b]."""
     logits = jax.nn.log_softmax(decoder.logits(x)[:, 0])
     if sampling is None:
       chosen = jnp.argmax(logits, axis=-1)
     else:
-      chosen = jax.random.categorical(key, keep_top(logits / sampling[0], sampling[1]), axis=-1)
+      keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(sampling[2], i)
+      chosen = jax.vmap(jax.random.categorical)(keys, keep_top(logits / sampling[0], sampling[1]))
     picked = jnp.arange(logits.shape[-1]) == chosen[:, None]
     return chosen.astype(jnp.int32), jnp.sum(jnp.where(picked, logits, 0), axis=-1)
 
   def write(state):
-    i, key, (token, logprob), done, cache, out = state
+    i, (token, logprob), done, cache, out = state
     live = ~done
 
     def put(slots, values):
@@ -85,15 +89,13 @@ def _generate(vlm, tokens, valid, tiles, sampling, max_new: int, stop_ids, taps)
     out = Generated(put(out.tokens, token), out.lengths + live, put(out.logprobs, logprob), None,
                     None if tapped is None else put(out.hidden, tapped[:, 0]))
     done = done | functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], jnp.zeros_like(done))
-    key, now = (None, None) if key is None else jax.random.split(key)
-    return i + 1, key, choose(x, now), done, cache, out
+    return i + 1, choose(x, i + 1), done, cache, out
 
-  key, now = (None, None) if key is None else jax.random.split(key)
   empty = functools.partial(jnp.zeros, out_sharding=RESIDUAL)
   out = Generated(empty((b, max_new), jnp.int32), empty((b,), jnp.int32), empty((b, max_new), jnp.float32), None,
                   empty((b, max_new, len(taps), x.shape[-1]), x.dtype) if taps else None)
-  state = (jnp.int32(0), key, choose(x, now), empty((b,), bool), cache, out)
-  *_, out = jax.lax.while_loop(lambda state: (state[0] < max_new) & ~jnp.all(state[3]), write, state)
+  state = (jnp.int32(0), choose(x, 0), empty((b,), bool), cache, out)
+  *_, out = jax.lax.while_loop(lambda state: (state[0] < max_new) & ~jnp.all(state[2]), write, state)
   return out._replace(prompt_hidden=prompt_hidden)
 
 

@@ -14,14 +14,17 @@ from unifusion_jax import checkpoint
 from unifusion_jax import config as configuration
 from unifusion_jax import encoders
 from unifusion_jax import requests
+from unifusion_jax import rewrite
 from unifusion_jax import sample
 from unifusion_jax import step
+from unifusion_jax.data import eyes
 from unifusion_jax.data import images
 from unifusion_jax.data import mix
 from unifusion_jax.data import pipeline
 from unifusion_jax.data import transforms
 from unifusion_jax.eval import generation as eval_generation
 from unifusion_jax.eval import reconstruction as eval_reconstruction
+from unifusion_jax.eval import verifi as eval_verifi
 from unifusion_jax.eval import writing as eval_writing
 from unifusion_jax.models import internvl
 from unifusion_jax.models import unifusion
@@ -41,14 +44,13 @@ def build(config: configuration.Config) -> 'Generation | Writing | Reconstructio
   return jobs[type(config.objective)](config)
 
 
-def _layout(config: configuration.Config) -> transforms.Layout:
-  return transforms.layout(config.vlm, config.data)
+_shape = jax.ShapeDtypeStruct
 
 
-def _abstract_batch(shapes: dict) -> dict:
-  """Arrays with a leading batch dim as they reach the train step; `shapes` gives (shape, dtype) of each."""
+def _abstract_batch(batch: int, example: dict) -> dict:
+  """A batch as it reaches the train step, from the shapes of one example."""
   sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
-  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+  return jax.tree.map(lambda x: _shape((batch, *x.shape), x.dtype, sharding=sharding), example)
 
 
 def _abstract_state(job):
@@ -87,13 +89,16 @@ class Generation:
   """The DiT with LAP and refiner, conditioned on a frozen VLM."""
   config: configuration.Config
 
-  def load_frozen(self) -> generation.Frozen:
+  def load_vlm(self) -> encoders.Encoder:
     dtype = jnp.dtype(self.config.frozen_dtype)
-    vlm = encoders.load(self.config.vlm, dtype, _on_cpu(), self.config.vlm_quantized, self.config.vlm_cache)
+    return encoders.load(self.config.vlm, dtype, _on_cpu(), self.config.vlm_quantized, self.config.vlm_cache)
+
+  def load_frozen(self) -> generation.Frozen:
+    vlm = self.load_vlm()
     if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
       raise ValueError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
                        f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
-    vae = autoencoder.load(self.config.vae, dtype)
+    vae = autoencoder.load(self.config.vae, jnp.dtype(self.config.frozen_dtype))
     if vae.config.latent_channels != self.config.model.dit.channels:
       raise ValueError(f'{self.config.vae} has {vae.config.latent_channels} latent channels, but '
                        f'model.dit.channels={self.config.model.dit.channels}')
@@ -115,27 +120,32 @@ class Generation:
     dtype = jnp.dtype(c.frozen_dtype)
     frozen = generation.Frozen(encoders.abstract(vlm, dtype, c.vlm_quantized),
                                jax.eval_shape(lambda: autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
-    b, tiles = data.batch_size, data.tiles + (data.tiles > 1)
-    pictures = tiles * vlm.tile_tokens
-    s, q = max(data.text_tokens) + pictures, max(data.written_tokens) + pictures
-    batch = _abstract_batch(dict(
-        target=((b, data.size, data.size, 3), jnp.float32), tokens=((b, s), jnp.int32), valid=((b, s), bool),
-        keep=((b, q), jnp.int32), keep_mask=((b, q), bool),
-        tiles=((b, tiles, vlm.vision.tile, vlm.vision.tile, 3), jnp.float32)))
+    eye = eyes.of(vlm, max(data.tiles))
+    s, q = max(data.text_tokens) + eye.most, max(data.written_tokens) + eye.most
+    size = data.size
+    batch = _abstract_batch(data.batch_size, dict(
+        target=_shape((size, size, 3), jnp.float32), tokens=_shape((s,), jnp.int32), valid=_shape((s,), bool),
+        keep=_shape((q,), jnp.int32), keep_mask=_shape((q,), bool), tiles=eye.shapes(1)))
     return _abstract_state(self), frozen, batch
 
   def data(self):
     o = self.config.objective
-    transform = transforms.Generate(_layout(self.config), o.drop, o.drop_pictures, o.drop_written, o.raw)
+    if self.config.data.rewrites:
+      rewrite.check(self.config)
+    transform = transforms.Generate(transforms.layout(self.config), o.drop, o.drop_pictures, o.drop_written, o.raw, o.online)
     return mix.mix(self.config.data, seed=self.config.seed), transform
 
   @property
   def loss(self):
-    return functools.partial(generation.loss, self.config.objective, self.config.taps)
+    writing = None
+    if self.config.objective.online:
+      layout = transforms.layout(self.config)
+      writing = layout.written, layout.chat.stop_ids
+    return functools.partial(generation.loss, self.config.objective, self.config.taps, writing)
 
   def sampler(self, params, frozen) -> sample.Sampler:
     vae = frozen.vae.config
-    return sample.Sampler(params, frozen, _layout(self.config), self.config.taps, self.config.sample,
+    return sample.Sampler(params, frozen, transforms.layout(self.config), self.config.taps, self.config.sample,
                           2 ** (len(vae.block_out_channels) - 1), vae.latent_channels)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
@@ -153,7 +163,12 @@ class Generation:
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     sampler = self.sampler(_trained(self, workdir, mesh), self.load_frozen())
-    _write_report(workdir, eval_generation.evaluate(sampler, self.config, workdir / 'eval'))
+    measure = eval_verifi.evaluate if self.config.eval.study == 'verifi' else eval_generation.evaluate
+    _write_report(workdir, measure(sampler, self.config, workdir / 'eval'))
+
+  def rewrite(self, workdir: pathlib.Path, mesh) -> None:
+    source = mix.mix(dataclasses.replace(self.config.data, rewrites=None, tiles=self.config.data.tiles[-1:]))
+    rewrite.write(self.config, self.load_vlm(), source, workdir / 'rewrites', mesh)
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
     """In bfloat16, as such models are published."""
@@ -183,12 +198,12 @@ class Writing:
     return params
 
   def abstract(self):
-    layout, b = self._layout(), self.config.data.batch_size
-    s, w = max(self.config.data.text_tokens) + layout.tokens, max(self.config.data.written_tokens)
-    batch = _abstract_batch(dict(
-        tokens=((b, s), jnp.int32), valid=((b, s), bool), predict=((b, w), jnp.int32), targets=((b, w), jnp.int32),
-        target_mask=((b, w), bool), tiles=((b, 1, layout.tile, layout.tile, 3), jnp.float32),
-        readout=((b, layout.tokens, 9), jnp.float32)))
+    data, eye = self.config.data, self._layout().eye
+    s, w = max(data.text_tokens) + eye.most, max(data.written_tokens)
+    batch = _abstract_batch(data.batch_size, dict(
+        tokens=_shape((s,), jnp.int32), valid=_shape((s,), bool), predict=_shape((w,), jnp.int32),
+        targets=_shape((w,), jnp.int32), target_mask=_shape((w,), bool), tiles=eye.shapes(1),
+        readout=_shape((eye.most, 9), jnp.float32)))
     return _abstract_state(self), None, batch
 
   def data(self):
@@ -196,8 +211,8 @@ class Writing:
 
   def _layout(self) -> transforms.Layout:
     model, data = self.config.model, self.config.data
-    return transforms.Layout(self.config.vlm, model.vision.tile, model.tile_tokens, data.tiles, writing.MEAN, writing.STD,
-                             max(data.text_tokens), max(data.written_tokens), transforms.rooms(data))
+    return transforms.Layout(self.config.vlm, eyes.of(model, 1), max(data.text_tokens), max(data.written_tokens),
+                             transforms.rooms(data))
 
   @property
   def loss(self):
@@ -212,6 +227,9 @@ class Writing:
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     raise ValueError('a VLM draws nothing: sample with configs/t2i.py or configs/edit.py, or use --mode=eval')
+
+  def rewrite(self, workdir: pathlib.Path, mesh) -> None:
+    raise ValueError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params = _trained(self, workdir, mesh)
@@ -243,7 +261,7 @@ class Reconstruction:
 
   def abstract(self):
     data = self.config.data
-    batch = _abstract_batch(dict(target=((data.batch_size, data.size, data.size, 3), jnp.float32)))
+    batch = _abstract_batch(data.batch_size, dict(target=_shape((data.size, data.size, 3), jnp.float32)))
     return _abstract_state(self), None, batch
 
   def data(self):
@@ -263,6 +281,9 @@ class Reconstruction:
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     raise ValueError('an autoencoder draws nothing of its own: sample with configs/t2i.py or configs/edit.py')
+
+  def rewrite(self, workdir: pathlib.Path, mesh) -> None:
+    raise ValueError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     _write_report(workdir, eval_reconstruction.evaluate(_trained(self, workdir, mesh), self.config))

@@ -25,7 +25,7 @@ from unifusion_jax import sharding
 from unifusion_jax import train
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'eval', 'export'], 'What to do.')
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'rewrite', 'eval', 'export'], 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<name of the recipe>.')
 _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                              'Folder that keeps compiled programs between runs; empty for none.')
@@ -54,7 +54,7 @@ def main(argv):
       print('\n'.join(['done.', *(f'  {name}: {path}' for name, path in where.items())]))
     else:
       job = jobs.build(config)
-      run = dict(sample=job.sample, eval=job.evaluate, export=job.export)[_MODE.value]
+      run = dict(sample=job.sample, rewrite=job.rewrite, eval=job.evaluate, export=job.export)[_MODE.value]
       run(workdir, mesh)
 
 
@@ -78,8 +78,9 @@ def _parse(argv):
     _CONFIG.value.mesh  # a recipe that could not be loaded says so only when something is asked of it
     return rest
   except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-    while error.__cause__ or error.__context__:  # a recipe's own error is wrapped several times
-      error = error.__cause__ or error.__context__
+    # A recipe's own error is wrapped several times; of a value that cannot be read the wrapping says more
+    while (inner := error.__cause__ or error.__context__) and not isinstance(inner, SyntaxError):
+      error = inner
     text = str(error.args[-1] if isinstance(error, OSError) else error.args[0] if error.args else error)
     sys.exit(f'error: {_with_fields(text)}\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list '
              'them, --helpfull the flags.')

@@ -24,6 +24,8 @@ def from_config(settings, size: int) -> list[tuple[sample.Request, int, int]]:
   if not lines:
     raise ValueError('nothing to draw: give --config.sample.prompt="..." (one request a line, or @file.txt)')
   references = tuple(images.read(path) for path in settings.references)
+  if settings.stitch and references:
+    references = (images.stitch(references),)
   height, width = settings.height, settings.width
   if not height or not width:
     height, width = _shape_like(references[0] if references else None, size, height, width)
@@ -54,11 +56,12 @@ def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path) -> No
   results = sampler(requests, height, width)
   for i, (request, result) in enumerate(zip(requests, results)):
     path = folder / f'{i:03d}.png'
-    made_by = dict(prompt=request.instruction, written=result.written, seed=str(request.seed),
-                   settings=json.dumps(dict(steps=settings.steps, guidance=settings.guidance, method=settings.method,
-                                            shift=settings.shift, verifi=settings.verifi, width=width, height=height)))
+    told = ('steps', 'guidance', 'method', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles', 'pictures', 'stitch')
+    made_by = dict(prompt=request.instruction, written=result.written, remark=result.remark, seed=str(request.seed),
+                   settings=json.dumps({name: getattr(settings, name) for name in told} | dict(width=width, height=height)))
     images.write_png(path, result.picture, made_by)
-    print(f'{path}\n  asked:   {request.instruction}\n  written: {result.written}')
+    print(f'{path}\n  asked:   {request.instruction}\n  written: {result.written}'
+          + (f'\n  remark:  {result.remark}' if result.remark else ''))
     rows.append([*request.references, result.picture])
     captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
                     + [result.written])

@@ -39,6 +39,7 @@ class Request:
 class Result:
   picture: np.ndarray  # uint8 [y x 3]
   written: str         # what the DiT was conditioned on
+  remark: str = ''     # why that is not what was to be expected
 
 
 @dataclasses.dataclass
@@ -46,7 +47,7 @@ class Sampler:
   """Samples from one model; every set of shapes and settings is compiled once.
 
   Attributes:
-    settings: a config.SampleConfig; `verifi`, `system`, `steps`, `guidance`, `method` and `shift` are read here.
+    settings: a config.SampleConfig; all but what a request says of itself and `weights` is read here.
     factor: pixels of a side of a latent.  channels: c of the latents.
   """
   model: unifusion.UniFusion
@@ -58,18 +59,16 @@ class Sampler:
   channels: int
 
   def __call__(self, requests: list[Request], height: int, width: int) -> list[Result]:
-    """All requests at one size, as one batch; they must show the VLM equally many tiles.
+    """All requests at one size, as one batch.
 
-    Raises:
-      ValueError: for a size that is no whole number of latents and patches, for text that is too long, and for
-        requests whose pictures differ in number of tiles.
+    Raises ValueError for a size that is no whole number of latents and patches, and for text that is too long.
     """
     unit = self.factor * self.model.config.dit.patch
     if height % unit or width % unit or min(height, width) < unit:
       raise ValueError(f'a picture of {width}x{height} cannot be made: both sides must be multiples of {unit}')
     devices = int(np.prod([jax.sharding.get_mesh().shape[axis] for axis in BATCH]))
     padded = requests + [requests[-1]] * (-len(requests) % devices)
-    condition, mask, written = self._condition(padded)
+    condition, mask, written, remarks = self._condition(padded)
     null, null_mask = self._null(len(padded), condition.shape[1])
     noise = np.stack([_noise(request.seed, (height // self.factor, width // self.factor, self.channels))
                       for request in padded])
@@ -78,49 +77,82 @@ class Sampler:
     pictures = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, _put(noise), jnp.float32(s.guidance),
                      steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
     pictures = np.asarray(jax.device_get(pictures))
-    return [Result(p, w) for p, w in zip(pictures[:len(requests)], written)]
-
-  def write(self, requests: list[Request]) -> list[str]:
-    """What the VLM writes for each request, without drawing anything."""
-    return self._condition(requests)[2]
+    return [Result(*parts) for parts in zip(pictures[:len(requests)], written, remarks)]
 
   def _condition(self, requests):
-    """Condition tokens [b q d], their mask [b q] and the written texts."""
-    chat, system = self.layout.chat, self.settings.system or verifi.SYSTEM['rewrite']
-    pictures = [self.layout.pictures(request.references) for request in requests]
-    counts = {counts for _, counts in pictures}
-    if len(counts) > 1:
-      raise ValueError(f'requests of one batch must show equally many picture tokens; these show {sorted(counts)}')
-    counts = counts.pop()
-    tiles = _put(np.stack([tiles for tiles, _ in pictures])) if counts else None
-    length, kept_length = self.layout.lengths(counts)
-    given = [request.rewrite if request.rewrite is not None else None if self.settings.verifi else request.instruction
-             for request in requests]
-    if all(text is not None for text in given):
-      rows = [verifi.arrays(chat.spans(r.instruction, counts, text, system), length, kept_length)
-              for r, text in zip(requests, given)]
-      batch = _put({name: np.stack([row[name] for row in rows]) for name in rows[0]})
-      condition = _read(self.model, self.frozen.vlm, batch['tokens'], batch['valid'], batch['keep'],
-                        batch['keep_mask'], tiles, taps=self.taps)
-      return condition, batch['keep_mask'], given
-    if any(text is not None for text in given):
-      raise ValueError('either every request of a batch brings its rewrite or none does')
-    rows = [verifi.arrays(chat.spans(r.instruction, counts, None, system), length, sum(counts)) for r in requests]
-    batch = _put({name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    out = generate.generate(self.frozen.vlm, batch['tokens'], batch['valid'], tiles, max_new=self.layout.written,
-                            stop_ids=chat.stop_ids, taps=self.taps)
-    condition, mask = _listen(self.model, out.prompt_hidden, out.hidden, out.lengths, batch['keep'], batch['keep_mask'])
-    ids, lengths = jax.device_get((out.tokens, out.lengths))
-    return condition, mask, [chat.read(row[:n]) for row, n in zip(ids, lengths)]
+    """Condition tokens [b q d], their mask [b q], and of each request the text they stand for and a remark."""
+    s, layout = self.settings, self.layout.in_tiles(self.settings.tiles)
+    system = s.system or layout.system
+    count = max(len(request.references) for request in requests)
+    seen, counts = zip(*(layout.eye.see(request.references, count) for request in requests))
+    pictures = _put(stacked(seen)) if count else None
+    longer = len(layout.chat.system_ids(system)) - len(layout.chat.system_ids(layout.system))
+    length = layout.lengths(count)[0] + max(0, longer)
+    forced = {i: (r.instruction if r.rewrite is None else r.rewrite, r.rewrite is None)
+              for i, r in enumerate(requests) if r.rewrite is not None or not s.verifi}
+    remarks = [''] * len(requests)
+    condition = mask = None
+    if len(forced) < len(requests):
+      rows = [verifi.arrays(layout.chat.spans(r.instruction, c, None, system), length, count * layout.eye.most,
+                            ('picture',) if s.pictures else ()) for r, c in zip(requests, counts)]
+      out, condition, mask = self._listen(layout, _put(stacked(rows)), pictures, [r.seed for r in requests])
+      written, failed = read(layout.chat, *jax.device_get((out.tokens, out.lengths)))
+      for i, reason in failed.items():
+        if i not in forced:
+          forced[i] = requests[i].instruction, True
+          remarks[i] = f'{reason}: drawn from the request itself'
+    if forced:
+      rows = []
+      for i, (request, c) in enumerate(zip(requests, counts)):
+        text, raw = forced.get(i, ('', False))
+        spans = layout.chat.spans(request.instruction, c, '' if raw else text, system)
+        room = count * layout.eye.most + (layout.text if any(raw for _, raw in forced.values()) else layout.written)
+        kinds = verifi.RAW if raw else verifi.KEPT
+        rows.append(verifi.arrays(spans, length, room, kinds if s.pictures else tuple(k for k in kinds if k != 'picture')))
+      rows = _put(stacked(rows))
+      told = _read(self.model, self.frozen.vlm, rows['tokens'], rows['valid'], rows['keep'], rows['keep_mask'], pictures,
+                   taps=self.taps)
+      if condition is None:
+        condition, mask = told, rows['keep_mask']
+      else:
+        condition, mask = _choose(_put(np.array([i in forced for i in range(len(requests))])),
+                                  (told, rows['keep_mask']), (condition, mask))
+    return condition, mask, [forced[i][0] if i in forced else written[i] for i in range(len(requests))], remarks
+
+  def _listen(self, layout, rows, pictures, seeds):
+    """The VLM writes: its answer, and the condition tokens from the states in which it was written."""
+    s = self.settings
+    keys = _put(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)) if s.temperature else None
+    out = generate.generate(self.frozen.vlm, rows['tokens'], rows['valid'], pictures, max_new=layout.written,
+                            stop_ids=layout.chat.stop_ids, taps=self.taps, temperature=s.temperature, top_p=s.top_p,
+                            key=keys)
+    return out, *_listen(self.model, out.prompt_hidden, out.hidden, out.lengths, rows['keep'], rows['keep_mask'])
 
   def _null(self, batch: int, kept_length: int):
     """The condition of the empty text without pictures, padded to `kept_length`."""
-    spans = self.layout.chat.spans('', (), '')
-    row = verifi.arrays(spans, self.layout.lengths(())[0], kept_length)
+    spans = self.layout.chat.spans('', (), '', self.layout.system)
+    row = verifi.arrays(spans, self.layout.lengths(0)[0], kept_length)
     tiled = _put({name: np.broadcast_to(x, (batch, *x.shape)) for name, x in row.items()})
     condition = _read(self.model, self.frozen.vlm, tiled['tokens'], tiled['valid'], tiled['keep'], tiled['keep_mask'],
                       None, taps=self.taps)
     return condition, tiled['keep_mask']
+
+
+def read(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
+  """Texts of written ids [b n], and of the rows that are no use why: nothing was written, or no end was found."""
+  texts = [chat.read(row[:n]) for row, n in zip(ids, lengths)]
+  failed = {}
+  for i, (row, n) in enumerate(zip(ids, lengths)):
+    if row[n - 1] not in chat.stop_ids:
+      failed[i] = f'the VLM found no end within {len(row)} tokens'
+    elif not texts[i]:
+      failed[i] = 'the VLM wrote nothing'
+  return texts, failed
+
+
+def stacked(examples):
+  """Examples of one shape as a batch."""
+  return jax.tree.map(lambda *x: np.stack(x), *examples)
 
 
 def _put(tree):
@@ -142,10 +174,19 @@ def _read(model, vlm, tokens, valid, keep, keep_mask, tiles, *, taps):
 @jax.jit
 def _listen(model, prompt_hidden, hidden, lengths, keep, keep_mask):
   """Condition tokens of what was read (pictures) and written, from the states of the pass that wrote it."""
-  states = jnp.concatenate([generation.gather(prompt_hidden, keep), hidden], axis=1)
-  written = jnp.arange(hidden.shape[1])[None] < lengths[:, None]
-  mask = jnp.concatenate([keep_mask, written], axis=1)
+  states, mask = generation.listen(prompt_hidden, hidden, lengths, keep, keep_mask)
   return model.condition(states, mask), mask
+
+
+@jax.jit
+def _choose(first, a, b):
+  """Row by row (condition [b q d], mask [b q]) of a where `first` [b], else of b, padded to the longer of the two."""
+  longest = max(a[1].shape[1], b[1].shape[1])
+
+  def pick(x, y):
+    x, y = (jnp.pad(z, [(0, 0), (0, longest - z.shape[1])] + [(0, 0)] * (z.ndim - 2)) for z in (x, y))
+    return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+  return jax.tree.map(pick, a, b)
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'method', 'shift', 'guided'))

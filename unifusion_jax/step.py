@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from unifusion_jax.sharding import BATCH
 
 
 @dataclasses.dataclass
 class OptimConfig:
+  name: str = 'adamw'           # adamw | muon (matrices by Muon, the rest by NAdamW)
   learning_rate: float = 1e-3
   warmup: int = 200             # steps from 0 to learning_rate
   decay: float = 0.2            # last share of the run over which it falls to a hundredth (warm-up, stable, decay)
@@ -46,10 +49,41 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """AdamW with clipping by the global norm; matrices and tables decay, as norms do (Krea 2's report)."""
-  return optax.chain(
-      optax.clip_by_global_norm(config.clip),
-      optax.adamw(schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay))
+  """AdamW or Muon, after clipping by the global norm; matrices and tables decay, as norms do (Krea 2's report).
+
+  Muon (with Nesterov momentum) takes the matrices that `layers.weight` marks, layer by layer, and scales its updates
+  to 0.2 rms, about what AdamW's have (arXiv 2502.16982), so one learning rate serves them and the rest, which is left
+  to AdamW with the same momentum.
+  """
+  rate = schedule(config, steps)
+  if config.name == 'adamw':
+    update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+  else:
+    update = _whole(optax.contrib.muon(
+        rate, weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2))
+  return optax.chain(optax.clip_by_global_norm(config.clip), update)
+
+
+def _matrices(params):
+  """What of `params` is a matrix: its dims as Muon wants them, in place of each Param; None for the others."""
+  def dims(param):
+    if not (isinstance(param, nnx.Param) and param.get_metadata().get('matrix')):
+      return None
+    summed, made = param.get_metadata()['matrix']
+    layers = param.ndim - summed - made
+    return optax.contrib.MuonDimensionNumbers(tuple(range(layers, layers + summed)),
+                                              tuple(range(layers + summed, param.ndim)))
+  return jax.tree.map(dims, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _whole(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """tx with its products of sharded matrices left to the compiler, which explicit sharding would refuse."""
+  def update(updates, state, params=None):
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+    return jax.sharding.auto_axes(tx.update, out_sharding=specs)(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def init(params, tx: optax.GradientTransformation) -> State:

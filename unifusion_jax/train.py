@@ -76,7 +76,8 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
         clock, clock_step = time.monotonic(), done
       if done % config.train.save_every == 0 or done == end:
         # A bad step between two logged ones shows in its successor: nothing is saved before it is looked at.
-        watch(done, {name: float(value) for name, value in scalars.items()})
+        if done % config.train.log_every and done != end:
+          watch(done, {name: float(value) for name, value in scalars.items()})
         saved.save(state, data)
     saved.wait()
   finally:
@@ -87,20 +88,25 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
 
 
 class _Watch:
-  """Raises Diverged when the loss or the gradient is not finite, or the loss leaps above its running median."""
+  """Raises Diverged when the loss or the gradient is not finite, or the loss has leapt above what it was before.
+
+  Batches of one task differ a lot from those of another, so it takes the median of several logged losses to leap.
+  """
+  BEFORE, NOW = 50, 5  # logged losses
 
   def __init__(self, factor: float):
     self._factor = factor
-    self._recent = collections.deque(maxlen=50)
+    self._recent = collections.deque(maxlen=self.BEFORE + self.NOW)
 
   def __call__(self, step: int, scalars: dict[str, float]) -> None:
     bad = [name for name in ('loss', 'gradient_norm') if not math.isfinite(scalars[name])]
     advice = 'the last checkpoint is kept; lower optim.learning_rate or optim.clip, or look at the data, and run again'
     if bad:
       raise Diverged(f'step {step}: {" and ".join(bad)} no longer finite; {advice}')
-    if len(self._recent) == self._recent.maxlen:
-      usual = statistics.median(self._recent)
-      if scalars['loss'] > self._factor * usual:
-        raise Diverged(f'step {step}: loss {scalars["loss"]:.4g} is more than train.diverged={self._factor:g} times its '
-                       f'running median {usual:.4g}; {advice}')
     self._recent.append(scalars['loss'])
+    if len(self._recent) == self._recent.maxlen:
+      losses = list(self._recent)
+      before, now = statistics.median(losses[:self.BEFORE]), statistics.median(losses[self.BEFORE:])
+      if now > self._factor * before:
+        raise Diverged(f'step {step}: the median of the last {self.NOW} logged losses, {now:.4g}, is more than '
+                       f'train.diverged={self._factor:g} times that of the {self.BEFORE} before, {before:.4g}; {advice}')

@@ -5,19 +5,44 @@ text, inside the VLM's own chat template. The DiT is conditioned on the picture 
 stop token that ends it; system prompt, instruction and every other token of the template are masked. The stop
 token stays so that the empty text, the null condition of classifier-free guidance, is one token and not none.
 
+Without VERIFI the request itself is kept in place of the written text, followed by an empty answer's stop token.
+
 Ids are built span by span. Text of a user is tokenised as plain text, so a template token spelled inside it stays text.
 """
 
 import dataclasses
-import functools
 import pathlib
+from collections.abc import Sequence
 
 import jinja2
 import numpy as np
 
+from unifusion_jax import tokenizers
+
+# System prompts by name; training uses one, sampling may swap it (config.system, config.sample.system). The first two
+# are those that the embedded VLM was trained with, and it knows no others.
 SYSTEM = {
     'rewrite': 'Describe the picture to draw.',
     'answer': 'Answer.',
+    'faithful': (
+        'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
+        'pictures shown into account: every object with its number, colour, shape, size and material, written text word '
+        'for word, where things stand to each other, and the background. Keep everything that was asked, add nothing '
+        'that contradicts it, and answer with the description alone, in one paragraph.'),
+    'elaborate': (
+        'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
+        'pictures shown into account, and fill in what the request leaves open: setting, light, viewpoint, textures, '
+        'mood and small details that suit it. Keep everything that was asked. Answer with the description alone, in one '
+        'rich paragraph.'),
+    'translate': (
+        'The user may write in any language. First understand the request, then describe in English the picture that is '
+        'asked for, taking any pictures shown into account: objects, numbers, colours, places and background. Written '
+        'text that is to appear in the picture stays in its own language. Answer with the English description alone.'),
+    'style': (
+        'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
+        'pictures shown into account. Name the style first: medium, technique, palette and light, those of the shown '
+        'pictures where the user refers to them; then the content, with everything that was asked. Answer with the '
+        'description alone, in one paragraph.'),
 }
 _SLOTS = ('slotsystem', 'slotuser', 'slotwritten')  # stand-ins that no template rewrites
 
@@ -30,6 +55,7 @@ class Span:
 
 
 KEPT = ('picture', 'written', 'stop')
+RAW = ('picture', 'instruction', 'stop')  # without VERIFI, of a prompt with an empty answer
 
 
 class TooLong(ValueError):
@@ -41,15 +67,20 @@ class Chat:
 
   Attributes:
     stop_ids: ids that end written text.
-    picture_id: the id that each picture token stands under until the vision tower's output replaces it.
+    picture_id: the id that each picture token stands under until the vision tower's output replaces it; None for a
+      language model, which sees none.
     picture_ends: the template's ids before and after the tokens of a picture.
   """
 
-  def __init__(self, folder: str | pathlib.Path, picture=('<img>', '<IMG_CONTEXT>', '</img>\n')):
+  def __init__(self, folder: str | pathlib.Path,
+               picture: tuple[str, str, str] | None = ('<img>', '<IMG_CONTEXT>', '</img>\n')):
+    """`picture`: what stands before a picture, for each of its tokens, and after it; None for a language model."""
     self.folder = str(folder)
-    self.tokenizer = _tokenizer(self.folder)
-    self.picture_id = self._one_id(picture[1])
-    self.picture_ends = tuple(self._template_ids(text) for text in (picture[0], picture[2]))
+    self.tokenizer = tokenizers.load(self.folder)
+    self._plain = tokenizers.plain(self.folder)
+    before, each, after = picture or ('', None, '')
+    self.picture_id = None if each is None else self._one_id(each)
+    self.picture_ends = tuple(self._template_ids(text) for text in (before, after))
     rendered = self._render(system=_SLOTS[0], user=_SLOTS[1], written=_SLOTS[2])
     literals, rest = [], rendered
     for slot in _SLOTS:
@@ -83,27 +114,33 @@ class Chat:
 
   def text_ids(self, text: str) -> tuple[int, ...]:
     """Ids of plain text: a special token spelled in it is tokenised letter by letter."""
-    return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    return tuple(self._plain.encode(text, add_special_tokens=False, split_special_tokens=True))
 
-  def spans(self, instruction: str, pictures: tuple[int, ...] = (), written: str | None = None,
-            system: str = SYSTEM['rewrite']) -> list[Span]:
+  def system_ids(self, system: str) -> tuple[int, ...]:
+    """Ids of a system prompt, given as a name in SYSTEM or as text."""
+    return self.text_ids(SYSTEM.get(system, system))
+
+  def spans(self, instruction: str, pictures: tuple[int, ...] = (), written: str | Sequence[int] | None = None,
+            system: str = 'rewrite') -> list[Span]:
     """Everything the VLM reads, in order.
 
     Args:
       instruction: what the user asks.
-      pictures: the number of picture tokens of each reference (tiles times tokens of a tile).
-      written: the text of the answer; None leaves the prompt open, for the VLM to write.
-      system: the system prompt.
+      pictures: the number of picture tokens of each reference.
+      written: the answer, as text or as the ids that the VLM wrote (without the stop token); None leaves the prompt
+        open, for the VLM to write.
+      system: the system prompt, a name in SYSTEM or a text.
     """
     open_picture, close_picture = self.picture_ends
-    spans = [Span('template', self._literals[0]), Span('system', self.text_ids(system)),
+    spans = [Span('template', self._literals[0]), Span('system', self.system_ids(system)),
              Span('template', self._literals[1])]
     for tokens in pictures:
       spans += [Span('template', open_picture), Span('picture', (self.picture_id,) * tokens),
                 Span('template', close_picture)]
     spans += [Span('instruction', self.text_ids(instruction)), Span('template', self._literals[2])]
     if written is not None:
-      spans += [Span('written', self.text_ids(written)), Span('stop', self.stop_ids)]
+      ids = self.text_ids(written) if isinstance(written, str) else tuple(int(i) for i in written)
+      spans += [Span('written', ids), Span('stop', self.stop_ids)]
     return spans
 
   def read(self, ids) -> str:
@@ -141,13 +178,3 @@ def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ..
   return dict(tokens=pad(ids, length), valid=pad(np.ones(len(ids), bool), length), keep=pad(keep, kept_length),
               keep_mask=pad(np.ones(len(keep), bool), kept_length),
               written=pad(np.isin(kinds, ('written', 'stop')), length))
-
-
-@functools.cache
-def _tokenizer(folder: str):
-  import transformers  # a slow import that only tokenizing needs
-  transformers.logging.set_verbosity_error()
-  path = pathlib.Path(folder)
-  if not (path / 'tokenizer_config.json').exists() and not (path / 'tokenizer.json').exists():
-    raise FileNotFoundError(f'{folder} holds no tokenizer.json: point config.vlm at a Hugging Face VLM folder')
-  return transformers.AutoTokenizer.from_pretrained(folder)

@@ -146,6 +146,12 @@ def _stretch(picture: np.ndarray, width: int, height: int) -> np.ndarray:
   return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def stitch(pictures) -> np.ndarray:
+  """Pictures [y x 3] edge to edge as one, each scaled to the height of the highest: uint8 [y x 3]."""
+  height = max(picture.shape[0] for picture in pictures)
+  return np.concatenate([_stretch(p, max(1, round(p.shape[1] * height / p.shape[0])), height) for p in pictures], axis=1)
+
+
 def normalise(pictures: np.ndarray, mean, std) -> np.ndarray:
   """uint8 [... 3] -> f32 [... 3], (x / 255 - mean) / std per channel."""
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)

@@ -3,6 +3,7 @@
 import pathlib
 
 from unifusion_jax.data import images
+from unifusion_jax.data import rewrites
 from unifusion_jax.data import sources
 from unifusion_jax.data.scenes import scene as world
 
@@ -11,7 +12,18 @@ def mix(data, split: str = 'train', seed: int = 0) -> list[tuple[object, float]]
   """(source, weight) for each of `data.tasks`; `data` is a config.DataConfig.
 
   Your own pictures are all one source, whatever the tasks, but for 'reconstruct', which asks for the targets back.
+  With several numbers of tiles each of these comes once for each number.
   """
+  made = _mix(data, split, seed)
+  if data.rewrites:
+    table = rewrites.Table(data.rewrites)
+    made = [(rewrites.Rewritten(source, table), weight) for source, weight in made]
+  if len(data.tiles) == 1:
+    return made
+  return [(InTiles(source, tiles), weight / len(data.tiles)) for source, weight in made for tiles in data.tiles]
+
+
+def _mix(data, split: str, seed: int):
   if data.path == 'scenes':
     return [(sources.SceneSource(task, split, data.size, seed), weight) for task, weight in zip(data.tasks, data.weights)]
   path = pathlib.Path(data.path)
@@ -45,3 +57,22 @@ class Reconstruct:
   def bucket(self, i: int):
     bucket = self._source.bucket(i)
     return None if bucket is None else (*bucket[:2], 1)
+
+
+class InTiles:
+  """Another source, whose references the VLM is shown in at most so many tiles."""
+
+  def __init__(self, source, tiles: int):
+    self.name = f'{source.name} in {tiles} tiles'
+    self._source, self._tiles = source, tiles
+    if hasattr(source, 'buckets'):
+      self.buckets = source.buckets
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict:
+    return dict(self._source[i], tiles=self._tiles)
+
+  def bucket(self, i: int):
+    return self._source.bucket(i)

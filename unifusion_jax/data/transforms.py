@@ -5,78 +5,68 @@ A transform is called as `transform(record, rng)`; it is picklable, so worker pr
 
 import dataclasses
 import functools
-import json
 import threading
 
 import numpy as np
 
+from unifusion_jax import encoders
 from unifusion_jax import hub
 from unifusion_jax import verifi
+from unifusion_jax.data import eyes
 from unifusion_jax.data import images
 from unifusion_jax.data import sources
 from unifusion_jax.data.scenes import scene as world
-from unifusion_jax.models import internvl
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How pictures and text become the VLM's input.
+  """How pictures and text become the VLM's input, at one shape for each number of references.
 
   Attributes:
     folder: the VLM's folder, for its tokenizer.
-    tile: side of a tile in pixels.  tokens: picture tokens of a tile.
-    max_tiles: tiles that a picture may be cut into (a thumbnail is added when there is more than one).
-    mean, std: what the vision tower's pixels are normalised with.
+    eye: how it is shown pictures.
     text: room in tokens for everything but pictures.  written: room for the written text and its stop token.
     rooms: (task, text, written) for tasks that have their own.
+    system: the system prompt, a name in verifi.SYSTEM or a text.
   """
   folder: str
-  tile: int
-  tokens: int
-  max_tiles: int
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
+  eye: eyes.Eye
   text: int
   written: int
   rooms: tuple[tuple[str, int, int], ...] = ()
+  system: str = 'rewrite'
 
   @property
   def chat(self) -> verifi.Chat:
-    return _chat(self.folder)
+    return _chat(self.folder, self.eye.marks)
 
-  def pictures(self, references) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Normalised tiles [r y x 3] f32 of all references, and the picture tokens of each."""
-    tiles = [images.tiles(images.read(reference), self.tile, self.max_tiles) for reference in references]
-    counts = tuple(len(t) * self.tokens for t in tiles)
-    if not tiles:
-      return np.zeros((0, self.tile, self.tile, 3), np.float32), counts
-    return images.normalise(np.concatenate(tiles), self.mean, self.std), counts
+  def in_tiles(self, tiles: int) -> 'Layout':
+    """The same, showing each picture in at most so many tiles (0: as it is)."""
+    return dataclasses.replace(self, eye=dataclasses.replace(self.eye, tiles=tiles)) if tiles else self
 
-  def lengths(self, counts: tuple[int, ...], task: str = '') -> tuple[int, int]:
-    """(s, q): tokens, and tokens that reach the DiT, that a prompt with such pictures is padded to."""
+  def lengths(self, references: int, task: str = '') -> tuple[int, int]:
+    """(s, q): tokens, and tokens that reach the DiT, that a prompt with so many references is padded to."""
     markers = sum(len(ids) for ids in self.chat.picture_ends)
     text, written = self.room(task)
-    return text + sum(counts) + markers * len(counts), written + sum(counts)
+    return text + references * (self.eye.most + markers), written + references * self.eye.most
 
   def room(self, task: str = '') -> tuple[int, int]:
     """Tokens for text, and for written text, of a task."""
     return next((room for name, *room in self.rooms if name == task), (self.text, self.written))
 
-  def arrays(self, spans, counts: tuple[int, ...], task: str = '', kept=verifi.KEPT) -> dict[str, np.ndarray]:
-    """`verifi.arrays` at the lengths for such pictures; a record whose text is too long for them is a broken one."""
+  def arrays(self, spans, references: int, task: str = '', kept=verifi.KEPT) -> dict[str, np.ndarray]:
+    """`verifi.arrays` at the lengths for so many references; a record whose text is too long for them is a broken one."""
     try:
-      return verifi.arrays(spans, *self.lengths(counts, task), kept)
+      return verifi.arrays(spans, *self.lengths(references, task), kept)
     except verifi.TooLong as error:
       raise sources.BrokenRecord(str(error)) from error
 
 
-def layout(folder: str, data) -> Layout:
-  """The layout of the VLM in `folder` (its config.json and preprocessor_config.json); `data` is a DataConfig."""
-  path = hub.resolve(folder, weights=False)
-  config = internvl.InternVLConfig.from_json(json.loads((path / 'config.json').read_text()))
-  pixels = json.loads((path / 'preprocessor_config.json').read_text())
-  return Layout(str(path), config.vision.tile, config.tile_tokens, data.tiles, tuple(pixels['image_mean']),
-                tuple(pixels['image_std']), max(data.text_tokens), max(data.written_tokens), rooms(data))
+def layout(config) -> Layout:
+  """The layout of the frozen VLM of a config.Config: its folder says how it is shown pictures."""
+  data, path = config.data, hub.resolve(config.vlm, weights=False)
+  eye = eyes.of(encoders.config(path), max(data.tiles), path)
+  return Layout(str(path), eye, max(data.text_tokens), max(data.written_tokens), rooms(data), config.system)
 
 
 def rooms(data) -> tuple[tuple[str, int, int], ...]:
@@ -87,9 +77,9 @@ def rooms(data) -> tuple[tuple[str, int, int], ...]:
 
 
 @functools.cache
-def _chat(folder: str) -> verifi.Chat:
+def _chat(folder: str, marks) -> verifi.Chat:
   with _LOADING:
-    return verifi.Chat(folder)
+    return verifi.Chat(folder, marks)
 
 
 _LOADING = threading.Lock()  # the tokenizer's library does not bear being imported by two threads at once
@@ -99,39 +89,55 @@ _LOADING = threading.Lock()  # the tokenizer's library does not bear being impor
 class Generate:
   """Examples for the DiT: the target, and what the VLM reads and has written about it.
 
+  What was written is one of the record's `rewrites` (ids, `rewrite.py`), drawn anew each time, or its caption. Where
+  the VLM could write none the request itself is kept, as it is in sampling.
+
   Attributes:
     layout: of the frozen VLM.
     drop: share of examples with the null condition, an empty text without pictures.
     drop_pictures: share of examples with references that lose their picture tokens.
-    drop_written: share of examples with references that keep only their picture tokens (and the stop token).
-    raw: share of examples whose kept text is the user's own words and not the rewritten ones.
+    drop_written: share of examples with references about which nothing is written: the answer is its stop token.
+    raw: share of examples that keep the request itself instead of a rewritten one, as sampling without VERIFI does;
+      a request longer than the room for written text stays rewritten.
+    online: leave the answer open for the VLM, and say of each example whether it is (`open`).
   """
   layout: Layout
   drop: float = 0.1
   drop_pictures: float = 0.05
   drop_written: float = 0.0
   raw: float = 0.0
+  online: bool = False
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    tiles, counts = self.layout.pictures(record['references'])
-    chat = self.layout.chat
-    instruction, written = record['instruction'] or record['caption'], record['caption']
+    layout, task, references = self.layout.in_tiles(record.get('tiles', 0)), record.get('task', ''), record['references']
+    seen, counts = layout.eye.see(references, len(references))
+    chat = layout.chat
+    instruction = record['instruction'] or record['caption']
     chance, raw, part = rng.random(3)
-    kept = verifi.KEPT
-    pictures = counts
+    written, unwritten = record['caption'], False
+    if 'rewrites' in record:
+      unwritten = not record['rewrites']
+      written = '' if unwritten else record['rewrites'][rng.integers(len(record['rewrites']))]
+    kept, pictures = verifi.KEPT, counts
     if chance < self.drop:
       instruction, written, pictures = '', '', ()
     elif counts and part < self.drop_pictures:
       kept = tuple(kind for kind in kept if kind != 'picture')
     elif counts and part < self.drop_pictures + self.drop_written:
-      kept = tuple(kind for kind in kept if kind != 'written')
-    elif raw < self.raw:
-      written = instruction
-    example = self.layout.arrays(chat.spans(instruction, pictures, written), counts, record.get('task', ''), kept)
+      written = ''
+    elif unwritten or (raw < self.raw and len(chat.text_ids(instruction)) < layout.room(task)[1]):
+      written, kept = '', verifi.RAW
+    still_open = self.online and len(written) > 0
+    if still_open:
+      written = None
+    spans = chat.spans(instruction, pictures, written, layout.system)
+    example = layout.arrays(spans, len(references), task, kept)
     del example['written']
+    if self.online:
+      example['open'] = np.array(still_open)
     example['target'] = images.read(record['target']).astype(np.float32) / 127.5 - 1.0
     if counts:
-      example['tiles'] = tiles
+      example['tiles'] = seen
     return example
 
 
@@ -146,9 +152,10 @@ class Write:
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
     del rng
-    tiles, counts = self.layout.pictures(record['references'])
+    references = record['references']
+    seen, counts = self.layout.eye.see(references, len(references))
     spans = self.layout.chat.spans(record['instruction'], counts, record['caption'], system(record['task']))
-    example = self.layout.arrays(spans, counts, record['task'])
+    example = self.layout.arrays(spans, len(references), record['task'])
     places = np.flatnonzero(example.pop('written'))
     _, most = self.layout.room(record['task'])
     if len(places) > most:
@@ -159,15 +166,15 @@ class Write:
                    targets=np.pad(example['tokens'][places], room),
                    target_mask=np.pad(np.ones(len(places), bool), room))
     if counts:
-      example['tiles'] = tiles
-      side = round(self.layout.tokens ** 0.5)
+      example['tiles'] = seen
+      side = round(self.layout.eye.tokens ** 0.5)
       example['readout'] = np.concatenate([readout(world.Scene.from_json(s), side) for s in record['source']])
     return example
 
 
 def system(task: str) -> str:
-  """The system prompt under which the embedded VLM does a task: it answers, or it writes what is to be drawn."""
-  return verifi.SYSTEM['answer' if task.partition('/')[0] in ('question', 'caption') else 'rewrite']
+  """The system prompt (its name) under which the embedded VLM does a task: it answers, or writes what is to be drawn."""
+  return 'answer' if task.partition('/')[0] in ('question', 'caption') else 'rewrite'
 
 
 READOUT = (('shape', world.SHAPES), ('colour', tuple(world.COLOURS)), ('size', tuple(world.SIZES)),

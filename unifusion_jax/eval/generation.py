@@ -46,7 +46,7 @@ def draw(sampler: sample.Sampler, records: list[dict], batch_size: int, seed: in
   for (height, width, _), members in groups.items():
     for start in range(0, len(members), batch_size):
       part = members[start:start + batch_size]
-      made = sampler([sample.Request(records[i]['instruction'], tuple(records[i]['references']), seed + int(i))
+      made = sampler([sample.Request(records[i]['instruction'], tuple(records[i]['references']), seed + int(i), records[i].get('rewrite'))
                       for i in np.resize(part, batch_size)], height, width)
       for i, result in zip(part, made):
         results[i] = result
@@ -67,6 +67,7 @@ def score(records: list[dict], results: list[sample.Result]) -> dict:
       verdicts[name].append(met)
     verdicts[f'all/{record["kind"]}'].append(verdict['all'])
     verdicts['written_exact'].append(result.written == record['caption'])
+    verdicts['fell_back'].append(bool(result.remark))
   return {name: round(float(np.mean(values)), 4) for name, values in sorted(verdicts.items())}
 
 

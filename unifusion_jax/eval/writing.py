@@ -29,12 +29,13 @@ def answers(vlm, layout: transforms.Layout, records: list[dict], batch_size: int
       part = members[start:start + batch_size]
       rows, tiles = [], []
       for i in np.resize(part, batch_size):
-        seen, counts = layout.pictures(records[i]['references'])
+        references = records[i]['references']
+        seen, counts = layout.eye.see(references, len(references))
         spans = chat.spans(records[i]['instruction'], counts, None, system)
-        rows.append(verifi.arrays(spans, layout.lengths(counts)[0], sum(counts)))
+        rows.append(verifi.arrays(spans, layout.lengths(len(counts))[0], sum(counts)))
         tiles.append(seen)
       batch = put({name: np.stack([row[name] for row in rows]) for name in ('tokens', 'valid')})
-      out = generate.generate(vlm, batch['tokens'], batch['valid'], put(np.stack(tiles)) if tiles[0].size else None,
+      out = generate.generate(vlm, batch['tokens'], batch['valid'], put(np.stack(tiles)) if counts else None,
                               max_new=layout.written, stop_ids=chat.stop_ids)
       ids, lengths = jax.device_get((out.tokens, out.lengths))
       for i, row, n in zip(part, ids, lengths):

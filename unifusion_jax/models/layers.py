@@ -25,8 +25,14 @@ MASKED = -1e30  # a logit whose softmax weight is 0
 
 
 def weight(rngs: nnx.Rngs, shape, spec, fan_in: int, dtype=jnp.float32) -> nnx.Param:
-  """A matrix drawn from N(0, 1/fan_in), sharded as `spec` (one mesh axis, or None, for each dim of `shape`)."""
-  return nnx.Param(nnx.initializers.normal(fan_in ** -0.5)(rngs.params(), shape, dtype, out_sharding=P(*spec)))
+  """A matrix drawn from N(0, 1/fan_in), sharded as `spec` (one mesh axis, or None, for each dim of `shape`).
+
+  Dims that a product sums over come first, and their sizes multiply to fan_in. What is no such matrix (tables, vectors)
+  takes any fan_in. The Param says which it is: `matrix` is (dims summed over, dims made) or None (`step.optimizer`).
+  """
+  summed = next((n for n in range(1, len(shape)) if math.prod(shape[:n]) == fan_in), None)
+  return nnx.Param(nnx.initializers.normal(fan_in ** -0.5)(rngs.params(), shape, dtype, out_sharding=P(*spec)),
+                   matrix=summed and (summed, len(shape) - summed))
 
 
 def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:

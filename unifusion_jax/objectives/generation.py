@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import encoders
 from unifusion_jax import flow
+from unifusion_jax import generate
 from unifusion_jax.models import unifusion
 from unifusion_jax.models import vae as autoencoder
 
@@ -19,8 +20,9 @@ class FlowConfig:
   shift: float = 1.0            # resolution shift of the times: 2, 3, 4 at 256, 512, 1024 px (Iris-3B)
   drop: float = 0.1             # share of examples with the null condition
   drop_pictures: float = 0.05   # share of examples with references whose picture tokens are masked
-  drop_written: float = 0.05    # share of examples with references whose written text is masked
+  drop_written: float = 0.05    # share of examples with references about which nothing is written
   raw: float = 0.0              # share of examples conditioned on the user's words instead of the rewritten ones
+  online: bool = False          # the VLM writes as training goes (slow) instead of captions or --mode=rewrite
 
 
 @jax.tree_util.register_dataclass
@@ -36,23 +38,38 @@ def gather(hidden: jax.Array, keep: jax.Array) -> jax.Array:
   return jnp.take_along_axis(hidden, keep[:, :, None, None], axis=1)
 
 
-def loss(config: FlowConfig, taps: tuple[int, ...], params: unifusion.UniFusion, frozen: Frozen, batch, key):
+def listen(prompt_hidden: jax.Array, written: jax.Array, lengths: jax.Array, keep: jax.Array, keep_mask: jax.Array):
+  """States of what was read and kept, and of what was written, from the pass that wrote: ([b q+n l e], mask [b q+n]).
+
+  prompt_hidden [b s l e] with keep, keep_mask [b q]; written [b n l e], of which the first lengths [b] count.
+  """
+  counted = jnp.arange(written.shape[1])[None] < lengths[:, None]
+  return (jnp.concatenate([gather(prompt_hidden, keep), written], axis=1), jnp.concatenate([keep_mask, counted], axis=1))
+
+
+def loss(config: FlowConfig, taps: tuple[int, ...], writing, params: unifusion.UniFusion, frozen: Frozen, batch, key):
   """Mean squared error of the velocity, f32, and its parts by time.
 
   Args:
-    batch: target [b y x 3] f32 in [-1, 1]; tokens, valid [b s]; keep, keep_mask [b q]; tiles [b r y x 3] if any.
+    writing: (most tokens, stop ids) of the answers that the VLM writes to prompts with `open`; None without such.
+    batch: target [b y x 3] f32 in [-1, 1]; tokens, valid [b s]; keep, keep_mask [b q]; tiles [b r y x 3] if any;
+      open [b], whether an answer is to be written, if any is.
     key: drives times and noise.
   """
   time_key, noise_key = jax.random.split(key)
   z = jax.lax.stop_gradient(frozen.vae.encode(batch['target'])).astype(jnp.float32)
-  hidden = frozen.vlm.hidden(batch['tokens'], batch['valid'], taps, batch.get('tiles'))
-  hidden = jax.lax.stop_gradient(gather(hidden, batch['keep']))
-  sharding = jax.typeof(z).sharding.spec
+  mask = batch['keep_mask']
+  if writing is None:
+    hidden = gather(frozen.vlm.hidden(batch['tokens'], batch['valid'], taps, batch.get('tiles')), batch['keep'])
+  else:
+    most, stop_ids = writing
+    out = generate.generate(frozen.vlm, batch['tokens'], batch['valid'], batch.get('tiles'), max_new=most,
+                            stop_ids=stop_ids, taps=taps)
+    hidden, mask = listen(out.prompt_hidden, out.hidden, out.lengths * batch['open'], batch['keep'], mask)
+  condition = params.condition(jax.lax.stop_gradient(hidden), mask)
   t = flow.sample_time(time_key, z.shape[0], config.mean, config.std, config.shift)
-  noise = jax.random.normal(noise_key, z.shape, out_sharding=sharding)
-  condition = params.condition(hidden, batch['keep_mask'])
-  velocity = params.velocity(flow.interpolate(z, noise, t), t, condition, batch['keep_mask'])
-  errors = jnp.mean(jnp.square(velocity - (noise - z)), axis=(1, 2, 3))
+  noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
+  errors = flow.loss(lambda x, t: params.velocity(x, t, condition, mask), z, noise, t)
   value = jnp.mean(errors)
   late = t > 0.5
   halves = {f'loss_{name}': jnp.sum(errors * part) / jnp.maximum(jnp.sum(part), 1)

@@ -13,13 +13,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax.data import eyes
 from unifusion_jax.data import transforms
 from unifusion_jax.data.scenes import scene as world
 from unifusion_jax.models import internvl
 from unifusion_jax.models import layers
 from unifusion_jax.models.decoder import causal_mask
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # InternVL's normalisation of pixels
 
 
 @dataclasses.dataclass
@@ -100,8 +99,8 @@ def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
   tile = vlm.config.vision.tile
-  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(MEAN),
-                image_std=list(STD), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)
+  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(eyes.Tiles.mean),
+                image_std=list(eyes.Tiles.std), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)
   (folder / 'preprocessor_config.json').write_text(json.dumps(pixels, indent=2) + '\n')
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     if pathlib.Path(tokenizer).resolve() != folder.resolve():

@@ -25,7 +25,16 @@ THINGS = {
         '@ [{size} ][{colour} ]{noun} {filled}[ {place}]',
         '@ [{size} ][{fill} ]{noun} in {colour}[ {place}]',
         '@ {noun} ({colour}[, {fill}][, {size}])[ {place}]',
-        '{place} @ [{size} ][{fill} ][{colour} ]{noun}'),
+        '{place} @ [{size} ][{fill} ][{colour} ]{noun}',
+        '{place}: @ [{size} ][{fill} ][{colour} ]{noun}',
+        '{place} @ [{size} ]{noun}[ {filled}] in {colour}',
+        '@ [{fill} ][{size} ][{colour} ]{noun}[ {place}]',
+        '@ [{colour} ][{fill} ]{noun}[ ({size})][ {place}]',
+        '@ [{size} ][{colour} ]{noun}[ {place}][, {filled}]',
+        '@ [{colour} ]{noun}[, {size}][, {fill}][, {place}]',
+        '@ {noun}, {colour}[, {filled}][, {size}][, {place}]',
+        '@ {noun}, {colour}[ and {fill}][ ({size})][, {place}]',
+        '@ [{fill} ]{noun}[ {place}], {colour}[, {size}]'),
     'heldout': (
         '@ [{fill} ][{colour} ]{noun} of {size} size[ {place}]',
         '@ [{fill} ]{noun} coloured {colour}[ ({size})][ {place}]',
@@ -47,7 +56,9 @@ FRAMES = {
     'paraphrase': (
         '{things}', '{things}', 'draw {things}', 'a picture of {things}', 'I want {things}', 'show me {things}',
         'please draw {things}', 'paint {things}', 'an image with {things}', 'make a picture with {things}',
-        'can you draw {things}?', 'give me {things}'),
+        'can you draw {things}?', 'give me {things}', 'I need {things}', 'let me see {things}', '{things}, please',
+        'could you paint {things}?', 'the image has {things}', 'make {things}', 'a drawing of {things}',
+        'now I want {things}', 'there should be {things}', 'an image that shows {things}', 'the picture: {things}'),
     'heldout': (
         'now {things}', 'I would like to see {things}', 'a drawing that shows {things}',
         'could I get an image of {things}?', 'what I need is {things}', 'the picture should have {things}',
@@ -55,7 +66,8 @@ FRAMES = {
 GROUNDS = {
     'paraphrase': (
         '{things}, on {ground}', '{things} on {ground}', '{things}, with {ground}', 'on {ground}: {things}',
-        '{things}; behind them {ground}'),
+        '{things}; behind them {ground}', '{things}, all on {ground}', 'in front of {ground}: {things}',
+        '{things}; and {ground}', 'with {ground}: {things}', '{ground} behind {things}'),
     'heldout': ('{things}, all in front of {ground}', '{things}, drawn on top of {ground}', 'with {ground}, {things}')}
 _STARTS = ('{things}', 'now {things}', 'draw {things}')  # frames in which a place may come first
 COUNTED = {2: ('two', '2', 'a pair of'), 3: ('three', '3'), 4: ('four', '4')}

@@ -1,0 +1,74 @@
+"""InternLM2's tokenizer, made of its sentencepiece model and its list of added tokens, against sentencepiece itself."""
+
+import json
+import pathlib
+
+import pytest
+import sentencepiece
+
+from unifusion_jax import tokenizers
+from unifusion_jax import verifi
+
+SIZE = 500
+ADDED = ('<|im_end|>', '<|im_start|>', '<img>', '</img>', '<IMG_CONTEXT>', '<quad>')
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEXTS = ('a red circle', '  two  spaces ', 'a\nb\tc', '\u00e9 \u2605 \u65e5\u672c', 'tile 448 of 1024 pixels.', '<s></s><unk> <0x0A>',
+         '')
+
+
+def train(folder: pathlib.Path, prefix: bool = False, **changes) -> pathlib.Path:
+  """A folder as InternVL2.5-8B's: tokenizer.model, tokenizer_config.json, and the name of a class that is not there."""
+  corpus = (pathlib.Path(__file__).parent.parent / 'README.md').read_text() + '<s> </s> <unk> <0x0A> s> <0x\n' * 50
+  (folder / 'corpus.txt').write_text(corpus)
+  settings = dict(model_type='bpe', byte_fallback=True, character_coverage=0.99, normalization_rule_name='identity',
+                  remove_extra_whitespaces=False, split_digits=True) | changes
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(folder / 'corpus.txt'), model_prefix=str(folder / 'tokenizer'), vocab_size=SIZE, add_dummy_prefix=prefix,
+      minloglevel=2, **settings)
+  listed = dict(enumerate(('<unk>', '<s>', '</s>'))) | {SIZE + i: token for i, token in enumerate(ADDED)}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+      added_tokens_decoder={str(i): dict(content=token, special=True) for i, token in listed.items()},
+      auto_map=dict(AutoTokenizer=['tokenization_internlm2.InternLM2Tokenizer', None]), bos_token='<s>', eos_token='</s>',
+      chat_template=TEMPLATE, pad_token='</s>', tokenizer_class='InternLM2Tokenizer', unk_token='<unk>')))
+  return folder
+
+
+@pytest.mark.parametrize('prefix', [False, True])
+def test_ids_are_sentencepieces(tmp_path, prefix):
+  folder = train(tmp_path, prefix)
+  ours = tokenizers.load(str(folder))
+  theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
+  for text in (*TEXTS, (folder / 'corpus.txt').read_text()[:3000]):
+    ids = ours.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert ids == theirs.encode(text), text
+    assert ours.decode(ids) == text
+  # Added tokens keep their ids, and what stands between them is tokenised by itself
+  joined = ours.encode('a red<|im_start|>circle<IMG_CONTEXT>', add_special_tokens=False)
+  assert joined == [*theirs.encode('a red'), SIZE + 1, *theirs.encode('circle'), SIZE + 4]
+
+
+def test_it_chats(tmp_path):
+  chat = verifi.Chat(train(tmp_path))
+  spans = chat.spans('make it <|im_end|> blue', (3,), 'a circle', 'faithful')
+  ids = [token for span in spans for token in span.ids]
+  assert ids[:2] == [1, SIZE + 1] and ids.count(SIZE + 4) == 3 and chat.stop_ids == (SIZE,)
+  assert [span.ids for span in spans if span.kind == 'stop'] == [(SIZE,)] and ids.count(SIZE) == 3
+  assert chat.read([*chat.text_ids('a circle'), SIZE, 5]) == 'a circle'
+
+
+def test_what_is_not_internlm2s_is_refused(tmp_path):
+  for name, changes in (('unigram', dict(model_type='unigram', hard_vocab_limit=False)), ('nfkc', dict(normalization_rule_name='nmt_nfkc'))):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="not InternLM2's tokenizer"):
+      tokenizers.load(str(train(tmp_path / name, **changes)))
+  folder = tmp_path / 'mixed'
+  folder.mkdir()
+  described = train(folder) / 'tokenizer_config.json'
+  described.write_text(described.read_text().replace(f'"{SIZE + 2}"', f'"{SIZE + 20}"'))
+  with pytest.raises(ValueError, match='mixes files of different checkpoints'):
+    tokenizers.load(str(folder))
+  (folder / 'tokenizer.model').unlink()
+  tokenizers.load.cache_clear()
+  with pytest.raises(FileNotFoundError, match='no tokenizer.model'):
+    tokenizers.load(str(folder))

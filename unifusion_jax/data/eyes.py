@@ -1,0 +1,146 @@
+"""How each VLM is shown pictures: what its vision tower takes, and how many tokens of its prompt that makes.
+
+An eye answers to
+  marks: the template's texts before a picture, for each of its tokens, and after it.
+  most: the picture tokens of one reference, at most.
+  see(references, room) -> (arrays of one example, the picture tokens of each reference). `room` is the number of
+    references that the arrays are padded to, so that every example of a batch has one shape; None pads no more than
+    the model needs. The arrays are None when nothing is to be seen.
+  shapes(references) -> the arrays' shapes, for checks without data.
+`of` finds the eye of a VLM.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from unifusion_jax import encoders
+from unifusion_jax.data import images
+from unifusion_jax.data import qwen_images
+from unifusion_jax.models import internvl
+from unifusion_jax.models import qwen3_vl
+from unifusion_jax.models import t5
+
+TILE = 448  # pixels on a side, of InternVL: what `tiles` counts for the models that do not cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """InternVL: square tiles [r y x 3] f32, and the whole picture as one more when there are several."""
+  tile: int    # pixels on a side
+  tokens: int  # of a tile
+  tiles: int   # that a picture may be cut into
+  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+  marks = ('<img>', '<IMG_CONTEXT>', '</img>\n')
+
+  @property
+  def most(self) -> int:
+    return self._tiles * self.tokens
+
+  @property
+  def _tiles(self) -> int:
+    return self.tiles + (self.tiles > 1)
+
+  def see(self, references, room: int | None = None):
+    cut = [images.tiles(images.read(reference), self.tile, self.tiles) for reference in references]
+    counts = tuple(len(each) * self.tokens for each in cut)
+    if not (room or cut):
+      return None, ()
+    seen = np.concatenate([images.normalise(each, self.mean, self.std) for each in cut] or [self._none()])
+    missing = 0 if room is None else room * self._tiles - len(seen)
+    return np.pad(seen, ((0, missing), (0, 0), (0, 0), (0, 0))), counts
+
+  def _none(self) -> np.ndarray:
+    return np.zeros((0, self.tile, self.tile, 3), np.float32)
+
+  def shapes(self, references: int):
+    return jax.ShapeDtypeStruct((references * self._tiles, self.tile, self.tile, 3), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+  """Qwen3-VL: patches laid end to end with their grids, as many as the pixels that so many of InternVL's tiles have."""
+  pixels: qwen_images.PixelConfig
+  tiles: int
+  marks = ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>')
+
+  @property
+  def most(self) -> int:
+    return self._limited.max_pixels // (self.pixels.patch * self.pixels.merge) ** 2
+
+  @property
+  def _limited(self) -> qwen_images.PixelConfig:
+    pixels = self.pixels
+    return dataclasses.replace(pixels, max_pixels=max(pixels.min_pixels, min(pixels.max_pixels, self.tiles * TILE ** 2)))
+
+  def see(self, references, room: int | None = None):
+    if not (room or references):
+      return None, ()
+    pixels, pictures = self._limited, [images.read(reference) for reference in references]
+    sizes = [qwen_images.size_of(*picture.shape[:2], pixels) for picture in pictures]
+    patches = [y * x // pixels.patch ** 2 for y, x in sizes]
+    # Without a room, a power of two: few shapes to compile
+    space = self._patches(room) if room is not None else 1 << (sum(patches) - 1).bit_length()
+    return (qwen_images.pack(pictures, pixels, space, len(references) if room is None else room),
+            tuple(n // pixels.merge ** 2 for n in patches))
+
+  def _patches(self, references: int) -> int:
+    return references * self.most * self.pixels.merge ** 2
+
+  def shapes(self, references: int):
+    width = 3 * self.pixels.frames * self.pixels.patch ** 2
+    return qwen3_vl.Pictures(jax.ShapeDtypeStruct((self._patches(references), width), np.float32),
+                             jax.ShapeDtypeStruct((references, 2), np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blind:
+  """A language model: it reads text alone."""
+  marks = None
+  most = 0
+
+  def see(self, references, room: int | None = None):
+    if room or references:
+      raise ValueError('this model reads text alone: leave the pictures out, or take a VLM')
+    return None, ()
+
+  def shapes(self, references: int):
+    return None
+
+
+Eye = Tiles | Patches | Blind
+
+
+def of(config: encoders.Config, tiles: int, folder: pathlib.Path | None = None) -> Eye:
+  """The eye of a VLM of that configuration; `folder` says how its pixels are normalised (None: as its family does).
+
+  ValueError for an encoder that takes no chat.
+  """
+  match config:
+    case internvl.InternVLConfig():
+      eye = Tiles(config.vision.tile, config.tile_tokens, tiles)
+      if folder is None:
+        return eye
+      pixels = _pixels(folder)
+      return dataclasses.replace(eye, mean=tuple(pixels['image_mean']), std=tuple(pixels['image_std']))
+    case qwen3_vl.Qwen3VLConfig():
+      return Patches(qwen_images.PixelConfig() if folder is None else qwen_images.PixelConfig.from_json(_pixels(folder)), tiles)
+    case t5.T5Config():
+      raise ValueError(f'{folder} is an encoder, which writes nothing: take a VLM or a causal language model')
+  return Blind()
+
+
+def _pixels(folder: pathlib.Path) -> dict:
+  """The picture processor's settings, which newer checkpoints keep in processor_config.json."""
+  for name in ('preprocessor_config.json', 'processor_config.json'):
+    if (folder / name).exists():
+      settings = json.loads((folder / name).read_text())
+      settings = settings.get('image_processor', settings)
+      if 'image_mean' in settings:
+        return settings
+  raise ValueError(f'{folder} has no preprocessor_config.json that says how pictures are normalised (image_mean): copy '
+                   'it there from the public checkpoint')

@@ -1,0 +1,200 @@
+"""Writing offline: the frozen VLM rewrites every request of a data set once, and training reads the ids back.
+
+  python -m unifusion_jax.main --config=configs/edit.py --mode=rewrite --config.data.path=FOLDER/list.jsonl --workdir=runs/own
+  python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl \
+      --config.data.rewrites=runs/own/rewrites --workdir=runs/own
+
+A request is its text and the pixels of its references: equal ones are written once. Each process appends lines of JSON
+to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after the last whole line. A
+rewrite without words or without an end is not kept, and a request left with none is trained on as it is.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import tqdm
+
+from unifusion_jax import generate
+from unifusion_jax import hub
+from unifusion_jax import sample
+from unifusion_jax import sharding
+from unifusion_jax import verifi
+from unifusion_jax.data import rewrites
+from unifusion_jax.data import sources
+from unifusion_jax.data import transforms
+
+@dataclasses.dataclass
+class RewriteConfig:
+  """How requests are rewritten offline; vlm, system prompt, tiles and room are those of training."""
+  count: int = 1            # rewrites of each request; training draws one of them each time
+  temperature: float = 0.0  # 0: the most probable rewrite, which there is one of
+  top_p: float = 1.0
+  batch_size: int = 32      # requests at a time, over all devices
+
+
+def write(config, vlm, mix, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+  """Rewrites the requests of all sources of `mix` into `folder`; `config` is a config.Config.
+
+  ValueError for settings that cannot work and for a folder that was written under others.
+  """
+  settings, layout = config.rewrite, transforms.layout(config)
+  _check(config, mesh)
+  if jax.process_index() == 0:
+    _keep_settings(folder, _settings(config, layout))
+  multihost_utils.sync_global_devices('rewrite settings')
+  done = set(_keys(folder))
+  mine = folder / f'rewrites-{jax.process_index():05d}.jsonl'
+  local = settings.batch_size // jax.process_count()
+  written = failed = broken = 0
+  start = time.monotonic()
+  total = sum(len(source) for source, _ in mix)
+  with _whole_lines(mine).open('a') as file, tqdm.tqdm(total=total, unit='record', disable=jax.process_index() > 0) as bar:
+    for source, _ in mix:
+      # By the number of references, which is the shape of a batch: all processes go through them in the same order
+      counts = np.array([-1 if (bucket := source.bucket(i)) is None else bucket[2] for i in range(len(source))])
+      for references in sorted(set(counts) - {-1}):
+        records = iter(np.flatnonzero(counts == references)[jax.process_index()::jax.process_count()])
+        while True:
+          batch = []
+          for i in records:
+            bar.update(jax.process_count())
+            try:
+              record = source[int(i)]
+              name = rewrites.key(record)
+              if name not in done:
+                row = _row(layout, record, int(references))
+                done.add(name)
+                batch += [(name, j, row) for j in range(settings.count)]
+            except sources.BrokenRecord:
+              broken += 1
+            if len(batch) >= local:
+              break
+          if not _anywhere(bool(batch)):
+            break
+          for name, ids, texts in _rewritten(settings, layout, vlm, batch, int(references), local, mesh):
+            file.write(json.dumps(dict(key=name, ids=ids, texts=texts)) + '\n')
+            written, failed = written + len(ids), failed + settings.count - len(ids)
+          file.flush()
+  took = time.monotonic() - start
+  print(f'{folder}: {written} rewrites in {took:.0f} s ({written / took:.1f}/s), {failed} without words or end left out, '
+        f'{broken} broken records passed over; train with --config.data.rewrites={folder}')
+
+
+def check(config) -> None:
+  """ValueError when `config.data.rewrites` was written for another VLM, system prompt or room than training has."""
+  _compare(pathlib.Path(config.data.rewrites), _settings(config, transforms.layout(config)), ('count', 'temperature', 'top_p'))
+
+
+def _row(layout: transforms.Layout, record: dict, references: int) -> dict:
+  """The open prompt of a request; BrokenRecord when its text is too long."""
+  pictures, counts = layout.eye.see(record['references'], references)
+  spans = layout.chat.spans(record['instruction'] or record['caption'], counts, None, layout.system)
+  row = layout.arrays(spans, references)
+  return dict(tokens=row['tokens'], valid=row['valid'], **(dict(tiles=pictures) if references else {}))
+
+
+def _rewritten(settings: RewriteConfig, layout: transforms.Layout, vlm, batch, references: int, local: int, mesh):
+  """(key, ids, texts) of each request of a batch [(key, j, row)]; all processes call this together."""
+  # A batch may hold a few more than `local`, when several rewrites are asked of each: in turns
+  found = {}
+  turns = int(_most(-(-len(batch) // local)))
+  for turn in range(turns):
+    part = batch[turn * local:(turn + 1) * local]
+    # A process without requests of its own takes part with an empty one
+    rows = [row for _, _, row in part] or [_row(layout, dict(references=(), instruction='', caption=''), references)]
+    seeds = [(int(name[:8], 16) + j) % 2 ** 32 for name, j, _ in part] or [0]
+    filled = np.resize(np.arange(len(rows)), local)
+    arrays = sharding.put_batch(sample.stacked([rows[i] for i in filled]), mesh)
+    keys = None
+    if settings.temperature:
+      words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds)[filled])))
+      keys = jax.random.wrap_key_data(sharding.put_batch(words, mesh))
+    out = generate.generate(vlm, arrays['tokens'], arrays['valid'], arrays.get('tiles'), max_new=layout.written,
+                            stop_ids=layout.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
+    ids, lengths = _local(out.tokens), _local(out.lengths)
+    texts, failed = sample.read(layout.chat, ids, lengths)
+    for i, (name, _, _) in enumerate(part):
+      kept = found.setdefault(name, ([], []))
+      if i not in failed:
+        kept[0].append([int(token) for token in ids[i, :lengths[i] - 1]])
+        kept[1].append(texts[i])
+  return [(name, *kept) for name, kept in found.items()]
+
+
+def _local(x: jax.Array) -> np.ndarray:
+  """This process's rows of an array that is sharded by rows."""
+  parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def _anywhere(here: bool) -> bool:
+  return bool(_most(int(here)))
+
+
+def _most(number: int) -> int:
+  """The largest of all processes' numbers."""
+  return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.array(number))))
+
+
+def _settings(config, layout: transforms.Layout) -> dict:
+  """What rewrites depend on. The VLM is known by its tokenizer and sizes: a folder may have moved."""
+  folder = hub.resolve(config.vlm, weights=False)
+  model = hashlib.sha256((folder / 'config.json').read_bytes() + (folder / 'tokenizer.json').read_bytes())
+  return dict(vlm=model.hexdigest()[:16], system=verifi.SYSTEM.get(layout.system, layout.system), tiles=max(config.data.tiles),
+              written=layout.written, **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
+
+
+def _check(config, mesh) -> None:
+  settings, wrong = config.rewrite, []
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if config.data.path == 'scenes':
+    wrong.append('data.path=scenes is drawn on the fly and has no end: write a folder with '
+                 'python -m unifusion_jax.data.scenes.builder, or name a list of your own')
+  if settings.batch_size < 1 or settings.batch_size % shards:
+    wrong.append(f'rewrite.batch_size={settings.batch_size} must be a multiple of the {shards} devices that share a batch')
+  if settings.count < 1 or (settings.count > 1 and not settings.temperature):
+    wrong.append(f'rewrite.count={settings.count} wants rewrite.temperature above 0: there is one most probable rewrite')
+  if settings.temperature < 0 or not 0 < settings.top_p <= 1:
+    wrong.append(f'rewrite.temperature={settings.temperature} must be 0 or more, and rewrite.top_p={settings.top_p} above 0 '
+                 'and at most 1')
+  if wrong:
+    raise ValueError('this cannot be rewritten:\n  ' + '\n  '.join(wrong))
+
+
+def _keep_settings(folder: pathlib.Path, settings: dict) -> None:
+  if (folder / rewrites.SETTINGS).exists():
+    return _compare(folder, settings)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / rewrites.SETTINGS).write_text(json.dumps(settings, indent=2) + '\n')
+
+
+def _compare(folder: pathlib.Path, settings: dict, free: tuple[str, ...] = ()) -> None:
+  if not (folder / rewrites.SETTINGS).exists():
+    raise ValueError(f'{folder} holds no {rewrites.SETTINGS}: give the folder that --mode=rewrite wrote')
+  there = json.loads((folder / rewrites.SETTINGS).read_text())
+  differ = [f'{name}: {there.get(name)!r} there, {value!r} now' for name, value in settings.items()
+            if name not in free and there.get(name) != value]
+  if differ:
+    raise ValueError(f'{folder} holds rewrites made under other settings; give another folder, or remove that one.\n  '
+                     + '\n  '.join(differ))
+
+
+def _keys(folder: pathlib.Path):
+  for path in folder.glob('rewrites-*.jsonl'):
+    for line in path.read_text().splitlines(keepends=True):
+      if line.endswith('\n'):
+        yield json.loads(line)['key']
+
+
+def _whole_lines(path: pathlib.Path) -> pathlib.Path:
+  """The file without a last line that was cut off."""
+  if path.exists():
+    data = path.read_bytes()
+    path.write_bytes(data[:data.rfind(b'\n') + 1])
+  return path
