@@ -60,8 +60,8 @@ def test_examples_are_pure_and_complete(task):
     assert repr(e) == repr(again)
     assert all(np.array_equal(a, b) for a, b in zip(e['references'], again['references']))
     assert example(task, split, i, seed=1)['caption'] != e['caption'] or task == 'question'
-    assert set(e) == {'task', 'references', 'instruction', 'caption', 'target', 'kind', 'style', 'source', 'scene',
-                      'constraints'}
+    assert set(e) == {'task', 'references', 'instruction', 'caption', 'target', 'kind', 'style', 'more', 'source',
+                      'scene', 'constraints'}
     assert e['task'] == task and e['instruction'] and e['caption'] and e['kind']
     for picture, text in zip(e['references'], e['source'], strict=True):
       np.testing.assert_array_equal(picture, render(Scene.from_json(text), 64))
@@ -109,7 +109,7 @@ def heldout_things(task: str, e: dict) -> list[str]:
   found = [f'object in {s.to_json()}' for s in scenes_of(e) if splits.scene_is_heldout(s)]
   if e['constraints'] and splits.constraints_are_heldout(language.constraints_from_json(e['constraints'])):
     found.append('constraints')
-  text = f"{e['instruction']} | {e['caption']}"
+  text = ' | '.join([e['instruction'], e['caption'], *(text for turn in e['more'] for text in turn)])
   found += [f'name {triple}' for triple in splits.HELDOUT_OBJECTS
             if re.search(rf'\b{triple[2]} {triple[1]} {triple[0]}', text)]
   at = 0
@@ -281,6 +281,10 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
     if kind == 'shows':
       description = text.removeprefix('does this picture show ').removesuffix('?')
       assert shown(description, scene) == (answer == 'yes'), (text, scene)
+    if kind == 'has':
+      said_of = re.fullmatch(r'(?:is anything|is there a shape|are there any|can you see any) (?:at the )?(.*?)(?: shapes)?\?', text)[1]
+      there = any(said_of in (v, language.plural(v)) for o in scene.objects for v in (o.shape, o.colour, o.size, o.fill, o.place))
+      assert there == (answer == 'yes'), (text, scene)
     if kind == 'exists':
       wanted, = language.parse(re.search(r'\ban? .*?(?= in the picture\?|\?)', text)[0]).objects
       there = any(all(v in (None, getattr(o, k)) for k, v in vars(wanted).items()) for o in scene.objects)
@@ -297,7 +301,7 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       found = resolve(read_pointer(text)[0], scene)
       assert [f'at the {scene.objects[i].place}' for i in found] == [answer], (text, scene)
   assert len(said) > 100
-  if kind in ('shows', 'exists', 'relation', 'compare'):
+  if kind in ('has', 'shows', 'exists', 'relation', 'compare'):
     assert 0.35 < said.count('yes') / len(said) < 0.65
 
 

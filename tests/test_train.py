@@ -97,6 +97,22 @@ def test_the_vlm_writes_as_training_goes(recipe, mesh, tmp_path):
   assert int(train.train(made, tmp_path, mesh).step) == 2
 
 
+def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
+  made = recipe()
+  job = jobs.build(made)
+  data = pipeline.batches(*job.data(), 8, 0)
+  batch = next(data)
+  data.close()
+  batch.pop('skipped')
+  frozen, params, key = job.load_frozen(), job.init_params(), jax.random.key(3)
+  job.config.objective.draws = 3
+  drawn = jax.jit(job.loss)(params, frozen, sharding.put_batch(batch, mesh), key)[0]
+  job.config.objective.draws = 1
+  many = {name: np.repeat(x, 3, axis=0) for name, x in batch.items()}
+  alone = jax.jit(lambda *a: job.loss(*a))(params, frozen, sharding.put_batch(many, mesh), key)[0]
+  np.testing.assert_allclose(drawn, alone, rtol=1e-5)
+
+
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_every_mesh_gives_the_same_losses(name, recipe):
   one = losses(recipe, (1, 1, 1), name)
@@ -196,6 +212,7 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
     (lambda c: setattr(c.mesh, 'tp', 3), 'does not fit 8 devices'),
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
+    (lambda c: setattr(c.objective, 'draws', 0), 'objective.draws=0'),
 ])
 def test_impossible_combinations_say_so(recipe, change, text):
   made = recipe()

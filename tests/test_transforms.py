@@ -56,9 +56,38 @@ def test_what_the_vlm_has_to_write():
     record = examples.example(task, 'train', 5)
     example = transforms.Write(LAYOUT)(record, np.random.default_rng(0))
     chat, mask = LAYOUT.chat, example['target_mask']
-    assert list(example['targets'][mask]) == list(chat.text_ids(record['caption'])) + list(chat.stop_ids)
+    answers = [record['caption'], *(answer for _, answer in record['more'])]
+    wanted = [token for text in answers for token in (*chat.text_ids(text), *chat.stop_ids)]
+    said = list(example['targets'][mask])
+    assert said == wanted[:len(said)] and len(said) >= len(chat.text_ids(record['caption'])) + 1
     np.testing.assert_array_equal(example['tokens'][example['predict'][mask] + 1], example['targets'][mask])
     assert ('readout' in example) == bool(record['references'])
+
+
+def test_more_questions_are_asked_as_long_as_there_is_room():
+  record = examples.example('question', 'train', 5)
+  assert len(record['more']) == examples.MORE and not examples.example('question', 'test', 5)['more']
+  shown = {}
+  for text, written in ((60, 40), (400, 8), (401, 100)):
+    layout = dataclasses.replace(LAYOUT, rooms=(('question', text, written),))
+    example = transforms.Write(layout)(record, np.random.default_rng(0))
+    shown[text] = list(example['tokens'][example['valid']])
+  assert shown[60] == shown[401][:len(shown[60])] and shown[400] == shown[401][:len(shown[400])]
+  chat, counts = LAYOUT.chat, (16,)
+  turns = chat.spans(record['instruction'], counts, record['caption'], 'answer')
+  for turn in record['more']:
+    turns += chat.another(*turn)
+  assert shown[401] == [token for span in turns for token in span.ids] and len(shown[60]) < len(shown[400]) < len(shown[401])
+
+
+def test_turns_are_the_templates_own():
+  chat, turns = LAYOUT.chat, [('what colour is it?', 'red'), ('is it a ring?', 'no')]
+  spans = chat.spans(turns[0][0], (), turns[0][1], 'Answer.') + chat.another(*turns[1])
+  messages = [dict(role='system', content='Answer.')]
+  for question, answer in turns:
+    messages += [dict(role='user', content=question), dict(role='assistant', content=answer)]
+  rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+  assert chat.tokenizer.decode([token for span in spans for token in span.ids]) == rendered.rstrip('\n')
 
 
 def test_text_that_does_not_fit_is_a_broken_record():

@@ -146,6 +146,7 @@ def check(config: Config, devices: int) -> None:
     want(config.eval.study in ('', 'verifi'), f"eval.study={config.eval.study!r} must be '' or 'verifi'")
     want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
+    want(config.objective.draws >= 1, f'objective.draws={config.objective.draws} must be 1 or more')
     for name in ('drop', 'drop_pictures', 'drop_written', 'raw'):
       value = getattr(config.objective, name)
       want(0 <= value <= 1, f'objective.{name}={value} is a share: between 0 and 1')

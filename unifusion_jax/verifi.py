@@ -11,6 +11,7 @@ Ids are built span by span. Text of a user is tokenised as plain text, so a temp
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -142,6 +143,24 @@ class Chat:
       ids = self.text_ids(written) if isinstance(written, str) else tuple(int(i) for i in written)
       spans += [Span('written', ids), Span('stop', self.stop_ids)]
     return spans
+
+  def another(self, instruction: str, written: str) -> list[Span]:
+    """One more turn, to stand after spans that end in a written answer."""
+    return [Span('template', self._between), Span('instruction', self.text_ids(instruction)),
+            Span('template', self._literals[2]), Span('written', self.text_ids(written)), Span('stop', self.stop_ids)]
+
+  @functools.cached_property
+  def _between(self) -> tuple[int, ...]:
+    """The template's ids from the stop token of one turn, which it does not include, to the next instruction."""
+    turns = [*_SLOTS, *(slot + 'again' for slot in _SLOTS[1:])]
+    rendered = self.tokenizer.apply_chat_template(
+        [dict(role=role, content=turn) for role, turn in zip(('system', *('user', 'assistant') * 2), turns)], tokenize=False)
+    _, found, rest = rendered.partition(turns[2])
+    between, following, _ = rest.partition(turns[3])
+    ids = self._template_ids(between)
+    if not (found and following and ids[:1] == self.stop_ids):
+      raise ValueError(f'{self.folder}: its chat template does not give one turn after another; it renders {rendered!r}')
+    return ids[1:]
 
   def read(self, ids) -> str:
     """Text of written ids, up to the first stop token."""

@@ -143,7 +143,7 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-  """Examples for the VLM's own training: a chat and the tokens it has to write.
+  """Examples for the VLM's own training: a chat and the tokens it has to write, in as many turns as there is room for.
 
   Adds to `verifi.arrays`: predict [w] i32, the places whose next token is to be written, targets [w] i32,
   target_mask [w] bool; and, with pictures, the read-out of scenes (`readout`).
@@ -154,10 +154,16 @@ class Write:
     del rng
     references = record['references']
     seen, counts = self.layout.eye.see(references, len(references))
-    spans = self.layout.chat.spans(record['instruction'], counts, record['caption'], system(record['task']))
-    example = self.layout.arrays(spans, len(references), record['task'])
+    chat, task = self.layout.chat, record['task']
+    spans = chat.spans(record['instruction'], counts, record['caption'], system(task))
+    length, (_, most) = self.layout.lengths(len(references), task)[0], self.layout.room(task)
+    for question, answer in record.get('more', ()):
+      longer = spans + chat.another(question, answer)
+      if sum(len(s.ids) for s in longer) > length or sum(len(s.ids) for s in longer if s.kind in ('written', 'stop')) > most:
+        break
+      spans = longer
+    example = self.layout.arrays(spans, len(references), task)
     places = np.flatnonzero(example.pop('written'))
-    _, most = self.layout.room(record['task'])
     if len(places) > most:
       raise sources.BrokenRecord(f'an answer of {len(places)} tokens does not fit the {most} of data.written_tokens')
     room = (0, most - len(places))

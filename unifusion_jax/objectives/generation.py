@@ -10,6 +10,7 @@ from unifusion_jax import flow
 from unifusion_jax import generate
 from unifusion_jax.models import unifusion
 from unifusion_jax.models import vae as autoencoder
+from unifusion_jax.sharding import BATCH
 
 
 @dataclasses.dataclass
@@ -17,6 +18,7 @@ class FlowConfig:
   """The loss of the DiT, and what of the condition is dropped for guidance."""
   mean: float = 0.0             # of the logit-normal times
   std: float = 1.0
+  draws: int = 1                # times and noises for each example, which share the work of everything before the DiT
   shift: float = 1.0            # resolution shift of the times: 2, 3, 4 at 256, 512, 1024 px (Iris-3B)
   drop: float = 0.1             # share of examples with the null condition
   drop_pictures: float = 0.05   # share of examples with references whose picture tokens are masked
@@ -47,6 +49,12 @@ def listen(prompt_hidden: jax.Array, written: jax.Array, lengths: jax.Array, kee
   return (jnp.concatenate([gather(prompt_hidden, keep), written], axis=1), jnp.concatenate([keep_mask, counted], axis=1))
 
 
+def _repeat(x: jax.Array, n: int) -> jax.Array:
+  """Each row n times in a row, on the device that has it: [b ...] -> [b*n ...]."""
+  many = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
+  return jnp.reshape(many, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))
+
+
 def loss(config: FlowConfig, taps: tuple[int, ...], writing, params: unifusion.UniFusion, frozen: Frozen, batch, key):
   """Mean squared error of the velocity, f32, and its parts by time.
 
@@ -67,6 +75,7 @@ def loss(config: FlowConfig, taps: tuple[int, ...], writing, params: unifusion.U
                             stop_ids=stop_ids, taps=taps)
     hidden, mask = listen(out.prompt_hidden, out.hidden, out.lengths * batch['open'], batch['keep'], mask)
   condition = params.condition(jax.lax.stop_gradient(hidden), mask)
+  z, condition, mask = (_repeat(x, config.draws) for x in (z, condition, mask))
   t = flow.sample_time(time_key, z.shape[0], config.mean, config.std, config.shift)
   noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
   errors = flow.loss(lambda x, t: params.velocity(x, t, condition, mask), z, noise, t)

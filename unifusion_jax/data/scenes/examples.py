@@ -23,6 +23,7 @@ TASKS = {'t2i': 0, 'edit': 1, 'reconstruct': 2, 'multi': 3, 'caption': 4, 'quest
 ASPECT_WEIGHTS = {'square': 0.8, 'wide': 0.1, 'tall': 0.1}
 STYLE_WEIGHTS = {'plain': 0.35, 'paraphrase': 0.4, 'knowledge': 0.25}
 ALIKE = 0.2  # how often some of the objects of a t2i scene are alike, so that prompts count
+MORE = 4  # further questions about a picture of the train split, which are answered at the price of their words alone
 WORDS = 48  # of a prompt: a rare longer one would set the length that all are padded to
 AGAIN = ('draw this picture again', 'repeat the picture', 'the same picture, please', 'copy this', 'keep it as it is',
          'reproduce the picture', 'change nothing')
@@ -136,11 +137,12 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
 
   Returns references (list of uint8 [y x 3]), instruction, caption (what the VLM should write: a description of the
   target as far as it is determined, an answer, or a caption), target (uint8 [y x 3] or None), kind (of prompt, edit,
-  multi-reference example or question), style (of language; '' where there is one only), source (the references as
+  multi-reference example or question), style (of language; '' where there is one only), more (further questions with
+  their answers), source (the references as
   JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or '').
   """
   rng, canvas, edit_kind = _start(task, split, i, seed)
-  references, target, constraints, style = (), None, None, ''
+  references, target, constraints, style, more = (), None, None, '', []
   if task in ('t2i', 'rewrite'):
     kind = style = _style(rng, split)
     while True:
@@ -174,9 +176,10 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
       instruction, text, kind = pick(rng, CAPTION), caption(seen), 'caption'
     else:
       instruction, text, kind = random_question(rng, seen, split=split)
+      more = [random_question(rng, seen, split=split)[:2] for _ in range(MORE if split == 'train' else 0)]
   return {
       'task': task, 'references': [render(s, size) for s in references] if pictures else [],
       'instruction': instruction, 'caption': text,
-      'target': render(target, size) if target and pictures else None, 'kind': kind, 'style': style,
+      'target': render(target, size) if target and pictures else None, 'kind': kind, 'style': style, 'more': more,
       'source': [s.to_json() for s in references], 'scene': target.to_json() if target else '',
       'constraints': constraints_to_json(constraints) if constraints else ''}

@@ -14,11 +14,13 @@ from unifusion_jax.data.scenes.prompts import pick
 from unifusion_jax.data.scenes.sample import random_background
 from unifusion_jax.data.scenes.scene import BACKGROUND_KINDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Object, Scene
 
-QUESTION_KINDS = ('shows', 'exists', 'relation', 'compare', 'count', 'colour', 'shape', 'size', 'fill', 'where',
+QUESTION_KINDS = ('has', 'shows', 'exists', 'relation', 'compare', 'count', 'colour', 'shape', 'size', 'fill', 'where',
                   'background')
-QUESTION_WEIGHTS = (0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
+QUESTION_WEIGHTS = (0.0, 0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
+# Training asks for single attributes too, from which the questions that join several are learned.
+TRAIN_WEIGHTS = (0.25, 0.15, 0.15, 0.1, 0.05, 0.06, 0.06, 0.04, 0.02, 0.02, 0.04, 0.06)
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
-_VALUES = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES), 'fill': FILLS, 'place': PLACES}
+VALUES = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES), 'fill': FILLS, 'place': PLACES}
 
 
 class Question(NamedTuple):
@@ -33,7 +35,7 @@ def shows(description: str) -> str:
 
 
 def _satisfied(wanted: Wanted, obj: Object) -> bool:
-  return all(getattr(wanted, a) in (None, getattr(obj, a)) for a in _VALUES)
+  return all(getattr(wanted, a) in (None, getattr(obj, a)) for a in VALUES)
 
 
 def holds(constraints: Constraints, scene: Scene) -> bool:
@@ -58,8 +60,8 @@ def _ok(wanted: Wanted, split: str) -> bool:
 
 def _spoilt(rng: np.random.Generator, wanted: Wanted, split: str) -> Wanted | None:
   """The same with one of its attributes changed."""
-  name = pick(rng, [a for a in _VALUES if getattr(wanted, a)])
-  value = pick(rng, [v for v in _VALUES[name] if v != getattr(wanted, name)])
+  name = pick(rng, [a for a in VALUES if getattr(wanted, a)])
+  value = pick(rng, [v for v in VALUES[name] if v != getattr(wanted, name)])
   spoilt = dataclasses.replace(wanted, **{name: value})
   return spoilt if _ok(spoilt, split) else None
 
@@ -103,10 +105,28 @@ def _shows(rng, scene, split):
   return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
 
 
+def _has(rng, scene, split):
+  """One attribute, seen somewhere or nowhere."""
+  name = pick(rng, list(VALUES))
+  here = {getattr(o, name) for o in scene.objects}
+  truth = rng.random() < 0.5
+  values = [v for v in VALUES[name] if (v in here) == truth]
+  if not values:
+    return None
+  value = pick(rng, values)
+  if name == 'place':
+    templates = ('is anything at the {}?', 'is there a shape at the {}?')
+  elif name == 'shape':
+    templates, value = ('are there any {}?', 'can you see any {}?'), plural(value)
+  else:
+    templates = ('is anything {}?', 'are there any {} shapes?')
+  return pick(rng, templates).format(value), 'yes' if truth else 'no'
+
+
 def _exists(rng, scene, split):
   """One object, there or not; the false ones differ from a true one in one attribute."""
   obj = pick(rng, scene.objects)
-  said = {a: getattr(obj, a) for a in _VALUES if rng.random() < (0.8 if a in ('shape', 'colour') else 0.25)}
+  said = {a: getattr(obj, a) for a in VALUES if rng.random() < (0.8 if a in ('shape', 'colour') else 0.25)}
   if not said:
     return None
   wanted = Wanted(**said)
@@ -139,7 +159,7 @@ def _relation(rng, scene, split):
 def _kinds_of_things(rng, scene) -> tuple[str, int]:
   """A plural such as 'red shapes', 'circles', 'striped shapes', likely to be in the scene, and how many there are."""
   name = pick(rng, ('shape', 'colour', 'fill', 'size'))
-  value = pick(rng, [getattr(o, name) for o in scene.objects] + [pick(rng, _VALUES[name])])
+  value = pick(rng, [getattr(o, name) for o in scene.objects] + [pick(rng, VALUES[name])])
   count = sum(getattr(o, name) == value for o in scene.objects)
   return plural(value) if name == 'shape' else f'{value} shapes', count
 
@@ -212,14 +232,15 @@ def _background(rng, scene, split):
   return f'is the background {asked}?', 'yes' if kind == scene.background.kind else 'no'
 
 
-_ASK = {'shows': _shows, 'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count,
+_ASK = {'has': _has, 'shows': _shows, 'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count,
         'colour': _colour, 'shape': _shape, 'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
 
 
 def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = None, split: str = 'train') -> Question:
   """A question about the scene with its answer. kind: asked for if the scene allows it (None: any)."""
+  weights = TRAIN_WEIGHTS if split == 'train' else QUESTION_WEIGHTS
   for _ in range(12):
-    asked = kind or str(rng.choice(QUESTION_KINDS, p=QUESTION_WEIGHTS))
+    asked = kind or str(rng.choice(QUESTION_KINDS, p=weights))
     if found := _ASK[asked](rng, scene, split):
       return Question(*found, asked)
   return Question(*_count(rng, scene, split), 'count')
