@@ -10,13 +10,13 @@ import pytest
 from unifusion_jax import generate
 from unifusion_jax import jobs
 from unifusion_jax import rewrite
+from unifusion_jax import sharding
 from unifusion_jax import verifi
 from unifusion_jax.data import images
 from unifusion_jax.data import mix
 from unifusion_jax.data import pipeline
 from unifusion_jax.data import rewrites
 from unifusion_jax.data import sources
-from unifusion_jax.eval.reconstruction import put
 
 ASKED = ('make it blue', 'make it green', 'make it blue', 'remove it', 'endless', 'silent')
 
@@ -59,7 +59,7 @@ def echo(monkeypatch, recipe):
       written = {'silent': [*stop_ids], 'endless': list(chat.text_ids('red ' * max_new))[:max_new]}.get(text, written)
       out[row, :len(written)] = written
       lengths.append(len(written))
-    return generate.Generated(put(out), put(np.array(lengths)), None, None, None)
+    return generate.Generated(sharding.put(out), sharding.put(np.array(lengths)), None, None, None)
 
   def run(config, workdir, mesh):
     asked.clear()

@@ -65,7 +65,6 @@ def _dictated(ids, others=None):
   """`generate` whose choices are given (for the rows in `others`, others): the prompt is prolonged by them, and the
   states are those of feeding them."""
   from unifusion_jax import generate
-  from unifusion_jax.eval.reconstruction import put
 
   def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, taps, **sampling):
     tokens, valid = np.asarray(tokens), np.asarray(valid)
@@ -75,14 +74,14 @@ def _dictated(ids, others=None):
     more = np.pad(valid, ((0, 0), (0, most)))
     for row, n in enumerate(lengths):
       longer[row, n:n + len(rows[row])], more[row, n:n + len(rows[row])] = rows[row], True
-    hidden = np.asarray(vlm.hidden(put(longer), put(more), taps, tiles))
+    hidden = np.asarray(vlm.hidden(sharding.put(longer), sharding.put(more), taps, tiles))
     out = np.zeros((len(tokens), max_new, *hidden.shape[2:]), hidden.dtype)
     written = np.zeros((len(tokens), max_new), np.int32)
     for row, n in enumerate(lengths):
       out[row, :len(rows[row])] = hidden[row, n:n + len(rows[row])]
       written[row, :len(rows[row])] = rows[row]
-    return generate.Generated(put(written), put(np.array([len(row) for row in rows])), None,
-                              put(hidden[:, :tokens.shape[1]]), put(out))
+    return generate.Generated(sharding.put(written), sharding.put(np.array([len(row) for row in rows])), None,
+                              sharding.put(hidden[:, :tokens.shape[1]]), sharding.put(out))
   return made
 
 
@@ -162,7 +161,7 @@ def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypa
   for j in (job, online):
     _, transform = j.data()
     rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
-    batch = sample._put({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    batch = sharding.put({name: np.stack([row[name] for row in rows]) for name in rows[0]})
     monkeypatch.setattr(generation.generate, 'generate', _dictated([*ids, *chat.stop_ids]))
     losses.append(float(j.loss(params, frozen, batch, jax.random.key(0))[0]))
   assert 4 < np.sum(batch['open']) < 16
@@ -176,7 +175,7 @@ def test_without_verifi_the_request_itself_is_kept(sampler):
   # As in training: a transform that keeps the raw request gives the same tokens to the DiT
   record = dict(examples.example('edit', 'test', 0), instruction='make it blue')
   example = transforms.Generate(sampler.layout, drop=0, drop_pictures=0, raw=1)(record, np.random.default_rng(0))
-  batch = sample._put({name: np.stack([example[name]] * 8) for name in ('tokens', 'valid', 'keep', 'keep_mask', 'tiles')})
+  batch = sharding.put({name: np.stack([example[name]] * 8) for name in ('tokens', 'valid', 'keep', 'keep_mask', 'tiles')})
   trained = sample._read(sampler.model, sampler.frozen.vlm, batch['tokens'], batch['valid'], batch['keep'],
                          batch['keep_mask'], batch['tiles'], taps=sampler.taps)
   np.testing.assert_allclose(np.asarray(trained)[0][example['keep_mask']], tokens[0], atol=1e-4, rtol=1e-3)

@@ -13,11 +13,11 @@ import numpy as np
 
 from unifusion_jax import flow
 from unifusion_jax import generate
+from unifusion_jax import sharding
 from unifusion_jax import verifi
 from unifusion_jax.data import transforms
 from unifusion_jax.models import unifusion
 from unifusion_jax.objectives import generation
-from unifusion_jax.sharding import BATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sampler:
     unit = self.factor * self.model.config.dit.patch
     if height % unit or width % unit or min(height, width) < unit:
       raise ValueError(f'a picture of {width}x{height} cannot be made: both sides must be multiples of {unit}')
-    devices = int(np.prod([jax.sharding.get_mesh().shape[axis] for axis in BATCH]))
+    devices = int(np.prod([jax.sharding.get_mesh().shape[axis] for axis in sharding.BATCH]))
     padded = requests + [requests[-1]] * (-len(requests) % devices)
     condition, mask, written, remarks = self._condition(padded)
     null, null_mask = self._null(len(padded), condition.shape[1])
@@ -74,7 +74,7 @@ class Sampler:
                       for request in padded])
     s = self.settings
     shift = s.shift or flow.shift_for((height // unit) * (width // unit))
-    pictures = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, _put(noise), jnp.float32(s.guidance),
+    pictures = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, sharding.put(noise), jnp.float32(s.guidance),
                      steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
     pictures = np.asarray(jax.device_get(pictures))
     return [Result(*parts) for parts in zip(pictures[:len(requests)], written, remarks)]
@@ -85,7 +85,7 @@ class Sampler:
     system = s.system or layout.system
     count = max(len(request.references) for request in requests)
     seen, counts = zip(*(layout.eye.see(request.references, count) for request in requests))
-    pictures = _put(stacked(seen)) if count else None
+    pictures = sharding.put(stacked(seen)) if count else None
     longer = len(layout.chat.system_ids(system)) - len(layout.chat.system_ids(layout.system))
     length = layout.lengths(count)[0] + max(0, longer)
     forced = {i: (r.instruction if r.rewrite is None else r.rewrite, r.rewrite is None)
@@ -95,7 +95,7 @@ class Sampler:
     if len(forced) < len(requests):
       rows = [verifi.arrays(layout.chat.spans(r.instruction, c, None, system), length, count * layout.eye.most,
                             ('picture',) if s.pictures else ()) for r, c in zip(requests, counts)]
-      out, condition, mask = self._listen(layout, _put(stacked(rows)), pictures, [r.seed for r in requests])
+      out, condition, mask = self._listen(layout, sharding.put(stacked(rows)), pictures, [r.seed for r in requests])
       written, failed = read(layout.chat, *jax.device_get((out.tokens, out.lengths)))
       for i, reason in failed.items():
         if i not in forced:
@@ -109,20 +109,20 @@ class Sampler:
         room = count * layout.eye.most + (layout.text if any(raw for _, raw in forced.values()) else layout.written)
         kinds = verifi.RAW if raw else verifi.KEPT
         rows.append(verifi.arrays(spans, length, room, kinds if s.pictures else tuple(k for k in kinds if k != 'picture')))
-      rows = _put(stacked(rows))
+      rows = sharding.put(stacked(rows))
       told = _read(self.model, self.frozen.vlm, rows['tokens'], rows['valid'], rows['keep'], rows['keep_mask'], pictures,
                    taps=self.taps)
       if condition is None:
         condition, mask = told, rows['keep_mask']
       else:
-        condition, mask = _choose(_put(np.array([i in forced for i in range(len(requests))])),
+        condition, mask = _choose(sharding.put(np.array([i in forced for i in range(len(requests))])),
                                   (told, rows['keep_mask']), (condition, mask))
     return condition, mask, [forced[i][0] if i in forced else written[i] for i in range(len(requests))], remarks
 
   def _listen(self, layout, rows, pictures, seeds):
     """The VLM writes: its answer, and the condition tokens from the states in which it was written."""
     s = self.settings
-    keys = _put(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)) if s.temperature else None
+    keys = sharding.put(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)) if s.temperature else None
     out = generate.generate(self.frozen.vlm, rows['tokens'], rows['valid'], pictures, max_new=layout.written,
                             stop_ids=layout.chat.stop_ids, taps=self.taps, temperature=s.temperature, top_p=s.top_p,
                             key=keys)
@@ -132,7 +132,7 @@ class Sampler:
     """The condition of the empty text without pictures, padded to `kept_length`."""
     spans = self.layout.chat.spans('', (), '', self.layout.system)
     row = verifi.arrays(spans, self.layout.lengths(0)[0], kept_length)
-    tiled = _put({name: np.broadcast_to(x, (batch, *x.shape)) for name, x in row.items()})
+    tiled = sharding.put({name: np.broadcast_to(x, (batch, *x.shape)) for name, x in row.items()})
     condition = _read(self.model, self.frozen.vlm, tiled['tokens'], tiled['valid'], tiled['keep'], tiled['keep_mask'],
                       None, taps=self.taps)
     return condition, tiled['keep_mask']
@@ -153,11 +153,6 @@ def read(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[
 def stacked(examples):
   """Examples of one shape as a batch."""
   return jax.tree.map(lambda *x: np.stack(x), *examples)
-
-
-def _put(tree):
-  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
-  return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
 
 
 def _noise(seed: int, shape) -> np.ndarray:

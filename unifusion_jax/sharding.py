@@ -48,6 +48,11 @@ def put_batch(batch, mesh: jax.sharding.Mesh):
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
+def put(batch):
+  """A batch that every process holds whole, as global arrays sharded over BATCH on the mesh in context."""
+  return jax.device_put(batch, jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH)))
+
+
 def abstract(tree, mesh):
   """Every leaf of an `eval_shape` result with a sharding on `mesh`; scalars, which have none, are replicated."""
   def leaf(x):

@@ -4,15 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unifusion_jax import sharding
 from unifusion_jax.data import mix
 from unifusion_jax.data.scenes import judge
 from unifusion_jax.data.scenes import scene as world
-from unifusion_jax.sharding import BATCH
-
-
-def put(x) -> jax.Array:
-  """A batch on the mesh in context."""
-  return jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH)))
 
 
 @jax.jit
@@ -22,7 +17,7 @@ def _round_trip(vae, x):
 
 def round_trip(vae, pictures: np.ndarray) -> np.ndarray:
   """uint8 [b y x 3] -> what comes back, uint8 [b y x 3]."""
-  back = _round_trip(vae, put(pictures.astype(np.float32) / 127.5 - 1.0))
+  back = _round_trip(vae, sharding.put(pictures.astype(np.float32) / 127.5 - 1.0))
   return np.asarray(jnp.round(jnp.clip((back + 1.0) * 127.5, 0, 255)).astype(jnp.uint8))
 
 

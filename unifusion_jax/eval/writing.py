@@ -6,12 +6,12 @@ import jax
 import numpy as np
 
 from unifusion_jax import generate
+from unifusion_jax import sharding
 from unifusion_jax import verifi
 from unifusion_jax.data import images
 from unifusion_jax.data import sources
 from unifusion_jax.data import transforms
 from unifusion_jax.data.scenes import language
-from unifusion_jax.eval.reconstruction import put
 
 ATTRIBUTES = ('shape', 'colour', 'size', 'fill', 'place')
 
@@ -34,8 +34,8 @@ def answers(vlm, layout: transforms.Layout, records: list[dict], batch_size: int
         spans = chat.spans(records[i]['instruction'], counts, None, system)
         rows.append(verifi.arrays(spans, layout.lengths(len(counts))[0], sum(counts)))
         tiles.append(seen)
-      batch = put({name: np.stack([row[name] for row in rows]) for name in ('tokens', 'valid')})
-      out = generate.generate(vlm, batch['tokens'], batch['valid'], put(np.stack(tiles)) if counts else None,
+      batch = sharding.put({name: np.stack([row[name] for row in rows]) for name in ('tokens', 'valid')})
+      out = generate.generate(vlm, batch['tokens'], batch['valid'], sharding.put(np.stack(tiles)) if counts else None,
                               max_new=layout.written, stop_ids=chat.stop_ids)
       ids, lengths = jax.device_get((out.tokens, out.lengths))
       for i, row, n in zip(part, ids, lengths):
