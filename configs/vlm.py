@@ -42,7 +42,7 @@ def tiny() -> config.Config:
           tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
                  'rewrite/3-4', 'multi'),
           weights=(0.12, 0.18, 0.03, 0.06, 0.22, 0.22, 0.05, 0.06, 0.06),
-          text_tokens=(88, 108, 56, 72, 124, 136, 116, 132, 96), written_tokens=(40, 52, 30, 52, 18, 18, 30, 52, 52),
+          text_tokens=(88, 108, 56, 72, 140, 150, 116, 132, 96), written_tokens=(40, 52, 30, 52, 44, 48, 30, 52, 52),
           batch_size=64),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=10_000, log_every=20, save_every=500, preview_every=1000),

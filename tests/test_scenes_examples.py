@@ -285,6 +285,12 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       said_of = re.fullmatch(r'(?:is anything|is there a shape|are there any|can you see any) (?:at the )?(.*?)(?: shapes)?\?', text)[1]
       there = any(said_of in (v, language.plural(v)) for o in scene.objects for v in (o.shape, o.colour, o.size, o.fill, o.place))
       assert there == (answer == 'yes'), (text, scene)
+    if kind == 'what':
+      value = re.fullmatch(r'(?:what|which) (?:shape |shapes )?(?:is |are )?(?:at the )?(.*?)(?: are there| can you see)?\?', text)[1]
+      named = [] if answer == 'nothing' else [vars(w) for w in language.parse(answer).objects]
+      matching = [dict(shape=o.shape, colour=o.colour, size=o.size, fill=o.fill, place=o.place) for o in scene.objects]
+      wanted = [o for o in matching if value in (*o.values(), language.plural(o['shape']))]
+      assert sorted(map(str, named)) == sorted(map(str, wanted)), (text, scene)
     if kind == 'exists':
       wanted, = language.parse(re.search(r'\ban? .*?(?= in the picture\?|\?)', text)[0]).objects
       there = any(all(v in (None, getattr(o, k)) for k, v in vars(wanted).items()) for o in scene.objects)

@@ -14,11 +14,12 @@ from unifusion_jax.data.scenes.prompts import pick
 from unifusion_jax.data.scenes.sample import random_background
 from unifusion_jax.data.scenes.scene import BACKGROUND_KINDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Object, Scene
 
-QUESTION_KINDS = ('has', 'shows', 'exists', 'relation', 'compare', 'count', 'colour', 'shape', 'size', 'fill', 'where',
+QUESTION_KINDS = ('what', 'has', 'shows', 'exists', 'relation', 'compare', 'count', 'colour', 'shape', 'size', 'fill', 'where',
                   'background')
-QUESTION_WEIGHTS = (0.0, 0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
-# Training asks for single attributes too, from which the questions that join several are learned.
-TRAIN_WEIGHTS = (0.25, 0.15, 0.15, 0.1, 0.05, 0.06, 0.06, 0.04, 0.02, 0.02, 0.04, 0.06)
+QUESTION_WEIGHTS = (0.0, 0.0, 0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
+# Training asks for single attributes too, at length ('what') and with yes or no ('has'): a yes alone teaches too little to
+# find what the questions that join several attributes are about.
+TRAIN_WEIGHTS = (0.3, 0.15, 0.13, 0.12, 0.08, 0.05, 0.04, 0.03, 0.03, 0.01, 0.01, 0.02, 0.03)
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
 VALUES = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES), 'fill': FILLS, 'place': PLACES}
 
@@ -105,15 +106,37 @@ def _shows(rng, scene, split):
   return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
 
 
-def _has(rng, scene, split):
-  """One attribute, seen somewhere or nowhere."""
+def _one_attribute(rng, scene, truth):
+  """An attribute (or place) and a value of it that some object has, or none: (name, value), or None."""
   name = pick(rng, list(VALUES))
   here = {getattr(o, name) for o in scene.objects}
-  truth = rng.random() < 0.5
   values = [v for v in VALUES[name] if (v in here) == truth]
-  if not values:
+  return (name, pick(rng, values)) if values else None
+
+
+def _what(rng, scene, split):
+  """Everything that has one attribute, described."""
+  found = _one_attribute(rng, scene, truth=rng.random() < 0.85)
+  if not found:
     return None
-  value = pick(rng, values)
+  name, value = found
+  matching = [o for o in scene.objects if getattr(o, name) == value]
+  if len(matching) > 2:
+    return None
+  templates = {'place': ('what is at the {}?', 'which shape is at the {}?'), 'shape': ('which {} are there?', 'what {} can you see?')}
+  named = plural(value) if name == 'shape' else value
+  asked = pick(rng, templates.get(name, ('what is {}?', 'which shapes are {}?'))).format(named)
+  described = describe(Constraints(tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in matching)))
+  return asked, described if matching else 'nothing'
+
+
+def _has(rng, scene, split):
+  """One attribute, seen somewhere or nowhere."""
+  truth = rng.random() < 0.5
+  found = _one_attribute(rng, scene, truth)
+  if not found:
+    return None
+  name, value = found
   if name == 'place':
     templates = ('is anything at the {}?', 'is there a shape at the {}?')
   elif name == 'shape':
@@ -232,7 +255,7 @@ def _background(rng, scene, split):
   return f'is the background {asked}?', 'yes' if kind == scene.background.kind else 'no'
 
 
-_ASK = {'has': _has, 'shows': _shows, 'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count,
+_ASK = {'what': _what, 'has': _has, 'shows': _shows, 'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count,
         'colour': _colour, 'shape': _shape, 'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
 
 
