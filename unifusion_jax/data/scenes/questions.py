@@ -19,7 +19,7 @@ QUESTION_KINDS = ('what', 'has', 'shows', 'exists', 'relation', 'compare', 'coun
 QUESTION_WEIGHTS = (0.0, 0.0, 0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
 # Training asks for single attributes too, at length ('what') and with yes or no ('has'): a yes alone teaches too little to
 # find what the questions that join several attributes are about.
-TRAIN_WEIGHTS = (0.3, 0.15, 0.13, 0.12, 0.08, 0.05, 0.04, 0.03, 0.03, 0.01, 0.01, 0.02, 0.03)
+TRAIN_WEIGHTS = (0.22, 0.13, 0.2, 0.13, 0.1, 0.06, 0.04, 0.02, 0.02, 0.01, 0.01, 0.02, 0.04)
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
 VALUES = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES), 'fill': FILLS, 'place': PLACES}
 
