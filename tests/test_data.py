@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from unifusion_jax.data import pipeline, sources
+from unifusion_jax import config
+from unifusion_jax.data import mix, pipeline, sources
 from unifusion_jax.data.scenes import builder
 
 
@@ -235,6 +236,12 @@ def test_folder(tmp_path, kind):
   assert shapes == {((2, h, w, 3), r, r) for h, w in BUCKETS for r in (0, 1)}
 
 
+def test_own_pictures_asked_for_again_alone(tmp_path):
+  data = config.DataConfig(path=str(folder(tmp_path, 'jsonl')), tasks=('reconstruct',), weights=(0.5,))
+  (source, weight), = mix.mix(data)
+  assert weight == 0.5 and source[0]['instruction'] == 'draw this picture again'
+
+
 @pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
 def test_folder_with_broken_records(tmp_path, kind):
   changes = {2: {'target': 'p/gone.png'}, 4: {'caption': '  '}, 7: {'instruction': ''}, 9: {'target': 'p/text.png'},
@@ -322,7 +329,7 @@ def test_builder_round_trip(tmp_path):
   assert batch['target'].shape[0] == 2
   with pytest.raises(ValueError, match='there already'):
     builder.write(tmp_path, 'edit', 'test', 6)
-  with pytest.raises(ValueError, match='builder --out=.* --task=t2i'):
+  with pytest.raises(FileNotFoundError, match='builder --out=.* --task=t2i'):
     sources.ArrayRecordSource(tmp_path, 't2i', 'test')
   with pytest.raises(ValueError, match='no pictures'):
     builder.write(tmp_path, 'caption', 'test', 6)

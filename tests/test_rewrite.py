@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from unifusion_jax import config
 from unifusion_jax import generate
 from unifusion_jax import jobs
 from unifusion_jax import rewrite
@@ -78,7 +81,7 @@ def test_every_request_is_written_once_and_read_in_training(asks, echo, mesh, tm
   assert len(lines) == len({line['key'] for line in lines}) == 6  # one of seven asks the same of the same picture
   assert sorted(sum((line['texts'] for line in lines), [])) == sorted({*ASKED[:4], 'a red circle'})
   said = capsys.readouterr().out
-  assert '4 rewrites' in said and '2 without words or end left out' in said
+  assert '4 rewrites' in said and '2 without words, end or room left out' in said
 
   made = asks(rewrites=str(folder))
   chat = jobs.transforms.layout(made).chat
@@ -126,6 +129,31 @@ def test_a_request_that_is_too_long_is_passed_over(asks, echo, mesh, tmp_path, l
   listed.write_text(json.dumps(long) + '\n' + listed.read_text())
   assert echo(asks(), tmp_path, mesh) == {*ASKED, 'a red circle'}
   assert '4 rewrites' in (said := capsys.readouterr().out) and '1 broken records passed over' in said
+
+
+def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, tmp_path, listed):
+  """The request and what was written stand in one prompt."""
+  request = 'make it blue ' * 12
+  listed.write_text(json.dumps(dict(references=['0.png'], instruction=request.strip(), target='1.png', caption='x')) + '\n')
+  rooms = {}
+  for text in (60, 112):
+    made = asks()
+    made.data.text_tokens = (text,)
+    made.data.written_tokens = (44,)
+    echo(made, tmp_path / str(text), mesh)
+    rooms[text], = (json.loads(line)['texts'] for line in (tmp_path / str(text) / 'rewrites' / 'rewrites-00000.jsonl').open())
+  assert rooms == {60: [], 112: [request.strip()]}
+
+
+def test_a_vlm_trained_further_is_another_one(tmp_path):
+  shutil.copytree(config.ASSETS / 'vlm', tmp_path / 'vlm')
+  before = rewrite._fingerprint(tmp_path / 'vlm')
+  assert before == rewrite._fingerprint(config.ASSETS / 'vlm')
+  tensors = safetensors.numpy.load_file(tmp_path / 'vlm' / 'model.safetensors')
+  safetensors.numpy.save_file({name: x * 2 for name, x in tensors.items()}, tmp_path / 'vlm' / 'model.safetensors')
+  assert before != rewrite._fingerprint(tmp_path / 'vlm')
+  (tmp_path / 'vlm' / 'tokenizer.json').rename(tmp_path / 'vlm' / 'tokenizer.model')  # as InternLM2's folders have it
+  assert rewrite._fingerprint(tmp_path / 'vlm')
 
 
 def test_other_settings_are_refused(asks, echo, mesh, tmp_path):

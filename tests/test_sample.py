@@ -18,6 +18,7 @@ from unifusion_jax import sharding
 from unifusion_jax import verifi
 from unifusion_jax.data import images
 from unifusion_jax.data import transforms
+from unifusion_jax.data.scenes import builder
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.eval import generation as eval_generation
 from unifusion_jax.eval import verifi as eval_verifi
@@ -100,6 +101,29 @@ def test_qwen3_vl_conditions_in_the_same_way(recipe, qwen, monkeypatch):
     np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3)
   assert np.abs(single[0][:6] - single[2][:6]).max() > 1e-3
   assert sampler(asked(1, rewrite=text), 64, 64)[0].picture.shape == (64, 64, 3)
+
+
+def test_previews_of_your_own_pictures(recipe, tmp_path, mesh):
+  """Whatever training passes over is no reason for a preview to fail."""
+  for i in range(4):
+    images.write_png(tmp_path / f'{i}.png', np.full((64, 64, 3), 60 * i, np.uint8))
+  (tmp_path / 'cut.png').write_bytes(b'\x89PNG\r\n\x1a\n')
+  rows = [dict(references=[], instruction='', target='gone.png', caption='broken'),
+          dict(references=['cut.png'], instruction='broken', target='0.png', caption='broken'),
+          dict(references=['0.png'], instruction='red ' * 200, target='1.png', caption='too long')]
+  rows += [dict(references=[f'{i}.png'], instruction='make it lighter', target=f'{i + 1}.png', caption='whole') for i in range(3)]
+  (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=('reconstruct', 'edit'),
+                             weights=(0.5, 0.5), skipped=0.5, rewrites='written for training alone')
+  made = recipe(data=data)
+  chosen = jobs._preview_records(made.data, jobs.transforms.layout(made))
+  assert [record['caption'] for record in chosen] == ['too long', 'whole', 'whole', 'whole']  # asked to draw it again
+  edits = dataclasses.replace(made.data, tasks=('edit',), weights=(1.0,))
+  chosen = jobs._preview_records(edits, jobs.transforms.layout(made))
+  assert [record['caption'] for record in chosen] == ['whole'] * 3
+  builder.write(tmp_path / 'built', 't2i', 'train', 3)
+  built = dataclasses.replace(edits, path=str(tmp_path / 'built'), tasks=('t2i',))
+  assert len(jobs._preview_records(built, jobs.transforms.layout(made))) >= 1  # there is no test split
 
 
 def test_a_language_model_conditions_on_text_alone(recipe, tmp_path):
@@ -256,6 +280,7 @@ def test_requests_from_the_command_line(tmp_path):
   settings = config.SampleConfig(prompt='x', references=(str(path), str(path)), stitch=True)
   (request, *_), = requests.from_config(settings, 64)
   assert [picture.shape for picture in request.references] == [(60, 200, 3)]
+  assert requests.from_config(settings, 64)[0][1:] == (48, 80)  # the first reference's shape, stitched or not
   with pytest.raises(ValueError, match='nothing to draw'):
     requests.from_config(config.SampleConfig(), 64)
   (tmp_path / 'broken.png').write_bytes(b'no picture')
@@ -270,6 +295,16 @@ def test_answers_are_files_that_say_what_made_them(sampler, tmp_path, capsys):
   assert picture.size == (64, 64) and picture.text['prompt'] == 'a red circle' and picture.text['seed'] == '1'
   assert json.loads(picture.text['settings'])['steps'] == settings.steps and 'written' in picture.text
   assert (tmp_path / 'grid.png').exists() and 'asked:   a red circle' in capsys.readouterr().out
+
+
+def test_requests_are_drawn_some_at_a_time(sampler, tmp_path):
+  whole, parts = (dataclasses.replace(sampler.settings, prompt='a red circle', num_images=6, batch_size=n) for n in (32, 4))
+  for name, settings in (('whole', whole), ('parts', parts)):
+    requests.answer(sampler, requests.from_config(settings, 64), settings, tmp_path / name)
+  assert len(list((tmp_path / 'parts').glob('0*.png'))) == 6
+  for i in range(6):
+    a, b = (images.read(tmp_path / name / f'{i:03d}.png').astype(int) for name in ('whole', 'parts'))
+    assert np.abs(a - b).max() <= 1
 
 
 def test_preview_and_evaluation(sampler, recipe, tmp_path, mesh):

@@ -60,8 +60,8 @@ def test_examples_are_pure_and_complete(task):
     assert repr(e) == repr(again)
     assert all(np.array_equal(a, b) for a, b in zip(e['references'], again['references']))
     assert example(task, split, i, seed=1)['caption'] != e['caption'] or task == 'question'
-    assert set(e) == {'task', 'references', 'instruction', 'caption', 'target', 'kind', 'style', 'more', 'source',
-                      'scene', 'constraints'}
+    assert set(e) == {'task', 'references', 'instruction', 'caption', 'target', 'kind', 'style', 'source', 'scene',
+                      'constraints'} | ({'more'} if (task, split) == ('question', 'train') else set())
     assert e['task'] == task and e['instruction'] and e['caption'] and e['kind']
     for picture, text in zip(e['references'], e['source'], strict=True):
       np.testing.assert_array_equal(picture, render(Scene.from_json(text), 64))
@@ -109,7 +109,7 @@ def heldout_things(task: str, e: dict) -> list[str]:
   found = [f'object in {s.to_json()}' for s in scenes_of(e) if splits.scene_is_heldout(s)]
   if e['constraints'] and splits.constraints_are_heldout(language.constraints_from_json(e['constraints'])):
     found.append('constraints')
-  text = ' | '.join([e['instruction'], e['caption'], *(text for turn in e['more'] for text in turn)])
+  text = ' | '.join([e['instruction'], e['caption'], *(text for turn in e.get('more', ()) for text in turn)])
   found += [f'name {triple}' for triple in splits.HELDOUT_OBJECTS
             if re.search(rf'\b{triple[2]} {triple[1]} {triple[0]}', text)]
   at = 0

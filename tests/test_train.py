@@ -213,6 +213,7 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
     (lambda c: setattr(c.objective, 'draws', 0), 'objective.draws=0'),
+    (lambda c: setattr(c, 'eval', config.EvalConfig(study='verifi', split='heldout')), 'only the split test'),
 ])
 def test_impossible_combinations_say_so(recipe, change, text):
   made = recipe()

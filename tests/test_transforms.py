@@ -56,7 +56,7 @@ def test_what_the_vlm_has_to_write():
     record = examples.example(task, 'train', 5)
     example = transforms.Write(LAYOUT)(record, np.random.default_rng(0))
     chat, mask = LAYOUT.chat, example['target_mask']
-    answers = [record['caption'], *(answer for _, answer in record['more'])]
+    answers = [record['caption'], *(answer for _, answer in record.get('more', ()))]
     wanted = [token for text in answers for token in (*chat.text_ids(text), *chat.stop_ids)]
     said = list(example['targets'][mask])
     assert said == wanted[:len(said)] and len(said) >= len(chat.text_ids(record['caption'])) + 1
@@ -65,19 +65,20 @@ def test_what_the_vlm_has_to_write():
 
 
 def test_more_questions_are_asked_as_long_as_there_is_room():
-  record = examples.example('question', 'train', 5)
-  assert len(record['more']) == examples.MORE and not examples.example('question', 'test', 5)['more']
-  shown = {}
-  for text, written in ((60, 40), (400, 8), (401, 100)):
+  drawn = examples.example('question', 'train', 5)
+  assert len(drawn['more']) == examples.MORE and 'more' not in examples.example('question', 'test', 5)
+  record = dict(drawn, instruction='what is red?', caption='nothing', more=[('is anything green?', 'no')] * 4)
+  chat = LAYOUT.chat
+  turns = [chat.spans('what is red?', (16,), 'nothing', 'answer')]
+  for turn in record['more']:
+    turns.append(turns[-1] + chat.another(*turn))
+  ids = [[token for span in spans for token in span.ids] for spans in turns]
+  unpictured = len(ids[0]) - 16 - sum(len(ends) for ends in chat.picture_ends)
+  turn = len(ids[1]) - len(ids[0])
+  for text, written, asked in ((unpictured, 99, 0), (unpictured + 2 * turn + 1, 99, 2), (400, 99, 4), (400, 7, 2)):
     layout = dataclasses.replace(LAYOUT, rooms=(('question', text, written),))
     example = transforms.Write(layout)(record, np.random.default_rng(0))
-    shown[text] = list(example['tokens'][example['valid']])
-  assert shown[60] == shown[401][:len(shown[60])] and shown[400] == shown[401][:len(shown[400])]
-  chat, counts = LAYOUT.chat, (16,)
-  turns = chat.spans(record['instruction'], counts, record['caption'], 'answer')
-  for turn in record['more']:
-    turns += chat.another(*turn)
-  assert shown[401] == [token for span in turns for token in span.ids] and len(shown[60]) < len(shown[400]) < len(shown[401])
+    assert list(example['tokens'][example['valid']]) == ids[asked], (text, written)
 
 
 def test_turns_are_the_templates_own():
@@ -131,6 +132,20 @@ def test_a_raw_request_that_is_too_long_stays_rewritten():
   example = transforms.Generate(dataclasses.replace(LAYOUT, rooms=(('edit', 240, 50),)), drop=0, drop_pictures=0, raw=1)(
       long, np.random.default_rng(0))
   assert kept_ids(example)[16:] == [*LAYOUT.chat.text_ids(EDIT['caption']), *LAYOUT.chat.stop_ids]
+
+
+def test_a_request_without_a_rewrite_that_is_too_long_to_be_kept_has_its_caption():
+  layout = dataclasses.replace(LAYOUT, text=300, rooms=())
+  record = dict(EDIT, instruction='red ' * 60, rewrites=[])
+  example = transforms.Generate(layout, drop=0, drop_pictures=0)(record, np.random.default_rng(0))
+  chat = layout.chat
+  assert kept_ids(example)[16:] == [*chat.text_ids(EDIT['caption']), *chat.stop_ids]
+  assert layout.fits(record) and not layout.fits(dict(record, instruction='red ' * 300))
+
+
+def test_a_model_without_eyes_has_no_tiles():
+  layout = dataclasses.replace(LAYOUT, eye=eyes.Blind())
+  assert layout.in_tiles(4) == layout
 
 
 def test_a_record_says_in_how_many_tiles_it_is_shown():

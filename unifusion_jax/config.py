@@ -61,6 +61,7 @@ class SampleConfig:
   top_p: float = 1.0                # share of probability that they are drawn from
   tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
   pictures: bool = True             # False: the VLM sees the references, but their tokens do not reach the DiT
+  batch_size: int = 32              # requests drawn at a time
   stitch: bool = False              # show all references as one picture, side by side
   num_images: int = 1               # for each request
   seed: int = 0
@@ -138,12 +139,15 @@ def check(config: Config, devices: int) -> None:
     want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
     want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
     want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
+    want(config.sample.batch_size >= 1, f'sample.batch_size={config.sample.batch_size} must be 1 or more')
     want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')
     want(not (config.objective.online and data.rewrites), f'objective.online writes as training goes and data.rewrites='
          f'{data.rewrites} was written before: leave one of them out')
     want(config.sample.temperature >= 0, f'sample.temperature={config.sample.temperature} must be 0 or more')
     want(0 < config.sample.top_p <= 1, f'sample.top_p={config.sample.top_p} must be above 0 and at most 1')
     want(config.eval.study in ('', 'verifi'), f"eval.study={config.eval.study!r} must be '' or 'verifi'")
+    want(not config.eval.study or config.eval.split == 'test',
+         f'eval.split={config.eval.split!r}: the study asks in phrasings that only the split test has')
     want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
     want(config.objective.draws >= 1, f'objective.draws={config.objective.draws} must be 1 or more')

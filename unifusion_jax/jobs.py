@@ -16,6 +16,7 @@ from unifusion_jax import encoders
 from unifusion_jax import requests
 from unifusion_jax import rewrite
 from unifusion_jax import sample
+from unifusion_jax import sharding
 from unifusion_jax import step
 from unifusion_jax.data import eyes
 from unifusion_jax.data import images
@@ -49,8 +50,8 @@ _shape = jax.ShapeDtypeStruct
 
 def _abstract_batch(batch: int, example: dict) -> dict:
   """A batch as it reaches the train step, from the shapes of one example."""
-  sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
-  return jax.tree.map(lambda x: _shape((batch, *x.shape), x.dtype, sharding=sharding), example)
+  by_rows = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
+  return jax.tree.map(lambda x: _shape((batch, *x.shape), x.dtype, sharding=by_rows), example)
 
 
 def _abstract_state(job):
@@ -78,7 +79,24 @@ def _trained(job, workdir: pathlib.Path, mesh):
   return job.load_params(weights)
 
 
+def _preview_records(data, layout: transforms.Layout | None = None) -> list[dict]:
+  """Records of the first task to make a preview of: of the test split, or of what there is where none was written."""
+  data = dataclasses.replace(data, tasks=data.tasks[:1], weights=(1.0,), rewrites=None, tiles=(max(data.tiles),))
+  try:
+    source, _ = mix.mix(data, split='test')[0]
+  except FileNotFoundError:
+    source, _ = mix.mix(data)[0]
+  return requests.same_shape(source, PREVIEWED, layout.fits if layout else lambda record: True)
+
+
+def _write_preview(workdir: pathlib.Path, step: int, sheet: np.ndarray) -> None:
+  if sharding.leads():
+    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+
+
 def _write_report(workdir: pathlib.Path, report: dict) -> None:
+  if not sharding.leads():
+    return
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'eval.json').write_text(json.dumps(report, indent=2) + '\n')
   print(json.dumps(report, indent=2))
@@ -150,11 +168,9 @@ class Generation:
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     """A grid of test requests: references, what was asked, what was written, result, target."""
-    source, _ = mix.mix(dataclasses.replace(self.config.data, tasks=self.config.data.tasks[:1],
-                                            weights=(1.0,)), split='test')[0]
-    records = requests.same_shape(source, PREVIEWED)
-    sheet = requests.sheet(self.sampler(params, frozen), records)
-    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+    sampler = self.sampler(params, frozen)
+    if records := _preview_records(self.config.data, sampler.layout):
+      _write_preview(workdir, step, requests.sheet(sampler, records))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     asked = requests.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
@@ -222,8 +238,7 @@ class Writing:
     del frozen
     if not self.config.objective.words:
       return  # an eye alone says nothing
-    sheet = eval_writing.sheet(params.vlm, self._layout(), self.config.data, PREVIEWED)
-    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+    _write_preview(workdir, step, eval_writing.sheet(params.vlm, self._layout(), self.config.data, PREVIEWED))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     raise ValueError('a VLM draws nothing: sample with configs/t2i.py or configs/edit.py, or use --mode=eval')
@@ -273,11 +288,10 @@ class Reconstruction:
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     del frozen
-    source, _ = mix.mix(self.config.data, split='test')[0]
-    pictures = np.stack([record['target'] for record in requests.same_shape(source, PREVIEWED)])
-    back = eval_reconstruction.round_trip(params, pictures)
-    sheet = images.grid([list(pictures), list(back)], cell=128)
-    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+    if records := _preview_records(self.config.data):
+      pictures = np.stack([images.read(record['target']) for record in records])
+      back = eval_reconstruction.round_trip(params, pictures)
+      _write_preview(workdir, step, images.grid([list(pictures), list(back)], cell=128))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     raise ValueError('an autoencoder draws nothing of its own: sample with configs/t2i.py or configs/edit.py')
@@ -293,7 +307,7 @@ class Reconstruction:
     vae = _trained(self, workdir, mesh)
     mixture, transform = self.data()
     batches = pipeline.batches(mixture, transform, self.config.data.batch_size, self.config.seed)
-    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, eval_reconstruction.put(next(batches)['target']))))
+    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, sharding.put(next(batches)['target']))))
               for _ in range(8)]
     batches.close()
     vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.mean(spread)))

@@ -27,6 +27,8 @@ from unifusion_jax import train
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'rewrite', 'eval', 'export'], 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<name of the recipe>.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of several processes that run together, as on the hosts of a '
+                                 'TPU pod; jax finds the others by itself on Cloud TPU, Slurm and Kubernetes.')
 _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                              'Folder that keeps compiled programs between runs; empty for none.')
 
@@ -34,6 +36,8 @@ _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / '
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'{argv[1]!r} is no flag: settings are given as --config.a.b=value')
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
   jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
   if _CACHE.value:

@@ -6,7 +6,9 @@ import pathlib
 import numpy as np
 
 from unifusion_jax import sample
+from unifusion_jax import sharding
 from unifusion_jax.data import images
+from unifusion_jax.data import sources
 
 
 def from_config(settings, size: int) -> list[tuple[sample.Request, int, int]]:
@@ -24,11 +26,11 @@ def from_config(settings, size: int) -> list[tuple[sample.Request, int, int]]:
   if not lines:
     raise ValueError('nothing to draw: give --config.sample.prompt="..." (one request a line, or @file.txt)')
   references = tuple(images.read(path) for path in settings.references)
-  if settings.stitch and references:
-    references = (images.stitch(references),)
   height, width = settings.height, settings.width
   if not height or not width:
     height, width = _shape_like(references[0] if references else None, size, height, width)
+  if settings.stitch and references:
+    references = (images.stitch(references),)
   made = []
   for i, line in enumerate(lines):
     for j in range(settings.num_images):
@@ -49,34 +51,51 @@ def _shape_like(reference, size: int, height: int, width: int) -> tuple[int, int
 
 
 def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path) -> None:
-  """Draws everything asked for; writes a PNG for each picture, with what made it in its metadata, and a grid."""
-  rows, captions = [], []
+  """Draws everything asked for, `settings.batch_size` at a time.
+
+  Writes a PNG for each picture as soon as it is there, with what made it in its metadata, and a grid at the end.
+  """
   requests = [request for request, _, _ in asked]
   _, height, width = asked[0]
-  results = sampler(requests, height, width)
-  for i, (request, result) in enumerate(zip(requests, results)):
-    path = folder / f'{i:03d}.png'
-    told = ('steps', 'guidance', 'method', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles', 'pictures', 'stitch')
-    made_by = dict(prompt=request.instruction, written=result.written, remark=result.remark, seed=str(request.seed),
-                   settings=json.dumps({name: getattr(settings, name) for name in told} | dict(width=width, height=height)))
-    images.write_png(path, result.picture, made_by)
-    print(f'{path}\n  asked:   {request.instruction}\n  written: {result.written}'
-          + (f'\n  remark:  {result.remark}' if result.remark else ''))
-    rows.append([*request.references, result.picture])
-    captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
-                    + [result.written])
-  images.write_png(folder / 'grid.png', images.grid(rows, captions))
-  print(f'{folder / "grid.png"}')
+  told = ('steps', 'guidance', 'method', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles', 'pictures', 'stitch')
+  told = json.dumps({name: getattr(settings, name) for name in told} | dict(width=width, height=height))
+  rows, captions = [], []
+  for start in range(0, len(requests), settings.batch_size):
+    part = requests[start:start + settings.batch_size]
+    # The last batch is filled up to the shape of those before it
+    filled = part + part[-1:] * (min(len(requests), settings.batch_size) - len(part))
+    results = sampler(filled, height, width)
+    for i, (request, result) in enumerate(zip(part, results), start):
+      rows.append([*request.references, result.picture])
+      captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
+                      + [result.written])
+      if sharding.leads():
+        path = folder / f'{i:03d}.png'
+        images.write_png(path, result.picture, dict(prompt=request.instruction, written=result.written,
+                                                    remark=result.remark, seed=str(request.seed), settings=told))
+        print(f'{path}\n  asked:   {request.instruction}\n  written: {result.written}'
+              + (f'\n  remark:  {result.remark}' if result.remark else ''))
+  if sharding.leads():
+    images.write_png(folder / 'grid.png', images.grid(rows, captions))
+    print(f'{folder / "grid.png"}')
 
 
-def same_shape(source, count: int) -> list[dict]:
-  """The first `count` records of a source that share the first one's shape."""
-  first = source.bucket(0)
-  records, i = [], 0
-  while len(records) < count and i < len(source):
-    if source.bucket(i) == first:
-      records.append(source[i])
-    i += 1
+def same_shape(source, count: int, wanted=lambda record: True) -> list[dict]:
+  """The first `count` records of a source that are whole, share the first one's shape and are wanted."""
+  records, shape = [], None
+  for i in range(len(source)):
+    bucket = source.bucket(i)
+    if bucket is None or shape not in (None, bucket):
+      continue
+    try:
+      record = source[i]
+    except sources.BrokenRecord:
+      continue
+    if wanted(record):
+      shape = bucket
+      records.append(record)
+    if len(records) == count:
+      break
   return records
 
 

@@ -4,14 +4,16 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl \
       --config.data.rewrites=runs/own/rewrites --workdir=runs/own
 
-A request is its text and the pixels of its references: equal ones are written once. Each process appends lines of JSON
+A request is its text and the pixels of its references: equal ones are written once by each process that meets them. Each process appends lines of JSON
 to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after the last whole line. A
-rewrite without words or without an end is not kept, and a request left with none is trained on as it is.
+rewrite without words, without an end or without room beside its request is not kept, and a request left with none is
+trained on as it is.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 
@@ -29,6 +31,9 @@ from unifusion_jax.data import rewrites
 from unifusion_jax.data import sources
 from unifusion_jax.data import transforms
 
+_TAIL = 1 << 20  # bytes of a file of weights that tell it from others
+
+
 @dataclasses.dataclass
 class RewriteConfig:
   """How requests are rewritten offline; vlm, system prompt, tiles and room are those of training."""
@@ -45,16 +50,17 @@ def write(config, vlm, mix, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> No
   """
   settings, layout = config.rewrite, transforms.layout(config)
   _check(config, mesh)
-  if jax.process_index() == 0:
+  if sharding.leads():
     _keep_settings(folder, _settings(config, layout))
+  mine = folder / f'rewrites-{jax.process_index():05d}.jsonl'
+  _cut_to_whole_lines(mine)
   multihost_utils.sync_global_devices('rewrite settings')
   done = set(_keys(folder))
-  mine = folder / f'rewrites-{jax.process_index():05d}.jsonl'
   local = settings.batch_size // jax.process_count()
   written = failed = broken = 0
   start = time.monotonic()
   total = sum(len(source) for source, _ in mix)
-  with _whole_lines(mine).open('a') as file, tqdm.tqdm(total=total, unit='record', disable=jax.process_index() > 0) as bar:
+  with mine.open('a') as file, tqdm.tqdm(total=total, unit='record', disable=not sharding.leads()) as bar:
     for source, _ in mix:
       # By the number of references, which is the shape of a batch: all processes go through them in the same order
       counts = np.array([-1 if (bucket := source.bucket(i)) is None else bucket[2] for i in range(len(source))])
@@ -82,7 +88,7 @@ def write(config, vlm, mix, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> No
             written, failed = written + len(ids), failed + settings.count - len(ids)
           file.flush()
   took = time.monotonic() - start
-  print(f'{folder}: {written} rewrites in {took:.0f} s ({written / took:.1f}/s), {failed} without words or end left out, '
+  print(f'{folder}: {written} rewrites in {took:.0f} s ({written / took:.1f}/s), {failed} without words, end or room left out, '
         f'{broken} broken records passed over; train with --config.data.rewrites={folder}')
 
 
@@ -121,7 +127,7 @@ def _rewritten(settings: RewriteConfig, layout: transforms.Layout, vlm, batch, r
     texts, failed = sample.read(layout.chat, ids, lengths)
     for i, (name, _, _) in enumerate(part):
       kept = found.setdefault(name, ([], []))
-      if i not in failed:
+      if i not in failed and np.sum(rows[i]['valid']) + lengths[i] <= len(rows[i]['valid']):
         kept[0].append([int(token) for token in ids[i, :lengths[i] - 1]])
         kept[1].append(texts[i])
   return [(name, *kept) for name, kept in found.items()]
@@ -143,11 +149,23 @@ def _most(number: int) -> int:
 
 
 def _settings(config, layout: transforms.Layout) -> dict:
-  """What rewrites depend on. The VLM is known by its tokenizer and sizes: a folder may have moved."""
-  folder = hub.resolve(config.vlm, weights=False)
-  model = hashlib.sha256((folder / 'config.json').read_bytes() + (folder / 'tokenizer.json').read_bytes())
-  return dict(vlm=model.hexdigest()[:16], system=verifi.SYSTEM.get(layout.system, layout.system), tiles=max(config.data.tiles),
+  """What rewrites depend on."""
+  vlm = _fingerprint(hub.resolve(config.vlm))
+  return dict(vlm=vlm, quantized=config.vlm_quantized, system=verifi.SYSTEM.get(layout.system, layout.system), tiles=max(config.data.tiles),
               written=layout.written, **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
+  """A VLM is known by its sizes, its tokenizer and the end of its weights: a folder may have moved."""
+  digest = hashlib.sha256()
+  for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
+    if (folder / name).exists():
+      digest.update((folder / name).read_bytes())
+  for path in sorted(folder.glob('*.safetensors')):
+    with path.open('rb') as file:
+      file.seek(-min(path.stat().st_size, _TAIL), os.SEEK_END)
+      digest.update(file.read())
+  return digest.hexdigest()[:16]
 
 
 def _check(config, mesh) -> None:
@@ -192,9 +210,7 @@ def _keys(folder: pathlib.Path):
         yield json.loads(line)['key']
 
 
-def _whole_lines(path: pathlib.Path) -> pathlib.Path:
-  """The file without a last line that was cut off."""
-  if path.exists():
-    data = path.read_bytes()
-    path.write_bytes(data[:data.rfind(b'\n') + 1])
-  return path
+def _cut_to_whole_lines(path: pathlib.Path) -> None:
+  """Takes a last line that was cut off from a file; the others are not touched."""
+  if path.exists() and (data := path.read_bytes()) and not data.endswith(b'\n'):
+    os.truncate(path, data.rfind(b'\n') + 1)

@@ -74,10 +74,9 @@ class Sampler:
                       for request in padded])
     s = self.settings
     shift = s.shift or flow.shift_for((height // unit) * (width // unit))
-    pictures = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, sharding.put(noise), jnp.float32(s.guidance),
-                     steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
-    pictures = np.asarray(jax.device_get(pictures))
-    return [Result(*parts) for parts in zip(pictures[:len(requests)], written, remarks)]
+    pictures = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, sharding.put(noise),
+                     jnp.float32(s.guidance), steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
+    return [Result(*parts) for parts in zip(sharding.fetch(pictures)[:len(requests)], written, remarks)]
 
   def _condition(self, requests):
     """Condition tokens [b q d], their mask [b q], and of each request the text they stand for and a remark."""
@@ -96,13 +95,13 @@ class Sampler:
       rows = [verifi.arrays(layout.chat.spans(r.instruction, c, None, system), length, count * layout.eye.most,
                             ('picture',) if s.pictures else ()) for r, c in zip(requests, counts)]
       out, condition, mask = self._listen(layout, sharding.put(stacked(rows)), pictures, [r.seed for r in requests])
-      written, failed = read(layout.chat, *jax.device_get((out.tokens, out.lengths)))
+      written, failed = read(layout.chat, *sharding.fetch((out.tokens, out.lengths)))
       for i, reason in failed.items():
         if i not in forced:
           forced[i] = requests[i].instruction, True
           remarks[i] = f'{reason}: drawn from the request itself'
     if forced:
-      rows = []
+      rows, length = [], length + layout.written  # the prompt and a whole answer
       for i, (request, c) in enumerate(zip(requests, counts)):
         text, raw = forced.get(i, ('', False))
         spans = layout.chat.spans(request.instruction, c, '' if raw else text, system)
@@ -122,7 +121,10 @@ class Sampler:
   def _listen(self, layout, rows, pictures, seeds):
     """The VLM writes: its answer, and the condition tokens from the states in which it was written."""
     s = self.settings
-    keys = sharding.put(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)) if s.temperature else None
+    keys = None
+    if s.temperature:
+      words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)))
+      keys = jax.random.wrap_key_data(sharding.put(words))
     out = generate.generate(self.frozen.vlm, rows['tokens'], rows['valid'], pictures, max_new=layout.written,
                             stop_ids=layout.chat.stop_ids, taps=self.taps, temperature=s.temperature, top_p=s.top_p,
                             key=keys)

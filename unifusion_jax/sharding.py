@@ -7,6 +7,7 @@ All are Explicit: an array's type says how it is sharded, and gradients, moments
 import dataclasses
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 AXES = ('data', 'fsdp', 'tp')
@@ -51,6 +52,16 @@ def put_batch(batch, mesh: jax.sharding.Mesh):
 def put(batch):
   """A batch that every process holds whole, as global arrays sharded over BATCH on the mesh in context."""
   return jax.device_put(batch, jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH)))
+
+
+def fetch(tree):
+  """Sharded arrays as numpy, whole on every process; all processes call this together."""
+  return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def leads() -> bool:
+  """Whether this is the process that prints, and that writes what is written once."""
+  return jax.process_index() == 0
 
 
 def abstract(tree, mesh):

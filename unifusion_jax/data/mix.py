@@ -32,7 +32,8 @@ def _mix(data, split: str, seed: int):
     own = sources.FolderSource(path, buckets, data.skipped)
     asked = {task: weight for task, weight in zip(data.tasks, data.weights)}
     again = asked.pop('reconstruct', 0.0)
-    return [(own, sum(asked.values()))] + ([(Reconstruct(own), again)] if again else [])
+    weighted = [(own, sum(asked.values())), (Reconstruct(own), again)]
+    return [(source, weight) for source, weight in weighted if weight]
   if path.is_dir():
     return [(sources.ArrayRecordSource(path, task, split), weight) for task, weight in zip(data.tasks, data.weights)]
   raise FileNotFoundError(f"data.path={data.path!r} is neither 'scenes' nor a .jsonl or .parquet file nor a folder that "

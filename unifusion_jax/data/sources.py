@@ -89,7 +89,7 @@ class ArrayRecordSource:
   def __init__(self, folder, task: str, split: str):
     path = pathlib.Path(folder) / 'scenes' / f'{task}_{split}' / '1.0.0'
     if not (path / 'dataset_info.json').is_file():
-      raise ValueError(f'{path} is not there: write it with python -m unifusion_jax.data.scenes.builder '
+      raise FileNotFoundError(f'{path} is not there: write it with python -m unifusion_jax.data.scenes.builder '
                        f'--out={folder} --task={task} --split={split}')
     self.name = str(path)
     builder = tfds.builder_from_directory(path)

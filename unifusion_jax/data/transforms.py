@@ -42,7 +42,9 @@ class Layout:
 
   def in_tiles(self, tiles: int) -> 'Layout':
     """The same, showing each picture in at most so many tiles (0: as it is)."""
-    return dataclasses.replace(self, eye=dataclasses.replace(self.eye, tiles=tiles)) if tiles else self
+    if not tiles or isinstance(self.eye, eyes.Blind):
+      return self
+    return dataclasses.replace(self, eye=dataclasses.replace(self.eye, tiles=tiles))
 
   def lengths(self, references: int, task: str = '') -> tuple[int, int]:
     """(s, q): tokens, and tokens that reach the DiT, that a prompt with so many references is padded to."""
@@ -53,6 +55,11 @@ class Layout:
   def room(self, task: str = '') -> tuple[int, int]:
     """Tokens for text, and for written text, of a task."""
     return next((room for name, *room in self.rooms if name == task), (self.text, self.written))
+
+  def fits(self, record: dict) -> bool:
+    """Whether there is room for a request, and for an empty answer after it."""
+    spans = self.chat.spans(record['instruction'] or record['caption'], (), '', self.system)
+    return sum(len(span.ids) for span in spans) <= self.text
 
   def arrays(self, spans, references: int, task: str = '', kept=verifi.KEPT) -> dict[str, np.ndarray]:
     """`verifi.arrays` at the lengths for so many references; a record whose text is too long for them is a broken one."""
@@ -90,7 +97,7 @@ class Generate:
   """Examples for the DiT: the target, and what the VLM reads and has written about it.
 
   What was written is one of the record's `rewrites` (ids, `rewrite.py`), drawn anew each time, or its caption. Where
-  the VLM could write none the request itself is kept, as it is in sampling.
+  the VLM could write none the request itself is kept, as it is in sampling; the caption, where the request is too long.
 
   Attributes:
     layout: of the frozen VLM.
@@ -125,8 +132,11 @@ class Generate:
       kept = tuple(kind for kind in kept if kind != 'picture')
     elif counts and part < self.drop_pictures + self.drop_written:
       written = ''
-    elif unwritten or (raw < self.raw and len(chat.text_ids(instruction)) < layout.room(task)[1]):
-      written, kept = '', verifi.RAW
+    elif unwritten or raw < self.raw:
+      if len(chat.text_ids(instruction)) < layout.room(task)[1]:
+        written, kept = '', verifi.RAW
+      elif unwritten:
+        written = record['caption']
     still_open = self.online and len(written) > 0
     if still_open:
       written = None

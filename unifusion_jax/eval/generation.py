@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from unifusion_jax import sample
+from unifusion_jax import sharding
 from unifusion_jax.data import images
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.data.scenes import judge
@@ -33,7 +34,8 @@ def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
       results = draw(sampler, records, config.eval.batch_size)
       name = f'{split}_{task}_{objects[0]}-{objects[1]}'
       report[name] = score(records, results)
-      images.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], results[:SHOWN]))
+      if sharding.leads():
+        images.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], results[:SHOWN]))
   return report
 
 
@@ -46,8 +48,10 @@ def draw(sampler: sample.Sampler, records: list[dict], batch_size: int, seed: in
   for (height, width, _), members in groups.items():
     for start in range(0, len(members), batch_size):
       part = members[start:start + batch_size]
-      made = sampler([sample.Request(records[i]['instruction'], tuple(records[i]['references']), seed + int(i), records[i].get('rewrite'))
-                      for i in np.resize(part, batch_size)], height, width)
+      asked = [records[i] for i in np.resize(part, batch_size)]
+      seeds = seed + np.resize(part, batch_size)
+      made = sampler([sample.Request(r['instruction'], tuple(r['references']), int(n), r.get('rewrite'))
+                      for r, n in zip(asked, seeds)], height, width)
       for i, result in zip(part, made):
         results[i] = result
   return results

@@ -18,7 +18,7 @@ def _round_trip(vae, x):
 def round_trip(vae, pictures: np.ndarray) -> np.ndarray:
   """uint8 [b y x 3] -> what comes back, uint8 [b y x 3]."""
   back = _round_trip(vae, sharding.put(pictures.astype(np.float32) / 127.5 - 1.0))
-  return np.asarray(jnp.round(jnp.clip((back + 1.0) * 127.5, 0, 255)).astype(jnp.uint8))
+  return sharding.fetch(jnp.round(jnp.clip((back + 1.0) * 127.5, 0, 255)).astype(jnp.uint8))
 
 
 def evaluate(vae, config) -> dict:

@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 
 from unifusion_jax import sample
+from unifusion_jax import sharding
 from unifusion_jax.data import images
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.eval import generation
@@ -90,9 +91,12 @@ class _Study:
       rows.append([*record['references'], *[None] * (most - len(record['references'])),
                    *(results[i].picture for results in drawn.values()), record['target']])
       captions.append([''] * most + [results[i].written for results in drawn.values()] + [record['instruction']])
-    images.write_png(self.folder / f'{name}.png',
-                     images.grid(rows, captions, ['reference'] * most + list(drawn) + ['target'], cell=160))
+    self._write(name, images.grid(rows, captions, ['reference'] * most + list(drawn) + ['target'], cell=160))
     return rates
+
+  def _write(self, name: str, sheet: np.ndarray) -> None:
+    if sharding.leads():
+      images.write_png(self.folder / f'{name}.png', sheet)
 
   def tiles(self) -> dict:
     """Root mean square error (0 to 255) of pictures drawn again, by the tiles that the VLM saw them in."""
@@ -111,7 +115,7 @@ class _Study:
       for row, result in zip(rows, results):
         row.insert(-1, result.picture)
     titles = ['reference', *(f'{tiles} tiles' for tiles in TILES), 'target']
-    images.write_png(self.folder / 'tiles.png', images.grid(rows, None, titles, cell=160))
+    self._write('tiles', images.grid(rows, None, titles, cell=160))
     return report
 
 

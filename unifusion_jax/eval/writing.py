@@ -2,7 +2,6 @@
 
 import collections
 
-import jax
 import numpy as np
 
 from unifusion_jax import generate
@@ -37,7 +36,7 @@ def answers(vlm, layout: transforms.Layout, records: list[dict], batch_size: int
       batch = sharding.put({name: np.stack([row[name] for row in rows]) for name in ('tokens', 'valid')})
       out = generate.generate(vlm, batch['tokens'], batch['valid'], sharding.put(np.stack(tiles)) if counts else None,
                               max_new=layout.written, stop_ids=chat.stop_ids)
-      ids, lengths = jax.device_get((out.tokens, out.lengths))
+      ids, lengths = sharding.fetch((out.tokens, out.lengths))
       for i, row, n in zip(part, ids, lengths):
         written[i] = chat.read(row[:n])
   return written

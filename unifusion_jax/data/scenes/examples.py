@@ -137,9 +137,9 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
 
   Returns references (list of uint8 [y x 3]), instruction, caption (what the VLM should write: a description of the
   target as far as it is determined, an answer, or a caption), target (uint8 [y x 3] or None), kind (of prompt, edit,
-  multi-reference example or question), style (of language; '' where there is one only), more (further questions with
-  their answers), source (the references as
-  JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or '').
+  multi-reference example or question), style (of language; '' where there is one only), source (the references as
+  JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or ''); of a question to train on also more (further questions
+  with their answers).
   """
   rng, canvas, edit_kind = _start(task, split, i, seed)
   references, target, constraints, style, more = (), None, None, '', []
@@ -180,6 +180,7 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
   return {
       'task': task, 'references': [render(s, size) for s in references] if pictures else [],
       'instruction': instruction, 'caption': text,
-      'target': render(target, size) if target and pictures else None, 'kind': kind, 'style': style, 'more': more,
+      'target': render(target, size) if target and pictures else None, 'kind': kind, 'style': style,
       'source': [s.to_json() for s in references], 'scene': target.to_json() if target else '',
-      'constraints': constraints_to_json(constraints) if constraints else ''}
+      'constraints': constraints_to_json(constraints) if constraints else '',
+      **({'more': more} if more else {})}
