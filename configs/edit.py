@@ -23,6 +23,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
   if scale == 'tiny':
     # One room for all tasks: few shapes, so little to compile for a run of minutes.
     base.data.text_tokens, base.data.written_tokens = (132,), (52,)
+    base.objective.draws = 2
     base.init = str(config.ASSETS / 't2i')
     base.sample.weights = str(config.ASSETS / 'edit')
     base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)

@@ -27,7 +27,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
 
 def tiny() -> config.Config:
   return config.Config(
-      objective=generation.FlowConfig(raw=0.1),
+      objective=generation.FlowConfig(raw=0.1, draws=4),
       model=unifusion.UniFusionConfig(
           lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208, unroll=2),
           dit.DiTConfig(channels=16, patch=1, depth=6, heads=6, kv_heads=2, head_dim=32, mlp=512, time_dim=128,
