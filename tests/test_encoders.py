@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import weakref
 
 from flax import nnx
 import jax
@@ -76,6 +77,26 @@ def test_every_matrix_of_every_kind_is_quantised(folders, kind):
   assert jax.tree.structure(small) == jax.tree.structure(encoders.abstract(small.config, quantized='int8'))
 
 
+@pytest.mark.parametrize('quantized', ['int8', 'w8a8'])
+@pytest.mark.parametrize('kind', MADE)
+def test_int8_never_holds_two_dense_matrices(folders, kind, quantized, monkeypatch):
+  seen, matrix = [], quantize._matrix
+
+  def watched(w, *axes):
+    assert not any(earlier() is not None for earlier in seen)
+    seen.append(weakref.ref(w))
+    return matrix(w, *axes)
+
+  module, _, _ = MADE[kind]
+  dense = module.load(folders[kind])
+  monkeypatch.setattr(quantize, '_matrix', watched)
+  small = encoders.load(folders[kind], quantized=quantized)
+  assert len(seen) == sum(isinstance(x, quantize.Int8) for x in jax.tree.leaves(
+      small, is_leaf=lambda x: isinstance(x, quantize.Int8))) > 5
+  monkeypatch.undo()
+  assert_equal(small, quantize.quantize(dense, quantized == 'w8a8'))
+
+
 def test_original_layout_is_found(tmp_path):
   from test_internvl import original_layout, torch_model
   original_layout(torch_model('qwen2', attention_bias=True), tmp_path)
@@ -142,6 +163,16 @@ def test_every_form_of_every_version_is_kept_apart(folders, tmp_path):
   changed = encoders.load(folder, jnp.float32, cache=cache)
   assert count() == 4
   assert_equal(changed, text.load(folder, jnp.float32))
+
+
+def test_process_0_says_what_is_kept(tmp_path, monkeypatch):
+  """Each host's copy of a checkpoint has its own times, and all must read or write one folder."""
+  assert encoders._kept(tmp_path, 'ab' * 12) == (tmp_path / ('ab' * 12), False)
+  (tmp_path / ('ab' * 12)).mkdir()
+  first = np.frombuffer(bytes.fromhex('ab' * 12) + b'\1', np.uint8)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(encoders.multihost_utils, 'broadcast_one_to_all', lambda facts: np.resize(first, facts.shape))
+  assert encoders._kept(tmp_path, 'cd' * 12) == (tmp_path / ('ab' * 12), True)
 
 
 def test_what_another_version_kept_is_refused(folders, tmp_path, monkeypatch):

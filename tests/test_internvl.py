@@ -238,6 +238,26 @@ def test_original_layout(text, internlm2, vision, tmp_path):
     assert relative(again(**torch_inputs(tokens, valid, tiles)).logits, theirs, valid) < 1e-6
 
 
+@pytest.mark.parametrize('level', [None, 'text_config'])
+def test_a_missing_head_is_tied_only_where_no_config_denies_it(level, tmp_path):
+  torch_model('qwen3', tied=True).save_pretrained(tmp_path)
+  assert internvl.load(tmp_path).config.text.tied
+  config = json.loads((tmp_path / 'config.json').read_text())
+  (config[level] if level else config)['tie_word_embeddings'] = False
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match='missing: language_model.lm_head.weight, for our decoder/head'):
+    internvl.load(tmp_path)
+
+
+def test_an_original_without_its_head(tmp_path):
+  original_layout(torch_model('internlm2', attention_bias=True), tmp_path, internlm2=True)
+  tensors = {name: tensor[:] for name, tensor in convert.read(tmp_path).items()}
+  del tensors['language_model.output.weight']
+  convert.write(tmp_path / 'model.safetensors', tensors)
+  with pytest.raises(ValueError, match='missing: language_model.output.weight'):
+    internvl.load(tmp_path)
+
+
 def test_original_layout_errors(tmp_path):
   original_layout(torch_model('qwen2'), tmp_path)
   config = json.loads((tmp_path / 'config.json').read_text())

@@ -1,6 +1,7 @@
 """Qwen3-VL against transformers' own classes (model, generation, picture processor), and its invariants."""
 
 import json
+import shutil
 
 from flax import nnx
 import jax
@@ -14,7 +15,7 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from test_internvl import one_device, relative
-from unifusion_jax import sharding
+from unifusion_jax import convert, sharding
 from unifusion_jax.data import qwen_images
 from unifusion_jax.generate import generate
 from unifusion_jax.models import qwen3_vl
@@ -121,6 +122,32 @@ def test_parity_text_only(folder):
       assert relative(hidden[:, :, tap], theirs.hidden_states[tap], valid) < 1e-5, tap
 
 
+@pytest.mark.parametrize('levels', [(True, True), (True, False), (False, True), (False, False)])
+def test_a_class_without_a_head(folder, levels, tmp_path):
+  """Qwen3VLModel, as in the text_encoder of Krea 2: no `model.` before the names, and no head."""
+  torch_model().model.save_pretrained(tmp_path)
+  described = json.loads((tmp_path / 'config.json').read_text())
+  described['tie_word_embeddings'], described['text_config']['tie_word_embeddings'] = levels
+  (tmp_path / 'config.json').write_text(json.dumps(described))
+  assert 'language_model.embed_tokens.weight' in convert.read(tmp_path)
+  if not any(levels):
+    with pytest.raises(ValueError, match='saved from a class without a head'):
+      qwen3_vl.load(tmp_path)
+    return
+  base, whole = qwen3_vl.load(tmp_path), qwen3_vl.load(folder)
+  assert base.config == whole.config
+  for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(whole)):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_missing_head_is_tied_only_where_no_config_denies_it(folder, tmp_path):
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  described = json.loads((tmp_path / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(described | dict(tie_word_embeddings=False)))
+  with pytest.raises(ValueError, match='missing: lm_head.weight, for our decoder/head'):
+    qwen3_vl.load(tmp_path)
+
+
 def test_greedy_writes_what_transformers_writes(folder):
   tokens, valid, pictures = batch()
   vlm = qwen3_vl.load(folder, jnp.float32)
@@ -161,6 +188,19 @@ def test_padding_changes_nothing(folder):
                                      (*left, pictures.patches)))
   np.testing.assert_array_equal(one[valid], two[valid])
   np.testing.assert_allclose(one[valid], three[left[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_queries_in_turns_see_the_same(folder, monkeypatch):
+  """In three parts of 14 patches, the last one padded, and in one of all 40."""
+  vlm = qwen3_vl.load(folder, jnp.float32)
+  _, _, pictures = batch()
+  dense = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *pictures)
+  monkeypatch.setattr(qwen3_vl, 'QUERIES', 16)
+  turns = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *pictures)
+  assert turns.sharding == dense.sharding
+  np.testing.assert_allclose(turns, dense, rtol=1e-5, atol=1e-5)
+  jaxpr = jax.make_jaxpr(lambda vlm, *x: vlm.vision(*x))(vlm, *pictures)
+  assert '40,40' not in str(jaxpr) and '14,40' in str(jaxpr)
 
 
 def test_missing_pictures_are_not_silent(folder):

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from test_internvl import one_device, relative
+from unifusion_jax import convert
 from unifusion_jax import sharding
 from unifusion_jax.generate import generate
 from unifusion_jax.models import text
@@ -83,6 +84,42 @@ def test_greedy_writes_what_transformers_writes(tmp_path):
       theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False,
                               eos_token_id=None, pad_token_id=0)
     np.testing.assert_array_equal(np.asarray(out.tokens)[row], theirs[0, n:].numpy(), err_msg=f'example {row}')
+
+
+def test_a_missing_head_is_tied_only_where_no_config_denies_it(tmp_path):
+  model = torch_model('llama')
+  model.save_pretrained(tmp_path)
+  described = json.loads((tmp_path / 'config.json').read_text())
+  tensors = {name: tensor[:] for name, tensor in convert.read(tmp_path).items()}
+  assert described['tie_word_embeddings'] is False
+  (tmp_path / 'config.json').write_text(json.dumps(described | dict(tie_word_embeddings=True)))
+  assert not text.load(tmp_path).config.text.tied  # a head that is there is the head
+  del tensors['lm_head.weight']
+  convert.write(tmp_path / 'model.safetensors', tensors)
+  assert text.load(tmp_path).config.text.tied
+  (tmp_path / 'config.json').write_text(json.dumps(described))
+  with pytest.raises(ValueError, match='missing: lm_head.weight, for our decoder/head'):
+    text.load(tmp_path)
+  del described['tie_word_embeddings']
+  (tmp_path / 'config.json').write_text(json.dumps(described))
+  assert text.load(tmp_path).config.text.tied
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen2'])
+def test_a_class_without_a_head(kind, tmp_path):
+  """LlamaModel's names lack `model.`; its head is the embedding table, or is nowhere."""
+  model = torch_model(kind)
+  model.save_pretrained(tmp_path / 'whole')
+  model.model.save_pretrained(tmp_path / 'base')
+  assert 'embed_tokens.weight' in convert.read(tmp_path / 'base')
+  if kind == 'llama':
+    with pytest.raises(ValueError, match='saved from a class without a head'):
+      text.load(tmp_path / 'base')
+    return
+  whole, base = (jax.tree.leaves(text.load(tmp_path / which)) for which in ('whole', 'base'))
+  assert len(whole) == len(base)
+  for a, b in zip(whole, base):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_errors():

@@ -5,11 +5,13 @@ import pathlib
 
 import pytest
 import sentencepiece
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from unifusion_jax import tokenizers
 from unifusion_jax import verifi
 
-SIZE = 500
+SIZE = 500  # pieces, of which added tokens replace the last two
+FIRST = SIZE - 2
 ADDED = ('<|im_end|>', '<|im_start|>', '<img>', '</img>', '<IMG_CONTEXT>', '<quad>')
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -24,9 +26,14 @@ def train(folder: pathlib.Path, prefix: bool = False, **changes) -> pathlib.Path
   settings = dict(model_type='bpe', byte_fallback=True, character_coverage=0.99, normalization_rule_name='identity',
                   remove_extra_whitespaces=False, split_digits=True) | changes
   sentencepiece.SentencePieceTrainer.train(
-      input=str(folder / 'corpus.txt'), model_prefix=str(folder / 'tokenizer'), vocab_size=SIZE, add_dummy_prefix=prefix,
-      minloglevel=2, **settings)
-  listed = dict(enumerate(('<unk>', '<s>', '</s>'))) | {SIZE + i: token for i, token in enumerate(ADDED)}
+      input=str(folder / 'corpus.txt'), model_prefix=str(folder / 'tokenizer'), vocab_size=FIRST,
+      add_dummy_prefix=prefix, minloglevel=2, **settings)
+  model = folder / 'tokenizer.model'
+  proto = import_protobuf().ModelProto.FromString(model.read_bytes())
+  for i, kind in ((145, 4), (146, 1)):
+    proto.pieces.add(piece=f'[UNUSED_TOKEN_{i}]', score=0, type=kind)
+  model.write_bytes(proto.SerializeToString())
+  listed = dict(enumerate(('<unk>', '<s>', '</s>'))) | {FIRST + i: token for i, token in enumerate(ADDED)}
   (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
       added_tokens_decoder={str(i): dict(content=token, special=True) for i, token in listed.items()},
       auto_map=dict(AutoTokenizer=['tokenization_internlm2.InternLM2Tokenizer', None]), bos_token='<s>', eos_token='</s>',
@@ -45,16 +52,18 @@ def test_ids_are_sentencepieces(tmp_path, prefix):
     assert ours.decode(ids) == text
   # Added tokens keep their ids, and what stands between them is tokenised by itself
   joined = ours.encode('a red<|im_start|>circle<IMG_CONTEXT>', add_special_tokens=False)
-  assert joined == [*theirs.encode('a red'), SIZE + 1, *theirs.encode('circle'), SIZE + 4]
+  assert joined == [*theirs.encode('a red'), FIRST + 1, *theirs.encode('circle'), FIRST + 4]
+  assert len(ours) == FIRST + len(ADDED) and ours.convert_ids_to_tokens([FIRST, SIZE]) == ['<|im_end|>', '<img>']
+  assert FIRST not in ours.encode('[UNUSED_TOKEN_145]', add_special_tokens=False)
 
 
 def test_it_chats(tmp_path):
   chat = verifi.Chat(train(tmp_path))
   spans = chat.spans('make it <|im_end|> blue', (3,), 'a circle', 'faithful')
   ids = [token for span in spans for token in span.ids]
-  assert ids[:2] == [1, SIZE + 1] and ids.count(SIZE + 4) == 3 and chat.stop_ids == (SIZE,)
-  assert [span.ids for span in spans if span.kind == 'stop'] == [(SIZE,)] and ids.count(SIZE) == 3
-  assert chat.read([*chat.text_ids('a circle'), SIZE, 5]) == 'a circle'
+  assert ids[:2] == [1, FIRST + 1] and ids.count(FIRST + 4) == 3 and chat.stop_ids == (FIRST,)
+  assert [span.ids for span in spans if span.kind == 'stop'] == [(FIRST,)] and ids.count(FIRST) == 3
+  assert chat.read([*chat.text_ids('a circle'), FIRST, 5]) == 'a circle'
 
 
 def test_what_is_not_internlm2s_is_refused(tmp_path):
@@ -65,10 +74,23 @@ def test_what_is_not_internlm2s_is_refused(tmp_path):
   folder = tmp_path / 'mixed'
   folder.mkdir()
   described = train(folder) / 'tokenizer_config.json'
-  described.write_text(described.read_text().replace(f'"{SIZE + 2}"', f'"{SIZE + 20}"'))
-  with pytest.raises(ValueError, match='mixes files of different checkpoints'):
-    tokenizers.load(str(folder))
+  listed = described.read_text()
+  for wrong in (SIZE + 20, FIRST - 1):  # beyond the end, and on a piece that is no placeholder
+    described.write_text(listed.replace(f'"{SIZE}"', f'"{wrong}"'))
+    with pytest.raises(ValueError, match='mixes files of different checkpoints'):
+      tokenizers.load(str(folder))
   (folder / 'tokenizer.model').unlink()
   tokenizers.load.cache_clear()
   with pytest.raises(FileNotFoundError, match='no tokenizer.model'):
     tokenizers.load(str(folder))
+
+
+def test_code_in_a_folder_never_runs(tmp_path, monkeypatch):
+  monkeypatch.setattr('builtins.input', lambda *_: 'y')  # were anybody asked
+  names = {'AutoConfig': 'evil.Config', 'AutoTokenizer': ['evil.Tokenizer', None]}
+  (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='evil', auto_map=names)))
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='EvilTokenizer', auto_map=names)))
+  (tmp_path / 'evil.py').write_text(f'open({str(tmp_path / "ran")!r}, "w").close()\n')
+  with pytest.raises(ValueError, match='trust_remote_code'):
+    tokenizers.load(str(tmp_path))
+  assert not (tmp_path / 'ran').exists()

@@ -74,8 +74,8 @@ def read(path) -> dict[str, Tensor]:
       problems.append(f'{name} is not in the folder')
       continue
     shard = _read_file(path / name)
+    # An index may also promise the second name of a tensor, which the shards hold under its first
     promised = {tensor for tensor, file in index.items() if file == name}
-    problems += [f'{tensor} is not in {name}' for tensor in sorted(promised - shard.keys())]
     problems += [f'{tensor} in {name} is not in the index, or is in it under another file'
                  for tensor in sorted(shard.keys() - promised)]
     tensors |= shard
@@ -105,13 +105,14 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None 
   os.replace(part, path)
 
 
-def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[str, ...] = ()):
+def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[str, ...] = (), each=None):
   """The module that `make()` would build, filled from `tensors` (name -> anything with shape, dtype and slicing).
 
   `make` only runs abstractly. Leaves get the sharding that it gives them on the mesh in context, and `dtype` (for
   floating leaves) or the one it gives them. Each process reads the slices of its own devices, a layer at a time and
   BLOCK bytes of it after another: beside the devices, the host holds less than twice the largest torch tensor.
-  `ignore`: regexes of torch names that are not wanted. ValueError lists every missing, unused, misshapen or doubly used tensor; nothing is half filled.
+  `ignore`: regexes of torch names that are not wanted. `each(path, leaf)`: what takes a leaf's place, asked as soon as
+  the leaf is filled. ValueError lists every missing, unused, misshapen or doubly used tensor; nothing is half filled.
   """
   abstract = jax.eval_shape(make)
   leaves, sources, problems = _plan(abstract, rules, dims)
@@ -132,7 +133,7 @@ def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[s
     spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
     kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
     if sources[path][0].layer is None:
-      return _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec), {})
+      return _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec), {}).astype(kind)
     stacked = jnp.zeros(leaf.shape, kind, device=jax.NamedSharding(mesh, spec))
     layer, buffers = jax.NamedSharding(mesh, jax.P(*spec[1:])), {}
     for source in sources[path]:
@@ -140,7 +141,9 @@ def load(make, tensors, rules, dims: dict[str, int], dtype=None, ignore: tuple[s
       stacked = jax.block_until_ready(_set_layer(stacked, new, source.layer))
     return stacked
 
-  return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
+  each = each or (lambda path, leaf: leaf)
+  filled = [each(path, fill(path, leaf)) for path, leaf in leaves.items()]
+  return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 
 def export(module, rules, dims: dict[str, int]) -> dict[str, np.ndarray]:
@@ -159,20 +162,26 @@ def export(module, rules, dims: dict[str, int]) -> dict[str, np.ndarray]:
 
 @jax.jit(donate_argnums=0)
 def _set_layer(stacked, layer, i):
-  return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
+  return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), i, 0)
 
 
 def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
-  """A leaf, or a layer of one. Replicas share one read, into `buffers`, which the next layer reads into again."""
+  """A leaf, or a layer of one. Replicas share one read, into `buffers`, which the next layer reads into again.
+
+  It is of `dtype`, or of the file's own where that is narrower: the device widens it, so that the host need not.
+  """
+  tensor = tensors[source.name]
+  dtype = min(np.dtype(dtype), np.dtype(tensor.dtype), key=lambda kind: kind.itemsize)
+
   def slab(index):
     index = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
-    key = tuple((i.start, i.stop) for i in index)
+    key = dtype, *((i.start, i.stop) for i in index)
     if key not in filled:
       filled[key] = buffers[key] if key in buffers else np.empty([i.stop - i.start for i in index], dtype)
       buffers[key] = filled[key]
-      for block in source.blocks(index, np.dtype(dtype).itemsize):
+      for block in source.blocks(index, dtype.itemsize):
         place = tuple(slice(b.start - i.start, b.stop - i.start) for b, i in zip(block, index))
-        filled[key][place] = source.read(tensors[source.name], block)
+        filled[key][place] = source.read(tensor, block)
     return filled[key]
 
   filled = {}

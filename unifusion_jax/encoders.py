@@ -12,7 +12,9 @@ import pathlib
 
 from flax import nnx
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
+import numpy as np
 
 from unifusion_jax import hub
 from unifusion_jax import quantize
@@ -41,8 +43,8 @@ def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', ca
   folder = hub.resolve(name)
   if not cache:
     return _read(folder, dtype, unroll, quantized)
-  kept = pathlib.Path(cache).expanduser().absolute() / _fingerprint(folder, dtype, quantized)
-  if kept.exists():
+  kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
+  if whole:
     return _restore(kept, dtype, unroll, quantized)
   model = _read(folder, dtype, unroll, quantized)
   _keep(model, kept)
@@ -112,20 +114,18 @@ def _shapes(made: Config, dtype, quantized: str) -> Encoder:
 
 
 def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
-  def dense():
+  def read(each=None):
     match _config(_described(folder), folder, unroll):
       case internvl.InternVLConfig():
-        return internvl.load(folder, dtype, unroll)
+        return internvl.load(folder, dtype, unroll, each)
       case qwen3_vl.Qwen3VLConfig():
-        return qwen3_vl.load(folder, dtype, unroll)
+        return qwen3_vl.load(folder, dtype, unroll, each)
       case text.TextConfig():
-        return text.load(folder, dtype, unroll)
+        return text.load(folder, dtype, unroll, each)
       case t5.T5Config():
-        return t5.load(folder, dtype)
+        return t5.load(folder, dtype, each)
 
-  if quantized:
-    return quantize.quantize(dense(), activations=quantized == 'w8a8')  # nothing else holds the dense one
-  return dense()
+  return quantize.load(read, activations=quantized == 'w8a8') if quantized else read()
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
@@ -133,6 +133,14 @@ def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
   return hashlib.sha256(repr((facts, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+
+
+def _kept(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
+  """The kept form's folder, and whether it is there, as process 0 finds them: files have other times on each host."""
+  facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([(cache / fingerprint).exists()]), np.uint8)
+  if jax.process_count() > 1:
+    facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
+  return cache / facts[:-1].tobytes().hex(), bool(facts[-1])
 
 
 def _keep(model: Encoder, path: pathlib.Path) -> None:

@@ -59,7 +59,7 @@ def quantize(model, activations: bool = False):
   """The model with its matrices as `Int8`; ValueError when it has none of MATRICES.
 
   Matrix by matrix: called on a model that nothing else refers to, as in `quantize(internvl.load(folder))`, it frees
-  each before it looks at the next.
+  each before it looks at the next. `load` never holds the whole model at all.
   """
   paths, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)
   del model
@@ -69,13 +69,24 @@ def quantize(model, activations: bool = False):
   made = 0
   for i, name in enumerate(names):
     if name in MATRICES and _is_param(leaves[i]):
-      contracted, kept = (len(axes) for axes in MATRICES[name])
-      values, scale = _matrix(leaves[i][...], contracted, kept)
-      leaves[i] = jax.block_until_ready(Int8(values, scale, activations))
+      leaves[i] = _int8(name, leaves[i][...], activations)
       made += 1
   if not made:
     raise ValueError(f'nothing to quantise: this model has no {", ".join(MATRICES)} in floating point')
   return jax.tree.unflatten(tree, leaves)
+
+
+def load(read, activations: bool = False):
+  """`quantize(read(None))`, each matrix as soon as it is filled; `read(each)`: a load with `each` of `convert.load`."""
+  def each(path, leaf):
+    name = path.split('/')[-1]
+    return _int8(name, leaf, activations) if name in MATRICES else leaf
+
+  def bare(param):
+    inside = jax.tree.leaves(param, is_leaf=_is_int8)
+    return inside[0] if len(inside) == 1 and _is_int8(inside[0]) else param
+
+  return jax.tree.map(bare, read(each), is_leaf=_is_param)
 
 
 def size(model) -> int:
@@ -85,6 +96,15 @@ def size(model) -> int:
 
 def _is_param(leaf) -> bool:
   return isinstance(leaf, nnx.Param)
+
+
+def _is_int8(leaf) -> bool:
+  return isinstance(leaf, Int8)
+
+
+def _int8(name: str, matrix: jax.Array, activations: bool) -> Int8:
+  contracted, kept = (len(axes) for axes in MATRICES[name])
+  return jax.block_until_ready(Int8(*_matrix(matrix, contracted, kept), activations))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

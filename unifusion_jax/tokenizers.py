@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 
+_PLACEHOLDER = '[UNUSED_TOKEN_'  # of a piece in whose place added tokens may be listed
 _ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
@@ -34,7 +35,7 @@ def load(folder: str):
   described = json.loads(settings.read_text()) if settings.exists() else {}
   if described.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
     return _internlm2(path, described)
-  return transformers.AutoTokenizer.from_pretrained(folder)
+  return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
 
 
 def _internlm2(path: pathlib.Path, described: dict):
@@ -51,7 +52,10 @@ def _internlm2(path: pathlib.Path, described: dict):
   if proto.trainer_spec.model_type != 2 or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
     raise ValueError(f'{path}/tokenizer.model is no byte-pair encoding of the text as it is (model_type '
                      f'{proto.trainer_spec.model_type}, normalisation {rules.name!r}): this is not InternLM2\'s tokenizer')
-  vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+  listed = {int(i): token['content'] for i, token in described.get('added_tokens_decoder', {}).items()}
+  names = [listed.get(i, piece.piece) if piece.piece.startswith(_PLACEHOLDER) else piece.piece
+           for i, piece in enumerate(proto.pieces)]
+  vocab = {name: i for i, name in enumerate(names)}
   # Control tokens and bytes stand in the vocabulary too, but text that spells them is never merged into them
   ordinary = {piece.piece for piece in proto.pieces if piece.type == 1}
   merges = [pair for pair in generate_merges(vocab) if ''.join(pair) in ordinary]
@@ -61,15 +65,14 @@ def _internlm2(path: pathlib.Path, described: dict):
   made.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(' ', '\u2581')])
   made.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse()]
                                    + [decoders.Strip(' ', 1, 0)] * len(prefix))
-  of_its_own = [tokenizers.AddedToken(piece.piece, normalized=False, special=False)
-                for piece in proto.pieces if piece.type == 4]  # user-defined symbols are never cut
+  of_its_own = [tokenizers.AddedToken(name, normalized=False, special=False) for name, piece in zip(names, proto.pieces)
+                if piece.type == 4 and name == piece.piece]  # user-defined symbols are never cut
   made.add_tokens(of_its_own)
-  listed = sorted(described.get('added_tokens_decoder', {}).items(), key=lambda item: int(item[0]))
-  for i, token in listed:
-    made.add_special_tokens([tokenizers.AddedToken(token['content'], normalized=False, special=True)])
-    if made.token_to_id(token['content']) != int(i):
-      raise ValueError(f'{path}/tokenizer_config.json gives {token["content"]!r} the id {i}, and the tokenizer '
-                       f'{made.token_to_id(token["content"])}: the folder mixes files of different checkpoints')
+  for i, token in sorted(listed.items()):
+    made.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+    if made.token_to_id(token) != i:
+      raise ValueError(f'{path}/tokenizer_config.json gives {token!r} the id {i}, and the tokenizer '
+                       f'{made.token_to_id(token)}: the folder mixes files of different checkpoints')
   roles = {role: described[role] if isinstance(described[role], str) else described[role]['content']
            for role in _ROLES if described.get(role)}
   template = path / 'chat_template.jinja'

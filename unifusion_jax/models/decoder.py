@@ -95,6 +95,30 @@ class DecoderConfig:
     return text
 
 
+def is_tied(described: dict, head: bool, base: bool = False) -> bool:
+  """Whether the head is the embedding table: no `head` is in the file, and no level of its config.json denies it.
+
+  Configs disagree with themselves about tying (two keys, defaults that changed), and a head in the file overrides them.
+  A `base` class never writes one: there, a single level that says so is enough.
+  """
+  levels = (described, *(described.get(key) or {} for key in ('text_config', 'llm_config')))
+  said = [level.get('tie_word_embeddings') for level in levels]
+  return not head and (False not in said or base and True in said)
+
+
+def headed(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
+  """Tensors under the names of the class with a head, and `is_tied`; a base class (LlamaModel) leaves out `model.`."""
+  base = not {'embed_tokens.weight', 'language_model.embed_tokens.weight'}.isdisjoint(tensors)
+  head = 'lm_head.weight' in tensors
+  tied = is_tied(described, head, base)
+  if base and not head and not tied:
+    raise ValueError(f'{folder} was saved from a class without a head, and its config.json says that the head is not '
+                     'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
+  if base:
+    tensors = {name if name == 'lm_head.weight' else f'model.{name}': tensor for name, tensor in tensors.items()}
+  return tensors, tied
+
+
 class Cache(NamedTuple):
   """Keys (rotated) and values of every layer, [layers b slots g k] each."""
   k: jax.Array

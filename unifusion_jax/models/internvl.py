@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import convert
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, is_tied, positions_of, Prompt
 from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, layer_norm, RESIDUAL, rms_norm, scan
 from unifusion_jax.models.layers import stack, weight
 
@@ -275,10 +275,11 @@ def dims(config: InternVLConfig) -> dict[str, int]:
           'a': vision.heads, 'c': vision.width // vision.heads, 'n': 3, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> InternVL:
+def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> InternVL:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it.
+  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it; `each`: see
+  `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
@@ -288,11 +289,10 @@ def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> InternVL:
     rules = INTERNLM2_RULES if described['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
   else:
     config, rules = InternVLConfig.from_json(described, unroll), RULES
-  # Configs disagree with themselves about tying (two keys, defaults that changed): the file knows
-  tied = not {'language_model.lm_head.weight', 'language_model.output.weight'} & set(tensors)
+  tied = is_tied(described, not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors))
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, dims(config), dtype,
-                      ignore=(r'.*rotary_emb\.inv_freq',))
+                      ignore=(r'.*rotary_emb\.inv_freq',), each=each)
 
 
 def picture_token(folder: pathlib.Path) -> int:

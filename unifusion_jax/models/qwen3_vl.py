@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import convert
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, headed, positions_of, Prompt
 from unifusion_jax.models.internvl import TEXT_RULES
 from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, layer_norm, RESIDUAL, rope, rope_angles
 from unifusion_jax.models.layers import scan_taps, stack, weight
+
+QUERIES = 1024  # patches that look at all others at a time: the logits of all at once grow with p^2
 
 
 class Pictures(NamedTuple):
@@ -134,6 +136,25 @@ def locate(index: jax.Array, grids: jax.Array):
   return picture, cell, rows, columns
 
 
+def within(q: jax.Array, k: jax.Array, v: jax.Array, picture: jax.Array) -> jax.Array:
+  """Attention [b p h k] of patches to those of their own picture [b p], at most QUERIES at a time."""
+  def part(inputs):
+    q, mine = inputs
+    return attention(q, k, v, mine[:, None, :, None] == picture[:, None, None, :])
+
+  def split(x):
+    x = jnp.pad(x, ((0, 0), (0, parts * size - p)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], parts, size, *x.shape[2:]), 1, 0)
+
+  b, p = picture.shape
+  if p <= QUERIES:
+    return part((q, picture))
+  parts = -(-p // QUERIES)
+  size = -(-p // parts)
+  y = jnp.moveaxis(jax.lax.map(part, (split(q), split(picture))), 0, 1)
+  return y.reshape(b, parts * size, *y.shape[3:])[:, :p]
+
+
 class VisionBlock(nnx.Module):
   """x += attention(norm x); x += mlp(norm x)."""
 
@@ -158,12 +179,12 @@ class VisionBlock(nnx.Module):
     self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
 
-  def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> jax.Array:
-    """[b p d] -> [b p d]; angles [b p k/2], mask [b 1 p p]."""
+  def __call__(self, x: jax.Array, angles: jax.Array, picture: jax.Array) -> jax.Array:
+    """[b p d] -> [b p d]; angles [b p k/2], picture [b p]: the one that a patch belongs to."""
     y = layer_norm(x, self.norm1, self.norm1_bias)
     q, k, v = (einsum('bsd,dhk->bshk', y, w) + b[...] for w, b in (
         (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)))
-    y = attention(rope(q, angles), rope(k, angles), v, mask)
+    y = within(rope(q, angles), rope(k, angles), v, picture)
     x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL) + self.bo[...]
     y = einsum('bsd,df->bsf', layer_norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
     return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, RESIDUAL) + self.b2[...]
@@ -219,8 +240,7 @@ class Vision(nnx.Module):
     x = x + self.interpolated(row, column, rows, columns).astype(x.dtype)
     k = c.width // c.heads
     angles = jnp.concatenate([rope_angles(row, k // 2, 1e4), rope_angles(column, k // 2, 1e4)], axis=-1)
-    mask = picture[:, None, :, None] == picture[:, None, None, :]
-    x, kept = scan_taps(lambda x, block: block(x, angles, mask), x, self.blocks, tuple(i + 1 for i in c.deepstack),
+    x, kept = scan_taps(lambda x, block: block(x, angles, picture), x, self.blocks, tuple(i + 1 for i in c.deepstack),
                         c.depth, unroll=c.unroll or 1)
     deep = jax.lax.map(lambda pair: pair[0](pair[1]), (self.deepstack, jnp.moveaxis(kept, 2, 0)))
     return jnp.moveaxis(jnp.concatenate([self.merger(x)[None], deep]), 0, 2)
@@ -329,14 +349,17 @@ def dims(config: Qwen3VLConfig) -> dict[str, int]:
           'n': 3, 'i': 3, 't': vision.frames, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> Qwen3VL:
-  """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context."""
+def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> Qwen3VL:
+  """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
+
+  `each`: see `convert.load`.
+  """
   folder = pathlib.Path(folder)
-  config = Qwen3VLConfig.from_json(json.loads((folder / 'config.json').read_text()), unroll)
-  tensors = convert.read(folder)
-  # Configs disagree with themselves about tying: the file knows
-  config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied='lm_head.weight' not in tensors))
-  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype)
+  described = json.loads((folder / 'config.json').read_text())
+  config = Qwen3VLConfig.from_json(described, unroll)
+  tensors, tied = headed(convert.read(folder), described, folder)
+  config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
+  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype, each=each)
 
 
 def save(vlm: Qwen3VL, folder) -> None:

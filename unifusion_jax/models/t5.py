@@ -133,8 +133,11 @@ def dims(config: T5Config) -> dict[str, int]:
   return {'h': config.heads, 'k': config.head_dim}
 
 
-def load(folder, dtype=jnp.bfloat16) -> T5Encoder:
-  """From a checkpoint folder (config.json and safetensors) of the encoder or of the whole T5, sharded over the mesh."""
+def load(folder, dtype=jnp.bfloat16, each=None) -> T5Encoder:
+  """From a checkpoint folder (config.json and safetensors) of the encoder or of the whole T5, sharded over the mesh.
+
+  `each`: see `convert.load`.
+  """
   folder = pathlib.Path(folder)
   config = T5Config.from_json(json.loads((folder / 'config.json').read_text()))
   tensors = convert.read(folder)
@@ -143,7 +146,7 @@ def load(folder, dtype=jnp.bfloat16) -> T5Encoder:
     table = tensors.pop('encoder.embed_tokens.weight')
     tensors.setdefault('shared.weight', table)
   return convert.load(lambda: T5Encoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype,
-                      ignore=(r'decoder\..*', r'lm_head\.weight'))
+                      ignore=(r'decoder\..*', r'lm_head\.weight'), each=each)
 
 
 def save(model: T5Encoder, folder) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax import convert
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, headed, positions_of, Prompt
 from unifusion_jax.models.internvl import TEXT_RULES
 from unifusion_jax.models.layers import RESIDUAL
 
@@ -70,15 +70,18 @@ def dims(config: TextConfig) -> dict[str, int]:
   return {'h': config.text.heads, 'g': config.text.kv_heads, 'k': config.text.head_dim}
 
 
-def load(folder, dtype=jnp.bfloat16, unroll: bool = False) -> TextModel:
-  """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context."""
+def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> TextModel:
+  """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
+
+  `each`: see `convert.load`.
+  """
   folder = pathlib.Path(folder)
-  config = TextConfig.from_json(json.loads((folder / 'config.json').read_text()), unroll)
-  tensors = convert.read(folder)
-  # Configs disagree with themselves about tying: the file knows
-  config = TextConfig(dataclasses.replace(config.text, tied='lm_head.weight' not in tensors))
+  described = json.loads((folder / 'config.json').read_text())
+  config = TextConfig.from_json(described, unroll)
+  tensors, tied = headed(convert.read(folder), described, folder)
+  config = TextConfig(dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: TextModel(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype,
-                      ignore=(r'.*rotary_emb\.inv_freq',))
+                      ignore=(r'.*rotary_emb\.inv_freq',), each=each)
 
 
 def save(model: TextModel, folder) -> None:
