@@ -194,8 +194,8 @@ def test_instructions_point_at_one_object_only(kind):
     text = edit.instruction
     if kind == 'move':  # The last place is where to.
       ends = [w.split(' ', 1)[1] if w.startswith(('at', 'in')) else w for ws in words.PLACES.values() for w in ws]
-      end = max((e for e in ends if text.rstrip('.').endswith(e)), key=len)
-      text = text.rstrip('.').removesuffix(end)
+      end = max((e for e in ends if text.rstrip('.?').endswith(e)), key=len)
+      text = text.rstrip('.?').removesuffix(end)
     pointer, at = read_pointer(text)
     meant = [resolve(pointer, edit.source)]
     if kind == 'swap':

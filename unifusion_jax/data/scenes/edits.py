@@ -20,56 +20,84 @@ EDIT_KINDS = ('recolour', 'resize', 'move', 'add', 'remove', 'replace', 'refill'
 EDIT_WEIGHTS = (0.14, 0.09, 0.13, 0.12, 0.10, 0.12, 0.09, 0.09, 0.06, 0.03, 0.03)
 TRIES = 8
 
-# {it}: the object pointed at. The second row of each kind is for tests only.
+# {it}: the object pointed at. The second row of each kind is for tests only: its words occur in training, in other
+# phrases.
 INSTRUCTIONS = {
     'recolour': (
         ('make {it} {colour}', 'paint {it} {colour}', 'change the colour of {it} to {colour}', 'turn {it} {colour}',
          '{it} should be {colour}', 'recolour {it}: {colour}', 'give {it} a new colour, namely {colour}',
-         'please make {it} {colour}'),
+         'please make {it} {colour}', 'I want {it} to be {colour}', '{it} becomes {colour}', 'let {it} be {colour}',
+         'the colour of {it} should be {colour}', 'I would like to see {it} in {colour}', 'keep {it}, but {colour}',
+         'can you make {it} {colour}?', 'I want {it} to become {colour}', 'could you paint {it} {colour}?', 'now {it} is {colour}'),
         ('I would like {it} to be {colour}', 'let {it} become {colour}', 'the new colour of {it} is {colour}')),
     'resize': (
         ('make {it} {size}', 'change the size of {it} to {size}', '{it} should be {size}', 'resize {it} to {size}',
-         'please make {it} {size}', 'draw {it} {size} instead'),
+         'please make {it} {size}', 'draw {it} {size} instead', 'I want {it} to be {size}', '{it} becomes {size}',
+         'let {it} be {size}', 'the size of {it} should be {size}', 'I would like to see {it} {size}',
+         'keep {it}, but {size}', 'can you make {it} {size}?', 'give {it} a new size, namely {size}', 'now {it} is {size}'),
         ('I would like {it} to be {size}', 'let {it} become {size}', 'the new size of {it} is {size}')),
     'move': (
         ('move {it} {to}', 'put {it} {place}', 'place {it} {place}', '{it} should be {place}',
-         'please move {it} {to}', 'shift {it} {to}', 'change the position of {it}: it should be {place}'),
+         'please move {it} {to}', 'shift {it} {to}', 'change the position of {it}: it should be {place}',
+         'I want {it} to be {place}', '{it} goes {to}', 'let {it} be {place}', 'take {it} {to}',
+         'I would like to see {it} {place}', 'can you move {it} {to}?', 'could you put {it} {place}?',
+         '{it} should go {to}', 'now {it} is {place}'),
         ('I would like {it} to be {place}', 'let {it} go {to}', 'take {it} and put it {place}')),
     'add': (
         ('add {new}', 'put {new} into the picture', 'draw {new} as well', 'there should also be {new}',
-         'please add {new}', 'include {new}', 'add one more thing: {new}'),
+         'please add {new}', 'include {new}', 'add one more thing: {new}', 'I want to see {new} as well',
+         'let me see {new} too', '{new} is missing', 'and {new} too', 'I would like to have {new} in the picture',
+         'can you add {new}?', 'could you draw {new} too?', 'let the picture have {new} too', 'what I want to add is {new}',
+         'there is {new} as well'),
         ('I would like to see {new} too', 'let there be {new} as well', 'what is missing is {new}')),
     'remove': (
         ('remove {it}', 'delete {it}', 'take away {it}', 'erase {it}', 'get rid of {it}', 'please remove {it}',
-         'the same picture without {it}', 'leave out {it}'),
+         'the same picture without {it}', 'leave out {it}', 'I want {it} to be removed', '{it} should be gone',
+         '{it} should disappear', 'make {it} disappear', 'keep everything except {it}', 'draw everything but {it}',
+         'draw the picture without {it}', 'I would like to see everything without {it}', 'can you remove {it}?',
+         'could you take away {it}?', 'let {it} be removed', 'now {it} is gone'),
         ('I would like {it} to be gone', 'let {it} disappear', 'draw everything except {it}')),
     'replace': (
         ('replace {it} with {new}', 'turn {it} into {new}', 'change {it} into {new}', '{it} should be {new} instead',
-         'swap {it} for {new}', 'please replace {it} with {new}', 'draw {new} in place of {it}'),
+         'swap {it} for {new}', 'please replace {it} with {new}', 'draw {new} in place of {it}',
+         'I want {it} to be {new}', '{it} becomes {new}', 'let {it} be {new}', 'instead of {it} draw {new}',
+         'put {new} instead of {it}', 'where {it} is there should be {new}', 'I would like {new} in place of {it}',
+         'can you turn {it} into {new}?', 'I want {it} to become {new}', 'make {it} {new}', 'now {it} is {new}'),
         ('I would like {it} to be {new}', 'let {it} become {new}', 'instead of {it} there should be {new}')),
     'refill': (
         ('make {it} {fill}', 'change {it} to {fill}', '{it} should be {fill}', 'please make {it} {fill}',
-         'draw {it} {fill}', 'keep {it}, but {fill}'),
+         'draw {it} {fill}', 'keep {it}, but {fill}', 'I want {it} to be {fill}', '{it} becomes {fill}',
+         'let {it} be {fill}', 'I would like to see {it} {fill}', 'can you make {it} {fill}?', 'turn {it} {fill}',
+         'now {it} is {fill}'),
         ('I would like {it} to be {fill}', 'let {it} become {fill}')),
     'background': (
         ('put everything on {ground}', 'replace the background with {ground}', 'change the background to {ground}',
          'give the picture {ground}', 'use {ground} instead', 'the same shapes, but on {ground}',
-         'the picture should have {ground}', 'please use {ground}'),
+         'the picture should have {ground}', 'please use {ground}', 'I want {ground}', 'let the picture have {ground}',
+         'draw {ground} behind the shapes', 'set the shapes on {ground}', 'put it all on {ground}',
+         'I would like to see this on {ground}', 'there should be {ground}', 'can you use {ground}?',
+         'now there is {ground}'),
         ('I would like to have {ground}', 'let there be {ground} behind the shapes', 'set it all on {ground}')),
     'swap': (
         ('swap {it} and {other}', 'exchange {it} and {other}', 'let {it} and {other} trade places',
          'swap the places of {it} and {other}', 'please swap {it} and {other}', 'put {it} where {other} is and {other} '
-         'where {it} is'),
+         'where {it} is', '{it} and {other} change places', 'I want {it} and {other} to trade places',
+         '{it} should be where {other} is, and the other way round', 'I would like to see {it} in the place of {other}, and '
+         'the other way round', 'can you swap {it} and {other}?', '{it} goes where {other} is, and {other} where {it} is'),
         ('I would like {it} and {other} to change places', '{it} goes to the place of {other}, and the other way '
          'round')),
     'mirror': (
         ('mirror the picture from left to right', 'flip the picture horizontally', 'flip left and right',
          'show the mirror image', 'mirror everything, left becomes right',
-         'please flip the picture from left to right'),
+         'please flip the picture from left to right', 'show this in a mirror', 'I want to see the mirror image',
+         'what is left should be right, and the other way round', 'I would like to see left and right flipped',
+         'let the picture be flipped horizontally', 'the sides of the picture change places'),
         ('I would like to see this in a mirror', 'let left and right change sides')),
     'aspect': (
         ('make the picture {aspect}', 'change the canvas to {aspect}', 'use {a_aspect} canvas',
-         'show this in {a_aspect} format', 'please make the picture {aspect}', 'the picture should be {aspect}'),
+         'show this in {a_aspect} format', 'please make the picture {aspect}', 'the picture should be {aspect}',
+         'I want this to be {aspect}', 'the canvas becomes {aspect}', 'draw {a_aspect} version of the picture',
+         'let the picture be {aspect}', 'I would like to see this on {a_aspect} canvas'),
         ('I would like {a_aspect} version of this', 'let the canvas become {aspect}'))}
 TURNS = {  # other ways to say the value of 'refill'
     'solid': ('fill {it} in completely', 'fill {it} with solid colour'),
@@ -216,10 +244,10 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, hel
     templates = TURNS[slots['new fill']]
   if kind == 'move' and (pointer.place or pointer.relation):
     # 'Put the star above the ring ...' would sound like the destination.
-    templates = [t for t in templates if not t.startswith(('put', 'place'))]
+    templates = [t for t in templates if '{it} {place}' not in t]
   instruction = pick(rng, templates).format(**slots)
   if rng.random() < 0.25:
-    instruction = instruction[0].upper() + instruction[1:] + '.'
+    instruction = instruction[0].upper() + instruction[1:] + ('' if instruction.endswith('?') else '.')
   return Edit(kind, source, instruction, target)
 
 

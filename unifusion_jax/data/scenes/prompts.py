@@ -34,7 +34,13 @@ THINGS = {
         '@ [{colour} ]{noun}[, {size}][, {fill}][, {place}]',
         '@ {noun}, {colour}[, {filled}][, {size}][, {place}]',
         '@ {noun}, {colour}[ and {fill}][ ({size})][, {place}]',
-        '@ [{fill} ]{noun}[ {place}], {colour}[, {size}]'),
+        '@ [{fill} ]{noun}[ {place}], {colour}[, {size}]',
+        '@ [{fill} ][{colour} ]{noun}[, {size} in size][, {place}]',
+        '@ [{fill} ]{noun}[ {place}], coloured {colour}[, {size}]',
+        '@ [{size} ][{fill} ]{noun} with the colour {colour}[ {place}]',
+        '@ [{size} ]{noun}[, {filled}], of the colour {colour}[, {place}]',
+        '{place} I want @ [{size} ][{fill} ][{colour} ]{noun}',
+        '{place} there is @ [{size} ][{fill} ]{noun} in {colour}'),
     'heldout': (
         '@ [{fill} ][{colour} ]{noun} of {size} size[ {place}]',
         '@ [{fill} ]{noun} coloured {colour}[ ({size})][ {place}]',
@@ -58,7 +64,9 @@ FRAMES = {
         'please draw {things}', 'paint {things}', 'an image with {things}', 'make a picture with {things}',
         'can you draw {things}?', 'give me {things}', 'I need {things}', 'let me see {things}', '{things}, please',
         'could you paint {things}?', 'the image has {things}', 'make {things}', 'a drawing of {things}',
-        'now I want {things}', 'there should be {things}', 'an image that shows {things}', 'the picture: {things}'),
+        'now I want {things}', 'there should be {things}', 'an image that shows {things}', 'the picture: {things}',
+        'I would like {things}', 'what I want: {things}', 'get me {things}', '{things}, nothing else', 'now draw me {things}',
+        'the drawing should show {things}'),
     'heldout': (
         'now {things}', 'I would like to see {things}', 'a drawing that shows {things}',
         'could I get an image of {things}?', 'what I need is {things}', 'the picture should have {things}',
@@ -67,7 +75,8 @@ GROUNDS = {
     'paraphrase': (
         '{things}, on {ground}', '{things} on {ground}', '{things}, with {ground}', 'on {ground}: {things}',
         '{things}; behind them {ground}', '{things}, all on {ground}', 'in front of {ground}: {things}',
-        '{things}; and {ground}', 'with {ground}: {things}', '{ground} behind {things}'),
+        '{things}; and {ground}', 'with {ground}: {things}', '{ground} behind {things}', '{things}, drawn on {ground}',
+        '{things} in front of {ground}', 'on top of {ground}: {things}'),
     'heldout': ('{things}, all in front of {ground}', '{things}, drawn on top of {ground}', 'with {ground}, {things}')}
 _STARTS = ('{things}', 'now {things}', 'draw {things}')  # frames in which a place may come first
 COUNTED = {2: ('two', '2', 'a pair of'), 3: ('three', '3'), 4: ('four', '4')}
