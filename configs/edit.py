@@ -23,11 +23,10 @@ def get_config(scale: str = 'tiny') -> config.Config:
   if scale == 'tiny':
     # One room for all tasks: few shapes, so little to compile for a run of minutes.
     base.data.text_tokens, base.data.written_tokens = (132,), (52,)
-    base.objective.draws = 2
     base.init = str(config.ASSETS / 't2i')
     base.sample.weights = str(config.ASSETS / 'edit')
     base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)
-    base.train = config.TrainConfig(steps=400, log_every=10, save_every=200, preview_every=200)
+    base.train = config.TrainConfig(steps=300, log_every=10, save_every=150, preview_every=150)
   else:
     base.init = 'runs/t2i/export'
     base.optim = OptimConfig(learning_rate=5e-5, warmup=500, decay=0.1, clip=0.5, ema=0.9999)
