@@ -17,16 +17,29 @@ python_for_us() {
   return 1
 }
 
-environment() {
-  local python stamp
-  if [ ! -x .venv/bin/python ]; then
-    python=$(python_for_us)
-    "$python" -m venv .venv
+# jax for the accelerator that is here, if any: what pip calls it.
+accelerator() {
+  if nvidia-smi -L >/dev/null 2>&1; then
+    echo 'jax[cuda13]'
+  elif compgen -G '/dev/accel*' >/dev/null || { [ -d /dev/vfio ] && [ -n "${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-}" ]; }; then
+    echo 'jax[tpu]'
   fi
-  stamp=".venv/installed-$(cat "$@" | sha256sum | cut -c1-16)"
+}
+
+environment() {
+  local python stamp device
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=$(python_for_us)
+    if ! "$python" -m venv --clear .venv; then
+      echo "error: $python makes no environment; on Debian and Ubuntu install its venv package: apt-get install python3-venv" >&2
+      return 1
+    fi
+  fi
+  device=$(accelerator)
+  stamp=".venv/installed-$( (cat "$@"; echo "$device") | sha256sum | cut -c1-16)"
   if [ ! -e "$stamp" ]; then
-    echo "installing $* into .venv ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
+    echo "installing $*${device:+ and $device} into .venv ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") ${device:+"$device"}
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . 2>/dev/null \
       || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
     touch "$stamp"

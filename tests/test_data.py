@@ -266,8 +266,8 @@ def test_folder_with_broken_records(tmp_path, kind):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('{"references": [', 'line 3 is not JSON'), ('[1, 2]', 'line 3 is a list'), ('\xff', 'line 3 is not JSON'),
-    ('{"references": [], "target": "a.png", "caption": "a"}', 'line 3 has no instruction'),
+    ('{"references": [', 'line 3: it is not JSON'), ('[1, 2]', 'line 3: it is a list'), ('\xff', 'line 3: it is not JSON'),
+    ('{"references": [], "target": "a.png", "caption": "a"}', 'line 3: it has no instruction'),
     ('{"references": "a.png", "instruction": "", "target": "a.png", "caption": "a"}', 'line 3: references is'),
     ('{"references": [], "instruction": "", "target": null, "caption": "a"}', 'line 3: target is None')])
 def test_folder_with_malformed_lines(tmp_path, line, words):
@@ -275,6 +275,10 @@ def test_folder_with_malformed_lines(tmp_path, line, words):
   listed.write_bytes(listed.read_bytes().rstrip() + b'\n' + line.encode('latin-1') + b'\n')
   with pytest.raises(ValueError, match=words):
     sources.FolderSource(listed, BUCKETS)
+  source = sources.FolderSource(listed, BUCKETS, share=0.5)
+  assert [source.bucket(i) is None for i in range(3)] == [False, False, True] and len(source.problems) == 1
+  with pytest.raises(sources.BrokenRecord, match=words):
+    source[2]
 
 
 def test_folder_refused(tmp_path):
@@ -312,9 +316,10 @@ def test_scenes_of_a_bucket_are_all_different():
     assert len(set(found)) == 40 and all(source.bucket(i) == bucket for i in found)
 
 
-def test_builder_round_trip(tmp_path):
-  builder.write(tmp_path, 'edit', 'test', 6, size=32)
-  drawn, read = sources.SceneSource('edit', 'test', 32), sources.ArrayRecordSource(tmp_path, 'edit', 'test')
+@pytest.mark.parametrize('task', ['edit', 'edit/1-2'])
+def test_builder_round_trip(task, tmp_path):
+  builder.write(tmp_path, task, 'test', 6, size=32)
+  drawn, read = sources.SceneSource(task, 'test', 32), sources.ArrayRecordSource(tmp_path, task, 'test')
   assert len(read) == 6
   for i in range(6):
     ours, theirs = drawn[i], read[i]
@@ -328,7 +333,7 @@ def test_builder_round_trip(tmp_path):
   batch = next(pipeline.batches([(read, 1)], small, 2))
   assert batch['target'].shape[0] == 2
   with pytest.raises(ValueError, match='there already'):
-    builder.write(tmp_path, 'edit', 'test', 6)
+    builder.write(tmp_path, task, 'test', 6)
   with pytest.raises(FileNotFoundError, match='builder --out=.* --task=t2i'):
     sources.ArrayRecordSource(tmp_path, 't2i', 'test')
   with pytest.raises(ValueError, match='no pictures'):

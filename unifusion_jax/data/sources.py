@@ -87,7 +87,7 @@ class ArrayRecordSource:
   """Scenes that `data/scenes/builder.py` wrote below `folder`, read without TensorFlow."""
 
   def __init__(self, folder, task: str, split: str):
-    path = pathlib.Path(folder) / 'scenes' / f'{task}_{split}' / '1.0.0'
+    path = pathlib.Path(folder) / 'scenes' / f'{task.replace("/", "_")}_{split}' / '1.0.0'
     if not (path / 'dataset_info.json').is_file():
       raise FileNotFoundError(f'{path} is not there: write it with python -m unifusion_jax.data.scenes.builder '
                        f'--out={folder} --task={task} --split={split}')
@@ -118,9 +118,9 @@ class FolderSource:
 
   `references` is a list of paths and `target` one path, relative to the file; `kind`, `tags` and any other column are
   kept in the record. Targets are scaled to cover the nearest in aspect of `buckets`, (height, width) each, and cut at
-  the centre. A malformed line or a missing column is a ValueError naming the line. Records that cannot be used (a
-  missing or undecodable target, an empty caption, references without an instruction) are found in one pass over the
-  headers at the start and listed in `problems`; more than `share` of them is a ValueError.
+  the centre. Records that cannot be used (a malformed line, a missing or undecodable target, an empty caption,
+  references without an instruction) are found in one pass over the headers at the start and listed in `problems`; more
+  than `share` of them is a ValueError.
   """
 
   def __init__(self, path, buckets=((512, 512),), share: float = 0.01, threads: int = 16):
@@ -146,8 +146,8 @@ class FolderSource:
     return len(self._rows)
 
   def __getitem__(self, i: int) -> dict:
-    row = self._rows[int(i)]
     try:
+      row = self._rows[int(i)]
       _check_text(row)
       references = [images.read(self._folder / path) for path in row['references']]
       target = images.read(self._folder / row['target'])
@@ -170,10 +170,10 @@ class FolderSource:
     reasons: dict[int, str] = {}
     wanted: dict[str, list[int]] = {}
     for i in range(len(self)):
-      row = self._rows[i]
-      shapes[i, 1] = len(row['references'])
-      wanted.setdefault(row['target'], []).append(i)
       try:
+        row = self._rows[i]
+        shapes[i, 1] = len(row['references'])
+        wanted.setdefault(row['target'], []).append(i)
         _check_text(row)
       except ValueError as error:
         reasons[i] = str(error)
@@ -202,18 +202,18 @@ def _check_text(row: dict) -> None:
     raise ValueError('there are references but no instruction: write what is to be done with them')
 
 
-def _check_row(row, where: str) -> dict:
-  """The row when it has the columns in their types; ValueError saying where it does not."""
+def _check_row(row) -> dict:
+  """The row when it has the columns in their types; ValueError where it does not."""
   if not isinstance(row, dict):
-    raise ValueError(f'{where} is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
+    raise ValueError(f'it is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
   missing = [name for name in COLUMNS if name not in row]
   if missing:
-    raise ValueError(f'{where} has no {", ".join(missing)}: every record wants {", ".join(COLUMNS)}')
+    raise ValueError(f'it has no {", ".join(missing)}: every record wants {", ".join(COLUMNS)}')
   for name in ('instruction', 'target', 'caption'):
     if not isinstance(row[name], str):
-      raise ValueError(f'{where}: {name} is {row[name]!r}, wanted text')
+      raise ValueError(f'{name} is {row[name]!r}, wanted text')
   if not isinstance(row['references'], list) or not all(isinstance(path, str) for path in row['references']):
-    raise ValueError(f'{where}: references is {row["references"]!r}, wanted a list of paths (empty for none)')
+    raise ValueError(f'references is {row["references"]!r}, wanted a list of paths (empty for none)')
   return row
 
 
@@ -228,7 +228,6 @@ class _Lines:
         if line.strip():
           offsets.append(at)
           numbers.append(number)
-          self._parse(line, number)
         at += len(line)
     self._offsets, self._numbers = np.array(offsets, np.int64), np.array(numbers, np.int64)
 
@@ -238,18 +237,15 @@ class _Lines:
   def __getitem__(self, i: int) -> dict:
     with self._path.open('rb') as file:
       file.seek(self._offsets[i])
-      return self._parse(file.readline(), self._numbers[i])
-
-  def where(self, i: int) -> str:
-    return f'{self._path} line {self._numbers[i]}'
-
-  def _parse(self, line: bytes, number: int) -> dict:
-    where = f'{self._path} line {number}'
+      line = file.readline()
     try:
       row = json.loads(line.decode('utf-8-sig'))
     except ValueError as error:
-      raise ValueError(f'{where} is not JSON ({error}): mend the line') from error
-    return _check_row(row, where)
+      raise ValueError(f'it is not JSON ({error})') from error
+    return _check_row(row)
+
+  def where(self, i: int) -> str:
+    return f'{self._path} line {self._numbers[i]}'
 
 
 class _Table:
@@ -269,7 +265,7 @@ class _Table:
     return self._table.num_rows
 
   def __getitem__(self, i: int) -> dict:
-    return _check_row({name: self._table[name][i].as_py() for name in self._table.column_names}, self.where(i))
+    return _check_row({name: self._table[name][i].as_py() for name in self._table.column_names})
 
   def where(self, i: int) -> str:
     return f'{self._path} row {i + 1}'

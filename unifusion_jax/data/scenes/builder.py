@@ -13,9 +13,10 @@ import tensorflow_datasets as tfds
 from absl import app, flags
 
 from unifusion_jax.data import images
-from unifusion_jax.data.scenes import examples, splits
+from unifusion_jax.data import sources
+from unifusion_jax.data.scenes import splits
 
-TASKS = ('t2i', 'edit', 'reconstruct', 'multi')  # those that end in a picture
+TASKS = ('t2i', 'edit', 'reconstruct', 'multi')  # those that end in a picture; with numbers of objects too, as 't2i/1-2'
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,20 +53,20 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self):
     config = self.builder_config
+    source = sources.SceneSource(config.task, config.split, config.size, config.seed)
     for i in range(config.examples):
-      example = examples.example(config.task, config.split, i, seed=config.seed, size=config.size)
+      example = source[i]
       self.info.metadata['shapes'].append([*example['target'].shape[:2], len(example['references'])])
-      yield i, {**{name: example[name] for name in self.info.features if name != 'task'},
-                'task': config.task,
+      yield i, {**{name: example[name] for name in self.info.features},
                 'references': [io.BytesIO(images.png_bytes(r)) for r in example['references']],
                 'target': io.BytesIO(images.png_bytes(example['target']))}
 
 
 def write(out, task: str, split: str, count: int, size: int = 64, seed: int = 0) -> str:
   """Writes `count` examples below `out`; returns the folder. ValueError when there is one of that name already."""
-  if task not in TASKS:
+  if task.partition('/')[0] not in TASKS:
     raise ValueError(f'task {task!r} has no pictures to write: choose one of {", ".join(TASKS)}')
-  config = ScenesConfig(name=f'{task}_{split}', task=task, split=split, size=size, examples=count, seed=seed)
+  config = ScenesConfig(name=f'{task.replace("/", "_")}_{split}', task=task, split=split, size=size, examples=count, seed=seed)
   made = Scenes(data_dir=str(out), config=config, file_format='array_record')
   if made.data_path.exists():
     raise ValueError(f'{made.data_path} is there already: remove it, or give another folder')
@@ -82,7 +83,7 @@ def main(argv) -> None:
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module.
   flags.DEFINE_string('out', None, 'folder to write to', required=True)
-  flags.DEFINE_enum('task', 't2i', TASKS, 'what the examples ask for')
+  flags.DEFINE_string('task', 't2i', f'what the examples ask for: {", ".join(TASKS)}, each also as t2i/1-2: so many objects')
   flags.DEFINE_enum('split', 'train', tuple(splits.SPLITS), 'which compositions')
   flags.DEFINE_integer('examples', 10_000, 'how many', lower_bound=1)
   flags.DEFINE_integer('size', 64, 'side in pixels of a square canvas', lower_bound=16)
