@@ -86,6 +86,17 @@ def test_blocks_after_the_last_tap_are_not_computed():
   assert four - one == pytest.approx(3 * (two - one), rel=0.02) and two - one > 0.5 * one
 
 
+def test_taps_keep_no_other_layer_alive():
+  """The memory beside arguments and results does not grow with the blocks between two taps."""
+  def bytes_of(depth):
+    decoder = Decoder(dataclasses.replace(SMALL, depth=depth), rngs=nnx.Rngs(0))
+    lowered = jax.jit(lambda decoder, *batch: run(decoder, *batch, taps=(1, depth))[1]).lower(decoder, *batch())
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  few, many = bytes_of(3), bytes_of(24)
+  assert many < 1.1 * few
+
+
 def test_cache_in_pieces():
   """Three calls over one cache give what one call without gives."""
   decoder = Decoder(SMALL, rngs=nnx.Rngs(0))

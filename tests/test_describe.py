@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 from absl import flags
@@ -146,11 +147,15 @@ def test_default_system_prompt_is_the_templates(tmp_path):
 
 
 def test_stops_of_the_checkpoint_count(recipe, tmp_path):
-  chat = verifi.Chat(recipe().vlm)
-  assert describe.stops(chat, tmp_path) == chat.stop_ids
-  for given, wanted in ((7, (7,)), ([7, chat.stop_ids[0], 9], (7, 9)), (None, ())):
+  shutil.copytree(recipe().vlm, tmp_path, dirs_exist_ok=True)
+  (own,) = verifi.Chat(tmp_path).stop_ids
+  for given, wanted in ((7, (7,)), ([7, own, 9], (7, 9)), (None, ())):
     (tmp_path / 'generation_config.json').write_text(json.dumps(dict(eos_token_id=given)))
-    assert describe.stops(chat, tmp_path) == chat.stop_ids + wanted
+    chat = verifi.Chat(tmp_path)
+    assert chat.stop_ids == (own, *wanted)
+    assert chat.spans('a', (), 'b')[-1].ids == (own,)
+    for stop in wanted:
+      assert chat.read([*chat.text_ids('a ring'), stop, *chat.text_ids('a star')]) == 'a ring'
 
 
 @pytest.mark.parametrize('changes,message', [
@@ -195,3 +200,33 @@ def test_embedded_vlm_describes_a_scene(tmp_path, capsys):
   said = capsys.readouterr().out.strip()
   assert language.parse(said) is not None, said
   assert describe.EMBEDDED == configuration.ASSETS / 'vlm'
+
+
+def test_prompts_of_any_length_share_a_program(recipe, pictures):
+  """Up to a power of two: neither a longer prompt nor another number of tiles is compiled again."""
+  folder = recipe().vlm
+  describe.describe(asked(folder, image=','.join(pictures), prompt='what changed?'))
+  compiled = generate._generate._cache_size()
+  describe.describe(asked(folder, image=','.join(pictures), prompt='what changed in the second one?'))
+  describe.describe(asked(folder, image=','.join(pictures[2:] * 2), prompt='what is different? ' * 4))
+  assert generate._generate._cache_size() == compiled
+
+
+def test_nothing_here_needs_torch(pictures):
+  """The command line in a process for which there is no torch."""
+  code = '''
+import importlib.abc, importlib.util, runpy, sys
+hidden = ('torch', 'diffusers', 'accelerate')
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split('.')[0] in hidden else found(name, *rest)
+class Hide(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path, target=None):
+    if name.split('.')[0] in hidden:
+      raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+sys.argv = ['main', '--config=configs/describe.py', '--config.image=' + sys.argv[1]]
+runpy.run_module('unifusion_jax.main', run_name='__main__')
+'''
+  done = subprocess.run([sys.executable, '-c', code, pictures[0]], cwd=pathlib.Path(__file__).parent.parent, text=True,
+                        capture_output=True)
+  assert done.returncode == 0 and 'background' in done.stdout, done.stderr

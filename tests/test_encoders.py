@@ -177,6 +177,8 @@ def test_process_0_says_what_is_kept(tmp_path, monkeypatch):
 
 def test_what_another_version_kept_is_refused(folders, tmp_path, monkeypatch):
   encoders.load(folders['qwen2'], cache=str(tmp_path))
-  monkeypatch.setattr(text.TextConfig, 'from_json', lambda *_: text.TextConfig(dataclasses.replace(TEXT, depth=3)))
+  draw = encoders._draw
+  monkeypatch.setattr(encoders, '_draw', lambda made, dtype: draw(
+      dataclasses.replace(made, text=dataclasses.replace(made.text, depth=3)), dtype))
   with pytest.raises(ValueError, match='kept by another version'):
     encoders.load(folders['qwen2'], cache=str(tmp_path))

@@ -26,15 +26,15 @@ def folder(tmp_path_factory):
 
 def test_greedy_writes_what_transformers_writes(folder):
   tokens, valid, tiles = batch()
-  out = generate(internvl.load(folder, jnp.float32), tokens, valid, tiles, max_new=33, stop_ids=())
-  assert (np.asarray(out.lengths) == 33).all() and out.hidden is None and out.prompt_hidden is None
+  out = generate(internvl.load(folder, jnp.float32), tokens, valid, tiles, max_new=64, stop_ids=())
+  assert (np.asarray(out.lengths) == 64).all() and out.hidden is None and out.prompt_hidden is None
   model = torch_model('qwen2', attention_bias=True)
   tokens, valid, tiles, ours, logprobs = (np.asarray(x) for x in (tokens, valid, tiles, out.tokens, out.logprobs))
   for row in range(len(tokens)):
     n = valid[row].sum()
     inputs = torch_inputs(tokens[row:row + 1, :n], valid[row:row + 1, :n], tiles[row:row + 1])
     with torch.no_grad():
-      theirs = model.generate(**inputs, max_new_tokens=33, do_sample=False, eos_token_id=None, pad_token_id=0,
+      theirs = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
                               output_logits=True, return_dict_in_generate=True)
     np.testing.assert_array_equal(ours[row], theirs.sequences[0, n:].numpy(), err_msg=f'example {row}')
     wanted = [torch.log_softmax(scores[0], -1).max() for scores in theirs.logits]

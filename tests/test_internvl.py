@@ -20,6 +20,7 @@ TEXTS = {
     'qwen2': dict(model_type='qwen2', num_key_value_heads=2),
     'qwen3': dict(model_type='qwen3', num_key_value_heads=4, head_dim=24),
     'internlm2': dict(model_type='llama', num_key_value_heads=2, rope_theta=1e6),
+    'internlm2, a key for each query': dict(model_type='llama', num_key_value_heads=4, rope_theta=1e6),
     'llama': dict(model_type='llama', num_key_value_heads=2, rope_parameters=dict(
         rope_type='llama3', rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=16)),
@@ -85,9 +86,9 @@ def test_parity(text, vision, tmp_path):
   tokens, valid, tiles = batch()
   with torch.no_grad():
     theirs = model(**torch_inputs(tokens, valid, tiles), output_hidden_states=True)
-  hidden = jax.jit(internvl.InternVL.hidden, static_argnums=3)(vlm, tokens, valid, (0, 1, 3), tiles)
-  for i, tap in enumerate((0, 1, 3)):
-    assert relative(hidden[:, :, i], theirs.hidden_states[tap], valid) < 1e-5, tap
+  hidden = jax.jit(internvl.InternVL.hidden, static_argnums=3)(vlm, tokens, valid, (0, 1, 2, 3), tiles)
+  for tap in range(4):
+    assert relative(hidden[:, :, tap], theirs.hidden_states[tap], valid) < 1e-5, tap
   logits = jax.jit(internvl.InternVL.logits)(vlm, tokens, valid, tiles)
   assert relative(logits, theirs.logits, valid) < 1e-5
 
@@ -99,6 +100,22 @@ def test_parity(text, vision, tmp_path):
   ours = json.loads((tmp_path / 'ours' / 'config.json').read_text())
   assert internvl.InternVLConfig.from_json(ours) == internvl.InternVLConfig.from_json(
       json.loads((tmp_path / 'theirs' / 'config.json').read_text()))
+
+
+def test_parity_text_only(folder):
+  """Without pictures at all, the padding on the left."""
+  tokens, valid, _ = (np.asarray(x) for x in batch((0, 0, 0, 0)))
+  tokens, valid = (np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(valid.sum(1))]) for x in (tokens, valid))
+  positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
+  with torch.no_grad():
+    theirs = torch_model('qwen2', attention_bias=True)(
+        input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(valid).long(),
+        position_ids=torch.from_numpy(positions), output_hidden_states=True)
+  vlm = internvl.load(folder, jnp.float32)
+  hidden = jax.jit(internvl.InternVL.hidden, static_argnums=3)(
+      vlm, *jax.device_put((tokens, valid), P(BATCH)), (0, 1, 2, 3))
+  for tap in range(4):
+    assert relative(hidden[:, :, tap], theirs.hidden_states[tap], valid) < 1e-5, tap
 
 
 @pytest.fixture(scope='module')
@@ -222,14 +239,18 @@ def original_layout(model, folder, internlm2=False):
 
 @pytest.mark.parametrize('text,internlm2,vision', [
     ('qwen2', False, dict(attention_bias=True)), ('qwen3', False, dict(norm_type='rms_norm', use_qk_norm=True)),
-    ('internlm2', True, dict(attention_bias=True))])
+    ('internlm2', True, dict(attention_bias=True)), ('internlm2, a key for each query', True, dict(attention_bias=True))])
 def test_original_layout(text, internlm2, vision, tmp_path):
   model = torch_model(text, **vision)
   original_layout(model, tmp_path, internlm2)
   vlm = internvl.load(tmp_path, jnp.float32)
   tokens, valid, tiles = batch()
   with torch.no_grad():
-    theirs = model(**torch_inputs(tokens, valid, tiles)).logits
+    theirs = model(**torch_inputs(tokens, valid, tiles), output_hidden_states=True)
+  hidden = jax.jit(internvl.InternVL.hidden, static_argnums=3)(vlm, tokens, valid, (0, 1, 2, 3), tiles)
+  for tap in range(4):
+    assert relative(hidden[:, :, tap], theirs.hidden_states[tap], valid) < 1e-5, tap
+  theirs = theirs.logits
   assert relative(jax.jit(internvl.InternVL.logits)(vlm, tokens, valid, tiles), theirs, valid) < 1e-5
   # and from there to the layout that transformers reads
   internvl.save(vlm, tmp_path / 'hf')

@@ -151,16 +151,27 @@ def test_a_missing_head_is_tied_only_where_no_config_denies_it(folder, tmp_path)
 def test_greedy_writes_what_transformers_writes(folder):
   tokens, valid, pictures = batch()
   vlm = qwen3_vl.load(folder, jnp.float32)
-  out = generate(vlm, tokens, valid, pictures, max_new=32, stop_ids=(), taps=(1, 4))
+  out = generate(vlm, tokens, valid, pictures, max_new=64, stop_ids=(), taps=(1, 4))
   model = torch_model()
   for row in range(len(tokens)):
     n = int(np.asarray(valid)[row].sum())
     one = [np.asarray(x)[row:row + 1] for x in (tokens, valid, *pictures)]
     with torch.no_grad():
-      theirs = model.generate(**torch_inputs(one[0][:, :n], one[1][:, :n], one[2:]), max_new_tokens=32,
+      theirs = model.generate(**torch_inputs(one[0][:, :n], one[1][:, :n], one[2:]), max_new_tokens=64,
                               do_sample=False, eos_token_id=None, pad_token_id=0)
     np.testing.assert_array_equal(np.asarray(out.tokens)[row], theirs[0, n:].numpy(), err_msg=f'example {row}')
   np.testing.assert_allclose(out.prompt_hidden, HIDDEN(vlm, tokens, valid, (1, 4), pictures), rtol=1e-4, atol=1e-4)
+  # The states while writing are those of one pass over the whole
+  lengths, written = np.asarray(valid).sum(1), np.asarray(out.tokens)
+  whole = np.pad(np.asarray(tokens), ((0, 0), (0, 64)))
+  for row, n in enumerate(lengths):
+    whole[row, n:n + 64] = written[row]
+  # A word of these that is the picture's id would be taken for a picture
+  assert not (written == PICTURE).any()
+  known = np.arange(whole.shape[1]) < lengths[:, None] + 64
+  forced = np.asarray(HIDDEN(vlm, *jax.device_put((whole, known), P(BATCH)), (1, 4), pictures))
+  for row, n in enumerate(lengths):
+    np.testing.assert_allclose(np.asarray(out.hidden)[row], forced[row, n:n + 64], rtol=1e-4, atol=1e-4 * np.abs(forced).max())
 
 
 def test_one_device_equals_eight(folder):

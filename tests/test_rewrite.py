@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from unifusion_jax import config
+from unifusion_jax import hub
 from unifusion_jax import generate
 from unifusion_jax import jobs
 from unifusion_jax import rewrite
@@ -147,13 +148,13 @@ def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, 
 
 def test_a_vlm_trained_further_is_another_one(tmp_path):
   shutil.copytree(config.ASSETS / 'vlm', tmp_path / 'vlm')
-  before = rewrite._fingerprint(tmp_path / 'vlm')
-  assert before == rewrite._fingerprint(config.ASSETS / 'vlm')
+  before = hub.fingerprint(tmp_path / 'vlm')
+  assert before == hub.fingerprint(config.ASSETS / 'vlm')
   tensors = safetensors.numpy.load_file(tmp_path / 'vlm' / 'model.safetensors')
   safetensors.numpy.save_file({name: x * 2 for name, x in tensors.items()}, tmp_path / 'vlm' / 'model.safetensors')
-  assert before != rewrite._fingerprint(tmp_path / 'vlm')
+  assert before != hub.fingerprint(tmp_path / 'vlm')
   (tmp_path / 'vlm' / 'tokenizer.json').rename(tmp_path / 'vlm' / 'tokenizer.model')  # as InternLM2's folders have it
-  assert rewrite._fingerprint(tmp_path / 'vlm')
+  assert hub.fingerprint(tmp_path / 'vlm')
 
 
 def test_other_settings_are_refused(asks, echo, mesh, tmp_path):

@@ -72,16 +72,16 @@ def test_greedy_writes_what_transformers_writes(tmp_path):
   model = torch_model('llama')
   model.save_pretrained(tmp_path)
   tokens, valid = batch()
-  out = generate(text.load(tmp_path, jnp.float32), tokens, valid, max_new=32, stop_ids=(), taps=(1, 3))
+  out = generate(text.load(tmp_path, jnp.float32), tokens, valid, max_new=64, stop_ids=(), taps=(1, 3))
   with one_device():
-    alone = generate(text.load(tmp_path, jnp.float32), np.asarray(tokens), np.asarray(valid), max_new=32, stop_ids=(),
+    alone = generate(text.load(tmp_path, jnp.float32), np.asarray(tokens), np.asarray(valid), max_new=64, stop_ids=(),
                      taps=(1, 3))
   np.testing.assert_array_equal(out.tokens, alone.tokens)
   np.testing.assert_allclose(out.hidden, alone.hidden, rtol=1e-4, atol=1e-4)
   for row, n in enumerate(np.asarray(valid).sum(1)):
     prompt = torch.from_numpy(np.array(tokens)[row:row + 1, :n]).long()
     with torch.no_grad():
-      theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False,
+      theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False,
                               eos_token_id=None, pad_token_id=0)
     np.testing.assert_array_equal(np.asarray(out.tokens)[row], theirs[0, n:].numpy(), err_msg=f'example {row}')
 

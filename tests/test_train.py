@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from unifusion_jax import config
+from unifusion_jax import encoders
 from unifusion_jax import jobs
 from unifusion_jax import sharding
 from unifusion_jax import step
@@ -113,6 +114,26 @@ def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   np.testing.assert_allclose(drawn, alone, rtol=1e-5)
 
 
+def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh):
+  """Neither blocks after it nor the head: they cost no FLOPs of the compiled step."""
+  made = recipe()
+  job = jobs.build(made)
+  state, frozen, batch = job.abstract()
+  tiny = encoders.config(made.vlm, unroll=True)
+
+  def flops(depth, tied, taps=made.taps):
+    vlm = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, depth=depth, tied=tied))
+    whole = dataclasses.replace(frozen, vlm=encoders.abstract(vlm, jnp.float32))
+    loss = jobs.build(dataclasses.replace(made, taps=taps)).loss
+    train_step = step.make_train_step(loss, step.optimizer(made.optim, 4), made.optim)
+    arguments = sharding.abstract((state, whole, batch), mesh)
+    return train_step.lower(*arguments, jax.eval_shape(lambda: jax.random.key(0))).compile().cost_analysis()['flops']
+
+  least = flops(2, True)
+  assert flops(4, False) == pytest.approx(least, rel=1e-5)
+  assert flops(4, False, taps=(1, 4)) > 1.01 * least
+
+
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_every_mesh_gives_the_same_losses(name, recipe):
   one = losses(recipe, (1, 1, 1), name)
@@ -208,7 +229,17 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
     (lambda c: setattr(c, 'taps', (1,)), 'model.lap.taps=2'),
     (lambda c: setattr(c, 'taps', (2, 1)), 'must rise'),
     (lambda c: setattr(c.data, 'weights', (1.0, 2.0)), 'one weight for each task'),
-    (lambda c: setattr(c.data, 'size', 50), 'multiple of 16'),
+    (lambda c: setattr(c.data, 'size', 50), 'must be multiples of 8 pixels'),
+    (lambda c: setattr(c.data, 'size', 48), 'sides of [36, 48, 60]'),
+    (lambda c: setattr(c.data, 'tasks', ('multi',)), "trains on t2i, edit, reconstruct, not on 'multi'"),
+    (lambda c: setattr(c.data, 'tasks', ('edit/1-1',)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', ('edit/2',)), 'as in edit/1-2'),
+    (lambda c: setattr(c.train, 'save_every', 0), 'train.save_every=0'),
+    (lambda c: setattr(c.optim, 'accumulate', 0), 'optim.accumulate=0'),
+    (lambda c: setattr(c.optim, 'decay', 2.0), 'optim.decay=2.0'),
+    (lambda c: setattr(c.optim, 'clip', 0.0), 'optim.clip=0.0'),
+    (lambda c: setattr(c, 'frozen_dtype', 'fp16'), "frozen_dtype='fp16'"),
+    (lambda c: setattr(c.sample, 'seed', -1), 'sample.seed=-1'),
     (lambda c: setattr(c.mesh, 'tp', 3), 'does not fit 8 devices'),
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
@@ -217,7 +248,8 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
 ])
 def test_impossible_combinations_say_so(recipe, change, text):
   made = recipe()
-  made.mesh, made.data = dataclasses.replace(made.mesh), dataclasses.replace(made.data)
+  for name in ('mesh', 'data', 'train', 'optim', 'sample'):
+    setattr(made, name, dataclasses.replace(getattr(made, name)))
   change(made)
   with pytest.raises(ValueError) as error:
     config.check(made, 8)

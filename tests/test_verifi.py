@@ -2,6 +2,7 @@
 
 from concurrent import futures
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -154,3 +155,41 @@ def test_folders_that_cannot_chat(tmp_path):
   with pytest.raises(ValueError, match='not one token'):
     verifi.Chat(other, picture=('<img>', '<picture>', '</img>'))
   assert json.loads((other / 'tokenizer_config.json').read_text())['eos_token'] == '<|im_end|>'
+
+
+def test_a_misspelt_system_prompt_is_no_text(chat):
+  with pytest.raises(ValueError, match="did you mean 'elaborate'"):
+    chat.spans('a ring', system='elaborte')
+  assert chat.system_ids('Answer.') == chat.text_ids('Answer.')
+
+
+def test_a_start_token_that_the_template_leaves_out(tmp_path):
+  """Processors of VLMs put it there; a template that has it has it once, and a language model takes its template as it is."""
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+    shutil.copy(f'{VLM}/{name}', tmp_path)
+  described = json.loads((tmp_path / 'tokenizer.json').read_text())
+  bos = next(token['id'] for token in described['added_tokens'] if token['content'] == '<|endoftext|>')
+  described['post_processor'] = dict(
+      type='TemplateProcessing', single=[dict(SpecialToken=dict(id='<|endoftext|>', type_id=0)), dict(Sequence=dict(id='A', type_id=0))],
+      pair=[dict(Sequence=dict(id='A', type_id=0)), dict(Sequence=dict(id='B', type_id=1))],
+      special_tokens={'<|endoftext|>': dict(id='<|endoftext|>', ids=[bos], tokens=['<|endoftext|>'])})
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(described))
+  settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings | dict(bos_token='<|endoftext|>')))
+  other = tmp_path / 'other'
+  shutil.copytree(tmp_path, other)
+  template = (other / 'chat_template.jinja').read_text()
+  (other / 'chat_template.jinja').write_text('{{ bos_token }}' + template)
+  for folder in (tmp_path, other):
+    first = [token for span in verifi.Chat(folder).spans('a ring', (16,)) for token in span.ids]
+    assert first[0] == bos and bos not in first[1:]
+  blind = [token for span in verifi.Chat(tmp_path, None).spans('a ring') for token in span.ids]
+  assert bos not in blind
+
+
+def test_a_template_kept_for_the_processor(chat, tmp_path):
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copy(f'{VLM}/{name}', tmp_path)
+  template = (pathlib.Path(VLM) / 'chat_template.jinja').read_text()
+  (tmp_path / 'chat_template.json').write_text(json.dumps(dict(chat_template=template)))
+  assert verifi.Chat(tmp_path).spans('a ring', (16,), 'b') == chat.spans('a ring', (16,), 'b')

@@ -1,7 +1,6 @@
 """What a VLM says: pictures and a prompt in, words out. The first thing to do with a checkpoint."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -11,6 +10,7 @@ from unifusion_jax import config as configuration
 from unifusion_jax import encoders
 from unifusion_jax import generate
 from unifusion_jax import hub
+from unifusion_jax import sharding
 from unifusion_jax import verifi
 from unifusion_jax.data import eyes
 from unifusion_jax.data import images
@@ -61,6 +61,7 @@ def describe(config: DescribeConfig) -> str:
   eye = eyes.of(made, config.tiles, folder)
   tiles, counts = eye.see(pictures)
   chat = verifi.Chat(folder, eye.marks)
+  eyes.check(made, chat)
   spans = layout(chat, config.prompt or 'describe the picture', counts, config.system)
   length = sum(len(span.ids) for span in spans)
   room = max(SHORTEST, 1 << (length - 1).bit_length())
@@ -70,7 +71,7 @@ def describe(config: DescribeConfig) -> str:
   vlm = encoders.load(folder, config.dtype, on_cpu, config.quantized, config.cache)
   out = generate.generate(
       vlm, *(_every_device(x) for x in (row['tokens'], row['valid'], tiles)), max_new=config.max_tokens,
-      stop_ids=stops(chat, folder), temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed))
+      stop_ids=chat.stop_ids, temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed))
   # Each process holds the same row again and again, of which it can read its own
   ids, count = (np.asarray(x.addressable_data(0))[0] for x in (out.tokens, out.lengths))
   return chat.read(ids[:count])
@@ -86,15 +87,7 @@ def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str 
   rendered = chat.tokenizer.apply_chat_template(
       [dict(role='user', content='slotuser'), dict(role='assistant', content='slotwritten')], tokenize=False)
   opening = rendered.partition('slotuser')[0]
-  return [verifi.Span('template', tuple(chat.tokenizer.encode(opening, add_special_tokens=False))), *spans[3:]]
-
-
-def stops(chat: verifi.Chat, folder: pathlib.Path) -> tuple[int, ...]:
-  """What ends an answer: the template's own token, and those of generation_config.json."""
-  path = folder / 'generation_config.json'
-  more = json.loads(path.read_text()).get('eos_token_id') if path.exists() else None
-  more = () if more is None else (more,) if isinstance(more, int) else tuple(more)
-  return tuple(dict.fromkeys(chat.stop_ids + more))
+  return [verifi.Span('template', chat.opening(opening)), *spans[3:]]
 
 
 def _embedded(folder: str) -> bool:
@@ -105,7 +98,5 @@ def _embedded(folder: str) -> bool:
 
 def _every_device(tree):
   """One example as a batch in which every device of the batch's axes has it."""
-  mesh = jax.sharding.get_mesh()
-  rows = int(np.prod([mesh.shape[axis] for axis in BATCH]))
-  spread = jax.NamedSharding(mesh, jax.P(BATCH))
+  rows, spread = sharding.rows(1), jax.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
   return jax.tree.map(lambda x: jax.make_array_from_callback((rows, *x.shape), spread, lambda _: x[None]), tree)

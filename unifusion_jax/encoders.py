@@ -24,6 +24,7 @@ from unifusion_jax.models import internvl, qwen3_vl, t5, text
 Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | text.TextConfig | t5.T5Config
 Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | text.TextModel | t5.T5Encoder
 QUANTIZED = ('', 'int8', 'w8a8')
+FORMAT = 1  # of what `cache` keeps: raise it when other numbers come out of the same files and tables of names
 
 
 def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', cache: str | None = None) -> Encoder:
@@ -129,10 +130,12 @@ def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
-  """Of the files of a checkpoint (names, sizes, times) and of the form that is kept."""
+  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the form that is kept."""
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-  return hashlib.sha256(repr((facts, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+  how = FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, text.RULES, t5.RULES
+  made = _config(_described(folder), folder, False).to_json()
+  return hashlib.sha256(repr((facts, how, made, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
 
 
 def _kept(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
@@ -149,8 +152,12 @@ def _keep(model: Encoder, path: pathlib.Path) -> None:
   context.array.saving.use_compression = False
   # Small arrays are written by one replica: sharing them out would compile a program for every slice
   context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
-  with context:
-    ocp.save(path, model, custom_metadata={'config': json.dumps(model.config.to_json())})
+  try:
+    with context:
+      ocp.save(path, model, custom_metadata={'config': json.dumps(model.config.to_json())})
+  except ValueError:
+    if not path.exists():  # else another run kept the same in the meantime
+      raise
 
 
 def _restore(path: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:

@@ -5,6 +5,7 @@ commit). Only data is ever fetched: safetensors, JSON, chat templates and the to
 Offline mode, the cache's place and access tokens are `huggingface_hub`'s own: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
 """
 
+import hashlib
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import re
 TEXTS = ('*.json', '*.jinja', '*.txt', '*.model')  # configs, chat templates and all kinds of tokenizer files
 WEIGHTS = ('*.safetensors',)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+_TAIL = 1 << 20  # bytes of a file of weights that tell it from others
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 
 
@@ -53,6 +55,19 @@ def resolve(name: str | os.PathLike, revision: str | None = None, weights: bool 
                      'read: reading one runs any code that its author put there. Take a safetensors release, or '
                      'convert it in a place you trust and give the local folder')
   return folder
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+  """A model is known by its sizes, its tokenizer and the end of its weights: a folder may have moved."""
+  digest = hashlib.sha256()
+  for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
+    if (folder / name).exists():
+      digest.update((folder / name).read_bytes())
+  for path in sorted(folder.glob('*.safetensors')):
+    with path.open('rb') as file:
+      file.seek(-min(path.stat().st_size, _TAIL), os.SEEK_END)
+      digest.update(file.read())
+  return digest.hexdigest()[:16]
 
 
 def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:

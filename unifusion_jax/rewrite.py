@@ -4,14 +4,13 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl \
       --config.data.rewrites=runs/own/rewrites --workdir=runs/own
 
-A request is its text and the pixels of its references: equal ones are written once by each process that meets them. Each process appends lines of JSON
-to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after the last whole line. A
+A request is its text and the pixels of its references: equal ones are written once by each process that meets them. Each
+process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after the last whole line. A
 rewrite without words, without an end or without room beside its request is not kept, and a request left with none is
 trained on as it is.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -30,8 +29,6 @@ from unifusion_jax import verifi
 from unifusion_jax.data import rewrites
 from unifusion_jax.data import sources
 from unifusion_jax.data import transforms
-
-_TAIL = 1 << 20  # bytes of a file of weights that tell it from others
 
 
 @dataclasses.dataclass
@@ -150,22 +147,9 @@ def _most(number: int) -> int:
 
 def _settings(config, layout: transforms.Layout) -> dict:
   """What rewrites depend on."""
-  vlm = _fingerprint(hub.resolve(config.vlm))
+  vlm = hub.fingerprint(hub.resolve(config.vlm))
   return dict(vlm=vlm, quantized=config.vlm_quantized, system=verifi.SYSTEM.get(layout.system, layout.system), tiles=max(config.data.tiles),
               written=layout.written, **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
-
-
-def _fingerprint(folder: pathlib.Path) -> str:
-  """A VLM is known by its sizes, its tokenizer and the end of its weights: a folder may have moved."""
-  digest = hashlib.sha256()
-  for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
-    if (folder / name).exists():
-      digest.update((folder / name).read_bytes())
-  for path in sorted(folder.glob('*.safetensors')):
-    with path.open('rb') as file:
-      file.seek(-min(path.stat().st_size, _TAIL), os.SEEK_END)
-      digest.update(file.read())
-  return digest.hexdigest()[:16]
 
 
 def _check(config, mesh) -> None:

@@ -35,7 +35,11 @@ def load(folder: str):
   described = json.loads(settings.read_text()) if settings.exists() else {}
   if described.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
     return _internlm2(path, described)
-  return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
+  made = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
+  processors = path / 'chat_template.json'  # where some checkpoints keep it for their processor alone
+  if not made.chat_template and processors.exists():
+    made.chat_template = json.loads(processors.read_text())['chat_template']
+  return made
 
 
 def _internlm2(path: pathlib.Path, described: dict):

@@ -11,7 +11,9 @@ Ids are built span by span. Text of a user is tokenised as plain text, so a temp
 """
 
 import dataclasses
+import difflib
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -67,7 +69,7 @@ class Chat:
   """The chat of one VLM: its tokenizer, its template taken apart, and how a picture stands in it.
 
   Attributes:
-    stop_ids: ids that end written text.
+    stop_ids: ids that end written text, the template's own first.
     picture_id: the id that each picture token stands under until the vision tower's output replaces it; None for a
       language model, which sees none.
     picture_ends: the template's ids before and after the tokens of a picture.
@@ -89,12 +91,12 @@ class Chat:
       if not found or slot in rest:
         raise ValueError(f'{self.folder}: its chat template does not give system, user and assistant text once each, '
                          f'in this order, so VERIFI cannot tell the spans apart; it renders {rendered!r}')
-      literals.append(self._template_ids(before))
+      literals.append(self._template_ids(before) if literals else self.opening(before))
     closing = self._template_ids(rest)
     if not closing:
       raise ValueError(f'{self.folder}: its chat template ends an answer with no token, so nothing stops writing')
     self._literals = literals
-    self.stop_ids = (closing[0],)
+    self.stop_ids = tuple(dict.fromkeys([closing[0], *self._other_stops()]))
 
   def _render(self, **texts) -> str:
     messages = [dict(role='system', content=texts['system']), dict(role='user', content=texts['user']),
@@ -107,6 +109,22 @@ class Chat:
   def _template_ids(self, text: str) -> tuple[int, ...]:
     return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
+  def _other_stops(self) -> list[int]:
+    """What else ends an answer of this model, by its generation_config.json."""
+    path = pathlib.Path(self.folder) / 'generation_config.json'
+    stops = json.loads(path.read_text()).get('eos_token_id') if path.exists() else None
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+
+  def opening(self, text: str) -> tuple[int, ...]:
+    """Ids of the template's text at the very start.
+
+    The processors of VLMs put the tokenizer's own start token before a template that has none; language models take
+    their template as it is.
+    """
+    start, ids = self.tokenizer.bos_token_id, self._template_ids(text)
+    adds = self.picture_id is not None and start in self.tokenizer.encode('')
+    return (start, *ids) if adds and start not in ids[:1] else ids
+
   def _one_id(self, token: str) -> int:
     ids = self._template_ids(token)
     if len(ids) != 1:
@@ -118,7 +136,11 @@ class Chat:
     return tuple(self._plain.encode(text, add_special_tokens=False, split_special_tokens=True))
 
   def system_ids(self, system: str) -> tuple[int, ...]:
-    """Ids of a system prompt, given as a name in SYSTEM or as text."""
+    """Ids of a system prompt, given as a name in SYSTEM or as text; ValueError for a name that is nearly one."""
+    near = difflib.get_close_matches(system, SYSTEM, 1) if system.isidentifier() and system not in SYSTEM else ()
+    if near:
+      raise ValueError(f'there is no system prompt {system!r}: did you mean {near[0]!r}? Names are {", ".join(SYSTEM)}; '
+                       'anything else is taken as the text of one')
     return self.text_ids(SYSTEM.get(system, system))
 
   def spans(self, instruction: str, pictures: tuple[int, ...] = (), written: str | Sequence[int] | None = None,
@@ -141,13 +163,13 @@ class Chat:
     spans += [Span('instruction', self.text_ids(instruction)), Span('template', self._literals[2])]
     if written is not None:
       ids = self.text_ids(written) if isinstance(written, str) else tuple(int(i) for i in written)
-      spans += [Span('written', ids), Span('stop', self.stop_ids)]
+      spans += [Span('written', ids), Span('stop', self.stop_ids[:1])]
     return spans
 
   def another(self, instruction: str, written: str) -> list[Span]:
     """One more turn, to stand after spans that end in a written answer."""
     return [Span('template', self._between), Span('instruction', self.text_ids(instruction)),
-            Span('template', self._literals[2]), Span('written', self.text_ids(written)), Span('stop', self.stop_ids)]
+            Span('template', self._literals[2]), Span('written', self.text_ids(written)), Span('stop', self.stop_ids[:1])]
 
   @functools.cached_property
   def _between(self) -> tuple[int, ...]:
@@ -158,7 +180,7 @@ class Chat:
     _, found, rest = rendered.partition(turns[2])
     between, following, _ = rest.partition(turns[3])
     ids = self._template_ids(between)
-    if not (found and following and ids[:1] == self.stop_ids):
+    if not (found and following and ids[:1] == self.stop_ids[:1]):
       raise ValueError(f'{self.folder}: its chat template does not give one turn after another; it renders {rendered!r}')
     return ids[1:]
 

@@ -18,8 +18,10 @@ import jax
 import numpy as np
 
 from unifusion_jax import encoders
+from unifusion_jax import verifi
 from unifusion_jax.data import images
 from unifusion_jax.data import qwen_images
+from unifusion_jax.data.sources import BrokenRecord
 from unifusion_jax.models import internvl
 from unifusion_jax.models import qwen3_vl
 from unifusion_jax.models import t5
@@ -51,7 +53,8 @@ class Tiles:
     if not (room or cut):
       return None, ()
     seen = np.concatenate([images.normalise(each, self.mean, self.std) for each in cut] or [self._none()])
-    missing = 0 if room is None else room * self._tiles - len(seen)
+    # Without a room, a power of two: few shapes to compile
+    missing = (1 << (len(seen) - 1).bit_length() if room is None else room * self._tiles) - len(seen)
     return np.pad(seen, ((0, missing), (0, 0), (0, 0), (0, 0))), counts
 
   def _none(self) -> np.ndarray:
@@ -83,6 +86,9 @@ class Patches:
     pixels, pictures = self._limited, [images.read(reference) for reference in references]
     sizes = [qwen_images.size_of(*picture.shape[:2], pixels) for picture in pictures]
     patches = [y * x // pixels.patch ** 2 for y, x in sizes]
+    if room is not None and max(patches, default=0) > self._patches(1):
+      shape = pictures[int(np.argmax(patches))].shape
+      raise BrokenRecord(f'a picture of {shape[1]}x{shape[0]} is too long and narrow to be shown in {self.most} tokens')
     # Without a room, a power of two: few shapes to compile
     space = self._patches(room) if room is not None else 1 << (sum(patches) - 1).bit_length()
     return (qwen_images.pack(pictures, pixels, space, len(references) if room is None else room),
@@ -132,6 +138,14 @@ def of(config: encoders.Config, tiles: int, folder: pathlib.Path | None = None) 
     case t5.T5Config():
       raise ValueError(f'{folder} is an encoder, which writes nothing: take a VLM or a causal language model')
   return Blind()
+
+
+def check(config: encoders.Config, chat: verifi.Chat) -> None:
+  """ValueError where a VLM's tokenizer and its config.json do not agree on the id that picture tokens stand under."""
+  wanted = getattr(config, 'image_token_id', None)
+  if chat.picture_id != wanted:
+    raise ValueError(f'{chat.folder}: pictures stand under the id {chat.picture_id} for its tokenizer and under {wanted} for '
+                     'its config.json, so they would be read as words: the folder mixes files of different checkpoints')
 
 
 def _pixels(folder: pathlib.Path) -> dict:

@@ -72,8 +72,11 @@ class Layout:
 def layout(config) -> Layout:
   """The layout of the frozen VLM of a config.Config: its folder says how it is shown pictures."""
   data, path = config.data, hub.resolve(config.vlm, weights=False)
-  eye = eyes.of(encoders.config(path), max(data.tiles), path)
-  return Layout(str(path), eye, max(data.text_tokens), max(data.written_tokens), rooms(data), config.system)
+  described = encoders.config(path)
+  eye = eyes.of(described, max(data.tiles), path)
+  made = Layout(str(path), eye, max(data.text_tokens), max(data.written_tokens), rooms(data), config.system)
+  eyes.check(described, made.chat)
+  return made
 
 
 def rooms(data) -> tuple[tuple[str, int, int], ...]:

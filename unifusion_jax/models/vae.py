@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax import convert
+from unifusion_jax import hub
 from unifusion_jax.models import layers
 from unifusion_jax.sharding import BATCH
 
@@ -265,12 +266,12 @@ class Autoencoder(nnx.Module):
 
 
 # For planning without a checkpoint; `load` goes by the checkpoint's own config.json
-PRESETS = {'black-forest-labs/FLUX.1-schnell': VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)}
+PRESETS = {'black-forest-labs/FLUX.1-schnell/vae': VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)}
 
 
 def load(folder, dtype=jnp.float32) -> Autoencoder:
-  """From a diffusers folder: config.json and *.safetensors. Needs the mesh in context."""
-  folder = pathlib.Path(folder)
+  """From a diffusers folder, or a hub id of one: config.json and *.safetensors. Needs the mesh in context."""
+  folder = hub.resolve(folder)
   config = VAEConfig.from_json(json.loads((folder / 'config.json').read_text()))
   plain = folder / WEIGHTS  # releases may have an fp16 variant beside it
   tensors = {}
