@@ -53,8 +53,7 @@ class Checkpoints:
   def restore_ema(self, abstract_params, mesh):
     """The newest EMA alone: sampling never reads an optimizer."""
     if self.latest() is None:
-      raise FileNotFoundError(f'{self._folder} holds no checkpoint: train first (--mode=train), or leave out --workdir '
-                              'to use the weights that config.init names')
+      raise FileNotFoundError(f'{self._folder} holds no checkpoint: train first (--mode=train)')
     abstract = sharding.abstract(abstract_params, mesh)
     return _like(abstract, self._writer.load_checkpointables(None, dict(ema=_named(abstract)))['ema'])
 

@@ -6,8 +6,12 @@ start. What is trained is what `objective` is: generation (DiT, LAP), writing (V
 
 import dataclasses
 import json
+import os
 import pathlib
 
+from unifusion_jax import hub
+from unifusion_jax import sharding
+from unifusion_jax.data.scenes import scene as world
 from unifusion_jax.models import internvl
 from unifusion_jax.models import unifusion
 from unifusion_jax.models import vae as autoencoder
@@ -105,6 +109,19 @@ class Config:
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
+# What each objective has examples of; with several references only the VLM trains.
+_TASKS = {generation.FlowConfig: ('t2i', 'edit', 'reconstruct'),
+          reconstruction.ReconstructionConfig: ('t2i', 'edit', 'reconstruct'),
+          writing.WritingConfig: ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')}
+
+
+def _unit(config: Config) -> int:
+  """Pixels that both sides of every picture must be multiples of."""
+  if isinstance(config.model, autoencoder.VAEConfig):
+    return config.model.downsampling
+  return 8 * config.model.dit.patch if isinstance(config.model, unifusion.UniFusionConfig) else 1
+
+
 def check(config: Config, devices: int) -> None:
   """Raises one ValueError that lists every combination of settings that cannot work."""
   data, wrong = config.data, []
@@ -114,7 +131,7 @@ def check(config: Config, devices: int) -> None:
       wrong.append(text)
 
   data_shards = config.mesh.shape(devices)[0] * config.mesh.shape(devices)[1]
-  micro = data_shards * config.optim.accumulate
+  micro = data_shards * max(1, config.optim.accumulate)
   want(data.batch_size > 0 and data.batch_size % micro == 0,
        f'data.batch_size={data.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {data_shards} '
        f'devices share a batch, times optim.accumulate={config.optim.accumulate}')
@@ -125,7 +142,29 @@ def check(config: Config, devices: int) -> None:
     want(len(numbers) in (1, len(data.tasks)),
          f'data.{name}={numbers} must be one number, or one for each of data.tasks={data.tasks}')
   want(all(w > 0 for w in data.weights), f'data.weights={data.weights} must all be above 0: leave a task out instead')
-  want(data.size % 16 == 0, f'data.size={data.size} must be a multiple of 16, so that every latent grid is whole')
+  sides = {side for aspect in world.ASPECTS for side in world.canvas(aspect, data.size)}
+  unit = _unit(config)
+  want(data.size > 0 and not any(side % unit for side in sides),
+       f'data.size={data.size} makes canvases with sides of {sorted(sides)}, which must be multiples of {unit} pixels (a latent '
+       'patch): take a multiple of 64')
+  for name in ('log_every', 'save_every', 'preview_every'):
+    want(getattr(config.train, name) >= 1, f'train.{name}={getattr(config.train, name)} must be 1 or more')
+  want(config.optim.accumulate >= 1, f'optim.accumulate={config.optim.accumulate} must be 1 or more')
+  want(0 <= config.optim.decay <= 1, f'optim.decay={config.optim.decay} is a share of the run: between 0 and 1')
+  want(config.optim.clip > 0, f'optim.clip={config.optim.clip} must be above 0')
+  want(config.frozen_dtype in ('float32', 'bfloat16'), f"frozen_dtype={config.frozen_dtype!r} must be 'float32' or 'bfloat16'")
+  want(config.eval.batch_size >= 1 and config.eval.examples >= 1,
+       f'eval.batch_size={config.eval.batch_size} and eval.examples={config.eval.examples} must be 1 or more')
+  own = data.path.endswith(('.jsonl', '.parquet'))
+  for task in data.tasks:
+    name, _, objects = task.partition('/')
+    kinds = _TASKS[type(config.objective)]
+    want(name in kinds, f'data.tasks: this objective trains on {", ".join(kinds)}, not on {task!r}')
+    least, dash, most = objects.partition('-')
+    want(not objects or (dash and least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most) <= 4 and int(most) > 1),
+         f'data.tasks: {task!r} must name how many objects its scenes start with as in {name}/1-2, from 1 to 4 and not 1 alone')
+  want(not (own and isinstance(config.objective, writing.WritingConfig)),
+       f'data.path={data.path}: the embedded VLM trains on scenes, which know the answers to its questions')
   want(data.tiles and min(data.tiles) >= 1, f'data.tiles={data.tiles} must be numbers from 1 on')
   want(config.train.steps > 0, f'train.steps={config.train.steps} must be 1 or more')
   want(config.optim.name in ('adamw', 'muon'), f'optim.name={config.optim.name!r} must be adamw or muon')
@@ -149,6 +188,7 @@ def check(config: Config, devices: int) -> None:
     want(not config.eval.study or config.eval.split == 'test',
          f'eval.split={config.eval.split!r}: the study asks in phrasings that only the split test has')
     want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
+    want(config.sample.seed >= 0, f'sample.seed={config.sample.seed} must be 0 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
     want(config.objective.draws >= 1, f'objective.draws={config.objective.draws} must be 1 or more')
     for name in ('drop', 'drop_pictures', 'drop_written', 'raw'):
@@ -161,18 +201,13 @@ def check(config: Config, devices: int) -> None:
     raise ValueError('this configuration cannot run:\n  ' + '\n  '.join(wrong))
 
 
-def to_json(config: Config) -> str:
-  """The resolved configuration, as it is kept in the workdir."""
-  return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + '\n'
-
-
 def keep(config: Config, workdir: pathlib.Path) -> None:
   """Writes config.json into the workdir; refuses when a run with another configuration lives there.
 
   How a run samples and evaluates may change; what it trains may not.
   """
   path = workdir / 'config.json'
-  new = json.loads(to_json(config))
+  new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=_frozen(config))
   if path.exists():
     old = json.loads(path.read_text())
     differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(old, new)
@@ -180,8 +215,24 @@ def keep(config: Config, workdir: pathlib.Path) -> None:
     if differ:
       raise ValueError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                        + '\n  '.join(differ))
-  workdir.mkdir(parents=True, exist_ok=True)
-  path.write_text(to_json(config))
+  write(config, workdir, files=new['files'])
+
+
+def _frozen(config: Config) -> dict[str, str]:
+  """What the frozen models of a DiT are known by where they are folders: other weights in the same place are others."""
+  if not isinstance(config.objective, generation.FlowConfig):
+    return {}
+  folders = {name: pathlib.Path(getattr(config, name)) for name in ('vlm', 'vae')}
+  return {name: hub.fingerprint(folder) for name, folder in folders.items() if folder.is_dir()}
+
+
+def write(config: Config, workdir: pathlib.Path, name: str = 'config.json', **more) -> None:
+  """The resolved configuration as a file of the workdir, whole or not at all; the first of several processes writes it."""
+  if sharding.leads():
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = workdir / f'{name}.part'
+    part.write_text(json.dumps(dataclasses.asdict(config) | more, indent=2, sort_keys=True) + '\n')
+    os.replace(part, workdir / name)
 
 
 def _differences(old, new, prefix=''):

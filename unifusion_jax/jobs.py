@@ -65,18 +65,19 @@ def _vae_config(name: str) -> autoencoder.VAEConfig:
 
 
 def _trained(job, workdir: pathlib.Path, mesh):
-  """The EMA of the workdir's last checkpoint; without a run there, what `sample.weights` or `init` names."""
+  """The EMA of the workdir's last checkpoint; without a run there, what `sample.weights` or `init` names. And where from."""
   if (workdir / 'checkpoints').exists():
     saved = checkpoint.Checkpoints(workdir)
     try:
-      return saved.restore_ema(jax.eval_shape(job.draw_params), mesh)
+      if (step := saved.latest()) is not None:
+        return saved.restore_ema(jax.eval_shape(job.draw_params), mesh), f'{workdir} at step {step}'
     finally:
       saved.close()
   weights = job.config.sample.weights or job.config.init
   if weights is None:
     raise FileNotFoundError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), '
                             'or give --config.sample.weights=FOLDER')
-  return job.load_params(weights)
+  return job.load_params(weights), str(weights)
 
 
 def _preview_records(data, layout: transforms.Layout | None = None) -> list[dict]:
@@ -94,11 +95,11 @@ def _write_preview(workdir: pathlib.Path, step: int, sheet: np.ndarray) -> None:
     images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
 
 
-def _write_report(workdir: pathlib.Path, report: dict) -> None:
+def _write_report(workdir: pathlib.Path, report: dict, name: str = 'eval.json') -> None:
   if not sharding.leads():
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'eval.json').write_text(json.dumps(report, indent=2) + '\n')
+  (workdir / name).write_text(json.dumps(report, indent=2) + '\n')
   print(json.dumps(report, indent=2))
 
 
@@ -174,13 +175,16 @@ class Generation:
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     asked = requests.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
-    sampler = self.sampler(_trained(self, workdir, mesh), self.load_frozen())
+    params, _ = _trained(self, workdir, mesh)
+    sampler = self.sampler(params, self.load_frozen())
     requests.answer(sampler, asked, self.config.sample, workdir / 'pictures')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
-    sampler = self.sampler(_trained(self, workdir, mesh), self.load_frozen())
+    params, weights = _trained(self, workdir, mesh)
+    sampler = self.sampler(params, self.load_frozen())
     measure = eval_verifi.evaluate if self.config.eval.study == 'verifi' else eval_generation.evaluate
-    _write_report(workdir, measure(sampler, self.config, workdir / 'eval'))
+    name = f'eval_{self.config.eval.study}.json' if self.config.eval.study else 'eval.json'
+    _write_report(workdir, dict(weights=weights, **measure(sampler, self.config, workdir / 'eval')), name)
 
   def rewrite(self, workdir: pathlib.Path, mesh) -> None:
     source = mix.mix(dataclasses.replace(self.config.data, rewrites=None, tiles=self.config.data.tiles[-1:]))
@@ -188,7 +192,7 @@ class Generation:
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
     """In bfloat16, as such models are published."""
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _trained(self, workdir, mesh))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _trained(self, workdir, mesh)[0])
     unifusion.save(params, workdir / 'export')
     print(f'wrote {workdir / "export"}')
 
@@ -247,11 +251,11 @@ class Writing:
     raise ValueError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
-    params = _trained(self, workdir, mesh)
-    _write_report(workdir, eval_writing.evaluate(params.vlm, self._layout(), self.config))
+    params, weights = _trained(self, workdir, mesh)
+    _write_report(workdir, dict(weights=weights, **eval_writing.evaluate(params.vlm, self._layout(), self.config)))
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
-    writing.save(_trained(self, workdir, mesh).vlm, self.config.vlm, workdir / 'export')
+    writing.save(_trained(self, workdir, mesh)[0].vlm, self.config.vlm, workdir / 'export')
     print(f'wrote {workdir / "export"}')
 
 
@@ -300,11 +304,12 @@ class Reconstruction:
     raise ValueError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
-    _write_report(workdir, eval_reconstruction.evaluate(_trained(self, workdir, mesh), self.config))
+    params, weights = _trained(self, workdir, mesh)
+    _write_report(workdir, dict(weights=weights, **eval_reconstruction.evaluate(params, self.config)))
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
     """The scaling factor makes latents of unit variance: it is measured on training pictures here."""
-    vae = _trained(self, workdir, mesh)
+    vae, _ = _trained(self, workdir, mesh)
     mixture, transform = self.data()
     batches = pipeline.batches(mixture, transform, self.config.data.batch_size, self.config.seed)
     spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, sharding.put(next(batches)['target']))))

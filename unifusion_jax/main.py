@@ -60,6 +60,7 @@ def main(argv):
       job = jobs.build(config)
       run = dict(sample=job.sample, rewrite=job.rewrite, eval=job.evaluate, export=job.export)[_MODE.value]
       run(workdir, mesh)
+      configuration.write(config, workdir, f'config_{_MODE.value}.json')
 
 
 def run():
@@ -69,7 +70,7 @@ def run():
   flags.mark_flag_as_required('config')
   try:
     app.run(main, flags_parser=_parse)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, train.Diverged) as error:
     if os.environ.get('UNIFUSION_TRACEBACK'):
       raise
     sys.exit(f'error: {error}')

@@ -1,6 +1,7 @@
 """Scalars on their way out: a progress bar, `metrics.jsonl` and TensorBoard events."""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -22,8 +23,11 @@ class Writer:
     path = pathlib.Path(workdir) / 'metrics.jsonl'
     kept = []
     if path.exists():
-      kept = [line for line in path.read_text().splitlines() if line.strip() and json.loads(line)['step'] <= step]
-    path.write_text(''.join(line + '\n' for line in kept))
+      whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]  # an end may be cut off
+      kept = [line for line in whole if line.strip() and json.loads(line)['step'] <= step]
+    part = path.with_name(path.name + '.part')
+    part.write_text(''.join(kept))
+    os.replace(part, path)
     self._file = path.open('a')
     self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True, purge_step=step + 1 if step else None)
     self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, file=sys.stderr, smoothing=0.1)

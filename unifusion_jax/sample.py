@@ -66,8 +66,7 @@ class Sampler:
     unit = self.factor * self.model.config.dit.patch
     if height % unit or width % unit or min(height, width) < unit:
       raise ValueError(f'a picture of {width}x{height} cannot be made: both sides must be multiples of {unit}')
-    devices = int(np.prod([jax.sharding.get_mesh().shape[axis] for axis in sharding.BATCH]))
-    padded = requests + [requests[-1]] * (-len(requests) % devices)
+    padded = requests + [requests[-1]] * (sharding.rows(len(requests)) - len(requests))
     condition, mask, written, remarks = self._condition(padded)
     null, null_mask = self._null(len(padded), condition.shape[1])
     noise = np.stack([_noise(request.seed, (height // self.factor, width // self.factor, self.channels))

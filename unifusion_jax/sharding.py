@@ -32,6 +32,13 @@ class MeshConfig:
     return tuple(sizes)
 
 
+def rows(count: int) -> int:
+  """The smallest number of rows, `count` or more, that the devices of the mesh in context share evenly."""
+  shape = jax.sharding.get_mesh().shape
+  devices = int(np.prod([shape[axis] for axis in BATCH]))
+  return -(-count // devices) * devices
+
+
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   """The mesh over all devices of all processes."""
   return jax.make_mesh(config.shape(jax.device_count()), AXES)

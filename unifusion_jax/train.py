@@ -100,7 +100,8 @@ class _Watch:
 
   def __call__(self, step: int, scalars: dict[str, float]) -> None:
     bad = [name for name in ('loss', 'gradient_norm') if not math.isfinite(scalars[name])]
-    advice = 'the last checkpoint is kept; lower optim.learning_rate or optim.clip, or look at the data, and run again'
+    advice = ('the last checkpoint is kept. Look at the data; or write its weights out (--mode=export) and start from them in '
+              'another --workdir (--config.init=FOLDER) with a lower optim.learning_rate or optim.clip')
     if bad:
       raise Diverged(f'step {step}: {" and ".join(bad)} no longer finite; {advice}')
     self._recent.append(scalars['loss'])

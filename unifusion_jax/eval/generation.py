@@ -12,6 +12,7 @@ from unifusion_jax.data.scenes import examples
 from unifusion_jax.data.scenes import judge
 from unifusion_jax.data.scenes import language
 from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.eval import vqa
 
 SHOWN = 12  # rows of the sheet that goes with each measurement
 
@@ -21,8 +22,9 @@ def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
 
   t2i: one or two objects, every demanded attribute, place, count, relation and background met ('all'), and three or
   four objects apart. edit: what should change did ('asked'), what should stay did ('kept'), both and nothing else
-  ('all'). Sheets of the first examples are written into `folder`.
+  ('all'). Both also get the VLM's own judgement, `vqa.scores`, beside that of the true pictures. Sheets of the first examples are written into `folder`.
   """
+  layout = sampler.layout.in_tiles(sampler.settings.tiles)
   report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance)
   measures = []
   tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
@@ -34,6 +36,11 @@ def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
       results = draw(sampler, records, config.eval.batch_size)
       name = f'{split}_{task}_{objects[0]}-{objects[1]}'
       report[name] = score(records, results)
+      if layout.eye.most:  # the VLM judges what was drawn, and what should have been
+        described = [record['caption'] for record in records]
+        for whose, pictures in (('', [result.picture for result in results]), ('_truth', [r['target'] for r in records])):
+          sure = vqa.scores(sampler.frozen.vlm, layout, pictures, described, config.eval.batch_size)
+          report[name][f'vqascore{whose}'] = round(float(np.mean(sure)), 4)
       if sharding.leads():
         images.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], results[:SHOWN]))
   return report

@@ -16,12 +16,13 @@ from unifusion_jax.data.scenes import examples
 from unifusion_jax.eval import generation
 
 SHOWN = 8         # rows of each sheet
+MEASURED = ('all', 'written_exact')  # of `generation.score`
 TILES = (1, 4, 9)  # with the thumbnail 1, 5 and 10, the paper's
 SIDE = 3          # references of the tiles' study are this many times as large as those of training
 
 
 def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
-  """Success ('all' of the judge) on `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
+  """Success ('all' of the judge), and texts written exactly, on `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
 
   prompts: plain, paraphrased (by templates kept out of training) and knowledge prompts of one or two objects, with
     VERIFI and on the request itself.
@@ -79,12 +80,14 @@ class _Study:
     """The success of each way of asking; writes a sheet with a column for each."""
     rates, drawn = {}, {}
     for way, settings in ways.items():
-      found = []
+      found = {measure: [] for measure in MEASURED}
       for seed in range(self.config.eval.seeds):
         results = self.draw(records, 1_000_003 * seed, **settings)
-        found.append(generation.score(records, results)['all'])
+        verdicts = generation.score(records, results)
+        for measure in found:
+          found[measure].append(verdicts[measure])
         drawn.setdefault(way, results)
-      rates[way] = _spread(found)
+      rates[way] = {measure: _spread(values) for measure, values in found.items()}
     most = max(len(record['references']) for record in records[:SHOWN])
     rows, captions = [], []
     for i, record in enumerate(records[:SHOWN]):

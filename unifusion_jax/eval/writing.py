@@ -27,7 +27,7 @@ def answers(vlm, layout: transforms.Layout, records: list[dict], batch_size: int
     for start in range(0, len(members), batch_size):
       part = members[start:start + batch_size]
       rows, tiles = [], []
-      for i in np.resize(part, batch_size):
+      for i in np.resize(part, sharding.rows(batch_size)):
         references = records[i]['references']
         seen, counts = layout.eye.see(references, len(references))
         spans = chat.spans(records[i]['instruction'], counts, None, system)
