@@ -34,9 +34,9 @@ def tiny() -> config.Config:
   return config.Config(
       objective=writing.WritingConfig(),
       model=internvl.InternVLConfig(
-          vision=internvl.VisionConfig(width=128, depth=4, heads=4, hidden=512, tile=64, patch=8, unroll=True),
+          vision=internvl.VisionConfig(width=128, depth=4, heads=4, hidden=512, tile=64, patch=8),
           text=decoder.DecoderConfig(model_type='qwen2', vocab=1024, width=160, depth=6, heads=4, kv_heads=2,
-                                     head_dim=40, hidden=432, tied=True, theta=1e4, max_positions=2048, unroll=True),
+                                     head_dim=40, hidden=432, tied=True, theta=1e4, max_positions=2048),
           image_token_id=5),
       data=config.DataConfig(
           tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',

@@ -9,10 +9,9 @@ folder=${1:-runs/embedded}
 settings=("${@:2}")
 
 # A GPU takes large batches of scanned layers in bfloat16, and as many processes to draw scenes as there are cores.
-large=() vlm=() dit=()
+large=() dit=()
 if nvidia-smi -L >/dev/null 2>&1; then
   large=(--config.data.batch_size=256 --config.data.workers="$(nproc)")
-  vlm=(--config.model.vision.unroll=false --config.model.text.unroll=false)
   dit=(--config.model.dit.unroll=1 --config.model.lap.unroll=1 --config.model.dtype=bfloat16 --config.optim.learning_rate=4e-3)
 fi
 
@@ -25,8 +24,8 @@ stage() {  # name, recipe, its settings
   done
 }
 
-stage eye configs/vlm.py:eye "${vlm[@]}"
-stage vlm configs/vlm.py --config.init="$folder/eye/export" "${vlm[@]}"
+stage eye configs/vlm.py:eye
+stage vlm configs/vlm.py --config.init="$folder/eye/export"
 stage t2i configs/t2i.py --config.vlm="$folder/vlm/export" "${dit[@]}"
 stage edit configs/edit.py --config.vlm="$folder/vlm/export" --config.init="$folder/t2i/export" --config.train.steps=5000 "${dit[@]}"
 echo "done: copy $folder/{vlm,t2i,edit}/export to unifusion_jax/assets/tiny/ and measure them with --mode=eval (docs/embedded.md)"

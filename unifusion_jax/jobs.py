@@ -202,11 +202,17 @@ class Writing:
   """The embedded VLM."""
   config: configuration.Config
 
+  def __post_init__(self):
+    self._unroll = _on_cpu()  # here, because no device is known while something is traced
+
   def load_frozen(self):
     return None
 
   def draw_params(self) -> writing.Reader:
-    return writing.Reader(self.config.model, rngs=nnx.Rngs(self.config.seed))
+    model, unroll = self.config.model, self._unroll
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, unroll=unroll),
+                                text=dataclasses.replace(model.text, unroll=unroll))
+    return writing.Reader(model, rngs=nnx.Rngs(self.config.seed))
 
   def init_params(self) -> writing.Reader:
     return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
@@ -214,7 +220,7 @@ class Writing:
   def load_params(self, folder: str) -> writing.Reader:
     """The read-out head, which no folder holds, starts anew."""
     params = jax.jit(self.draw_params)()
-    params.vlm = internvl.load(folder, jnp.float32, unroll=_on_cpu())
+    params.vlm = internvl.load(folder, jnp.float32, unroll=self._unroll)
     return params
 
   def abstract(self):
@@ -322,4 +328,5 @@ class Reconstruction:
 
 def _on_cpu() -> bool:
   """Unrolled layers run faster on a CPU; scanned ones compile faster everywhere."""
-  return jax.sharding.get_mesh().devices.flat[0].platform == 'cpu'
+  mesh = jax.sharding.get_mesh()
+  return not mesh.empty and mesh.devices.flat[0].platform == 'cpu'
