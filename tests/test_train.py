@@ -37,14 +37,17 @@ def leaves(state):
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
   made = recipe(optim=dataclasses.replace(recipe().optim, name=name))
-  whole = train.train(made, tmp_path / 'whole', mesh)
+  whole = train.train(dataclasses.replace(made, train=dataclasses.replace(made.train, log_every=2)), tmp_path / 'whole', mesh)
   train.train(made, tmp_path / 'parts', mesh, stop_at=2)
   parts = train.train(made, tmp_path / 'parts', mesh)
   assert int(parts.step) == 4
   for a, b in zip(leaves(whole), leaves(parts), strict=True):
     np.testing.assert_array_equal(a, b)
-  lines = [json.loads(line) for line in (tmp_path / 'parts' / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['step'] for line in lines] == [1, 2, 3, 4]
+  lines, means = ([json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
+                  for name in ('parts', 'whole'))
+  assert [line['step'] for line in lines] == [1, 2, 3, 4] and [line['step'] for line in means] == [2, 4]
+  for i, mean in enumerate(means):
+    assert mean['loss'] == pytest.approx((lines[2 * i]['loss'] + lines[2 * i + 1]['loss']) / 2, abs=2e-6)
   assert (tmp_path / 'parts' / 'config.json').exists() and list((tmp_path / 'parts').glob('events.*'))
 
 

@@ -53,6 +53,7 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
   watch = _Watch(config.train.diverged)
   key = jax.random.key(config.seed)
   seen = skipped = 0
+  since = []  # the scalars of each step since the last logged one: batches differ, so their mean is logged
   clock, clock_step = time.monotonic(), start
   try:
     for step in range(start, end):
@@ -63,8 +64,11 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
         pipeline.check_skipped(seen, skipped, config.data.skipped, mix)
       state, scalars = train_step(state, frozen, sharding.put_batch(batch, mesh), key)
       done = step + 1
+      since.append(scalars)
       if done % config.train.log_every == 0 or done == end:
-        scalars = {name: float(value) for name, value in scalars.items()}
+        since = jax.device_get(since)
+        scalars = {name: float(np.mean([each[name] for each in since])) for name in scalars}
+        since = []
         watch(done, scalars)
         now = time.monotonic()
         rate = (done - clock_step) * config.data.batch_size / (now - clock)
