@@ -5,9 +5,9 @@
       --config.data.rewrites=runs/own/rewrites --workdir=runs/own
 
 A request is its text and the pixels of its references: equal ones are written once by each process that meets them. Each
-process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after the last whole line. A
-rewrite without words, without an end or without room beside its request is not kept, and a request left with none is
-trained on as it is.
+process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after
+the last whole line. A rewrite without words, without an end or without room beside its request is not kept, and a request
+left with none is trained on as it is.
 """
 
 import dataclasses
@@ -148,8 +148,8 @@ def _most(number: int) -> int:
 def _settings(config, layout: transforms.Layout) -> dict:
   """What rewrites depend on."""
   vlm = hub.fingerprint(hub.resolve(config.vlm))
-  return dict(vlm=vlm, quantized=config.vlm_quantized, system=verifi.SYSTEM.get(layout.system, layout.system), tiles=max(config.data.tiles),
-              written=layout.written, **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
+  return dict(vlm=vlm, quantized=config.vlm_quantized, system=verifi.SYSTEM.get(layout.system, layout.system),
+              tiles=max(config.data.tiles), written=layout.written, **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
 
 
 def _check(config, mesh) -> None:

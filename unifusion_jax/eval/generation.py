@@ -22,7 +22,8 @@ def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
 
   t2i: one or two objects, every demanded attribute, place, count, relation and background met ('all'), and three or
   four objects apart. edit: what should change did ('asked'), what should stay did ('kept'), both and nothing else
-  ('all'). Both also get the VLM's own judgement, `vqa.scores`, beside that of the true pictures. Sheets of the first examples are written into `folder`.
+  ('all'). Both also get the VLM's own judgement, `vqa.scores`, beside that of the true pictures. Sheets of the first
+  examples are written into `folder`.
   """
   layout = sampler.layout.in_tiles(sampler.settings.tiles)
   report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance)

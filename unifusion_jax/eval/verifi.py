@@ -22,7 +22,8 @@ SIDE = 3          # references of the tiles' study are this many times as large 
 
 
 def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
-  """Success ('all' of the judge), and texts written exactly, on `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
+  """Success ('all' of the judge) and texts written exactly, of `config.eval.examples` examples of each kind, over
+  `config.eval.seeds` seeds.
 
   prompts: plain, paraphrased (by templates kept out of training) and knowledge prompts of one or two objects, with
     VERIFI and on the request itself.
