@@ -141,6 +141,16 @@ def test_check_reports_each_kind_of_demand():
   assert set(judge.check(reading, Constraints((Wanted(colour='red'), Wanted())))) == {'count', 'colour', 'all'}
 
 
+def test_between_is_on_the_way_from_one_to_the_other():
+  ends = (dataclasses.replace(RING, x=0.18, y=0.2), dataclasses.replace(STAR, x=0.8, y=0.8))
+  middle = Object('square', 'blue', 'small', 'solid', 0.45, 0.55)
+  for first, second in (ends, ends[::-1]):
+    said = Constraints(tuple(Wanted(o.shape) for o in (middle, first, second)), relations=((0, 'between', 1, 2),))
+    for scene, truth in ((Scene((*ends, middle), PLAIN), True),
+                         (Scene((*ends, dataclasses.replace(middle, x=0.8, y=0.2)), PLAIN), False)):
+      assert judge.check(judge.read(render(scene)), said)['relation'] == truth
+
+
 def test_all_needs_one_choice_of_objects_for_every_demand():
   other = dataclasses.replace(RING, colour='blue', size='large', x=0.7, y=0.7)
   reading = judge.read(render(Scene((RING, other), PLAIN)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax.data.scenes import language, splits, words
+from unifusion_jax.data.scenes.constraints import RELATIONS
 from unifusion_jax.data.scenes.edits import EDIT_KINDS, Edit, random_edit
 from unifusion_jax.data.scenes.examples import TASKS, WORDS, aspect, example, references
 from unifusion_jax.data.scenes.multi import MULTI_KINDS, random_multi
@@ -50,7 +51,8 @@ def read_pointer(text: str, at: int = 0) -> tuple[Pointer, int] | None:
   extreme, *rest = found.groups()
   size, fill, colour, shape, place, relation = (w and VALUE.get(w) for w in rest)
   anchor, end = read_pointer(text, found.end()) if relation else (None, found.end())
-  return Pointer(shape, colour, size, fill, place, extreme, relation, anchor), end
+  second, end = read_pointer(text, end) if relation == 'between' else (None, end)
+  return Pointer(shape, colour, size, fill, place, extreme, relation, anchor, second), end
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -217,6 +219,11 @@ def test_resolver_knows_close_calls():
   assert resolve(Pointer(relation='right of', anchor=Pointer(colour='red')), apart) == (1,)
   assert resolve(Pointer(relation='below', anchor=Pointer(colour='red')), apart) == ()
   assert resolve(Pointer(relation='above', anchor=Pointer(shape='ring')), apart) == ()
+  three = dataclasses.replace(apart, objects=(*apart.objects, ring(0.5, 0.3, 'green')))
+  between = Pointer(relation='between', anchor=Pointer(colour='blue'), second=Pointer(colour='red'))
+  assert resolve(between, three) == (2,)
+  assert resolve(dataclasses.replace(between, second=Pointer(shape='ring')), three) == ()
+  assert resolve(dataclasses.replace(between, second=Pointer(colour='blue')), three) == ()
   twins = dataclasses.replace(apart, objects=(ring(0.2, 0.2), ring(0.25, 0.25)))
   assert random_pointer(np.random.default_rng(0), twins, 0) is None
 
@@ -264,14 +271,14 @@ def shown(description: str, scene: Scene) -> bool:
     return False
   return any(
       all(v in (None, getattr(o, k)) for w, o in zip(wanted.objects, order) for k, v in vars(w).items()) and
-      all(r in language.clear_relations(order[i], order[j]) for i, r, j in wanted.relations)
+      all(language.clearly(r, *(order[k] for k in (i, *others))) for i, r, *others in wanted.relations)
       for order in itertools.permutations(scene.objects))
 
 
 @pytest.mark.parametrize('kind', QUESTION_KINDS)
 def test_answers_are_right_and_yes_is_as_common_as_no(kind):
   rng = np.random.default_rng(5)
-  said = []
+  said, spoken = [], set()
   for _ in range(400):
     scene = random_scene(rng)
     text, answer, asked = random_question(rng, scene, kind)
@@ -281,6 +288,14 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
     if kind == 'shows':
       description = text.removeprefix('does this picture show ').removesuffix('?')
       assert shown(description, scene) == (answer == 'yes'), (text, scene)
+    if kind == 'relation':
+      read, at = read_pointer(text)
+      others = [read.anchor, read.second]
+      said_of = [resolve(pointer, scene) for pointer in (dataclasses.replace(read, relation=None, anchor=None, second=None),
+                                                         *filter(None, others))]
+      assert all(len(meant) == 1 for meant in said_of), (text, scene)
+      assert language.clearly(read.relation, *(scene.objects[k] for k, in said_of)) is (answer == 'yes'), (text, scene)
+      spoken.add(read.relation)
     if kind == 'has':
       said_of = re.fullmatch(r'(?:is anything|is there a shape|are there any|can you see any) (?:at the )?(.*?)(?: shapes)?\?', text)[1]
       there = any(said_of in (v, language.plural(v)) for o in scene.objects for v in (o.shape, o.colour, o.size, o.fill, o.place))
@@ -307,6 +322,7 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       found = resolve(read_pointer(text)[0], scene)
       assert [f'at the {scene.objects[i].place}' for i in found] == [answer], (text, scene)
   assert len(said) > 100
+  assert kind != 'relation' or spoken == set(RELATIONS)
   if kind in ('has', 'shows', 'exists', 'relation', 'compare'):
     assert 0.35 < said.count('yes') / len(said) < 0.65
 

@@ -28,9 +28,11 @@ def random_constraints(rng) -> Constraints:
 
   count, background = int(rng.integers(1, 5)), random_background(rng) if rng.random() < 0.5 else None
   if count > 1 and rng.random() < 0.3:
-    at = int(rng.integers(count - 1))
-    relation = RELATIONS[rng.integers(4)]
-    return Constraints(tuple(wanted(0) for _ in range(count)), background, relations=((at, relation, at + 1),))
+    relation = RELATIONS[rng.integers(5 if count > 2 else 4)]
+    joined = 2 + (relation == 'between')
+    at = int(rng.integers(count - joined + 1))
+    return Constraints(tuple(wanted(0) for _ in range(count)), background,
+                       relations=((at, relation, *range(at + 1, at + joined)),))
   place = float(rng.integers(3)) / 2
   objects = [wanted(place) for _ in range(count)]
   if rng.random() < 0.3:
@@ -84,7 +86,8 @@ def test_other_sentences_do_not_parse(text):
 
 def test_relations_that_cannot_be_said_are_refused():
   objects = tuple(Wanted('circle', c) for c in ('red', 'blue', 'green'))
-  for relations in (((0, 'above', 2),), ((1, 'above', 0),), ((0, 'above', 1), (1, 'above', 2))):
+  for relations in (((0, 'above', 2),), ((1, 'above', 0),), ((0, 'above', 1), (1, 'above', 2)), ((0, 'between', 1),),
+                    ((0, 'between', 2, 1),), ((0, 'above', 1, 2),)):
     with pytest.raises(ValueError, match='reorder the objects'):
       language.describe(Constraints(objects, relations=relations))
 
@@ -104,13 +107,23 @@ def test_constraints_of_a_scene_are_true_of_it():
     assert constraints.background in (None, scene.background)
     seen['full'] += constraints == language.full_description(scene)
     seen['relation'] += bool(constraints.relations)
-    for i, relation, j in constraints.relations:
+    for i, relation, *others in constraints.relations:
+      seen[relation] += 1
       # With objects that share a description, any of them may be the one that is meant.
-      pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b and all(
-          v in (None, getattr(o, k)) for w, o in ((constraints.objects[i], a), (constraints.objects[j], b))
-          for k, v in vars(w).items())]
-      assert any(relation in language.clear_relations(a, b) for a, b in pairs)
-  assert 0.35 < seen['full'] / 1500 < 0.5 and seen['relation'] > 30
+      meant = [constraints.objects[k] for k in (i, *others)]
+      choices = [chosen for chosen in itertools.permutations(scene.objects, len(meant)) if all(
+          v in (None, getattr(o, k)) for w, o in zip(meant, chosen) for k, v in vars(w).items())]
+      assert any(language.clearly(relation, *chosen) for chosen in choices)
+  assert 0.35 < seen['full'] / 1500 < 0.5 and seen['relation'] > 30 and seen['between']
+
+
+@pytest.mark.parametrize('x, y, truth', [
+    (0.5, 0.5, True), (0.4, 0.55, True), (0.5, 0.7, None), (0.25, 0.5, None), (0.5, 0.9, False), (0.05, 0.5, False),
+    (0.95, 0.5, False)])
+def test_between_is_clear_or_not_said(x, y, truth):
+  ends = [Object('ring', 'red', 'small', 'solid', at, 0.5) for at in (0.15, 0.85)]
+  middle = Object('star', 'blue', 'small', 'solid', x, y)
+  assert language.clearly('between', middle, *ends) is language.clearly('between', middle, *reversed(ends)) is truth
 
 
 def lexicon() -> dict[str, tuple[str, object]]:
@@ -160,7 +173,7 @@ def expected(constraints: Constraints) -> Counter:
   for wanted, count in language.grouped(language.in_canonical_order(constraints)):
     said.update((k, v) for k, v in vars(wanted).items() if v)
     said.update([('count', count)] * (count > 1))
-  said.update(('relation', relation) for _, relation, _ in constraints.relations)
+  said.update(('relation', relation) for _, relation, *_ in constraints.relations)
   if constraints.background:
     said.update(('ground', c) for c in constraints.background.colours)
   return said

@@ -67,7 +67,9 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
       since.append(scalars)
       if done % config.train.log_every == 0 or done == end:
         since = jax.device_get(since)
-        scalars = {name: float(np.mean([each[name] for each in since])) for name in scalars}
+        # A scalar that only some batches have (a read-out of tiles, say) is the mean over those.
+        scalars = {name: float(np.mean([each[name] for each in since if name in each]))
+                   for name in dict.fromkeys(name for each in since for name in each)}
         since = []
         watch(done, scalars)
         now = time.monotonic()

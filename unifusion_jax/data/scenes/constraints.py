@@ -4,7 +4,8 @@ import dataclasses
 
 from unifusion_jax.data.scenes.scene import Background
 
-RELATIONS = ('left of', 'right of', 'above', 'below')
+PAIRWISE = ('left of', 'right of', 'above', 'below')
+RELATIONS = (*PAIRWISE, 'between')  # of an object to another, or to two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,4 +23,4 @@ class Constraints:
   objects: tuple[Wanted, ...]
   background: Background | None = None  # None: any
   exact_count: bool = True  # False: more objects than the wanted ones are fine
-  relations: tuple[tuple[int, str, int], ...] = ()  # (i, relation, j): objects[i] is left of / ... objects[j]
+  relations: tuple[tuple, ...] = ()  # (i, relation, j): objects[i] is left of / ... objects[j]; (i, 'between', j, k)

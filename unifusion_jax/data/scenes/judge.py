@@ -18,6 +18,7 @@ from scipy import ndimage, optimize
 from unifusion_jax.data.scenes import render
 from unifusion_jax.data.scenes import scene as world
 from unifusion_jax.data.scenes.constraints import Constraints
+from unifusion_jax.data.scenes.language import ASIDE, on_the_way
 from unifusion_jax.data.scenes.scene import Background, Object, Scene
 
 SIZE = 64
@@ -242,7 +243,11 @@ def exact(reading: Reading, scene: Scene) -> bool:
           reading.background == scene.background and any(True for _ in _assignments(fitting)))
 
 
-def _holds(relation: str, a: Object, b: Object) -> bool:
+def _holds(relation: str, a: Object, *others: Object) -> bool:
+  if relation == 'between':
+    way, aside = on_the_way(a, *others)
+    return 0 < way < 1 and aside <= 2 * ASIDE
+  b, = others
   return {'left of': a.x < b.x, 'right of': a.x > b.x, 'above': a.y < b.y, 'below': a.y > b.y}[relation]
 
 
@@ -262,7 +267,7 @@ def check(reading: Reading, constraints: Constraints) -> dict[str, bool]:
           for kind in kinds if getattr(want, kind) is not None)
 
     fitting = [[i for i, obj in enumerate(objects) if fits(obj, want)] for want in wanted]
-    return any(all(_holds(relation, objects[chosen[i]], objects[chosen[j]]) for i, relation, j in relations)
+    return any(all(_holds(relation, *(objects[chosen[k]] for k in (i, *others))) for i, relation, *others in relations)
                for chosen in _assignments(fitting))
 
   surplus = len(objects) + reading.rejected - len(wanted)

@@ -1,7 +1,7 @@
 """The plain language of scenes: one canonical sentence for a scene or for a partial description of one.
 
     caption   = item {", " item} [", " background]
-    item      = objects [relation objects]
+    item      = objects [relation objects | "between" objects "and" objects]
     objects   = ("a" | "an" | "two" | "three" | "four") [size] [fill] [colour] shape ["at the" place]
     background = "on a cream background" | "on a background fading from cream to mint"
                | "on a cream and mint checkered background"
@@ -9,13 +9,16 @@
 This is what captions say, what rewriting writes, and what `parse` reads back. How people ask is in prompts.py.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import itertools
 import json
+import math
 import re
 
 import numpy as np
 
-from unifusion_jax.data.scenes.constraints import RELATIONS, Constraints, Wanted
+from unifusion_jax.data.scenes.constraints import PAIRWISE, RELATIONS, Constraints, Wanted
 from unifusion_jax.data.scenes.scene import (
     BACKGROUND_COLOURS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Background, Object, Scene)
 from unifusion_jax.data.scenes.words import article, plural
@@ -24,6 +27,8 @@ COUNTS = {2: 'two', 3: 'three', 4: 'four'}
 # Objects closer than this along an axis (a fraction of the canvas) are neither left of nor right of each other in
 # anything that is said; the judge may be more generous.
 CLEAR = 0.15
+# 'Between' two others is who stands in the middle half of the way from one to the other, this close to the line at most.
+ASIDE = 0.12
 
 
 def _objects_phrase(wanted: Wanted, count: int) -> str:
@@ -56,7 +61,7 @@ def in_canonical_order(constraints: Constraints) -> Constraints:
 
 def grouped(constraints: Constraints) -> list[tuple[Wanted, int]]:
   """Neighbours that are alike, with their number: 'two red circles'. Objects in a relation stay single."""
-  related = {k for i, _, j in constraints.relations for k in (i, j)}
+  related = {k for i, _, *others in constraints.relations for k in (i, *others)}
   groups = []
   for i, wanted in enumerate(constraints.objects):
     if groups and groups[-1][0] == wanted and not {i - 1, i} & related and groups[-1][1] < max(COUNTS):
@@ -69,19 +74,22 @@ def grouped(constraints: Constraints) -> list[tuple[Wanted, int]]:
 def describe(constraints: Constraints) -> str:
   """The canonical sentence that says what the constraints say (that the count is exact goes without saying).
 
-  A relation must be between neighbours in the order given, each object in at most one: (i, relation, i + 1).
+  A relation must join neighbours in the order given, each object in at most one: (i, relation, i + 1), or
+  (i, 'between', i + 1, i + 2).
   """
-  relation_after = {}
-  for i, relation, j in constraints.relations:
-    if j != i + 1 or i in relation_after or i - 1 in relation_after or j in relation_after:
-      raise ValueError(f'The relation {(i, relation, j)} cannot be said: relations must join separate pairs of '
-                       'neighbours (i, relation, i + 1); reorder the objects.')
-    relation_after[i] = relation
+  joints = {}  # what stands before an object
+  related = set()
+  for i, relation, *others in constraints.relations:
+    joined = {i, *others}
+    if others != list(range(i + 1, i + 2 + (relation == 'between'))) or joined & related:
+      raise ValueError(f'The relation {(i, relation, *others)} cannot be said: relations must join neighbours, each object in '
+                       "at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2); reorder the objects.")
+    related |= joined
+    joints.update(zip(others, (f' {relation} ', ' and ')))
   constraints = in_canonical_order(constraints)
   said, at = '', 0
   for wanted, count in grouped(constraints):
-    joint = '' if at == 0 else f' {relation_after[at - 1]} ' if at - 1 in relation_after else ', '
-    said += joint + _objects_phrase(wanted, count)
+    said += ('' if at == 0 else joints.get(at, ', ')) + _objects_phrase(wanted, count)
     at += count
   return f'{said}, on {background_phrase(constraints.background)}' if constraints.background else said
 
@@ -139,16 +147,19 @@ def parse(text: str) -> Constraints | None:
     items = items[:-1]
   objects, relations = [], []
   for item in items:
-    parts = _RELATION.split(item)
-    if len(parts) not in (1, 3):
-      return None
-    for part in parts[::2]:
+    first, *related = _RELATION.split(item)
+    parts = [first]
+    if related:
+      relation, rest = related[0], related[1:]
+      parts += rest[0].split(' and ') if relation == 'between' else rest
+      if len(parts) != 2 + (relation == 'between'):
+        return None
+      relations.append((len(objects), relation, *range(len(objects) + 1, len(objects) + len(parts))))
+    for part in parts:
       found = _parse_objects(part)
-      if not found or (len(parts) == 3 and len(found) > 1):
+      if not found or (related and len(found) > 1):
         return None
       objects += found
-    if len(parts) == 3:
-      relations.append((len(objects) - 2, parts[1], len(objects) - 1))
   return Constraints(tuple(objects), background, relations=tuple(relations)) if objects else None
 
 
@@ -160,21 +171,42 @@ def constraints_from_json(text: str) -> Constraints:
   raw = json.loads(text)
   background = raw['background'] and Background(raw['background']['kind'], tuple(raw['background']['colours']))
   return Constraints(tuple(Wanted(**w) for w in raw['objects']), background, raw['exact_count'],
-                     tuple((i, relation, j) for i, relation, j in raw['relations']))
+                     tuple(map(tuple, raw['relations'])))
+
+
+def on_the_way(a: Object, b: Object, c: Object) -> tuple[float, float]:
+  """How far a is on the way from b (0) to c (1), and how far beside the line, as fractions of the canvas."""
+  x, y = c.x - b.x, c.y - b.y
+  length = max(math.hypot(x, y), 1e-6)
+  return (((a.x - b.x) * x + (a.y - b.y) * y) / length ** 2, abs((a.x - b.x) * y - (a.y - b.y) * x) / length)
+
+
+def clearly(relation: str, a: Object, *others: Object) -> bool | None:
+  """Whether a stands in the relation to the other object (to two, for 'between'); None where it is a close call."""
+  if relation == 'between':
+    way, aside = on_the_way(a, *others)
+    return True if abs(way - 0.5) <= 0.25 and aside <= ASIDE else False if abs(way - 0.5) > 0.5 or aside > 3 * ASIDE else None
+  b, = others
+  lead = {'left of': b.x - a.x, 'right of': a.x - b.x, 'above': b.y - a.y, 'below': a.y - b.y}[relation]
+  return True if lead > CLEAR else False if lead <= 0 else None
 
 
 def clear_relations(a: Object, b: Object) -> list[str]:
   """The relations of a to b that nobody would dispute."""
-  return [relation for relation, distance in
-          (('left of', b.x - a.x), ('right of', a.x - b.x), ('above', b.y - a.y), ('below', a.y - b.y))
-          if distance > CLEAR]
+  return [relation for relation in PAIRWISE if clearly(relation, a, b)]
+
+
+def clearly_between(objects: Sequence[Object]) -> list[tuple[int, int, int]]:
+  """All (i, j, k) with objects[i] clearly between objects[j] and objects[k], j < k."""
+  return [(i, j, k) for i in range(len(objects)) for j, k in itertools.combinations(range(len(objects)), 2)
+          if i not in (j, k) and clearly('between', objects[i], objects[j], objects[k])]
 
 
 def constraints_of(scene: Scene, rng: np.random.Generator, *, full: float = 0.4, relation: float = 0.1,
                    fills: bool = False, relation_allowed=lambda subject, relation, object: True) -> Constraints:
   """A random partial description of a scene. All objects are named, each at least by shape and colour.
 
-  full: how often everything is said. relation: how often two objects are related instead of placed.
+  full: how often everything is said. relation: how often two objects (or three) are related instead of placed.
   fills: always say the fill. relation_allowed(shape, relation, shape) says which relations may be spoken.
   """
   if rng.random() < full:
@@ -190,14 +222,18 @@ def constraints_of(scene: Scene, rng: np.random.Generator, *, full: float = 0.4,
                   o.fill if fills or fill < filled else None, o.place if place < placed else None)
 
   if len(objects) > 1 and rng.random() < relation:
-    i, j = (int(k) for k in rng.permutation(len(objects))[:2])
-    a, b = objects[i], objects[j]
-    options = [r for r in clear_relations(a, b) if relation_allowed(a.shape, r, b.shape)]
-    first, second = said(a, 0), said(b, 0)
-    if options and first != second:
-      rest = tuple(said(o, 0) for k, o in enumerate(objects) if k not in (i, j))
-      return Constraints((first, second) + rest, background,
-                         relations=((0, options[rng.integers(len(options))], 1),))
+    middles = clearly_between(objects)
+    if middles and rng.random() < 0.5:
+      chosen, options = middles[rng.integers(len(middles))], ['between']
+    else:
+      chosen = tuple(int(k) for k in rng.permutation(len(objects))[:2])
+      a, b = (objects[k] for k in chosen)
+      options = [r for r in clear_relations(a, b) if relation_allowed(a.shape, r, b.shape)]
+    related = [said(objects[k], 0) for k in chosen]
+    if options and all(w != related[0] for w in related[1:]):
+      rest = tuple(said(o, 0) for k, o in enumerate(objects) if k not in chosen)
+      return Constraints((*related, *rest), background,
+                         relations=((0, options[rng.integers(len(options))], *range(1, len(chosen))),))
   wanted = [said(o, placed) for o in objects]
   # Likes together, so that they can be counted.
   return Constraints(tuple(sorted(wanted, key=wanted.index)), background)

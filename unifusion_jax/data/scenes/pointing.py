@@ -5,14 +5,13 @@ import dataclasses
 import numpy as np
 
 from unifusion_jax.data.scenes import splits, words
-from unifusion_jax.data.scenes.constraints import RELATIONS
-from unifusion_jax.data.scenes.language import CLEAR
+from unifusion_jax.data.scenes.constraints import PAIRWISE
+from unifusion_jax.data.scenes.language import clearly, clearly_between
 from unifusion_jax.data.scenes.prompts import pick
 from unifusion_jax.data.scenes.scene import Object, Scene
 
 EXTREMES = {'leftmost': ('x', 1), 'rightmost': ('x', -1), 'topmost': ('y', 1), 'bottommost': ('y', -1)}
 NEAR = 0.08  # extremes must lead by this much of the canvas
-_TOWARDS = {'left of': ('x', 1), 'right of': ('x', -1), 'above': ('y', 1), 'below': ('y', -1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Pointer:
   extreme: str | None = None  # a key of EXTREMES, among the objects with the attributes above
   relation: str | None = None  # one of constraints.RELATIONS ...
   anchor: 'Pointer | None' = None  # ... to this other object
+  second: 'Pointer | None' = None  # ... and, for 'between', to this one too
 
 
 def matches(pointer: Pointer, obj: Object) -> bool:
@@ -47,15 +47,14 @@ def resolve(pointer: Pointer, scene: Scene) -> tuple[int, ...]:
       return ()
     found = found[:1]
   if pointer.relation:
-    anchors = resolve(pointer.anchor, scene)
-    if len(anchors) != 1:
+    anchors = [resolve(anchor, scene) for anchor in (pointer.anchor, pointer.second) if anchor]
+    if any(len(meant) != 1 for meant in anchors) or len(set(anchors)) < len(anchors):
       return ()
-    axis, sign = _TOWARDS[pointer.relation]
-    anchor = scene.objects[anchors[0]]
-    leads = {i: sign * (getattr(anchor, axis) - getattr(scene.objects[i], axis)) for i in found if i != anchors[0]}
-    found = [i for i, lead in leads.items() if lead > 0]
-    if any(leads[i] < CLEAR for i in found):
+    others = [scene.objects[i] for i, in anchors]
+    holds = {i: clearly(pointer.relation, scene.objects[i], *others) for i in found if (i,) not in anchors}
+    if None in holds.values():
       return ()
+    found = [i for i, truth in holds.items() if truth]
   return tuple(found)
 
 
@@ -96,12 +95,15 @@ def random_pointer(rng: np.random.Generator, scene: Scene, i: int, split: str = 
       if len(scene.objects) < 2 or len(resolve(dataclasses.replace(pointer, extreme=None), scene)) < 2:
         continue  # 'the leftmost star' of a single star is odd
     elif relations and len(scene.objects) > 1:
-      j = int(rng.integers(len(scene.objects)))
-      relation = pick(rng, RELATIONS)
-      anchor = _random_attributes(rng, scene, j, more=False)
-      if i == j or not may_relate(obj.shape, relation, scene.objects[j].shape):
+      ends = [pair for middle, *pair in clearly_between(scene.objects) if middle == i]
+      if ends and rng.random() < 0.5:
+        relation, others = 'between', [int(j) for j in rng.permutation(pick(rng, ends))]
+      else:
+        relation, others = pick(rng, PAIRWISE), [int(rng.integers(len(scene.objects)))]
+      if i in others or not may_relate(obj.shape, relation, scene.objects[others[0]].shape):
         continue
-      pointer = Pointer(shape=obj.shape if rng.random() < 0.7 else None, relation=relation, anchor=anchor)
+      pointer = Pointer(obj.shape if rng.random() < 0.7 else None, None, None, None, None, None, relation,
+                        *(_random_attributes(rng, scene, j, more=False) for j in others))
     else:
       continue
     if resolve(pointer, scene) == (i,):
@@ -122,4 +124,5 @@ def phrase(rng: np.random.Generator, pointer: Pointer, which: str = '') -> str:
     text += f' {pick(rng, words.PLACES[pointer.place])}'
   if pointer.relation:
     text += f' {pick(rng, words.RELATIONS[pointer.relation])} {phrase(rng, pointer.anchor)}'
+    text += f' and {phrase(rng, pointer.second)}' if pointer.second else ''
   return text

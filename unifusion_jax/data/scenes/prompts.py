@@ -144,7 +144,7 @@ def ground(rng: np.random.Generator, background: Background) -> str:
 
 
 def _listed(rng: np.random.Generator, things: list[str], related: bool, loose: bool) -> str:
-  """related: the first stands in a relation, to one other only. loose: some have a place and others none.
+  """related: the first stands in a relation, to those named with it only. loose: some have a place and others none.
 
   In both cases nothing may look shared.
   """
@@ -181,24 +181,26 @@ def prompt(constraints: Constraints, rng: np.random.Generator, style: str = 'par
   if settled and rng.random() < 0.5:
     groups = [groups[k] for k in rng.permutation(len(groups))]
   frame = pick(rng, FRAMES['heldout' if style == 'heldout' else 'paraphrase'])
-  relations = {i: relation for i, relation, _ in constraints.relations}
+  joints = {}  # what stands before an object: words of its relation to those before it
+  for _, relation, *others in constraints.relations:
+    joints.update(zip(others, (f' {pick(rng, words.RELATIONS[relation])} ', ' and ')))
+  first_related = {i for i, *_ in constraints.relations}
   factual = rng.integers(len(groups))  # the group that surely names a fact
-  things, at, joined = [], 0, False
+  things, at = [], 0
   for k, (wanted, count) in enumerate(groups):
-    related = joined or at in relations
+    related = at in joints or at in first_related
     if style == 'knowledge' and count > 1 and not wanted.place and rng.random() < 0.6:
       head = thing(rng, wanted, count, 'counted', number='as many')
       text = f'{head} as {pick(rng, words.COUNT_FACTS[count])}'
     else:
       text = thing(rng, wanted, count, _kind(rng, wanted, style, k == factual),
                    first=not things and frame not in _STARTS, commas=not related)
-    if joined:
-      things[-1] += f' {pick(rng, words.RELATIONS[relations[at - 1]])} {text}'
+    if at in joints:
+      things[-1] += joints[at] + text
     else:
       things.append(text)
-    joined = at in relations
     at += count
-  text = _listed(rng, things, bool(relations), loose=any(places) and not all(places))
+  text = _listed(rng, things, bool(joints), loose=any(places) and not all(places))
   if constraints.background:
     option = pick(rng, GROUNDS['heldout' if style == 'heldout' else 'paraphrase'])
     # 'On a mint background: ...' starts a sentence of its own.

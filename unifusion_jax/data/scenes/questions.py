@@ -8,7 +8,7 @@ import numpy as np
 from unifusion_jax.data.scenes import splits, words
 from unifusion_jax.data.scenes.constraints import Constraints, Wanted
 from unifusion_jax.data.scenes.language import (
-    background_phrase, clear_relations, constraints_of, describe, plural)
+    background_phrase, clear_relations, clearly, clearly_between, constraints_of, describe, plural)
 from unifusion_jax.data.scenes.pointing import phrase, random_pointer
 from unifusion_jax.data.scenes.prompts import pick
 from unifusion_jax.data.scenes.sample import random_background
@@ -46,8 +46,7 @@ def holds(constraints: Constraints, scene: Scene) -> bool:
 
   def assign(chosen: tuple[int, ...]) -> bool:
     if len(chosen) == len(scene.objects):
-      return all(r in clear_relations(scene.objects[chosen[i]], scene.objects[chosen[j]])
-                 for i, r, j in constraints.relations)
+      return all(clearly(r, *(scene.objects[chosen[k]] for k in (i, *others))) for i, r, *others in constraints.relations)
     return any(assign(chosen + (k,)) for k, obj in enumerate(scene.objects)
                if k not in chosen and _satisfied(constraints.objects[len(chosen)], obj))
 
@@ -78,7 +77,10 @@ def _shows(rng, scene, split):
   if constraints.background and draw < 0.2:
     wrong = dataclasses.replace(constraints, background=random_background(rng))
   elif constraints.relations and draw < 0.6:
-    (i, old, j), = constraints.relations
+    (i, old, j, *more), = constraints.relations
+    if more:  # another of the three is said to be in the middle
+      wrong = dataclasses.replace(constraints, objects=(objects[1], objects[0], *objects[2:]))
+      return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
     new = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}[old]
     if not may_relate(objects[i].shape, new, objects[j].shape):
       return None
@@ -101,7 +103,7 @@ def _shows(rng, scene, split):
     if not spoilt:
       return None
     wrong = dataclasses.replace(constraints, objects=objects[:k] + (spoilt,) + objects[k + 1:])
-    if not all(may_relate(wrong.objects[i].shape, r, wrong.objects[j].shape) for i, r, j in wrong.relations):
+    if not all(may_relate(wrong.objects[i].shape, r, wrong.objects[j].shape) for i, r, j, *_ in wrong.relations):
       return None
   return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
 
@@ -166,6 +168,9 @@ def _exists(rng, scene, split):
 def _relation(rng, scene, split):
   if len(scene.objects) < 2:
     return None
+  middles = clearly_between(scene.objects)
+  if middles and rng.random() < 0.5:
+    return _between(rng, scene, split, pick(rng, middles))
   i, j = (int(k) for k in rng.permutation(len(scene.objects))[:2])
   a, b = scene.objects[i], scene.objects[j]
   # What is neither clearly so nor clearly the opposite is not asked.
@@ -177,6 +182,18 @@ def _relation(rng, scene, split):
     return None
   relation = pick(rng, words.RELATIONS[pick(rng, options)])
   return f'is {phrase(rng, first)} {relation} {phrase(rng, second)}?', 'yes' if truth else 'no'
+
+
+def _between(rng, scene, split, chosen):
+  """Whether one of three stands between the two others: the first of those chosen does."""
+  truth = rng.random() < 0.5
+  middle, *ends = chosen if truth else (chosen[1], chosen[0], chosen[2])
+  ends = [int(k) for k in rng.permutation(ends)]
+  named = [random_pointer(rng, scene, k, split, relations=False, positions=False) for k in (middle, *ends)]
+  if not all(named):
+    return None
+  first, second, third = (phrase(rng, pointer) for pointer in named)
+  return f'is {first} {pick(rng, words.RELATIONS["between"])} {second} and {third}?', 'yes' if truth else 'no'
 
 
 def _kinds_of_things(rng, scene) -> tuple[str, int]:

@@ -69,7 +69,7 @@ def constraints_are_heldout(constraints: Constraints) -> bool:
   """Whether a description names a held-out object or relation."""
   objects = constraints.objects
   return (any((w.shape, w.colour, w.fill) in _OBJECTS for w in objects) or
-          any((objects[i].shape, r, objects[j].shape) in HELDOUT_RELATIONS for i, r, j in constraints.relations))
+          any((objects[i].shape, r, objects[j].shape) in HELDOUT_RELATIONS for i, r, j, *_ in constraints.relations))
 
 
 def with_heldout_object(rng: np.random.Generator, scene: Scene) -> Scene:

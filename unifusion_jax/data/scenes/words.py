@@ -37,7 +37,8 @@ PLACES = {
                      'at the lower right')}
 RELATIONS = {
     'left of': ('left of', 'to the left of'), 'right of': ('right of', 'to the right of'),
-    'above': ('above', 'over', 'higher up than'), 'below': ('below', 'under', 'lower down than')}
+    'above': ('above', 'over', 'higher up than'), 'below': ('below', 'under', 'lower down than'),
+    'between': ('between', 'in between', 'right between')}
 
 # '{}' is the colour, or 'X' and 'Y' for two of them; the article stands in front.
 BACKGROUNDS = {
