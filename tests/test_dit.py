@@ -53,7 +53,7 @@ def velocity(model, hidden, mask, z, t):
 
 def loss(model, hidden, mask, z, noise, t):
   cond = model.condition(hidden, mask)
-  return jnp.mean(flow.loss(lambda x, t: model.velocity(x, t, cond, mask), z, noise, t))
+  return jnp.mean(flow.loss(model.velocity(flow.interpolate(z, noise, t), t, cond, mask), z, noise))
 
 
 loss_and_gradient = jax.jit(jax.value_and_grad(loss))

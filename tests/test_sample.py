@@ -220,6 +220,29 @@ def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypa
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.parametrize('answer', ['endless', 'empty'])
+def test_a_request_whose_answer_is_no_use_is_trained_on_itself(recipe, monkeypatch, answer):
+  made = recipe(objective=generation.FlowConfig(drop=0.3, online=True))
+  job, params = jobs.build(made), random_sampler(made).model
+  frozen, layout = job.load_frozen(), jobs.transforms.layout(made)
+  ids = layout.chat.text_ids('red ' * layout.written)[:layout.written] if answer == 'endless' else layout.chat.stop_ids
+  monkeypatch.setattr(generation.generate, 'generate', _dictated(list(ids)))
+  records = [examples.example('edit', 'train', i, objects=(1, 2)) for i in range(40)]
+  records = [record for record in records if record['target'].shape == (64, 64, 3)][:16]
+  _, transform = job.data()
+  rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
+  batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  assert 4 < np.sum(batch['open']) < 16
+  key = jax.random.key(0)
+  value, metrics = job.loss(params, frozen, sharding.put(batch), key)
+  np.testing.assert_allclose(metrics['fell_back'], np.mean(batch['open']))
+  keep = np.concatenate([batch['keep'], batch['asked']], axis=1)
+  mask = np.concatenate([batch['keep_mask'], batch['asked_mask'] & batch['open'][:, None]], axis=1)
+  forced = jobs.build(recipe(objective=generation.FlowConfig(drop=0.3)))
+  wanted = forced.loss(params, frozen, sharding.put(dict(batch, keep=keep, keep_mask=mask)), key)[0]
+  np.testing.assert_allclose(value, wanted, rtol=1e-4)
+
+
 def test_without_verifi_the_request_itself_is_kept(sampler):
   tokens, written, _ = kept(changed(sampler, verifi=False), asked(4))
   words = len(sampler.layout.chat.text_ids('make it blue'))

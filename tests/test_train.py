@@ -66,7 +66,10 @@ def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path):
 
 def losses(recipe, shape, name):
   """The first losses and gradient norms on a mesh of that shape."""
-  made = recipe(mesh=sharding.MeshConfig(*shape), optim=dataclasses.replace(recipe().optim, name=name, warmup=0))
+  optim = 'adamw' if name == 'aligned' else name
+  made = recipe(mesh=sharding.MeshConfig(*shape), optim=dataclasses.replace(recipe().optim, name=optim, warmup=0))
+  if name == 'aligned':
+    made.objective.align, made.objective.align_depth = 0.5, 1
   devices = int(np.prod(shape))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES,
                            axis_types=(jax.sharding.AxisType.Explicit,) * 3)
@@ -137,7 +140,7 @@ def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh):
   assert flops(4, False, taps=(1, 4)) > 1.01 * least
 
 
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'aligned'])
 def test_every_mesh_gives_the_same_losses(name, recipe):
   one = losses(recipe, (1, 1, 1), name)
   assert np.isfinite(one).all()

@@ -191,6 +191,10 @@ def check(config: Config, devices: int) -> None:
     want(config.sample.seed >= 0, f'sample.seed={config.sample.seed} must be 0 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
     want(config.objective.draws >= 1, f'objective.draws={config.objective.draws} must be 1 or more')
+    want(config.objective.align >= 0, f'objective.align={config.objective.align} must be 0 or more')
+    want(not config.objective.align or 0 < config.objective.align_depth <= config.model.dit.depth,
+         f'objective.align_depth={config.objective.align_depth} must be one of the {config.model.dit.depth} blocks that '
+         'model.dit.depth counts')
     for name in ('drop', 'drop_pictures', 'drop_written', 'raw'):
       value = getattr(config.objective, name)
       want(0 <= value <= 1, f'objective.{name}={value} is a share: between 0 and 1')

@@ -114,6 +114,9 @@ class Generation:
 
   def load_frozen(self) -> generation.Frozen:
     vlm = self.load_vlm()
+    if self.config.objective.align and not isinstance(vlm, internvl.InternVL):
+      raise ValueError(f'objective.align={self.config.objective.align} aligns with the eye of an InternVL, which '
+                       f'{self.config.vlm} is not: set it to 0')
     if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
       raise ValueError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
                        f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
@@ -123,14 +126,23 @@ class Generation:
                        f'model.dit.channels={self.config.model.dit.channels}')
     return generation.Frozen(vlm, vae)
 
-  def draw_params(self) -> unifusion.UniFusion:
-    return unifusion.UniFusion(self.config.model, rngs=nnx.Rngs(self.config.seed))
+  def draw_params(self) -> 'unifusion.UniFusion | generation.Aligned':
+    model, rngs = self.config.model, nnx.Rngs(self.config.seed)
+    if self.config.objective.align:
+      return generation.Aligned(model, encoders.config(self.config.vlm).vision.width, rngs=rngs)
+    return unifusion.UniFusion(model, rngs=rngs)
 
-  def init_params(self) -> unifusion.UniFusion:
+  def init_params(self) -> 'unifusion.UniFusion | generation.Aligned':
     return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
 
-  def load_params(self, folder: str) -> unifusion.UniFusion:
-    return unifusion.load(folder, self.config.model)
+  def load_params(self, folder: str) -> 'unifusion.UniFusion | generation.Aligned':
+    """The head of alignment, which no folder holds, starts anew."""
+    model = unifusion.load(folder, self.config.model)
+    if not self.config.objective.align:
+      return model
+    params = jax.jit(self.draw_params)()
+    params.model = model
+    return params
 
   def abstract(self):
     """(state, frozen, batch) as shapes on the abstract mesh in context: for checks without devices or weights."""
@@ -160,11 +172,13 @@ class Generation:
     if self.config.objective.online:
       layout = transforms.layout(self.config)
       writing = layout.written, layout.chat.stop_ids
-    return functools.partial(generation.loss, self.config.objective, self.config.taps, writing)
+    eye = transforms.layout(self.config).eye if self.config.objective.align else None
+    pixels = eye and (eye.mean, eye.std)
+    return functools.partial(generation.loss, self.config.objective, self.config.taps, writing, pixels)
 
   def sampler(self, params, frozen) -> sample.Sampler:
     vae = frozen.vae.config
-    return sample.Sampler(params, frozen, transforms.layout(self.config), self.config.taps, self.config.sample,
+    return sample.Sampler(_model(params), frozen, transforms.layout(self.config), self.config.taps, self.config.sample,
                           2 ** (len(vae.block_out_channels) - 1), vae.latent_channels)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
@@ -192,9 +206,14 @@ class Generation:
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
     """In bfloat16, as such models are published."""
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _trained(self, workdir, mesh)[0])
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _model(_trained(self, workdir, mesh)[0]))
     unifusion.save(params, workdir / 'export')
     print(f'wrote {workdir / "export"}')
+
+
+def _model(params) -> unifusion.UniFusion:
+  """The model, with or without what it was trained with."""
+  return params.model if isinstance(params, generation.Aligned) else params
 
 
 @dataclasses.dataclass

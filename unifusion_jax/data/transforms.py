@@ -109,7 +109,8 @@ class Generate:
     drop_written: share of examples with references about which nothing is written: the answer is its stop token.
     raw: share of examples that keep the request itself instead of a rewritten one, as sampling without VERIFI does;
       a request longer than the room for written text stays rewritten.
-    online: leave the answer open for the VLM, and say of each example whether it is (`open`).
+    online: leave the answer open for the VLM, and say of each example whether it is (`open`) and where the request
+      itself stands (`asked`, `asked_mask`), in case that nothing comes of it.
   """
   layout: Layout
   drop: float = 0.1
@@ -148,6 +149,8 @@ class Generate:
     del example['written']
     if self.online:
       example['open'] = np.array(still_open)
+      asked = verifi.arrays(spans, len(example['tokens']), layout.room(task)[0], ('instruction',))
+      example['asked'], example['asked_mask'] = asked['keep'], asked['keep_mask']
     example['target'] = images.read(record['target']).astype(np.float32) / 127.5 - 1.0
     if counts:
       example['tiles'] = seen

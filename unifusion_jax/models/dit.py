@@ -90,8 +90,11 @@ class DiT(nnx.Module):
     self.final_w = constant(0.0, (d, p), ('fsdp', None))
     self.final_b = constant(0.0, (p,))
 
-  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array) -> jax.Array:
-    """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32."""
+  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
+    """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32.
+
+    With a tap, (that, the states of the image's patches after so many blocks [b y x d]).
+    """
     c = self.config
     b, height, width, channels = z.shape
     if channels != c.channels or height % c.patch or width % c.patch:
@@ -108,12 +111,19 @@ class DiT(nnx.Module):
     time = einsum('bf,fd->bd', time, self.time_w2, RESIDUAL) + self.time_b2[...]
     modulation = einsum('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w, RESIDUAL) + self.mod_b[...]
 
-    x, _ = layers.scan(lambda x, block: (block(x, modulation, keys, angles), None), x, self.blocks,
-                       remat=c.remat, unroll=c.unroll)
+    tapped = None
+    if tap is None:
+      x, _ = layers.scan(lambda x, block: (block(x, modulation, keys, angles), None), x, self.blocks,
+                         remat=c.remat, unroll=c.unroll)
+    else:
+      x, kept = layers.scan_taps(lambda x, block: block(x, modulation, keys, angles), x, self.blocks, (tap,), c.depth,
+                                 remat=c.remat, unroll=c.unroll)
+      tapped = kept[:, cond.shape[1]:, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
     scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
     x = modulate(x[:, cond.shape[1]:], self.norm, scale, shift, c.eps)
     x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)
-    return unpatchify(x, c.patch, rows, columns)
+    velocity = unpatchify(x, c.patch, rows, columns)
+    return velocity if tap is None else (velocity, tapped)
 
   def _angles(self, text: int, rows: int, columns: int) -> jax.Array:
     """Rotation angles [s k/2] of `text` condition tokens at 0, then of the image's patches row by row."""

@@ -82,7 +82,7 @@ def scan(block, x, layers, *, remat: bool = False, unroll: int | bool = 1):
   return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=unroll)
 
 
-def scan_taps(block, x, layers, taps: tuple[int, ...], depth: int, *, unroll: int | bool = 1):
+def scan_taps(block, x, layers, taps: tuple[int, ...], depth: int, *, remat: bool = False, unroll: int | bool = 1):
   """Runs `block(x, layer) -> x` over the first `depth` stacked layers: (x [b s d], x after `taps` blocks [b s l d]).
 
   taps increase and lie in 0 .. depth; 0 is x as it came. The untapped states are never alive together.
@@ -105,7 +105,7 @@ def scan_taps(block, x, layers, taps: tuple[int, ...], depth: int, *, unroll: in
   # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time.
   all_of_it = layers if depth == len(jax.tree.leaves(layers)[0]) else None
   inputs = (jnp.arange(depth), jnp.asarray(slots, jnp.int32), all_of_it)
-  (x, kept), _ = jax.lax.scan(step, (x, kept), inputs, unroll=unroll)
+  (x, kept), _ = scan(step, (x, kept), inputs, remat=remat, unroll=unroll)
   return x, kept[:, :, :len(taps)]
 
 

@@ -59,9 +59,12 @@ class UniFusion(nnx.Module):
     """Tapped VLM states [b s l e] and which of their tokens to use [b s] -> condition tokens [b s d]."""
     return self.lap(hidden.astype(self.dtype), mask)
 
-  def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array) -> jax.Array:
-    """Latents [b y x c] at time t [b] (1 is noise), condition [b s d] and its mask [b s] -> velocity [b y x c] f32."""
-    return self.dit(z, t, cond.astype(self.dtype), mask)
+  def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
+    """Latents [b y x c] at time t [b] (1 is noise), condition [b s d] and its mask [b s] -> velocity [b y x c] f32.
+
+    `tap` as in `DiT`.
+    """
+    return self.dit(z, t, cond.astype(self.dtype), mask, tap)
 
 
 def to_json(config: UniFusionConfig) -> dict:

@@ -2,12 +2,16 @@
 
 import dataclasses
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unifusion_jax import encoders
 from unifusion_jax import flow
 from unifusion_jax import generate
+from unifusion_jax.models import internvl
+from unifusion_jax.models import layers
 from unifusion_jax.models import unifusion
 from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.sharding import BATCH
@@ -25,6 +29,10 @@ class FlowConfig:
   drop_written: float = 0.05    # share of examples with references about which nothing is written
   raw: float = 0.0              # share of examples conditioned on the user's words instead of the rewritten ones
   online: bool = False          # the VLM writes as training goes (slow) instead of captions or --mode=rewrite
+  # Representation alignment (REPA, arXiv 2410.06940): what the frozen VLM's own eye sees in the finished picture is to be
+  # told from the DiT's states after `align_depth` blocks. 0: off. It speeds training and is no part of the model.
+  align: float = 0.0            # weight of its loss
+  align_depth: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +41,45 @@ class Frozen:
   """The models that training reads and never changes."""
   vlm: encoders.Encoder
   vae: autoencoder.Autoencoder
+
+
+class Aligned(nnx.Module):
+  """The model with the head that its states are aligned through, which no export holds."""
+
+  def __init__(self, config: unifusion.UniFusionConfig, width: int, *, rngs: nnx.Rngs):
+    self.model = unifusion.UniFusion(config, rngs=rngs)
+    d = config.dit.width
+    self.w1 = layers.weight(rngs, (d, d), ('fsdp', 'tp'), d)
+    self.b1 = layers.constant(0.0, (d,), ('tp',))
+    self.w2 = layers.weight(rngs, (d, width), ('tp', None), d)
+
+  def distance(self, states: jax.Array, seen: jax.Array) -> jax.Array:
+    """One minus the mean cosine between what the states [b y x d] tell and what is seen [b y x e]: a scalar, f32."""
+    b, *_, d = states.shape
+    y = layers.einsum('bsd,df->bsf', states.reshape(b, -1, d, out_sharding=layers.RESIDUAL), self.w1)
+    y = layers.einsum('bsf,fd->bsd', jax.nn.silu(y + self.b1[...].astype(y.dtype)), self.w2, layers.RESIDUAL)
+    a, b = (layers.rms_norm(x.astype(jnp.float32)) for x in (y, seen.reshape(y.shape, out_sharding=layers.RESIDUAL)))
+    return 1 - jnp.mean(a * b)
+
+
+def sight(vlm: internvl.InternVL, pixels, pictures: jax.Array, rows: int, columns: int) -> jax.Array:
+  """The states of the VLM's vision tower for pictures [b y x 3] in [-1, 1], shown whole in one tile: [b rows columns e] f32.
+
+  Standardised over the places of each picture, as only what differs between them says what is where (iREPA, arXiv
+  2512.10794). `pixels` is the (mean, std) of the tower's own normalisation.
+  """
+  vision, (mean, std) = vlm.config.vision, (np.array(x, np.float32) for x in pixels)
+  side = vision.tile // vision.patch
+
+  def resized(x, y, x_):
+    resize = lambda x: jax.image.resize(x, (x.shape[0], y, x_, x.shape[-1]), 'linear')
+    return jax.sharding.auto_axes(resize, out_sharding=layers.RESIDUAL)(x)
+
+  tiles = ((resized(pictures, vision.tile, vision.tile) + 1) / 2 - mean) / std
+  states = vlm.vision(tiles).astype(jnp.float32).reshape(len(pictures), side, side, -1, out_sharding=layers.RESIDUAL)
+  states = states - jnp.mean(states, axis=(1, 2), keepdims=True)
+  states = states / (jnp.std(states, axis=(1, 2), keepdims=True) + 1e-6)
+  return resized(states, rows, columns)
 
 
 def gather(hidden: jax.Array, keep: jax.Array) -> jax.Array:
@@ -49,38 +96,60 @@ def listen(prompt_hidden: jax.Array, written: jax.Array, lengths: jax.Array, kee
   return (jnp.concatenate([gather(prompt_hidden, keep), written], axis=1), jnp.concatenate([keep_mask, counted], axis=1))
 
 
+def finished(tokens: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+  """Which answers [b n], of lengths [b], found an end and have something before it: those that sampling goes by."""
+  last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
+  return jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
+
+
 def _repeat(x: jax.Array, n: int) -> jax.Array:
   """Each row n times in a row, on the device that has it: [b ...] -> [b*n ...]."""
   many = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
   return jnp.reshape(many, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))
 
 
-def loss(config: FlowConfig, taps: tuple[int, ...], writing, params: unifusion.UniFusion, frozen: Frozen, batch, key):
-  """Mean squared error of the velocity, f32, and its parts by time.
+def loss(config: FlowConfig, taps: tuple[int, ...], writing, pixels, params, frozen: Frozen, batch, key):
+  """Mean squared error of the velocity, f32, with the weighted distance of alignment; and the parts of the error by time.
 
   Args:
     writing: (most tokens, stop ids) of the answers that the VLM writes to prompts with `open`; None without such.
+    pixels: as in `sight`; read where config.align.
+    params: a UniFusion; with config.align an Aligned.
     batch: target [b y x 3] f32 in [-1, 1]; tokens, valid [b s]; keep, keep_mask [b q]; tiles [b r y x 3] if any;
-      open [b], whether an answer is to be written, if any is.
+      if any is to be written, open [b], whether it is, and asked, asked_mask [b n], the request that stands in for it.
     key: drives times and noise.
   """
   time_key, noise_key = jax.random.split(key)
   z = jax.lax.stop_gradient(frozen.vae.encode(batch['target'])).astype(jnp.float32)
-  mask = batch['keep_mask']
+  mask, metrics = batch['keep_mask'], {}
   if writing is None:
     hidden = gather(frozen.vlm.hidden(batch['tokens'], batch['valid'], taps, batch.get('tiles')), batch['keep'])
   else:
     most, stop_ids = writing
     out = generate.generate(frozen.vlm, batch['tokens'], batch['valid'], batch.get('tiles'), max_new=most,
                             stop_ids=stop_ids, taps=taps)
-    hidden, mask = listen(out.prompt_hidden, out.hidden, out.lengths * batch['open'], batch['keep'], mask)
-  condition = params.condition(jax.lax.stop_gradient(hidden), mask)
+    fell = batch['open'] & ~finished(out.tokens, out.lengths, stop_ids)
+    hidden, mask = listen(out.prompt_hidden, out.hidden, out.lengths * (batch['open'] & ~fell), batch['keep'], mask)
+    hidden = jnp.concatenate([hidden, gather(out.prompt_hidden, batch['asked'])], axis=1)
+    mask = jnp.concatenate([mask, batch['asked_mask'] & fell[:, None]], axis=1)
+    metrics['fell_back'] = jnp.mean(fell.astype(jnp.float32))
+  model = params.model if config.align else params
+  condition = model.condition(jax.lax.stop_gradient(hidden), mask)
   z, condition, mask = (_repeat(x, config.draws) for x in (z, condition, mask))
   t = flow.sample_time(time_key, z.shape[0], config.mean, config.std, config.shift)
   noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
-  errors = flow.loss(lambda x, t: params.velocity(x, t, condition, mask), z, noise, t)
+  noised = flow.interpolate(z, noise, t)
+  aligning = 0.0
+  if config.align:
+    velocity, states = model.velocity(noised, t, condition, mask, config.align_depth)
+    seen = jax.lax.stop_gradient(sight(frozen.vlm, pixels, batch['target'], *states.shape[1:3]))
+    metrics['align'] = params.distance(states, _repeat(seen, config.draws))
+    aligning = config.align * metrics['align']
+  else:
+    velocity = model.velocity(noised, t, condition, mask)
+  errors = flow.loss(velocity, z, noise)
   value = jnp.mean(errors)
   late = t > 0.5
-  halves = {f'loss_{name}': jnp.sum(errors * part) / jnp.maximum(jnp.sum(part), 1)
-            for name, part in (('noisy', late), ('clean', ~late))}
-  return value, dict(loss=value, **halves)
+  for name, part in (('noisy', late), ('clean', ~late)):
+    metrics[f'loss_{name}'] = jnp.sum(errors * part) / jnp.maximum(jnp.sum(part), 1)
+  return value + aligning, dict(loss=value, **metrics)
