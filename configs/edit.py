@@ -7,7 +7,8 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
 Sampling in a folder without a run uses the shipped editing model. :tiny takes minutes on two CPU cores;
-docs/embedded.md has its figures, machine and time. :8b is the paper's editing fine-tune: 11,000 steps.
+docs/embedded.md has its figures, machine and time. :8b is the paper's editing fine-tune: 11,000 steps, on what
+--mode=rewrite wrote of your own list (configs/t2i.py).
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
     base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)
     base.train = config.TrainConfig(steps=300, log_every=10, save_every=150, preview_every=150)
   else:
-    base.init = 'runs/t2i/export'
+    base.init, base.data.rewrites = 'runs/t2i/export', 'runs/edit/rewrites'
     base.optim = OptimConfig(learning_rate=5e-5, warmup=500, decay=0.1, clip=0.5, ema=0.9999)
     base.train = config.TrainConfig(steps=11_000, log_every=50, save_every=1000, preview_every=1000)
   return base

@@ -6,7 +6,9 @@
   python -m unifusion_jax.main --config=configs/t2i.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
 :tiny draws scenes at 64 px with the embedded models; docs/embedded.md has its figures, machine and time.
-:8b is the paper's size at 1024 px: InternVL2.5-8B with taps 4, 7, ..., 31, for a TPU v5p pod of 128 chips.
+:8b is the paper's size at 1024 px: InternVL2.5-8B with taps 4, 7, ..., 31, for a TPU v5p pod of 128 chips. It trains on what
+that VLM writes of your own list, so first
+  python -m unifusion_jax.main --config=configs/t2i.py:8b --mode=rewrite --workdir=runs/t2i
 """
 
 from unifusion_jax import config
@@ -54,7 +56,8 @@ def base_8b() -> config.Config:
       vae='black-forest-labs/FLUX.1-schnell/vae',
       taps=tuple(range(4, 32, 3)),
       data=config.DataConfig(path='data/train.jsonl', tasks=('t2i', 'reconstruct'), weights=(0.97, 0.03), size=1024,
-                             tiles=(1, 4, 9), text_tokens=(1024,), written_tokens=(512,), batch_size=512),
+                             tiles=(1, 4, 9), text_tokens=(1024,), written_tokens=(512,), batch_size=512,
+                             rewrites='runs/t2i/rewrites'),
       optim=OptimConfig(learning_rate=1e-4, warmup=2000, decay=0.1, clip=0.5, ema=0.9999),
       train=config.TrainConfig(steps=600_000, log_every=50, save_every=2000, preview_every=5000),
       sample=config.SampleConfig(steps=40, guidance=4.5, shift=0.0),

@@ -1,4 +1,4 @@
-"""The embedded autoencoder: AutoencoderKL, 8x smaller, 16 channels, 0.6M parameters, on scenes at 64 px.
+"""The embedded autoencoder: AutoencoderKL, 8x smaller, 16 channels, 1.0M parameters, on scenes at 64 px.
 
   python -m unifusion_jax.main --config=configs/vae.py
   python -m unifusion_jax.main --config=configs/vae.py --mode=eval

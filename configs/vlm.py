@@ -1,4 +1,4 @@
-"""The embedded VLM: InternVL's architecture at 2.9M parameters, its own tokenizer, on scenes at 64 px.
+"""The embedded VLM: InternVL's architecture at 2.8M parameters, its own tokenizer, on scenes at 64 px.
 
   python -m unifusion_jax.data.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
   python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye          # the vision tower alone, first

@@ -202,6 +202,11 @@ def test_embedded_vlm_describes_a_scene(tmp_path, capsys):
   assert describe.EMBEDDED == configuration.ASSETS / 'vlm'
 
 
+def test_an_answer_that_was_cut_off_says_so(recipe, capsys):
+  said = describe.describe(asked(recipe().vlm, prompt='a small red circle', max_tokens=2))
+  assert said and 'cut off after 2 tokens' in capsys.readouterr().err
+
+
 def test_prompts_of_any_length_share_a_program(recipe, pictures):
   """Up to a power of two: neither a longer prompt nor another number of tiles is compiled again."""
   folder = recipe().vlm

@@ -113,7 +113,9 @@ def test_layers_are_unrolled_where_it_is_asked(folders):
 def test_public_names_need_no_weights():
   assert encoders.config('OpenGVLab/InternVL2_5-8B') is internvl.PRESETS['InternVL2_5-8B']
   assert encoders.config('Qwen/Qwen3-VL-4B-Instruct@main') is qwen3_vl.PRESETS['Qwen3-VL-4B-Instruct']
-  assert encoders.config('meta-llama/Llama-3.1-8B') is text.PRESETS['Llama-3.1-8B']
+  assert encoders.config('OpenGVLab/InternVL3_5-8B-HF') is internvl.PRESETS['InternVL3_5-8B']
+  for name in ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.1-8B-Instruct'):
+    assert encoders.config(name) is text.PRESETS['Llama-3.1-8B']
   assert encoders.config('google/flan-t5-xxl') is t5.PRESETS['flan-t5-xxl']
   with pytest.raises(ValueError, match='owner/absent.*not in the cache'):
     encoders.config('owner/absent')

@@ -24,11 +24,18 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_greedy_writes_what_transformers_writes(folder):
-  tokens, valid, tiles = batch()
-  out = generate(internvl.load(folder, jnp.float32), tokens, valid, tiles, max_new=64, stop_ids=())
+@pytest.mark.parametrize('text', ['qwen2', 'qwen3', 'llama', 'internlm2, a key for each query'])
+def test_greedy_writes_what_transformers_writes(text, tmp_path):
+  model = torch_model(text, attention_bias=True)
+  model.save_pretrained(tmp_path)
+  vlm, (tokens, valid, tiles) = internvl.load(tmp_path, jnp.float32), batch()
+  out = generate(vlm, tokens, valid, tiles, max_new=64, stop_ids=())
   assert (np.asarray(out.lengths) == 64).all() and out.hidden is None and out.prompt_hidden is None
-  model = torch_model('qwen2', attention_bias=True)
+  # On which side the padding stands is no matter
+  left = [np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(np.asarray(valid).sum(1))])
+          for x in (np.asarray(tokens), np.asarray(valid))]
+  rolled = generate(vlm, *jax.device_put(left, P(BATCH)), tiles, max_new=64, stop_ids=())
+  np.testing.assert_array_equal(rolled.tokens, out.tokens)
   tokens, valid, tiles, ours, logprobs = (np.asarray(x) for x in (tokens, valid, tiles, out.tokens, out.logprobs))
   for row in range(len(tokens)):
     n = valid[row].sum()

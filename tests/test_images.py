@@ -100,13 +100,14 @@ def test_sixteen_bit_colours():
   np.testing.assert_array_equal(images.read(sixteen_bit_rgb(values)), QUARTERS)
 
 
-@pytest.mark.parametrize('orientation, turned', [(1, QUARTERS), (3, QUARTERS[::-1, ::-1]),
-                                                 (6, QUARTERS.swapaxes(0, 1)[:, ::-1]),
-                                                 (8, QUARTERS.swapaxes(0, 1)[::-1])])
-def test_exif_turn(orientation, turned):
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('orientation, turned', [
+    (1, QUARTERS), (2, QUARTERS[:, ::-1]), (3, QUARTERS[::-1, ::-1]), (4, QUARTERS[::-1]), (5, QUARTERS.swapaxes(0, 1)),
+    (6, QUARTERS.swapaxes(0, 1)[:, ::-1]), (7, QUARTERS.swapaxes(0, 1)[::-1, ::-1]), (8, QUARTERS.swapaxes(0, 1)[::-1])])
+def test_exif_turn(kind, orientation, turned):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  data = encoded(Image.fromarray(QUARTERS), 'JPEG', quality=95, exif=exif)
+  data = encoded(Image.fromarray(QUARTERS), kind, exif=exif, **({} if kind == 'PNG' else dict(quality=95)))
   picture = images.read(data)
   assert picture.shape == turned.shape and images.read_size(data) == turned.shape[:2]
   assert np.abs(centres(picture) - centres(turned)).max() <= 8

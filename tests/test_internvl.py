@@ -19,6 +19,8 @@ PICTURE, TILE, TILE_TOKENS = 60, 32, 4
 TEXTS = {
     'qwen2': dict(model_type='qwen2', num_key_value_heads=2),
     'qwen3': dict(model_type='qwen3', num_key_value_heads=4, head_dim=24),
+    'qwen2, a key for each query': dict(model_type='qwen2', num_key_value_heads=4),
+    'qwen3, shared keys': dict(model_type='qwen3', num_key_value_heads=2, head_dim=16),
     'internlm2': dict(model_type='llama', num_key_value_heads=2, rope_theta=1e6),
     'internlm2, a key for each query': dict(model_type='llama', num_key_value_heads=4, rope_theta=1e6),
     'llama': dict(model_type='llama', num_key_value_heads=2, rope_parameters=dict(
@@ -78,7 +80,9 @@ def relative(ours, theirs, valid):
 
 @pytest.mark.parametrize('text,vision', [
     ('qwen2', dict(attention_bias=True)), ('qwen3', dict(use_qk_norm=True)),
-    ('llama', dict(norm_type='rms_norm', attention_bias=True, use_qk_norm=True))])
+    ('llama', dict(norm_type='rms_norm', attention_bias=True, use_qk_norm=True)),
+    ('qwen2, a key for each query', dict(attention_bias=True, num_attention_heads=4)),
+    ('qwen3, shared keys', dict(patch_size=[16, 16], num_hidden_layers=3))])
 def test_parity(text, vision, tmp_path):
   model = torch_model(text, tied=text == 'qwen3', **vision)
   model.save_pretrained(tmp_path / 'theirs')

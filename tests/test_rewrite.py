@@ -146,6 +146,23 @@ def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, 
   assert rooms == {60: [], 112: [request.strip()]}
 
 
+def test_a_rewrite_is_held_to_the_room_of_its_task(asks, echo, mesh, tmp_path, monkeypatch):
+  made = asks()
+  made.data = dataclasses.replace(made.data, tasks=('edit', 't2i'), weights=(0.5, 0.5), text_tokens=(112, 112), written_tokens=(3, 30))
+  records = mix.mix(dataclasses.replace(made.data, rewrites=None))[0][0]
+  monkeypatch.setattr(type(records), '__getitem__', _with_task(type(records).__getitem__))
+  echo(made, tmp_path, mesh)
+  texts = [json.loads(line)['texts'] for line in (tmp_path / 'rewrites' / 'rewrites-00000.jsonl').open()]
+  assert sum(texts, []) == ['a red circle']  # of the prompt; the edits' answers are longer than 3 tokens
+
+
+def _with_task(read):
+  def record(self, i):
+    found = read(self, i)
+    return dict(found, task=found['kind'])
+  return record
+
+
 def test_a_vlm_trained_further_is_another_one(tmp_path):
   shutil.copytree(config.ASSETS / 'vlm', tmp_path / 'vlm')
   before = hub.fingerprint(tmp_path / 'vlm')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 from flax import nnx
@@ -220,13 +221,14 @@ def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypa
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize('answer', ['endless', 'empty'])
+@pytest.mark.parametrize('answer', ['endless', 'empty', 'picture'])
 def test_a_request_whose_answer_is_no_use_is_trained_on_itself(recipe, monkeypatch, answer):
   made = recipe(objective=generation.FlowConfig(drop=0.3, online=True))
   job, params = jobs.build(made), random_sampler(made).model
   frozen, layout = job.load_frozen(), jobs.transforms.layout(made)
-  ids = layout.chat.text_ids('red ' * layout.written)[:layout.written] if answer == 'endless' else layout.chat.stop_ids
-  monkeypatch.setattr(generation.generate, 'generate', _dictated(list(ids)))
+  ids = dict(endless=layout.chat.text_ids('red ' * layout.written)[:layout.written], empty=layout.chat.stop_ids,
+             picture=(*layout.chat.text_ids('a red circle'), layout.chat.picture_id, *layout.chat.stop_ids))
+  monkeypatch.setattr(generation.generate, 'generate', _dictated(list(ids[answer])))
   records = [examples.example('edit', 'train', i, objects=(1, 2)) for i in range(40)]
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:16]
   _, transform = job.data()
@@ -256,18 +258,18 @@ def test_without_verifi_the_request_itself_is_kept(sampler):
   np.testing.assert_allclose(np.asarray(trained)[0][example['keep_mask']], tokens[0], atol=1e-4, rtol=1e-3)
 
 
-def test_a_rewrite_without_words_or_end_falls_back(sampler, monkeypatch):
-  """Only the rows that failed do, and they say so."""
+def test_a_rewrite_that_is_no_use_falls_back(sampler, monkeypatch):
+  """Without words, without an end, with a picture token: only those rows do, and they say so."""
   chat, room = sampler.layout.chat, sampler.layout.written
   good, stop, endless = chat.text_ids('a small red circle'), chat.stop_ids, chat.text_ids('red ' * room)[:room]
   plain, _, _ = kept(changed(sampler, verifi=False), asked(4))
   monkeypatch.setattr(sample.generate, 'generate', _dictated([*good, *stop]))
   usual, _, _ = kept(sampler, asked(4))
-  monkeypatch.setattr(sample.generate, 'generate', _dictated([*good, *stop], {1: [*stop], 2: [*endless]}))
+  monkeypatch.setattr(sample.generate, 'generate', _dictated([*good, *stop], {1: [*stop], 2: [*endless], 3: [*good, chat.picture_id, *stop]}))
   tokens, written, remarks = kept(sampler, asked(4))
-  assert written == ['a small red circle', 'make it blue', 'make it blue', 'a small red circle']
-  assert 'wrote nothing' in remarks[1] and f'no end within {room} tokens' in remarks[2] and not remarks[0] + remarks[3]
-  for row, wanted in enumerate((usual, plain, plain, usual)):
+  assert written == ['a small red circle', 'make it blue', 'make it blue', 'make it blue'] and not remarks[0]
+  assert 'wrote nothing' in remarks[1] and f'no end within {room} tokens' in remarks[2] and 'picture token' in remarks[3]
+  for row, wanted in enumerate((usual, plain, plain, plain)):
     np.testing.assert_allclose(tokens[row], wanted[row], atol=1e-4, rtol=1e-3)
 
 
@@ -280,6 +282,14 @@ def test_each_way_of_asking_in_one_batch(sampler):
     alone, said, _ = kept(sampler, [request] * 4)
     assert said[0] == written[row] and len(alone[0]) == len(together[row])
     np.testing.assert_allclose(together[row], alone[0], atol=1e-4, rtol=1e-3)
+
+
+def test_what_was_written_can_be_handed_back(sampler, monkeypatch):
+  chat = sampler.layout.chat
+  monkeypatch.setattr(sample.generate, 'generate', _dictated([*chat.text_ids('a small red circle,  at the top'), *chat.stop_ids]))
+  tokens, written, _ = kept(sampler, asked(4))
+  again, _, _ = kept(sampler, asked(4, rewrite=written[0]))
+  np.testing.assert_allclose(again[0], tokens[0], atol=2e-4, rtol=2e-3)
 
 
 def test_sampled_rewrites_follow_the_seed(sampler, monkeypatch):
@@ -390,8 +400,10 @@ def test_the_study_of_verifi(recipe, tmp_path):
   assert ways == {
       *((on, True, None, 0, None, n) for on in (True, False) for n in (0, 1)),
       (True, False, None, 0, None, 1), (True, True, None, 0, '', 1), *((True, True, 'answer', 0, None, n) for n in (0, 1)),
-      (True, True, None, 0, None, 2), (True, True, None, 0, None, 3), *((True, True, None, n, None, 1) for n in (1, 4, 9))}
-  wide = [request.references[0].shape for settings, request in asked if settings.tiles]
+      (True, True, None, 0, None, 2), (True, True, None, 0, None, 3), *((True, True, None, n, None, 1) for n in (1, 2, 3, 4, 9))}
+  several = [request.instruction for _, request in asked if len(request.references) > 1]
+  assert several and not any(re.search(r'picture (one|two|three|[123])|(first|second|third) ', text) for text in several)
+  wide = [request.references[0].shape for settings, request in asked if settings.tiles in (1, 4, 9)]
   assert min(min(shape[:2]) for shape in wide) >= 100  # large enough for tiles to matter
   for name in ('prompts_plain', 'edits', 'system_t2i', 'references_3', 'tiles'):
     assert images.read(tmp_path / f'{name}.png').shape[1] > 300

@@ -27,11 +27,11 @@ KINDS = {
 }
 
 
-def torch_model(kind: str):
+def torch_model(kind: str, kv_heads: int = 2):
   """A random model of transformers whose every parameter matters."""
   model, config, changes = KINDS[kind]
   torch.manual_seed(0)
-  model = model(config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+  model = model(config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads,
                        intermediate_size=48, vocab_size=64, max_position_embeddings=128, **changes)).eval()
   with torch.no_grad():
     for p in model.parameters():
@@ -39,20 +39,23 @@ def torch_model(kind: str):
   return model
 
 
-def batch():
+def batch(left: bool = False):
+  """Padded on the right, or on the left."""
   rng = np.random.default_rng(0)
   valid = np.arange(18) < np.array([18, 7, 2, 13])[:, None]
+  valid = valid[:, ::-1] if left else valid
   return jax.device_put((np.where(valid, rng.integers(1, 64, valid.shape), 0).astype(np.int32), valid), P(BATCH))
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_parity(kind, tmp_path):
-  model = torch_model(kind)
+@pytest.mark.parametrize('kind, kv_heads, left', [*((kind, 2, False) for kind in KINDS), *((kind, 4, True) for kind in KINDS)])
+def test_parity(kind, kv_heads, left, tmp_path):
+  model = torch_model(kind, kv_heads)
   model.save_pretrained(tmp_path / 'theirs')
   ours = text.load(tmp_path / 'theirs', jnp.float32)
-  tokens, valid = batch()
+  tokens, valid = batch(left)
   inputs = dict(input_ids=torch.from_numpy(np.array(tokens)).long(),
-                attention_mask=torch.from_numpy(np.array(valid)).long())
+                attention_mask=torch.from_numpy(np.array(valid)).long(),
+                position_ids=torch.from_numpy(np.maximum(np.cumsum(valid, axis=1) - 1, 0)).long())
   with torch.no_grad():
     theirs = model(**inputs, output_hidden_states=True)
   hidden = jax.jit(text.TextModel.hidden, static_argnums=3)(ours, tokens, valid, (0, 1, 2))
@@ -68,8 +71,9 @@ def test_parity(kind, tmp_path):
   assert text.TextConfig.from_json(configs[0]) == text.TextConfig.from_json(configs[1])
 
 
-def test_greedy_writes_what_transformers_writes(tmp_path):
-  model = torch_model('llama')
+@pytest.mark.parametrize('kind', KINDS)
+def test_greedy_writes_what_transformers_writes(kind, tmp_path):
+  model = torch_model(kind)
   model.save_pretrained(tmp_path)
   tokens, valid = batch()
   out = generate(text.load(tmp_path, jnp.float32), tokens, valid, max_new=64, stop_ids=(), taps=(1, 3))

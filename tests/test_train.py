@@ -51,14 +51,24 @@ def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
   assert (tmp_path / 'parts' / 'config.json').exists() and list((tmp_path / 'parts').glob('events.*'))
 
 
-def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path):
+def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, monkeypatch):
   whole = train.train(recipe(), tmp_path / 'whole', mesh)
-  every = dataclasses.replace(recipe().train, save_every=100)
-  cut = recipe(train=every)
-  train.train(cut, tmp_path / 'cut', mesh, stop_at=2)
+  cut, good = recipe(), train.metrics_lib.Writer.write
+
+  def killed(self, step, scalars):
+    good(self, step, scalars)
+    if step == 3:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(train.metrics_lib.Writer, 'write', killed)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(cut, tmp_path / 'cut', mesh)
+  monkeypatch.setattr(train.metrics_lib.Writer, 'write', good)
   checkpoints = tmp_path / 'cut' / 'checkpoints'
   (checkpoints / '99.orbax-checkpoint-tmp').mkdir()  # what an interrupted save leaves
   assert int(train.train(cut, tmp_path / 'cut', mesh).step) == 4
+  lines = [json.loads(line)['step'] for line in (tmp_path / 'cut' / 'metrics.jsonl').read_text().splitlines()]
+  assert lines == [1, 2, 3, 4]  # that of the lost third step is gone
   again = train.train(cut, tmp_path / 'cut', mesh)  # nothing is left to do
   for a, b in zip(leaves(whole), leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -182,6 +192,24 @@ def test_accumulation_adds_up():
   assert norms[0] == norms[1] == (3.5, 3.5)
 
 
+def test_accumulated_edits_are_edits(recipe, mesh):
+  """The real loss, pictures in the batch: micro-batches draw their own noise, so the two agree in the mean alone."""
+  data = dataclasses.replace(recipe().data, tasks=('edit',), text_tokens=(132,), written_tokens=(52,), batch_size=16)
+  found = {}
+  for n in (1, 2):
+    made = recipe(data=data, optim=dataclasses.replace(recipe().optim, accumulate=n))
+    job = jobs.build(made)
+    frozen, tx = job.load_frozen(), step.optimizer(made.optim, 4)
+    state = jax.jit(lambda: step.init(job.draw_params(), tx))()
+    batches = pipeline.batches(*job.data(), 16)
+    batch = next(batches)
+    batches.close()
+    batch.pop('skipped')
+    _, metrics = step.make_train_step(job.loss, tx, made.optim)(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
+    found[n] = float(metrics['loss']), float(metrics['gradient_norm'])
+  assert found[1] != found[2] and np.allclose(found[1], found[2], rtol=0.3)
+
+
 def test_ema_and_schedule():
   settings = step.OptimConfig(learning_rate=1.0, warmup=10, decay=0.5)
   rates = [float(step.schedule(settings, 100)(i)) for i in (0, 5, 10, 49, 75, 100)]
@@ -211,23 +239,37 @@ def _poisoned(make, at):
 
 def test_a_leap_of_the_loss_stops():
   watch = train._Watch(3.0)
-  for i in range(60):
+  for i in range(120):
     watch(i, dict(loss=1.0 + 0.01 * (i % 3), gradient_norm=1.0))
-  watch(60, dict(loss=9.0, gradient_norm=1.0))  # one batch of a harder task is no leap
-  for i in range(61, 66):
+  for i in range(120, 129):
+    watch(i, dict(loss=9.0, gradient_norm=1.0))  # a few batches of a harder task are no leap
+  for i in range(129, 150):
     watch(i, dict(loss=1.0, gradient_norm=1.0))
-  with pytest.raises(train.Diverged, match='median of the last 5 logged losses, 9'):
-    for i in range(66, 71):
+  with pytest.raises(train.Diverged, match='median of the last 20 losses, 9'):
+    for i in range(150, 170):
       watch(i, dict(loss=9.0, gradient_norm=1.0))
 
 
 def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
-  config.keep(recipe(), tmp_path)
-  config.keep(recipe(sample=config.SampleConfig(steps=9)), tmp_path)  # sampling may differ
   other = recipe()
   other.optim.learning_rate = 5.0
+  config.keep(other, tmp_path)
+  config.keep(recipe(), tmp_path)  # as long as nothing was trained, a start with other settings leaves nothing behind
+  (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
+  config.keep(recipe(sample=config.SampleConfig(steps=9)), tmp_path)  # sampling may differ
   with pytest.raises(ValueError, match='optim.learning_rate: 0.01 there, 5.0 now'):
     config.keep(other, tmp_path)
+
+
+def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
+  config.keep(recipe(), tmp_path)
+  (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
+  other = recipe(optim=step.OptimConfig(learning_rate=5.0))
+  other.model.dit.unroll = 9
+  config.check_run(other, tmp_path)  # how it was trained, and how it is computed, are no matter now
+  for changes, text in ((dict(taps=(0, 2)), 'taps: .* there'), (dict(vlm=str(config.ASSETS / 'vlm')), 'vlm: .* there')):
+    with pytest.raises(ValueError, match=text):
+      config.check_run(recipe(**changes), tmp_path)
 
 
 @pytest.mark.parametrize('change, text', [
@@ -247,6 +289,10 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
     (lambda c: setattr(c, 'frozen_dtype', 'fp16'), "frozen_dtype='fp16'"),
     (lambda c: setattr(c.sample, 'seed', -1), 'sample.seed=-1'),
     (lambda c: setattr(c.mesh, 'tp', 3), 'does not fit 8 devices'),
+    (lambda c: setattr(c, 'mesh', sharding.MeshConfig(tp=4, fsdp=-1)), 'mesh.tp=4 must divide the heads'),
+    (lambda c: setattr(c.model.lap, 'width', 33), 'must divide model.lap.width=33'),
+    (lambda c: setattr(c.sample, 'width', 50), 'sample.width=50 must be a multiple of 8'),
+    (lambda c: setattr(c, 'eval', config.EvalConfig(split='tset')), "eval.split='tset' must be one of train, test"),
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
     (lambda c: setattr(c.objective, 'draws', 0), 'objective.draws=0'),

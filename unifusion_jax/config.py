@@ -12,6 +12,7 @@ import pathlib
 from unifusion_jax import hub
 from unifusion_jax import sharding
 from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.data.scenes import splits
 from unifusion_jax.models import internvl
 from unifusion_jax.models import unifusion
 from unifusion_jax.models import vae as autoencoder
@@ -153,6 +154,7 @@ def check(config: Config, devices: int) -> None:
   want(0 <= config.optim.decay <= 1, f'optim.decay={config.optim.decay} is a share of the run: between 0 and 1')
   want(config.optim.clip > 0, f'optim.clip={config.optim.clip} must be above 0')
   want(config.frozen_dtype in ('float32', 'bfloat16'), f"frozen_dtype={config.frozen_dtype!r} must be 'float32' or 'bfloat16'")
+  want(config.eval.split in splits.SPLITS, f'eval.split={config.eval.split!r} must be one of {", ".join(splits.SPLITS)}')
   want(config.eval.batch_size >= 1 and config.eval.examples >= 1,
        f'eval.batch_size={config.eval.batch_size} and eval.examples={config.eval.examples} must be 1 or more')
   own = data.path.endswith(('.jsonl', '.parquet'))
@@ -191,6 +193,16 @@ def check(config: Config, devices: int) -> None:
     want(config.sample.seed >= 0, f'sample.seed={config.sample.seed} must be 0 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
     want(config.objective.draws >= 1, f'objective.draws={config.objective.draws} must be 1 or more')
+    for name in ('width', 'height'):
+      side = getattr(config.sample, name)
+      want(side >= 0 and side % unit == 0, f'sample.{name}={side} must be a multiple of {unit} pixels (a latent patch)')
+    lap, dit, (_, fsdp, tp) = config.model.lap, config.model.dit, config.mesh.shape(devices)
+    want(not any(n % tp for n in (lap.heads, lap.kv_heads, lap.mlp, dit.heads, dit.kv_heads, dit.mlp)),
+         f'mesh.tp={tp} must divide the heads, key/value heads and mlp of model.lap ({lap.heads}, {lap.kv_heads}, {lap.mlp}) '
+         f'and model.dit ({dit.heads}, {dit.kv_heads}, {dit.mlp})')
+    want(not any(n % fsdp for n in (lap.width, dit.width, dit.time_dim)),
+         f'mesh.fsdp={fsdp} must divide model.lap.width={lap.width}, the width {dit.width} of model.dit and its '
+         f'time_dim={dit.time_dim}')
     want(config.objective.align >= 0, f'objective.align={config.objective.align} must be 0 or more')
     want(not config.objective.align or 0 < config.objective.align_depth <= config.model.dit.depth,
          f'objective.align_depth={config.objective.align_depth} must be one of the {config.model.dit.depth} blocks that '
@@ -206,20 +218,31 @@ def check(config: Config, devices: int) -> None:
 
 
 def keep(config: Config, workdir: pathlib.Path) -> None:
-  """Writes config.json into the workdir; refuses when a run with another configuration lives there.
+  """Writes config.json into the workdir; ValueError when a run with another configuration lives there.
 
   How a run samples and evaluates may change; what it trains may not.
   """
+  _compare(config, workdir, lambda name: name.split('.')[0] not in ('sample', 'rewrite', 'eval', 'devices', 'mesh'))
+  write(config, workdir, files=_frozen(config))
+
+
+def check_run(config: Config, workdir: pathlib.Path) -> None:
+  """ValueError when the workdir's run trained another model, or beside another VLM or autoencoder, than is now used."""
+  def matters(name):
+    computing = name.split('.')[-1] in ('dtype', 'unroll', 'remat')
+    return name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and not computing or name == 'objective.align'
+  _compare(config, workdir, matters)
+
+
+def _compare(config: Config, workdir: pathlib.Path, matters) -> None:
   path = workdir / 'config.json'
+  if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
+    return  # nothing was trained there
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=_frozen(config))
-  if path.exists():
-    old = json.loads(path.read_text())
-    differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(old, new)
-              if name.split('.')[0] not in ('sample', 'rewrite', 'eval', 'devices', 'mesh')]
-    if differ:
-      raise ValueError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
-                       + '\n  '.join(differ))
-  write(config, workdir, files=new['files'])
+  differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(json.loads(path.read_text()), new) if matters(name)]
+  if differ:
+    raise ValueError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
+                     + '\n  '.join(differ))
 
 
 def _frozen(config: Config) -> dict[str, str]:

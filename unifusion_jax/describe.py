@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def run(config: DescribeConfig) -> None:
 
 
 def describe(config: DescribeConfig) -> str:
-  """What the model says.
+  """What the model says; on stderr, that it was not at its end where that is so.
 
   Raises:
     ValueError: when there is nothing to answer, for settings that make no sense, and for what is not a picture.
@@ -74,6 +75,8 @@ def describe(config: DescribeConfig) -> str:
       stop_ids=chat.stop_ids, temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed))
   # Each process holds the same row again and again, of which it can read its own
   ids, count = (np.asarray(x.addressable_data(0))[0] for x in (out.tokens, out.lengths))
+  if ids[count - 1] not in chat.stop_ids and jax.process_index() == 0:
+    print(f'(cut off after {count} tokens: raise --config.max_tokens for more)', file=sys.stderr)
   return chat.read(ids[:count])
 
 

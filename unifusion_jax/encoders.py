@@ -9,6 +9,7 @@ All models answer to the same verbs; docs/encoders.md has the table and says how
 import hashlib
 import json
 import pathlib
+import re
 
 from flax import nnx
 import jax
@@ -57,9 +58,10 @@ def config(name, unroll: bool = False) -> Config:
 
   Whether a head is tied, on which files and their configs may disagree, is only sure once `load` has seen the file.
   """
-  short = str(name).partition('@')[0].split('/')[-1]
   presets = internvl.PRESETS | qwen3_vl.PRESETS | text.PRESETS | t5.PRESETS
-  if short in presets and not pathlib.Path(name).is_dir():
+  short = re.sub('-hf$', '', str(name).partition('@')[0].split('/')[-1], flags=re.IGNORECASE)
+  short = short if short in presets else short.removesuffix('-Instruct')
+  if short in presets and not pathlib.Path(name).expanduser().is_dir():
     return presets[short]
   folder = hub.resolve(name, weights=False)
   return _config(_described(folder), folder, unroll)

@@ -171,7 +171,7 @@ class Generation:
     writing = None
     if self.config.objective.online:
       layout = transforms.layout(self.config)
-      writing = layout.written, layout.chat.stop_ids
+      writing = layout.written, layout.chat.stop_ids, layout.chat.picture_id
     eye = transforms.layout(self.config).eye if self.config.objective.align else None
     pixels = eye and (eye.mean, eye.std)
     return functools.partial(generation.loss, self.config.objective, self.config.taps, writing, pixels)
@@ -183,15 +183,18 @@ class Generation:
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     """A grid of test requests: references, what was asked, what was written, result, target."""
-    sampler = self.sampler(params, frozen)
-    if records := _preview_records(self.config.data, sampler.layout):
-      _write_preview(workdir, step, requests.sheet(sampler, records))
+    if self._previewed:
+      _write_preview(workdir, step, requests.sheet(self.sampler(params, frozen), self._previewed))
+
+  @functools.cached_property
+  def _previewed(self) -> list[dict]:
+    return _preview_records(self.config.data, transforms.layout(self.config))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     asked = requests.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
-    params, _ = _trained(self, workdir, mesh)
+    params, weights = _trained(self, workdir, mesh)
     sampler = self.sampler(params, self.load_frozen())
-    requests.answer(sampler, asked, self.config.sample, workdir / 'pictures')
+    requests.answer(sampler, asked, self.config.sample, workdir / 'pictures', weights=weights, vlm=self.config.vlm)
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params, weights = _trained(self, workdir, mesh)
@@ -317,10 +320,14 @@ class Reconstruction:
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     del frozen
-    if records := _preview_records(self.config.data):
-      pictures = np.stack([images.read(record['target']) for record in records])
+    if self._previewed:
+      pictures = np.stack([images.read(record['target']) for record in self._previewed])
       back = eval_reconstruction.round_trip(params, pictures)
       _write_preview(workdir, step, images.grid([list(pictures), list(back)], cell=128))
+
+  @functools.cached_property
+  def _previewed(self) -> list[dict]:
+    return _preview_records(self.config.data)
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
     raise ValueError('an autoencoder draws nothing of its own: sample with configs/t2i.py or configs/edit.py')

@@ -57,6 +57,7 @@ def main(argv):
       where = dict(pictures=workdir / 'samples', metrics=workdir / 'metrics.jsonl', checkpoint=workdir / 'checkpoints')
       print('\n'.join(['done.', *(f'  {name}: {path}' for name, path in where.items())]))
     else:
+      configuration.check_run(config, workdir)
       job = jobs.build(config)
       run = dict(sample=job.sample, rewrite=job.rewrite, eval=job.evaluate, export=job.export)[_MODE.value]
       run(workdir, mesh)
@@ -79,7 +80,7 @@ def run():
 def _parse(argv):
   """Parses flags; what cannot be parsed ends in one sentence, and a misspelt setting in the nearest that exists."""
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS([_quoted(argument) for argument in argv])
     _CONFIG.value.mesh  # a recipe that could not be loaded says so only when something is asked of it
     return rest
   except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
@@ -89,6 +90,14 @@ def _parse(argv):
     text = str(error.args[-1] if isinstance(error, OSError) else error.args[0] if error.args else error)
     sys.exit(f'error: {_with_fields(text)}\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list '
              'them, --helpfull the flags.')
+
+
+def _quoted(argument: str) -> str:
+  """A reference's file name may hold what would be read as the syntax of a list: a space, a comma."""
+  name, found, value = argument.partition('=')
+  if found and name.lstrip('-') == 'config.sample.references' and pathlib.Path(value).is_file():
+    return f'{name}={value!r}'
+  return argument
 
 
 def _with_fields(text: str) -> str:

@@ -29,6 +29,7 @@ class Writer:
     part.write_text(''.join(kept))
     os.replace(part, path)
     self._file = path.open('a')
+    self._shown = {}
     self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True, purge_step=step + 1 if step else None)
     self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, file=sys.stderr, smoothing=0.1)
 
@@ -40,8 +41,13 @@ class Writer:
     self._file.flush()
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
-    shown = {k: f'{v:.4g}' for k, v in scalars.items() if k in ('loss', 'images_per_second')}
-    self._bar.set_postfix(shown, refresh=False)
+    self.show(scalars)
+
+  def show(self, scalars: dict[str, float]) -> None:
+    """What of them the bar tells."""
+    if self._active:
+      self._shown |= {k: f'{float(v):.4g}' for k, v in scalars.items() if k in ('loss', 'images_per_second')}
+      self._bar.set_postfix(self._shown, refresh=False)
 
   def advance(self, step: int) -> None:
     if self._active:

@@ -50,15 +50,19 @@ def _shape_like(reference, size: int, height: int, width: int) -> tuple[int, int
   return height or rounded[0], width or rounded[1]
 
 
-def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path) -> None:
+def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path, **models: str) -> None:
   """Draws everything asked for, `settings.batch_size` at a time.
 
-  Writes a PNG for each picture as soon as it is there, with what made it in its metadata, and a grid at the end.
+  Writes a PNG for each picture as soon as it is there, with what made it (`models` too) in its metadata, numbered on from
+  those that are there; and a grid at the end.
   """
   requests = [request for request, _, _ in asked]
   _, height, width = asked[0]
-  told = ('steps', 'guidance', 'method', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles', 'pictures', 'stitch')
-  told = json.dumps({name: getattr(settings, name) for name in told} | dict(width=width, height=height))
+  told = ('references', 'steps', 'guidance', 'method', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles', 'pictures',
+          'stitch')
+  told = {name: getattr(settings, name) for name in told} | dict(width=width, height=height, **models)
+  told = json.dumps(told | dict(system=settings.system or sampler.layout.system))
+  first = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdigit()), default=-1)
   rows, captions = [], []
   for start in range(0, len(requests), settings.batch_size):
     part = requests[start:start + settings.batch_size]
@@ -70,7 +74,7 @@ def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path) -> No
       captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
                       + [result.written])
       if sharding.leads():
-        path = folder / f'{i:03d}.png'
+        path = folder / f'{first + i:03d}.png'
         images.write_png(path, result.picture, dict(prompt=request.instruction, written=result.written,
                                                     remark=result.remark, seed=str(request.seed), settings=told))
         print(f'{path}\n  asked:   {request.instruction}\n  written: {result.written}'

@@ -73,7 +73,8 @@ def write(config, vlm, mix, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> No
               if name not in done:
                 row = _row(layout, record, int(references))
                 done.add(name)
-                batch += [(name, j, row) for j in range(settings.count)]
+                room = layout.room(record.get('task', ''))[1]
+                batch += [(name, j, row, room) for j in range(settings.count)]
             except sources.BrokenRecord:
               broken += 1
             if len(batch) >= local:
@@ -98,20 +99,20 @@ def _row(layout: transforms.Layout, record: dict, references: int) -> dict:
   """The open prompt of a request; BrokenRecord when its text is too long."""
   pictures, counts = layout.eye.see(record['references'], references)
   spans = layout.chat.spans(record['instruction'] or record['caption'], counts, None, layout.system)
-  row = layout.arrays(spans, references)
+  row = layout.arrays(spans, references, record.get('task', ''))
   return dict(tokens=row['tokens'], valid=row['valid'], **(dict(tiles=pictures) if references else {}))
 
 
 def _rewritten(settings: RewriteConfig, layout: transforms.Layout, vlm, batch, references: int, local: int, mesh):
-  """(key, ids, texts) of each request of a batch [(key, j, row)]; all processes call this together."""
+  """(key, ids, texts) of each request of a batch [(key, j, row, room)]; all processes call this together."""
   # A batch may hold a few more than `local`, when several rewrites are asked of each: in turns
   found = {}
   turns = int(_most(-(-len(batch) // local)))
   for turn in range(turns):
     part = batch[turn * local:(turn + 1) * local]
     # A process without requests of its own takes part with an empty one
-    rows = [row for _, _, row in part] or [_row(layout, dict(references=(), instruction='', caption=''), references)]
-    seeds = [(int(name[:8], 16) + j) % 2 ** 32 for name, j, _ in part] or [0]
+    rows = [row for _, _, row, _ in part] or [_row(layout, dict(references=(), instruction='', caption=''), references)]
+    seeds = [(int(name[:8], 16) + j) % 2 ** 32 for name, j, *_ in part] or [0]
     filled = np.resize(np.arange(len(rows)), local)
     arrays = sharding.put_batch(sample.stacked([rows[i] for i in filled]), mesh)
     keys = None
@@ -122,9 +123,9 @@ def _rewritten(settings: RewriteConfig, layout: transforms.Layout, vlm, batch, r
                             stop_ids=layout.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
     ids, lengths = _local(out.tokens), _local(out.lengths)
     texts, failed = sample.read(layout.chat, ids, lengths)
-    for i, (name, _, _) in enumerate(part):
+    for i, (name, _, _, room) in enumerate(part):
       kept = found.setdefault(name, ([], []))
-      if i not in failed and np.sum(rows[i]['valid']) + lengths[i] <= len(rows[i]['valid']):
+      if i not in failed and lengths[i] <= room and np.sum(rows[i]['valid']) + lengths[i] <= len(rows[i]['valid']):
         kept[0].append([int(token) for token in ids[i, :lengths[i] - 1]])
         kept[1].append(texts[i])
   return [(name, *kept) for name, kept in found.items()]
@@ -149,7 +150,8 @@ def _settings(config, layout: transforms.Layout) -> dict:
   """What rewrites depend on."""
   vlm = hub.fingerprint(hub.resolve(config.vlm))
   return dict(vlm=vlm, quantized=config.vlm_quantized, system=verifi.SYSTEM.get(layout.system, layout.system),
-              tiles=max(config.data.tiles), written=layout.written, **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
+              tiles=max(config.data.tiles), text=layout.text, written=layout.written,
+              **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
 
 
 def _check(config, mesh) -> None:

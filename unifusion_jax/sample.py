@@ -140,12 +140,17 @@ class Sampler:
 
 
 def read(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
-  """Texts of written ids [b n], and of the rows that are no use why: nothing was written, or no end was found."""
+  """Texts of written ids [b n], and of the rows that are no use why.
+
+  Nothing was written, no end was found, or a picture token was, which no later pass could tell from a picture.
+  """
   texts = [chat.read(row[:n]) for row, n in zip(ids, lengths)]
   failed = {}
   for i, (row, n) in enumerate(zip(ids, lengths)):
     if row[n - 1] not in chat.stop_ids:
       failed[i] = f'the VLM found no end within {len(row)} tokens'
+    elif chat.picture_id in row[:n]:
+      failed[i] = 'the VLM wrote a picture token'
     elif not texts[i]:
       failed[i] = 'the VLM wrote nothing'
   return texts, failed

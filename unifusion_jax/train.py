@@ -53,9 +53,12 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
   watch = _Watch(config.train.diverged)
   key = jax.random.key(config.seed)
   seen = skipped = 0
-  since = []  # the scalars of each step since the last logged one: batches differ, so their mean is logged
+  # The scalars of each step since the last logged one, of which the mean is logged as batches differ; the last few of them
+  # still where they were computed
+  since, unwatched = [], []
   clock, clock_step = time.monotonic(), start
   try:
+    writer.say('compiling: the first step of each shape of batch takes its time')
     for step in range(start, end):
       batch = next(data)
       missed = batch.pop('skipped')
@@ -64,26 +67,29 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
         pipeline.check_skipped(seen, skipped, config.data.skipped, mix)
       state, scalars = train_step(state, frozen, sharding.put_batch(batch, mesh), key)
       done = step + 1
-      since.append(scalars)
-      if done % config.train.log_every == 0 or done == end:
-        since = jax.device_get(since)
+      unwatched.append(scalars)
+      logs, saves = (done % every == 0 or done == end for every in (config.train.log_every, config.train.save_every))
+      if logs or saves or done == start + 1:
+        # Nothing is saved before it was looked at
+        for at, each in enumerate(jax.device_get(unwatched), done + 1 - len(unwatched)):
+          watch(at, each)
+          since.append(each)
+        unwatched = []
+        writer.show(since[-1])
+      writer.advance(done)
+      if logs:
         # A scalar that only some batches have (a read-out of tiles, say) is the mean over those.
         scalars = {name: float(np.mean([each[name] for each in since if name in each]))
                    for name in dict.fromkeys(name for each in since for name in each)}
         since = []
-        watch(done, scalars)
         now = time.monotonic()
         rate = (done - clock_step) * config.data.batch_size / (now - clock)
         clock, clock_step = now, done
         writer.write(done, dict(scalars, images_per_second=rate, skipped=skipped))
-        writer.advance(done)
       if done % config.train.preview_every == 0 or done == end:
         job.preview(state.ema, frozen, workdir, done)
         clock, clock_step = time.monotonic(), done
-      if done % config.train.save_every == 0 or done == end:
-        # A bad step between two logged ones shows in its successor: nothing is saved before it is looked at.
-        if done % config.train.log_every and done != end:
-          watch(done, {name: float(value) for name, value in scalars.items()})
+      if saves:
         saved.save(state, data)
     saved.wait()
   finally:
@@ -96,9 +102,9 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
 class _Watch:
   """Raises Diverged when the loss or the gradient is not finite, or the loss has leapt above what it was before.
 
-  Batches of one task differ a lot from those of another, so it takes the median of several logged losses to leap.
+  Batches of one task differ a lot from those of another, so it takes the median of several losses to leap.
   """
-  BEFORE, NOW = 50, 5  # logged losses
+  BEFORE, NOW = 100, 20  # steps
 
   def __init__(self, factor: float):
     self._factor = factor
@@ -115,5 +121,5 @@ class _Watch:
       losses = list(self._recent)
       before, now = statistics.median(losses[:self.BEFORE]), statistics.median(losses[self.BEFORE:])
       if now > self._factor * before:
-        raise Diverged(f'step {step}: the median of the last {self.NOW} logged losses, {now:.4g}, is more than '
+        raise Diverged(f'step {step}: the median of the last {self.NOW} losses, {now:.4g}, is more than '
                        f'train.diverged={self._factor:g} times that of the {self.BEFORE} before, {before:.4g}; {advice}')

@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import ClassVar
 
+from absl import logging
 import numpy as np
 import pyarrow.parquet
 import tensorflow_datasets as tfds
@@ -141,6 +142,9 @@ class FolderSource:
       raise ValueError(f'{path}: {len(self.problems)} of {len(self)} records cannot be used, more than the allowed '
                        f'share of {share:g}: mend the list or allow more. '
                        f'The first are: {"; ".join(self.problems[:3])}')
+    if self.problems:
+      logging.warning('%s: %d of %d records cannot be used and are left out; the first: %s', path, len(self.problems), len(self),
+                      '; '.join(self.problems[:3]))
 
   def __len__(self) -> int:
     return len(self._rows)

@@ -66,11 +66,16 @@ def draw(sampler: sample.Sampler, records: list[dict], batch_size: int, seed: in
 
 
 def score(records: list[dict], results: list[sample.Result]) -> dict:
-  """Rates of each of the judge's verdicts, of each kind of edit, and of texts written exactly."""
+  """Rates of each of the judge's verdicts, of each kind of edit, of texts written exactly and of fall-backs.
+
+  What several references make is judged whole, for no one of them is what should stay as it was.
+  """
   verdicts = collections.defaultdict(list)
   for record, result in zip(records, results):
     reading = judge.read(result.picture)
-    if record['references']:
+    if len(record['references']) > 1:
+      verdict = {'all': judge.exact(reading, world.Scene.from_json(record['scene']))}
+    elif record['references']:
       source, target = world.Scene.from_json(record['source'][0]), world.Scene.from_json(record['scene'])
       verdict = judge.check_edit(reading, source, target)
     else:

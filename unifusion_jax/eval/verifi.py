@@ -13,25 +13,27 @@ from unifusion_jax import sample
 from unifusion_jax import sharding
 from unifusion_jax.data import images
 from unifusion_jax.data.scenes import examples
+from unifusion_jax.data.scenes import multi
 from unifusion_jax.eval import generation
 
 SHOWN = 8         # rows of each sheet
-MEASURED = ('all', 'written_exact')  # of `generation.score`
+MEASURED = ('all', 'written_exact', 'fell_back')  # of `generation.score`
 TILES = (1, 4, 9)  # with the thumbnail 1, 5 and 10, the paper's
 SIDE = 3          # references of the tiles' study are this many times as large as those of training
 
 
 def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
-  """Success ('all' of the judge) and texts written exactly, of `config.eval.examples` examples of each kind, over
-  `config.eval.seeds` seeds.
+  """Success ('all' of the judge), texts written exactly and requests drawn from themselves because their rewrite was no
+  use, of `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
 
   prompts: plain, paraphrased (by templates kept out of training) and knowledge prompts of one or two objects, with
     VERIFI and on the request itself.
   edits: conditioned on pictures and written text, on either alone, and on pictures with the request itself.
   system: under the system prompt of training, and under another one that the embedded VLM knows.
-  references: two and three of them, never trained on; `copy` is the best that copying one reference would do.
+  references: two and three of them, which the VLM was trained to describe and the DiT was never trained on, named by what
+    they show; each by itself, and stitched into one. `copy` is the best that copying one reference would do.
   tiles: the error of pictures drawn again from references shown in 1, 4 and 9 tiles.
-  Each rate is {'mean', 'least', 'most'} over the seeds.
+  Each rate is {'mean', 'least', 'most'} over the seeds. All targets are square.
   """
   study = _Study(sampler, config, folder)
   on, raw = {}, dict(verifi=False)
@@ -48,8 +50,9 @@ def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
       for name, records in (('t2i', prompts), ('edit', edits))}
   report['references'] = {}
   for count in (2, 3):
-    records = study.records('multi', (1, 4), lambda record, count=count: len(record['references']) == count)
-    made = study.compare(f'references_{count}', records, verifi=on, stitched=dict(stitch=True))
+    records = study.records('multi', (1, 4), lambda record, count=count: len(record['references']) == count and not any(
+        number in record['instruction'] for numbers in multi.ORDINALS for number in numbers))
+    made = study.compare(f'references_{count}', records, verifi=on, stitched=dict(stitch=True, tiles=count))
     copies = [generation.score(records, [sample.Result(r['references'][k], '') for r in records])['all']
               for k in range(count)]
     report['references'][str(count)] = dict(made, copy=max(copies))
@@ -64,10 +67,11 @@ class _Study:
   folder: pathlib.Path
 
   def records(self, task: str, objects, wanted=lambda record: True, size: int = 0) -> list[dict]:
-    """The first examples of the split that are wanted."""
+    """The first examples of the split that are wanted and have a square target: each shape is programs to compile."""
     made = (examples.example(task, self.config.eval.split, i, size=size or self.config.data.size, objects=objects)
             for i in itertools.count())
-    return list(itertools.islice(filter(wanted, made), self.config.eval.examples))
+    square = (record for record in made if record['target'].shape[0] == record['target'].shape[1])
+    return list(itertools.islice(filter(wanted, square), self.config.eval.examples))
 
   def draw(self, records: list[dict], seed: int, rewrite: str | None = None, stitch: bool = False, **settings):
     """One picture of each record, under other settings of the sampler and of the requests."""

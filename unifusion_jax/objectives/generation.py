@@ -96,10 +96,14 @@ def listen(prompt_hidden: jax.Array, written: jax.Array, lengths: jax.Array, kee
   return (jnp.concatenate([gather(prompt_hidden, keep), written], axis=1), jnp.concatenate([keep_mask, counted], axis=1))
 
 
-def finished(tokens: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
-  """Which answers [b n], of lengths [b], found an end and have something before it: those that sampling goes by."""
+def usable(tokens: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...], picture_id: int | None) -> jax.Array:
+  """Which answers [b n], of lengths [b], found an end, have something before it and no picture token: as `sample.read`."""
   last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-  return jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
+  found = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
+  if picture_id is None:
+    return found
+  counted = jnp.arange(tokens.shape[1]) < lengths[:, None]
+  return found & ~jnp.any((tokens == picture_id) & counted, axis=1)
 
 
 def _repeat(x: jax.Array, n: int) -> jax.Array:
@@ -112,7 +116,7 @@ def loss(config: FlowConfig, taps: tuple[int, ...], writing, pixels, params, fro
   """Mean squared error of the velocity, f32, with the weighted distance of alignment; and the parts of the error by time.
 
   Args:
-    writing: (most tokens, stop ids) of the answers that the VLM writes to prompts with `open`; None without such.
+    writing: (most tokens, stop ids, picture id) of the answers that the VLM writes to prompts with `open`; None without.
     pixels: as in `sight`; read where config.align.
     params: a UniFusion; with config.align an Aligned.
     batch: target [b y x 3] f32 in [-1, 1]; tokens, valid [b s]; keep, keep_mask [b q]; tiles [b r y x 3] if any;
@@ -125,10 +129,10 @@ def loss(config: FlowConfig, taps: tuple[int, ...], writing, pixels, params, fro
   if writing is None:
     hidden = gather(frozen.vlm.hidden(batch['tokens'], batch['valid'], taps, batch.get('tiles')), batch['keep'])
   else:
-    most, stop_ids = writing
+    most, stop_ids, picture_id = writing
     out = generate.generate(frozen.vlm, batch['tokens'], batch['valid'], batch.get('tiles'), max_new=most,
                             stop_ids=stop_ids, taps=taps)
-    fell = batch['open'] & ~finished(out.tokens, out.lengths, stop_ids)
+    fell = batch['open'] & ~usable(out.tokens, out.lengths, stop_ids, picture_id)
     hidden, mask = listen(out.prompt_hidden, out.hidden, out.lengths * (batch['open'] & ~fell), batch['keep'], mask)
     hidden = jnp.concatenate([hidden, gather(out.prompt_hidden, batch['asked'])], axis=1)
     mask = jnp.concatenate([mask, batch['asked_mask'] & fell[:, None]], axis=1)

@@ -15,7 +15,7 @@ from unifusion_jax.data.scenes.sample import fits, place_object, random_scene
 from unifusion_jax.data.scenes.scene import PLACES, Background, Object, Scene
 
 MULTI_KINDS = {2: ('insert', 'insert at', 'exchange', 'colours', 'ground'), 3: ('collage', 'insert two', 'restyle')}
-_ORDINALS = (('the first picture', 'picture one', 'picture 1', 'the first image'),
+ORDINALS = (('the first picture', 'picture one', 'picture 1', 'the first image'),
              ('the second picture', 'picture two', 'picture 2', 'the second image'),
              ('the third picture', 'picture three', 'picture 3', 'the third image'))
 _INSTRUCTIONS = {
@@ -52,7 +52,7 @@ def _picture(rng: np.random.Generator, scenes, k: int) -> str:
     if background.kind == 'gradient':
       return 'the picture with the gradient'
     return f'the picture with the {background.colours[0]} background'
-  return pick(rng, _ORDINALS[k])
+  return pick(rng, ORDINALS[k])
 
 
 def _object(rng: np.random.Generator, scenes, k: int, i: int, split: str, alone: bool) -> str | None:

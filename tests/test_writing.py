@@ -1,0 +1,88 @@
+"""The embedded VLM and autoencoder: their training goes on exactly, what is measured of them, what is exported."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from test_checkpoint import SMALL
+from unifusion_jax import config
+from unifusion_jax import jobs
+from unifusion_jax import sharding
+from unifusion_jax import train
+from unifusion_jax.data.scenes import examples
+from unifusion_jax.eval import writing as eval_writing
+from unifusion_jax.models import internvl
+from unifusion_jax.models import vae
+
+
+def small(name: str, **changes) -> config.Config:
+  objective, model, tasks = SMALL[name]
+  return config.Config(
+      objective=dataclasses.replace(objective, **changes), model=model, mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
+      data=config.DataConfig(tasks=tasks, weights=(1.0,), text_tokens=(96,), batch_size=8),
+      train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=4),
+      eval=config.EvalConfig(examples=3, batch_size=4))
+
+
+@pytest.mark.parametrize('name, changes', [('writing', {}), ('writing', dict(words=0.0)), ('reconstruction', {})])
+def test_two_and_two_steps_are_four(name, changes, mesh, tmp_path):
+  made = small(name, **changes)
+  whole = train.train(made, tmp_path / 'whole', mesh)
+  train.train(made, tmp_path / 'parts', mesh, stop_at=2)
+  parts = train.train(made, tmp_path / 'parts', mesh)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  assert (tmp_path / 'whole' / 'samples' / '0000004.png').exists() == (changes != dict(words=0.0))
+
+
+def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
+  made = small('writing')
+  state = train.train(made, tmp_path, mesh, stop_at=2)
+  job = jobs.build(made)
+  report = eval_writing.evaluate(state.ema.vlm, job._layout(), made)
+  assert report['examples'] == 3 and report['caption_exact'] == 0 and {'yes_no', 'rewrite_exact', 'edit_exact'} <= report.keys()
+  job.export(tmp_path, mesh)
+  back = internvl.load(tmp_path / 'export', jnp.float32)
+  for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state.ema.vlm), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  assert (tmp_path / 'export' / 'tokenizer.json').read_bytes() == (config.ASSETS / 'vlm' / 'tokenizer.json').read_bytes()
+
+
+def test_right_answers_are_measured_as_right(monkeypatch):
+  made = small('writing')
+  made.eval.examples = 40
+  monkeypatch.setattr(eval_writing, 'answers', lambda vlm, layout, records, size: [r['caption'] for r in records])
+  report = eval_writing.evaluate(None, None, made)
+  assert all(value == 1 for name, value in report.items() if name not in ('split', 'examples'))
+  opposite = lambda vlm, layout, records, size: [{'yes': 'no', 'no': 'yes'}.get(r['caption'], '') for r in records]
+  monkeypatch.setattr(eval_writing, 'answers', opposite)
+  report = eval_writing.evaluate(None, None, made)
+  assert all(value == 0 for name, value in report.items() if name not in ('split', 'examples'))
+
+
+@pytest.mark.parametrize('written, right, total', [
+    ('a small solid red circle at the center, on a mint background', 6, 6),
+    ('a small solid blue circle at the center, on a mint background', 5, 6),
+    ('a small solid red circle at the center, on a slate background', 5, 6),
+    ('a small solid red circle at the center, a large striped blue star at the top left, on a mint background', 6, 7),
+    ('a circle', 1, 6), ('no sentence of this language', 0, 6)])
+def test_attributes_are_counted_one_by_one(written, right, total):
+  truth = 'a small solid red circle at the center, on a mint background'
+  assert tuple(eval_writing.attributes_right(written, truth)) == (right, total)
+
+
+def test_the_autoencoder_is_measured_and_exported(mesh, tmp_path):
+  made = small('reconstruction')
+  state = train.train(made, tmp_path, mesh, stop_at=2)
+  job = jobs.build(made)
+  job.evaluate(tmp_path, mesh)
+  report = (tmp_path / 'eval.json').read_text()
+  assert '"exact_as_drawn": 1.0' in report and '"psnr_db"' in report and 'at step 2' in report
+  job.export(tmp_path, mesh)
+  back = vae.load(tmp_path / 'export', jnp.float32)
+  picture = sharding.put(np.stack([examples.example('reconstruct', 'test', 1)['target']] * 8).astype(np.float32) / 127.5 - 1)
+  np.testing.assert_allclose(back.decode(back.encode(picture)), state.ema.decode(state.ema.encode(picture)), atol=1e-4)
+  assert back.config.scaling_factor == pytest.approx(1 / np.std(np.asarray(state.ema.moments(picture)[0])), rel=0.5)
