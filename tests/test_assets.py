@@ -91,8 +91,8 @@ def test_diffusers_reads_the_dits_and_they_fit_their_recipes(name):
   z, hidden, t = z.astype(np.float32), hidden.astype(np.float32), np.array([0.3, 0.9], np.float32)
   with one_device():
     model = unifusion.load(config.ASSETS / name, made.model)
-    mask = np.ones((2, 7), bool)
-    ours = np.asarray(model.velocity(z, t, model.condition(hidden, mask), mask))
+    put = sharding.put(dict(z=z, t=t, hidden=hidden, mask=np.ones((2, 7), bool)))
+    ours = np.asarray(model.velocity(put['z'], put['t'], model.condition(put['hidden'], put['mask']), put['mask']))
   rows, columns = (a.reshape(-1) for a in np.meshgrid(np.arange(6), np.arange(10), indexing='ij'))
   places = np.concatenate([np.zeros((7, 3)), np.stack([0 * rows, rows, columns], axis=1)]).astype(np.float32)
   with torch.no_grad():

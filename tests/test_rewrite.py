@@ -148,12 +148,12 @@ def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, 
 
 def test_a_rewrite_is_held_to_the_room_of_its_task(asks, echo, mesh, tmp_path, monkeypatch):
   made = asks()
-  made.data = dataclasses.replace(made.data, tasks=('edit', 't2i'), weights=(0.5, 0.5), text_tokens=(112, 112), written_tokens=(3, 30))
+  made.data = dataclasses.replace(made.data, tasks=('edit', 't2i'), weights=(0.5, 0.5), text_tokens=(112, 112), written_tokens=(2, 30))
   records = mix.mix(dataclasses.replace(made.data, rewrites=None))[0][0]
   monkeypatch.setattr(type(records), '__getitem__', _with_task(type(records).__getitem__))
   echo(made, tmp_path, mesh)
   texts = [json.loads(line)['texts'] for line in (tmp_path / 'rewrites' / 'rewrites-00000.jsonl').open()]
-  assert sum(texts, []) == ['a red circle']  # of the prompt; the edits' answers are longer than 3 tokens
+  assert sum(texts, []) == ['a red circle']  # of the prompt; the edits' answers are longer than 2 tokens
 
 
 def _with_task(read):
