@@ -73,8 +73,9 @@ def write(config, vlm, mix, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> No
               if name not in done:
                 row = _row(layout, record, int(references))
                 done.add(name)
-                room = layout.room(record.get('task', ''))[1]
-                batch += [(name, j, row, room) for j in range(settings.count)]
+                task = record.get('task', '')
+                room = layout.lengths(int(references), task)[0] - np.sum(row['valid'])
+                batch += [(name, j, row, min(room, layout.room(task)[1])) for j in range(settings.count)]
             except sources.BrokenRecord:
               broken += 1
             if len(batch) >= local:
@@ -99,12 +100,15 @@ def _row(layout: transforms.Layout, record: dict, references: int) -> dict:
   """The open prompt of a request; BrokenRecord when its text is too long."""
   pictures, counts = layout.eye.see(record['references'], references)
   spans = layout.chat.spans(record['instruction'] or record['caption'], counts, None, layout.system)
-  row = layout.arrays(spans, references, record.get('task', ''))
+  row = layout.arrays(spans, references)
   return dict(tokens=row['tokens'], valid=row['valid'], **(dict(tiles=pictures) if references else {}))
 
 
 def _rewritten(settings: RewriteConfig, layout: transforms.Layout, vlm, batch, references: int, local: int, mesh):
-  """(key, ids, texts) of each request of a batch [(key, j, row, room)]; all processes call this together."""
+  """(key, ids, texts) of each request of a batch [(key, j, row, room)]; all processes call this together.
+
+  An answer that is longer than the room that training has for it is left out.
+  """
   # A batch may hold a few more than `local`, when several rewrites are asked of each: in turns
   found = {}
   turns = int(_most(-(-len(batch) // local)))
@@ -125,7 +129,7 @@ def _rewritten(settings: RewriteConfig, layout: transforms.Layout, vlm, batch, r
     texts, failed = sample.read(layout.chat, ids, lengths)
     for i, (name, _, _, room) in enumerate(part):
       kept = found.setdefault(name, ([], []))
-      if i not in failed and lengths[i] <= room and np.sum(rows[i]['valid']) + lengths[i] <= len(rows[i]['valid']):
+      if i not in failed and lengths[i] <= room:
         kept[0].append([int(token) for token in ids[i, :lengths[i] - 1]])
         kept[1].append(texts[i])
   return [(name, *kept) for name, kept in found.items()]

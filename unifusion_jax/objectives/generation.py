@@ -30,7 +30,7 @@ class FlowConfig:
   raw: float = 0.0              # share of examples conditioned on the user's words instead of the rewritten ones
   online: bool = False          # the VLM writes as training goes (slow) instead of captions or --mode=rewrite
   # Representation alignment (REPA, arXiv 2410.06940): what the frozen VLM's own eye sees in the finished picture is to be
-  # told from the DiT's states after `align_depth` blocks. 0: off. It speeds training and is no part of the model.
+  # told from the DiT's states after `align_depth` blocks. 0: off. Its head is no part of the model.
   align: float = 0.0            # weight of its loss
   align_depth: int = 0
 
