@@ -95,7 +95,7 @@ def test_decoded_states_give_the_velocity_of_a_teacher_forced_pass(sampler):
 
 def _dictated(ids, others=None):
   """`generate` whose choices are given (for the rows in `others`, others): the prompt is prolonged by them, and the
-  states are those of feeding them."""
+  states are those of feeding them, a picture token as any word."""
   def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, taps, **sampling):
     tokens, valid = np.asarray(tokens), np.asarray(valid)
     rows = [(others or {}).get(row, ids) for row in range(len(tokens))]
@@ -103,7 +103,8 @@ def _dictated(ids, others=None):
     longer = np.pad(tokens, ((0, 0), (0, most)))
     more = np.pad(valid, ((0, 0), (0, most)))
     for row, n in enumerate(lengths):
-      longer[row, n:n + len(rows[row])], more[row, n:n + len(rows[row])] = rows[row], True
+      fed = [0 if token == vlm.config.image_token_id else token for token in rows[row]]
+      longer[row, n:n + len(fed)], more[row, n:n + len(fed)] = fed, True
     hidden = np.asarray(vlm.hidden(sharding.put(longer), sharding.put(more), taps, tiles))
     out = np.zeros((len(tokens), max_new, *hidden.shape[2:]), hidden.dtype)
     written = np.zeros((len(tokens), max_new), np.int32)
