@@ -33,7 +33,7 @@ def torch_model(text: str, seed: int = 0, tied: bool = False, **vision):
   """A random InternVL of transformers whose every parameter matters."""
   config = transformers.InternVLConfig(
       vision_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-                         image_size=[TILE, TILE], patch_size=[8, 8], **vision),
+                         image_size=[TILE, TILE], patch_size=[8, 8]) | vision,
       text_config=dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=64,
                        max_position_embeddings=256, tie_word_embeddings=tied, **TEXTS[text]),
       image_token_id=PICTURE, image_seq_length=TILE_TOKENS, tie_word_embeddings=tied)
@@ -82,7 +82,7 @@ def relative(ours, theirs, valid):
     ('qwen2', dict(attention_bias=True)), ('qwen3', dict(use_qk_norm=True)),
     ('llama', dict(norm_type='rms_norm', attention_bias=True, use_qk_norm=True)),
     ('qwen2, a key for each query', dict(attention_bias=True, num_attention_heads=4)),
-    ('qwen3, shared keys', dict(patch_size=[16, 16], num_hidden_layers=3))])
+    ('qwen3, shared keys', dict(hidden_size=48, num_hidden_layers=3, intermediate_size=40))])
 def test_parity(text, vision, tmp_path):
   model = torch_model(text, tied=text == 'qwen3', **vision)
   model.save_pretrained(tmp_path / 'theirs')
