@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax.data.scenes import language, splits, words
-from unifusion_jax.data.scenes.constraints import RELATIONS
+from unifusion_jax.data.scenes.constraints import RELATIONS, Constraints
 from unifusion_jax.data.scenes.edits import EDIT_KINDS, Edit, random_edit
 from unifusion_jax.data.scenes.examples import TASKS, WORDS, aspect, example, references
 from unifusion_jax.data.scenes.multi import MULTI_KINDS, random_multi
@@ -269,10 +269,22 @@ def shown(description: str, scene: Scene) -> bool:
   wanted = language.parse(description)
   if wanted.background not in (None, scene.background) or len(wanted.objects) != len(scene.objects):
     return False
-  return any(
-      all(v in (None, getattr(o, k)) for w, o in zip(wanted.objects, order) for k, v in vars(w).items()) and
-      all(language.clearly(r, *(order[k] for k in (i, *others))) for i, r, *others in wanted.relations)
-      for order in itertools.permutations(scene.objects))
+  return any(fits_all(wanted, order) for order in itertools.permutations(scene.objects))
+
+
+def fits_all(wanted: Constraints, objects) -> bool:
+  """Whether the objects, in this order, are as wanted and stand to each other as they should."""
+  return (all(v in (None, getattr(o, k)) for w, o in zip(wanted.objects, objects) for k, v in vars(w).items()) and
+          all(language.clearly(r, *(objects[k] for k in (i, *others))) for i, r, *others in wanted.relations))
+
+
+def attributes_of(o) -> tuple[str, ...]:
+  return o.shape, o.colour, o.size, o.fill, o.place
+
+
+def attributes(answer: str) -> list[tuple[str, ...]]:
+  """What an answer says of each object it describes."""
+  return [] if answer == 'nothing' else [attributes_of(w) for w in language.parse(answer).objects]
 
 
 @pytest.mark.parametrize('kind', QUESTION_KINDS)
@@ -302,10 +314,27 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       assert there == (answer == 'yes'), (text, scene)
     if kind == 'what':
       value = re.fullmatch(r'(?:what|which) (?:shape |shapes )?(?:is |are )?(?:at the )?(.*?)(?: are there| can you see)?\?', text)[1]
-      named = [] if answer == 'nothing' else [vars(w) for w in language.parse(answer).objects]
-      matching = [dict(shape=o.shape, colour=o.colour, size=o.size, fill=o.fill, place=o.place) for o in scene.objects]
-      wanted = [o for o in matching if value in (*o.values(), language.plural(o['shape']))]
-      assert sorted(map(str, named)) == sorted(map(str, wanted)), (text, scene)
+      wanted = [attributes_of(o) for o in scene.objects if value in (*attributes_of(o), language.plural(o.shape))]
+      assert sorted(attributes(answer)) == sorted(wanted), (text, scene)
+    if kind == 'which':
+      meant, = resolve(read_pointer(text)[0], scene)
+      assert attributes(answer) == [attributes_of(scene.objects[meant])], (text, scene)
+    if kind == 'beside':
+      found = re.match(rf'(?:what is|which shapes are) ({any_of(words.RELATIONS)}) (?=the )', text)
+      relation, (anchor,) = VALUE[found[1]], resolve(read_pointer(text, found.end())[0], scene)
+      there = [o for k, o in enumerate(scene.objects) if k != anchor and language.clearly(relation, o, scene.objects[anchor])]
+      assert sorted(attributes(answer)) == sorted(map(attributes_of, there)), (text, scene)
+      spoken.add(relation)
+    if kind == 'wrong':
+      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the picture shows (.*): what is wrong\?|what should be different in this: (.*)\?', text)
+      claimed, = filter(None, claimed.groups())
+      assert shown(claimed, scene) == (answer == 'nothing'), (text, scene)
+      if answer != 'nothing' and language.parse(answer):  # what should have been said is true, and was not said
+        right = language.parse(answer)
+        assert any(fits_all(right, order) for order in itertools.permutations(scene.objects, len(right.objects))), (text, answer)
+        assert not set(answer.split(', ')) <= set(claimed.split(', ')), (text, answer)
+      elif answer != 'nothing':
+        assert answer == language.background_phrase(scene.background) and answer not in claimed, (text, answer)
     if kind == 'exists':
       wanted, = language.parse(re.search(r'\ban? .*?(?= in the picture\?|\?)', text)[0]).objects
       there = any(all(v in (None, getattr(o, k)) for k, v in vars(wanted).items()) for o in scene.objects)
@@ -323,6 +352,7 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       assert [f'at the {scene.objects[i].place}' for i in found] == [answer], (text, scene)
   assert len(said) > 100
   assert kind != 'relation' or spoken == set(RELATIONS)
+  assert kind != 'beside' or spoken == set(RELATIONS) - {'between'}
   if kind in ('has', 'shows', 'exists', 'relation', 'compare'):
     assert 0.35 < said.count('yes') / len(said) < 0.65
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unifusion_jax.data.scenes import splits, words
-from unifusion_jax.data.scenes.constraints import Constraints, Wanted
+from unifusion_jax.data.scenes.constraints import PAIRWISE, Constraints, Wanted
 from unifusion_jax.data.scenes.language import (
     background_phrase, clear_relations, clearly, clearly_between, constraints_of, describe, plural)
 from unifusion_jax.data.scenes.pointing import phrase, random_pointer
@@ -14,12 +14,16 @@ from unifusion_jax.data.scenes.prompts import pick
 from unifusion_jax.data.scenes.sample import random_background
 from unifusion_jax.data.scenes.scene import BACKGROUND_KINDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Object, Scene
 
-QUESTION_KINDS = ('what', 'has', 'shows', 'exists', 'relation', 'compare', 'count', 'colour', 'shape', 'size', 'fill', 'where',
-                  'background')
-QUESTION_WEIGHTS = (0.0, 0.0, 0.25, 0.13, 0.09, 0.06, 0.11, 0.09, 0.08, 0.04, 0.04, 0.06, 0.05)
-# Training asks for single attributes too, at length ('what') and with yes or no ('has'): a yes alone teaches too little to
-# find what the questions that join several attributes are about.
-TRAIN_WEIGHTS = (0.22, 0.13, 0.2, 0.13, 0.1, 0.06, 0.04, 0.02, 0.02, 0.01, 0.01, 0.02, 0.04)
+# How often each kind is asked: in tests, and in training. Training asks at length too (kinds that no test has): which object
+# is meant, what has one attribute, what stands where, what of a description is wrong; and for single attributes with yes or
+# no ('has'). A yes alone teaches too little to find what the questions that join several attributes are about.
+_SHARES = {
+    'which': (0.0, 0.20), 'what': (0.0, 0.11), 'wrong': (0.0, 0.15), 'beside': (0.0, 0.09), 'has': (0.0, 0.03),
+    'shows': (0.25, 0.14), 'exists': (0.13, 0.05), 'relation': (0.09, 0.10), 'compare': (0.06, 0.06), 'count': (0.11, 0.02),
+    'colour': (0.09, 0.01), 'shape': (0.08, 0.01), 'size': (0.04, 0.005), 'fill': (0.04, 0.005), 'where': (0.06, 0.01),
+    'background': (0.05, 0.01)}
+QUESTION_KINDS = tuple(_SHARES)
+QUESTION_WEIGHTS, TRAIN_WEIGHTS = zip(*_SHARES.values())
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
 VALUES = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES), 'fill': FILLS, 'place': PLACES}
 
@@ -66,21 +70,23 @@ def _spoilt(rng: np.random.Generator, wanted: Wanted, split: str) -> Wanted | No
   return spoilt if _ok(spoilt, split) else None
 
 
-def _shows(rng, scene, split):
-  """A whole description, true or with one thing wrong."""
+def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
+  """A whole description, true or with one thing wrong, and what should stand there instead ('' where nothing should)."""
   may_relate = splits.relation_allowed(split)
   constraints = constraints_of(scene, rng, relation_allowed=may_relate)
   if rng.random() < 0.5:
-    return shows(describe(constraints)), 'yes'
+    return constraints, ''
   objects = constraints.objects
+  part = lambda *chosen: describe(Constraints(tuple(objects[k] for k in chosen)))
   draw = rng.random()
   if constraints.background and draw < 0.2:
-    wrong = dataclasses.replace(constraints, background=random_background(rng))
+    wrong, right = dataclasses.replace(constraints, background=random_background(rng)), background_phrase(constraints.background)
   elif constraints.relations and draw < 0.6:
     (i, old, j, *more), = constraints.relations
+    right = describe(Constraints(tuple(objects[k] for k in (i, j, *more)), relations=((0, old, *range(1, 2 + len(more))),)))
     if more:  # another of the three is said to be in the middle
       wrong = dataclasses.replace(constraints, objects=(objects[1], objects[0], *objects[2:]))
-      return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
+      return None if holds(wrong, scene) else (wrong, right)
     new = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}[old]
     if not may_relate(objects[i].shape, new, objects[j].shape):
       return None
@@ -92,20 +98,63 @@ def _shows(rng, scene, split):
     a, b = (dataclasses.replace(objects[k], **{name: getattr(objects[m], name)}) for k, m in ((i, j), (j, i)))
     if not (_ok(a, split) and _ok(b, split)):
       return None
+    right = part(*sorted((i, j)))
     wrong = dataclasses.replace(constraints, objects=tuple(
         a if k == i else b if k == j else w for k, w in enumerate(objects)))
   elif not constraints.relations and draw < 0.55 and len(objects) > 1:
     k = int(rng.integers(len(objects)))
-    wrong = dataclasses.replace(constraints, objects=objects[:k] + objects[k + 1:])
+    wrong, right = dataclasses.replace(constraints, objects=objects[:k] + objects[k + 1:]), part(k)
   else:
     k = int(rng.integers(len(objects)))
     spoilt = _spoilt(rng, objects[k], split)
     if not spoilt:
       return None
-    wrong = dataclasses.replace(constraints, objects=objects[:k] + (spoilt,) + objects[k + 1:])
+    wrong, right = dataclasses.replace(constraints, objects=objects[:k] + (spoilt,) + objects[k + 1:]), part(k)
     if not all(may_relate(wrong.objects[i].shape, r, wrong.objects[j].shape) for i, r, j, *_ in wrong.relations):
       return None
-  return None if holds(wrong, scene) else (shows(describe(wrong)), 'no')
+  return None if holds(wrong, scene) else (wrong, right)
+
+
+def _shows(rng, scene, split):
+  """Whether a description is true."""
+  claim = _claim(rng, scene, split)
+  return claim and (shows(describe(claim[0])), 'no' if claim[1] else 'yes')
+
+
+def _wrong(rng, scene, split):
+  """What a description should have said instead, if anything."""
+  claim = _claim(rng, scene, split)
+  templates = ('what is wrong here: {}?', 'the picture shows {}: what is wrong?', 'what should be different in this: {}?')
+  return claim and (pick(rng, templates).format(describe(claim[0])), claim[1] or 'nothing')
+
+
+def _fully(objects) -> str:
+  """All that can be said of objects, in reading order; 'nothing' of none."""
+  return describe(Constraints(tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in objects))) if objects else 'nothing'
+
+
+def _which(rng, scene, split):
+  """The object that is pointed at, described."""
+  i = int(rng.integers(len(scene.objects)))
+  pointer = random_pointer(rng, scene, i, split)
+  templates = ('which is {}?', 'describe {}', 'what does {} look like?')
+  return pointer and (pick(rng, templates).format(phrase(rng, pointer)), _fully([scene.objects[i]]))
+
+
+def _beside(rng, scene, split):
+  """Everything on one side of an object, described."""
+  j = int(rng.integers(len(scene.objects)))
+  others = [o for k, o in enumerate(scene.objects) if k != j]
+  relation = pick(rng, PAIRWISE)
+  truths = [clearly(relation, o, scene.objects[j]) for o in others]
+  anchor = random_pointer(rng, scene, j, split, relations=False)
+  found = [o for o, truth in zip(others, truths) if truth]
+  if not others or None in truths or not anchor or len(found) > 2 or not found and rng.random() < 0.6:
+    return None
+  if not all(splits.relation_allowed(split)(o.shape, relation, scene.objects[j].shape) for o in others):
+    return None
+  templates = ('what is {} {}?', 'which shapes are {} {}?')
+  return pick(rng, templates).format(pick(rng, words.RELATIONS[relation]), phrase(rng, anchor)), _fully(found)
 
 
 def _one_attribute(rng, scene, truth):
@@ -128,8 +177,7 @@ def _what(rng, scene, split):
   templates = {'place': ('what is at the {}?', 'which shape is at the {}?'), 'shape': ('which {} are there?', 'what {} can you see?')}
   named = plural(value) if name == 'shape' else value
   asked = pick(rng, templates.get(name, ('what is {}?', 'which shapes are {}?'))).format(named)
-  described = describe(Constraints(tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in matching)))
-  return asked, described if matching else 'nothing'
+  return asked, _fully(matching)
 
 
 def _has(rng, scene, split):
@@ -272,8 +320,9 @@ def _background(rng, scene, split):
   return f'is the background {asked}?', 'yes' if kind == scene.background.kind else 'no'
 
 
-_ASK = {'what': _what, 'has': _has, 'shows': _shows, 'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count,
-        'colour': _colour, 'shape': _shape, 'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
+_ASK = {'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has': _has, 'shows': _shows, 'exists': _exists,
+        'relation': _relation, 'compare': _compare, 'count': _count, 'colour': _colour, 'shape': _shape, 'size': _size,
+        'fill': _fill, 'where': _where, 'background': _background}
 
 
 def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = None, split: str = 'train') -> Question:
