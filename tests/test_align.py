@@ -87,9 +87,11 @@ def test_a_run_exports_the_model_without_its_head(aligned, mesh, tmp_path, monke
   back = unifusion.load(tmp_path / 'export', aligned.model)
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state.ema.model), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-6)  # bfloat16
-  again = job.load_params(str(tmp_path / 'export'))
+  again = jobs.build(dataclasses.replace(aligned, init=str(tmp_path / 'export'))).init_params()
   assert isinstance(again, generation.Aligned)
-  assert job.sampler(again, job.load_frozen()).model is again.model
+  for params in (again, job.load_params(str(tmp_path / 'export'))):  # to train on, and to draw with
+    sampler = job.sampler(params, job.load_frozen())
+    assert isinstance(sampler.model, unifusion.UniFusion)
 
 
 def test_what_cannot_be_aligned_is_refused(aligned, qwen):

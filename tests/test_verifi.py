@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 
 from unifusion_jax import config
 from unifusion_jax import verifi
@@ -40,35 +41,49 @@ def test_spans_are_the_template(chat, pictures):
 TEMPLATES = {
     'chatml': "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}",
     'llama': "{% for m in messages %}<|im_start|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}",
+    # As Llama 3.1: a preamble with a date stands before what the system prompt says
+    'dated': "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{% if m['role'] == 'system' %}Cutting Knowledge Date: "
+             "December 2023\nToday Date: 26 Jul 2024\n\n{% endif %}{{ m['content'] | trim }}<|im_end|>{% endfor %}",
+    # As Qwen3: thoughts before the last answer, none here, are marked
+    'thinking': "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n"
+                "</think>\n\n{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}"
+                "<|im_end|>\n{% endfor %}",
     'plain': "{% for m in messages %}{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m['role']] }}"
              "{{ m['content'] }}{{ '<|im_end|>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"}
+MARKS = {'internvl': ('<img>', '<IMG_CONTEXT>', '</img>\n'),
+         'qwen3_vl': ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>'),
+         'blind': None}
 
 
+@pytest.mark.parametrize('marks', MARKS)
 @pytest.mark.parametrize('template', TEMPLATES)
-def test_every_token_is_accounted_for(template, tmp_path):
-  """Over templates, pictures, lengths and hostile texts: the spans spell what the template renders, each kind is where
-  it belongs, and what reaches the DiT is exactly the kept kinds, in order."""
-  for name in ('tokenizer.json', 'tokenizer_config.json'):
-    shutil.copy(f'{VLM}/{name}', tmp_path)
+def test_every_token_is_accounted_for(template, marks, tmp_path):
+  """Over templates, ways to show pictures, lengths and hostile texts: the spans spell what the template renders, each kind
+  is where it belongs, and what reaches the DiT is exactly the kept kinds, in order."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(VLM)
+  tokenizer.add_special_tokens({'additional_special_tokens': [*MARKS['internvl'][:2], '</img>', *MARKS['qwen3_vl']]})
+  tokenizer.save_pretrained(tmp_path)
   (tmp_path / 'chat_template.jinja').write_text(TEMPLATES[template])
-  chat = verifi.Chat(tmp_path)
+  chat = verifi.Chat(tmp_path, MARKS[marks])
   rng = np.random.default_rng(0)
-  words = [*HOSTILE[1:4], *'a red circle above two small blue stars on mint'.split()]
+  words = [*HOSTILE[1:4], '<|image_pad|>', *'a red circle above two small blue stars on mint'.split()]
+  before, each, after = MARKS[marks] or ('', '', '')
 
   def text(least):
     return ' '.join(rng.choice(words, rng.integers(least, 12)))
 
   for _ in range(30):
     system, instruction, written = text(1), text(1), text(0)
-    pictures = tuple(int(n) for n in rng.integers(1, 20, rng.integers(0, 5)))
+    pictures = tuple(int(n) for n in rng.integers(1, 20, rng.integers(0, 5))) if MARKS[marks] else ()
     spans = chat.spans(instruction, pictures, written, system)
-    marks = ''.join('<img>' + '<IMG_CONTEXT>' * n + '</img>\n' for n in pictures)
+    shown = ''.join(before + each * n + after for n in pictures)
     messages = [dict(role=role, content=content) for role, content in (
-        ('system', system), ('user', marks + instruction), ('assistant', written))]
+        ('system', system), ('user', shown + instruction), ('assistant', written))]
     rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
     assert rendered.startswith(chat.tokenizer.decode(ids(spans)))
     by_kind = {kind: [span for span in spans if span.kind == kind] for kind in verifi.KEPT + ('system', 'instruction')}
     assert [len(span.ids) for span in by_kind['picture']] == list(pictures)
+    assert all(set(span.ids) == {chat.picture_id} for span in by_kind['picture'])
     for kind, wanted in (('system', system), ('instruction', instruction), ('written', written)):
       assert [chat.tokenizer.decode(list(span.ids)) for span in by_kind[kind]] == [wanted]
     for kept in (verifi.KEPT, verifi.RAW, ('picture',), ('written',)):

@@ -133,16 +133,18 @@ class Generation:
     return unifusion.UniFusion(model, rngs=rngs)
 
   def init_params(self) -> 'unifusion.UniFusion | generation.Aligned':
-    return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
-
-  def load_params(self, folder: str) -> 'unifusion.UniFusion | generation.Aligned':
     """The head of alignment, which no folder holds, starts anew."""
-    model = unifusion.load(folder, self.config.model)
+    if not self.config.init:
+      return jax.jit(self.draw_params)()
+    model = self.load_params(self.config.init)
     if not self.config.objective.align:
       return model
     params = jax.jit(self.draw_params)()
     params.model = model
     return params
+
+  def load_params(self, folder: str) -> unifusion.UniFusion:
+    return unifusion.load(folder, self.config.model)
 
   def abstract(self):
     """(state, frozen, batch) as shapes on the abstract mesh in context: for checks without devices or weights."""
