@@ -49,6 +49,12 @@ def test_krea2_shift_and_sampling_times_are_those_of_diffusers():
   np.testing.assert_allclose(flow.timesteps(7, flow.shift_for(1024)), scheduler.sigmas.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_sampling_times_that_start_later_are_the_rest_of_the_way():
+  for shift in (1.0, 3.0):
+    np.testing.assert_allclose(flow.timesteps(4, shift, flow.timesteps(6, shift)[2]), flow.timesteps(6, shift)[2:], rtol=1e-5)
+  assert not np.asarray(flow.timesteps(3, 2.0, 0.0)).any()
+
+
 def test_guidance_of_one_is_off():
   cond, uncond = normal(0, 8, 3), normal(1, 8, 3)
   np.testing.assert_allclose(flow.guide(cond, uncond, 1.0), cond, rtol=1e-5, atol=1e-6)

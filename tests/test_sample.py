@@ -23,6 +23,7 @@ from unifusion_jax.data import transforms
 from unifusion_jax.data.scenes import builder
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.eval import generation as eval_generation
+from unifusion_jax.eval import times as eval_times
 from unifusion_jax.eval import verifi as eval_verifi
 from unifusion_jax.models import decoder
 from unifusion_jax.models import text
@@ -408,6 +409,37 @@ def test_the_study_of_verifi(recipe, tmp_path):
   assert min(min(shape[:2]) for shape in wide) >= 100  # large enough for tiles to matter
   for name in ('prompts_plain', 'edits', 'system_t2i', 'references_3', 'tiles'):
     assert images.read(tmp_path / f'{name}.png').shape[1] > 300
+
+
+def test_drawing_on_from_pictures(sampler):
+  """From time 1 they leave no trace; from 0 they come back as the autoencoder gives them; between, as something of both."""
+  requests = asked(3, rewrite='x')
+  pictures = [np.random.default_rng(0).integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)] * 3
+  plain = sampler(requests, 64, 64)
+  back = {t: sampler(requests, 64, 64, pictures, t) for t in (1.0, 0.5, 0.0)}
+  vae, x = sampler.frozen.vae, sharding.put(np.stack(pictures * 3)[:8].astype(np.float32) / 127.5 - 1)
+  kept_by_vae = np.clip((np.asarray(vae.decode(vae.encode(x)))[0] + 1) * 127.5, 0, 255)
+  assert len(back[0.0]) == 3 and [r.written for r in back[0.5]] == [r.written for r in plain]
+  for i in range(3):
+    np.testing.assert_allclose(back[1.0][i].picture.astype(int), plain[i].picture, atol=1)
+    np.testing.assert_allclose(back[0.0][i].picture, kept_by_vae, atol=1)
+    assert np.abs(back[0.5][i].picture.astype(int) - kept_by_vae).mean() > 1
+
+
+def test_the_study_of_times(recipe, tmp_path):
+  """Of pictures that come back as they are, all are right; those that are lost beyond a time say so."""
+  @dataclasses.dataclass
+  class Recorder:
+    settings: config.SampleConfig
+
+    def __call__(self, requests, height, width, pictures, start):
+      assert all(request.rewrite for request in requests) and len(requests) == 4
+      return [sample.Result(p if start < 0.6 else 0 * p, request.rewrite) for request, p in zip(requests, pictures)]
+
+  made = recipe(eval=config.EvalConfig(study='times', split='train', examples=6, batch_size=4))
+  report = eval_times.evaluate(Recorder(config.SampleConfig()), made, tmp_path)
+  assert report['examples'] == 6 and [report[t]['all'] for t in ('1.0', '0.7', '0.5', '0.0')] == [0, 0, 1, 1]
+  assert images.read(tmp_path / 'times.png').shape[1] > 8 * 128
 
 
 def test_without_pictures_only_the_written_text_is_kept(sampler):

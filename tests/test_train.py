@@ -300,6 +300,7 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
     (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
     (lambda c: setattr(c.objective, 'draws', 0), 'objective.draws=0'),
     (lambda c: setattr(c, 'eval', config.EvalConfig(study='verifi', split='heldout')), 'only the split test'),
+    (lambda c: setattr(c, 'eval', config.EvalConfig(study='times')), 'eval.split=train'),
 ])
 def test_impossible_combinations_say_so(recipe, change, text):
   made = recipe()

@@ -80,7 +80,9 @@ class SampleConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
-  study: str = ''       # 'verifi': what rewriting, pictures and system prompts do (docs/verifi.md); '': the rates
+  # '': the rates. 'verifi': what rewriting, pictures and system prompts do (docs/verifi.md). 'times': at which times drawing
+  # falls short (eval/times.py)
+  study: str = ''
   seeds: int = 3        # of a study
   split: str = 'test'
   examples: int = 200   # of each measurement
@@ -186,9 +188,11 @@ def check(config: Config, devices: int) -> None:
          f'{data.rewrites} was written before: leave one of them out')
     want(config.sample.temperature >= 0, f'sample.temperature={config.sample.temperature} must be 0 or more')
     want(0 < config.sample.top_p <= 1, f'sample.top_p={config.sample.top_p} must be above 0 and at most 1')
-    want(config.eval.study in ('', 'verifi'), f"eval.study={config.eval.study!r} must be '' or 'verifi'")
-    want(not config.eval.study or config.eval.split == 'test',
-         f'eval.split={config.eval.split!r}: the study asks in phrasings that only the split test has')
+    want(config.eval.study in ('', 'verifi', 'times'), f"eval.study={config.eval.study!r} must be '', 'verifi' or 'times'")
+    want(config.eval.study != 'verifi' or config.eval.split == 'test',
+         f'eval.split={config.eval.split!r}: the study of VERIFI asks in phrasings that only the split test has')
+    want(config.eval.study != 'times' or config.eval.split == 'train',
+         f'eval.split={config.eval.split!r}: the study of times is there to tune training with: add --config.eval.split=train')
     want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
     want(config.sample.seed >= 0, f'sample.seed={config.sample.seed} must be 0 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')

@@ -45,9 +45,9 @@ def loss(velocity: jax.Array, data: jax.Array, noise: jax.Array) -> jax.Array:
   return jnp.mean(error * error, axis=tuple(range(1, data.ndim)))
 
 
-def timesteps(steps: int, shift: float = 1.0) -> jax.Array:
-  """Sampling times [n + 1] f32 from 1 (noise) to 0 (data), evenly spaced and then shifted."""
-  return shifted(jnp.linspace(1.0, 0.0, steps + 1, dtype=jnp.float32), shift)
+def timesteps(steps: int, shift: float = 1.0, start: float = 1.0) -> jax.Array:
+  """Sampling times [n + 1] f32 from `start` (1 is noise) to 0 (data), evenly spaced before they are shifted."""
+  return shifted(jnp.linspace(shifted(start, 1 / shift), 0.0, steps + 1, dtype=jnp.float32), shift)
 
 
 def guide(cond: jax.Array, uncond: jax.Array, scale) -> jax.Array:

@@ -25,6 +25,7 @@ from unifusion_jax.data import pipeline
 from unifusion_jax.data import transforms
 from unifusion_jax.eval import generation as eval_generation
 from unifusion_jax.eval import reconstruction as eval_reconstruction
+from unifusion_jax.eval import times as eval_times
 from unifusion_jax.eval import verifi as eval_verifi
 from unifusion_jax.eval import writing as eval_writing
 from unifusion_jax.models import internvl
@@ -201,7 +202,7 @@ class Generation:
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params, weights = _trained(self, workdir, mesh)
     sampler = self.sampler(params, self.load_frozen())
-    measure = eval_verifi.evaluate if self.config.eval.study == 'verifi' else eval_generation.evaluate
+    measure = {'': eval_generation, 'verifi': eval_verifi, 'times': eval_times}[self.config.eval.study].evaluate
     name = f'eval_{self.config.eval.study}.json' if self.config.eval.study else 'eval.json'
     _write_report(workdir, dict(weights=weights, **measure(sampler, self.config, workdir / 'eval')), name)
 

@@ -58,8 +58,11 @@ class Sampler:
   factor: int
   channels: int
 
-  def __call__(self, requests: list[Request], height: int, width: int) -> list[Result]:
+  def __call__(self, requests: list[Request], height: int, width: int, pictures=None, start: float = 1.0) -> list[Result]:
     """All requests at one size, as one batch.
+
+    With `pictures`, uint8 [y x 3] for each request, drawing does not begin with noise but with these, noised to the time
+    `start`.
 
     Raises ValueError for a size that is no whole number of latents and patches, and for text that is too long.
     """
@@ -71,11 +74,15 @@ class Sampler:
     null, null_mask = self._null(len(padded), condition.shape[1])
     noise = np.stack([_noise(request.seed, (height // self.factor, width // self.factor, self.channels))
                       for request in padded])
+    begin = sharding.put(noise)
+    if pictures is not None:
+      pictures = [*pictures, *[pictures[-1]] * (len(padded) - len(requests))]
+      begin = _noised(self.frozen.vae, sharding.put(np.stack(pictures)), begin, jnp.float32(start))
     s = self.settings
     shift = s.shift or flow.shift_for((height // unit) * (width // unit))
-    pictures = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, sharding.put(noise),
-                     jnp.float32(s.guidance), steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
-    return [Result(*parts) for parts in zip(sharding.fetch(pictures)[:len(requests)], written, remarks)]
+    drawn = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, begin, jnp.float32(s.guidance),
+                  jnp.float32(start), steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
+    return [Result(*parts) for parts in zip(sharding.fetch(drawn)[:len(requests)], written, remarks)]
 
   def _condition(self, requests):
     """Condition tokens [b q d], their mask [b q], and of each request the text they stand for and a remark."""
@@ -190,13 +197,20 @@ def _choose(first, a, b):
   return jax.tree.map(pick, a, b)
 
 
+@jax.jit
+def _noised(vae, pictures, noise, t):
+  """Latents of pictures, uint8 [b y x 3], noised to the time t."""
+  z = vae.encode(pictures.astype(jnp.float32) / 127.5 - 1.0).astype(jnp.float32)
+  return (1 - t) * z + t * noise
+
+
 @functools.partial(jax.jit, static_argnames=('steps', 'method', 'shift', 'guided'))
-def _draw(model, vae, condition, mask, null, null_mask, noise, guidance, *, steps, method, shift, guided):
-  """Integrates the flow and decodes: uint8 [b y x 3]."""
+def _draw(model, vae, condition, mask, null, null_mask, noised, guidance, start, *, steps, method, shift, guided):
+  """Integrates the flow from latents noised to the time `start` and decodes: uint8 [b y x 3]."""
   def velocity(z, t):
     v = model.velocity(z, t, condition, mask)
     return flow.guide(v, model.velocity(z, t, null, null_mask), guidance) if guided else v
 
-  z = flow.sample(velocity, noise, flow.timesteps(steps, shift), method)
+  z = flow.sample(velocity, noised, flow.timesteps(steps, shift, start), method)
   pixels = vae.decode(z).astype(jnp.float32)
   return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
