@@ -61,7 +61,7 @@ def test_what_the_vlm_has_to_write():
     said = list(example['targets'][mask])
     assert said == wanted[:len(said)] and len(said) >= len(chat.text_ids(record['caption'])) + 1
     np.testing.assert_array_equal(example['tokens'][example['predict'][mask] + 1], example['targets'][mask])
-    assert ('readout' in example) == bool(record['references'])
+    assert ('readout' in example) == bool(record['references']) and ('changes' in example) == (task == 'edit')
 
 
 def test_more_questions_are_asked_as_long_as_there_is_room():
@@ -110,6 +110,10 @@ def test_the_readout_says_what_covers_each_token():
   assert world.SHAPES[int(ring[1])] == 'ring' and world.FILLS[int(ring[4])] == 'striped'
   assert table[0, 3, 0] == 0 and table[3, 0, 0] == 0
   assert (table[..., 7] == world.BACKGROUND_KINDS.index('gradient')).all() and len(np.unique(table[..., 8])) == 1
+  without = dataclasses.replace(scene, objects=scene.objects[1:])
+  np.testing.assert_array_equal(transforms.changes(scene, without, table.reshape(16, 9)).reshape(4, 4),
+                                (table[..., 0] > 0) & (table[..., 1] == star[1]))
+  assert not transforms.changes(scene, scene, table.reshape(16, 9)).any()
 
 
 def test_several_references_each_bring_their_tokens():

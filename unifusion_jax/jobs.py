@@ -254,7 +254,7 @@ class Writing:
     batch = _abstract_batch(data.batch_size, dict(
         tokens=_shape((s,), jnp.int32), valid=_shape((s,), bool), predict=_shape((w,), jnp.int32),
         targets=_shape((w,), jnp.int32), target_mask=_shape((w,), bool), tiles=eye.shapes(1),
-        readout=_shape((eye.most, 9), jnp.float32)))
+        readout=_shape((eye.most, 9), jnp.float32), changes=_shape((eye.most,), bool)))
     return _abstract_state(self), None, batch
 
   def data(self):

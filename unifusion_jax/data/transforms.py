@@ -190,7 +190,10 @@ class Write:
     if counts:
       example['tiles'] = seen
       side = round(self.layout.eye.tokens ** 0.5)
-      example['readout'] = np.concatenate([readout(world.Scene.from_json(s), side) for s in record['source']])
+      scenes = [world.Scene.from_json(s) for s in record['source']]
+      example['readout'] = np.concatenate([readout(scene, side) for scene in scenes])
+      if task.partition('/')[0] == 'edit':
+        example['changes'] = changes(scenes[0], world.Scene.from_json(record['scene']), example['readout'])
     return example
 
 
@@ -231,6 +234,17 @@ def readout(scene: world.Scene, side: int) -> np.ndarray:
     row[..., 5], row[..., 6] = dx * side, dy * side
     out[..., :7] = np.where(nearest[..., None], row, out[..., :7])
   return out.reshape(side * side, 9)
+
+
+def changes(source: world.Scene, target: world.Scene, seen: np.ndarray) -> np.ndarray:
+  """Whether each picture token [s], of which `readout` says what it sees [s 9], shows an object that the target has otherwise."""
+  side = round(len(seen) ** 0.5)
+  centres = np.stack(np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2), -1).reshape(-1, 2) + seen[:, 5:7] / side
+  there = np.zeros(len(seen), bool)
+  for o in source.objects:
+    if o not in target.objects:
+      there |= (seen[:, 0] > 0) & (np.hypot(*(centres - [o.x, o.y]).T) < 1e-4)
+  return there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Training the embedded VLM: next-token loss on what it has to write, and a read-out that teaches its eye.
+"""Training the embedded VLM: next-token loss on what it has to write, and two heads that teach it to see and to find.
 
 The read-out is a linear head on the projected picture tokens that has to tell what of the scene each of them covers.
-It is dropped when the VLM is exported.
+The pointer has to tell, half-way up the decoder at the end of an edit's instruction, which picture tokens show what the edit
+changes. Both are dropped when the VLM is exported.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from unifusion_jax.models.decoder import causal_mask
 class WritingConfig:
   words: float = 1.0    # weight of the written tokens' loss; at 0 the eye alone is trained, several times as fast
   readout: float = 1.0  # weight of the read-out's loss; it only exists for scenes
+  pointer: float = 0.3  # weight of the pointer's loss; it only exists for edits of scenes
 
 
 # Sizes of the read-out's outputs: covered, the object's attributes, its centre, background kind and colours.
@@ -33,16 +35,18 @@ _PARTS = (1, *(len(names) for _, names in transforms.READOUT), 2, len(world.BACK
 
 
 class Reader(nnx.Module):
-  """The VLM with the read-out head that it is trained with."""
+  """The VLM with the heads that it is trained with."""
 
   def __init__(self, config: internvl.InternVLConfig, *, rngs: nnx.Rngs):
     self.vlm = internvl.InternVL(config, rngs=rngs)
     width = config.text.width
     self.head = layers.weight(rngs, (width, sum(_PARTS)), (None, None), width)
+    self.pointer = layers.weight(rngs, (width, width), (None, None), width)
+    self.unmoved = layers.constant(0.0, ())
 
 
 def loss(config: WritingConfig, params: Reader, frozen, batch, key):
-  """Cross-entropy of the written tokens (and the read-out), f32.
+  """Cross-entropy of the written tokens (and the two heads' losses), f32.
 
   Args:
     batch: as `transforms.Write` gives it, batched.
@@ -57,7 +61,12 @@ def loss(config: WritingConfig, params: Reader, frozen, batch, key):
   if not config.words:
     return readout, dict(loss=readout, **metrics)
   prompt = params.vlm.prompt(batch['tokens'], batch['valid'], pictures=pictures)
-  last, _, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['valid']))
+  half = params.vlm.config.text.depth // 2
+  last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['valid']), taps=(half, half + 1))
+  pointing = 0.0
+  if 'changes' in batch:
+    ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
+    pointing, metrics['pointed'] = _pointer_loss(params, ends, pictures, batch['changes'])
   logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
   mask = batch['target_mask'].astype(jnp.float32)
   targets = batch['targets'].astype(jnp.int32)
@@ -66,7 +75,21 @@ def loss(config: WritingConfig, params: Reader, frozen, batch, key):
   count = jnp.sum(mask)
   value = -jnp.sum(chosen * mask) / count
   right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
-  return config.words * value + config.readout * readout, dict(loss=value, accuracy=right, **metrics)
+  heads = config.readout * readout + config.pointer * pointing
+  return config.words * value + heads, dict(loss=value, accuracy=right, **metrics)
+
+
+def _pointer_loss(params: Reader, ends: jax.Array, pictures: jax.Array, wanted: jax.Array):
+  """Whether each picture token shows what will change, told from a few layers' states at the end of the instruction.
+
+  ends [b 1 l e], pictures [b s e], wanted [b s] bool -> (mean loss, share of the examples with every token right).
+  """
+  asked = layers.einsum('ble,ef->blf', layers.rms_norm(ends[:, 0].astype(jnp.float32)), params.pointer)
+  shown = layers.rms_norm(pictures.astype(jnp.float32))
+  logits = jnp.einsum('blf,bsf->bls', asked, shown) / shown.shape[-1] ** 0.5 + params.unmoved[...]
+  wanted = wanted[:, None]
+  right = jnp.all((logits[:, -1:] > 0) == wanted, axis=(1, 2))
+  return jnp.mean(jnp.logaddexp(0.0, jnp.where(wanted, -logits, logits))), jnp.mean(right.astype(jnp.float32))
 
 
 def _readout_loss(outputs: jax.Array, wanted: jax.Array):
