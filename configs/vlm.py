@@ -41,7 +41,7 @@ def tiny() -> config.Config:
       data=config.DataConfig(
           tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
                  'rewrite/3-4', 'multi'),
-          weights=(0.12, 0.18, 0.03, 0.06, 0.22, 0.22, 0.05, 0.06, 0.06),
+          weights=(0.12, 0.30, 0.03, 0.05, 0.12, 0.22, 0.05, 0.06, 0.05),
           text_tokens=(88, 108, 56, 72, 140, 150, 116, 132, 96), written_tokens=(40, 52, 30, 52, 44, 48, 30, 52, 52),
           batch_size=64),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),

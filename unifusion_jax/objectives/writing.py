@@ -26,7 +26,7 @@ from unifusion_jax.models.decoder import causal_mask
 class WritingConfig:
   words: float = 1.0    # weight of the written tokens' loss; at 0 the eye alone is trained, several times as fast
   readout: float = 1.0  # weight of the read-out's loss; it only exists for scenes
-  pointer: float = 0.3  # weight of the pointer's loss; it only exists for edits of scenes
+  pointer: float = 1.0  # weight of the pointer's loss; it only exists for edits of scenes
 
 
 # Sizes of the read-out's outputs: covered, the object's attributes, its centre, background kind and colours.
