@@ -1,5 +1,7 @@
 """What is saved comes back: every kind of model, sharded as it was, and the EMA alone."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -59,3 +61,19 @@ def test_state_and_position_come_back(name, mesh, tmp_path):
 def test_no_checkpoint_says_what_to_do(mesh, tmp_path):
   with pytest.raises(FileNotFoundError, match='train first'):
     checkpoint.Checkpoints(tmp_path).restore_ema({}, mesh)
+
+
+def test_reading_leaves_alone_what_a_run_is_writing(tmp_path):
+  """Exporting or sampling beside a run that saves must not take its half-written checkpoint away."""
+  half = tmp_path / 'checkpoints' / '7.orbax-checkpoint-tmp'
+  half.mkdir(parents=True)
+  reader = checkpoint.Checkpoints(tmp_path)
+  time.sleep(1.0)
+  assert reader.latest() is None and half.exists()
+  trainer = checkpoint.Checkpoints(tmp_path, tidy=True)
+  until = time.monotonic() + 60
+  while half.exists() and time.monotonic() < until:  # orbax removes it in a thread
+    time.sleep(0.1)
+  assert not half.exists()
+  trainer.close()
+  reader.close()

@@ -17,10 +17,11 @@ from unifusion_jax.step import State
 class Checkpoints:
   """The checkpoints of one workdir.
 
-  Saving is asynchronous; an interrupted save leaves a temporary folder that is never taken for a checkpoint.
+  Saving is asynchronous; an interrupted save leaves a temporary folder that is never taken for a checkpoint. Who trains
+  there removes those with `tidy`; who only reads must not, for a run may be writing one at that moment.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
+  def __init__(self, workdir: str | pathlib.Path, keep: int = 2, tidy: bool = False):
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._folder.mkdir(parents=True, exist_ok=True)
     # Small arrays are written by one replica: sharing them out would compile a program for every slice.
@@ -28,7 +29,7 @@ class Checkpoints:
     context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
     self._writer = ocp.training.Checkpointer(
         self._folder, context=context,
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=True)
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep), cleanup_tmp_directories=tidy)
 
   def latest(self) -> int | None:
     """The step of the newest whole checkpoint."""

@@ -40,7 +40,7 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
   mix, transform = job.data()
   data = pipeline.batches(mix, transform, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(),
                           workers=config.data.workers)
-  saved = checkpoint.Checkpoints(workdir)
+  saved = checkpoint.Checkpoints(workdir, tidy=True)
   if saved.latest() is None:
     state = jax.jit(fresh, donate_argnums=0)(job.init_params())
   else:
