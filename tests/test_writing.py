@@ -1,6 +1,8 @@
 """The embedded VLM and autoencoder: their training goes on exactly, what is measured of them, what is exported."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ from unifusion_jax import config
 from unifusion_jax import jobs
 from unifusion_jax import sharding
 from unifusion_jax import train
+from unifusion_jax.data import pipeline
 from unifusion_jax.data.scenes import examples
 from unifusion_jax.eval import writing as eval_writing
 from unifusion_jax.models import internvl
 from unifusion_jax.models import vae
+from unifusion_jax.objectives import writing
 
 
 def small(name: str, **changes) -> config.Config:
@@ -49,6 +53,41 @@ def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state.ema.vlm), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   assert (tmp_path / 'export' / 'tokenizer.json').read_bytes() == (config.ASSETS / 'vlm' / 'tokenizer.json').read_bytes()
+
+
+def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
+  """Its loss reaches its matrix; at weight 0 it is neither computed nor moved."""
+  made = small('writing')
+  made.data = config.DataConfig(tasks=('edit/1-2',), weights=(1.0,), text_tokens=(132,), written_tokens=(52,), batch_size=8)
+  job = jobs.build(made)
+  batches = pipeline.batches(*job.data(), 8)
+  batch = sharding.put_batch(next(batches), mesh)
+  batches.close()
+  params = jax.jit(job.draw_params)()
+
+  def gradient(weight):
+    loss = functools.partial(writing.loss, writing.WritingConfig(pointer=weight))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, None, batch, None)
+
+  (with_pointer, metrics), moved = gradient(1.0)
+  (without, bare), left = gradient(0.0)
+  assert 'pointed' in metrics and 'pointed' not in bare and with_pointer > without
+  assert np.any(np.asarray(moved.pointer[...])) and not np.any(np.asarray(left.pointer[...]))
+
+
+def test_the_pointer_is_right_where_every_token_is():
+  rng, width = np.random.default_rng(0), 16
+  reader = types.SimpleNamespace(pointer=10 * jnp.eye(width), unmoved=jnp.zeros(1))
+  ends = jnp.array(rng.normal(size=(3, 1, 2, width)), jnp.float32)
+  wanted = rng.random((3, 5)) < 0.5
+  pictures = jnp.where(wanted[..., None], ends[:, 0, -1:], -ends[:, 0, -1:])
+  ends = jnp.broadcast_to(ends[:, :, -1:], ends.shape)
+  loss, right = writing._pointer_loss(reader, ends, pictures, jnp.array(wanted))
+  assert right == 1 and loss < 1e-3
+  wrong = wanted.copy()
+  wrong[0, 2] ^= True
+  loss, right = writing._pointer_loss(reader, ends, pictures, jnp.array(wrong))
+  assert right == pytest.approx(2 / 3) and loss > 1
 
 
 def test_right_answers_are_measured_as_right(monkeypatch):

@@ -193,7 +193,7 @@ class Write:
       scenes = [world.Scene.from_json(s) for s in record['source']]
       example['readout'] = np.concatenate([readout(scene, side) for scene in scenes])
       if task.partition('/')[0] == 'edit':
-        example['changes'] = changes(scenes[0], world.Scene.from_json(record['scene']), example['readout'])
+        example['changes'] = changes(scenes[0], world.Scene.from_json(record['scene']), side)
     return example
 
 
@@ -219,32 +219,33 @@ def readout(scene: world.Scene, side: int) -> np.ndarray:
   out = np.zeros((side, side, 9), np.float32)
   out[..., 7] = world.BACKGROUND_KINDS.index(background.kind)
   out[..., 8] = colours[0] * len(names) + colours[1]
-  centres = (np.arange(side) + 0.5) / side
-  best = np.full((side, side), np.inf)
-  for o in scene.objects:
-    rx, ry = world.radius(o.size, scene.aspect)
-    dx, dy = o.x - centres[None, :], o.y - centres[:, None]
-    # Distance from the cell to the centre of the object, in its radii: below 1 they touch.
-    gap = np.hypot(np.maximum(np.abs(dx) - 0.5 / side, 0) / rx, np.maximum(np.abs(dy) - 0.5 / side, 0) / ry)
-    distance = np.hypot(dx / rx, dy / ry)
-    nearest = (gap < 1) & (distance < best)
-    best = np.where(nearest, distance, best)
-    values = [1.0, *(names.index(getattr(o, kind)) for kind, names in READOUT)]
-    row = np.broadcast_to(np.array([*values, 0, 0], np.float32), (side, side, 7)).copy()
-    row[..., 5], row[..., 6] = dx * side, dy * side
-    out[..., :7] = np.where(nearest[..., None], row, out[..., :7])
+  centres, which = (np.arange(side) + 0.5) / side, shown(scene, side)
+  for i, o in enumerate(scene.objects):
+    y, x = np.nonzero(which == i)
+    out[y, x, :5] = [1.0, *(values.index(getattr(o, kind)) for kind, values in READOUT)]
+    out[y, x, 5], out[y, x, 6] = (o.x - centres[x]) * side, (o.y - centres[y]) * side
   return out.reshape(side * side, 9)
 
 
-def changes(source: world.Scene, target: world.Scene, seen: np.ndarray) -> np.ndarray:
-  """Whether each picture token [s], of which `readout` says what it sees [s 9], shows an object that the target has otherwise."""
-  side = round(len(seen) ** 0.5)
-  centres = np.stack(np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2), -1).reshape(-1, 2) + seen[:, 5:7] / side
-  there = np.zeros(len(seen), bool)
-  for o in source.objects:
-    if o not in target.objects:
-      there |= (seen[:, 0] > 0) & (np.hypot(*(centres - [o.x, o.y]).T) < 1e-4)
-  return there
+def shown(scene: world.Scene, side: int) -> np.ndarray:
+  """Which object each of side x side picture tokens shows, [y x]: the nearest that touches the token's cell, -1 for none."""
+  centres = (np.arange(side) + 0.5) / side
+  which, best = np.full((side, side), -1), np.full((side, side), np.inf)
+  for i, o in enumerate(scene.objects):
+    rx, ry = world.radius(o.size, scene.aspect)
+    dx, dy = np.abs(o.x - centres[None, :]), np.abs(o.y - centres[:, None])
+    # Distance from the cell to the centre of the object, in its radii: below 1 they touch.
+    touches = np.hypot(np.maximum(dx - 0.5 / side, 0) / rx, np.maximum(dy - 0.5 / side, 0) / ry) < 1
+    distance = np.hypot(dx / rx, dy / ry)
+    nearest = touches & (distance < best)
+    which, best = np.where(nearest, i, which), np.where(nearest, distance, best)
+  return which
+
+
+def changes(source: world.Scene, target: world.Scene, side: int) -> np.ndarray:
+  """Whether each of side x side picture tokens, row by row, shows an object that the target has otherwise: [side^2] bool."""
+  otherwise = [o not in target.objects for o in source.objects]
+  return np.array([*otherwise, False])[shown(source, side)].reshape(side * side)  # -1 is the last
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def loss(config: WritingConfig, params: Reader, frozen, batch, key):
   half = params.vlm.config.text.depth // 2
   last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['valid']), taps=(half, half + 1))
   pointing = 0.0
-  if 'changes' in batch:
+  if config.pointer and 'changes' in batch:
     ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
     pointing, metrics['pointed'] = _pointer_loss(params, ends, pictures, batch['changes'])
   logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
