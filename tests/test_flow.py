@@ -84,3 +84,34 @@ def test_order_of_convergence(method, order):
 def test_unknown_method_is_refused():
   with pytest.raises(ValueError, match="choose 'euler' or 'heun'"):
     flow.sample(lambda x, t: x, normal(0, 8, 2), flow.timesteps(2), 'rk4')
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_new_noise_between_steps_leads_to_the_same_distribution(eta):
+  """Data of N(0.5, 0.3^2): its velocity is known. Without the right share of old noise the spread would be off."""
+  mean, std = 0.5, 0.3
+
+  def velocity(x, t):
+    t = t[:, None]
+    spread = ((1 - t) * std) ** 2 + t ** 2
+    return -mean + (t - (1 - t) * std ** 2) / spread * (x - (1 - t) * mean)
+
+  keys = jax.random.wrap_key_data(jax.device_put(
+      np.random.default_rng(0).integers(0, 2 ** 32, (64, 2), np.uint32), P(BATCH)))
+  noise = normal(0, 64, 512)
+  sample = jax.jit(lambda n, k: flow.sample(velocity, n, flow.timesteps(400, 2.0), 'euler', eta, k))
+  x = sample(noise, keys)
+  assert jax.typeof(x).sharding.spec[0] == BATCH
+  np.testing.assert_allclose([np.mean(x), np.std(x)], [mean, std], rtol=0.03)
+  # New noise decides more of the picture than the first noise the more of it there is.
+  likeness = np.corrcoef(np.ravel(x), np.ravel(noise))[0, 1]
+  assert abs(likeness - {0.0: 1.0, 0.5: likeness, 1.0: 0.0}[eta]) < 0.1 and (eta != 0.5 or 0.01 < likeness < 0.99)
+
+
+def test_at_eta_0_new_noise_is_none():
+  keys, noise = jax.random.split(jax.random.key(0), 8), normal(0, 8, 4)
+  plain, with_keys = (flow.sample(lambda x, t: 3 * t[:, None] ** 2 * x, noise, flow.timesteps(8), 'euler', 0.0, k)
+                      for k in (None, jax.sharding.reshard(keys, P(BATCH))))
+  np.testing.assert_allclose(plain, with_keys, rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match='leave keys out'):
+    flow.sample(lambda x, t: x, noise, flow.timesteps(2), 'heun', 1.0, keys)

@@ -75,6 +75,7 @@ class SampleConfig:
   steps: int = 24
   guidance: float = 3.0             # 1: off
   method: str = 'euler'             # or 'heun'
+  eta: float = 0.0                  # 0: an ODE. Up to 1: new noise between Euler steps, as DDIM and DDPM have it (`flow.sample`)
   shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
 
 
@@ -181,6 +182,9 @@ def check(config: Config, devices: int) -> None:
     want(config.vlm_quantized in ('', 'int8', 'w8a8'), f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'")
     want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
     want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
+    want(0 <= config.sample.eta <= 1 and (not config.sample.eta or config.sample.method == 'euler'),
+         f'sample.eta={config.sample.eta} must be between 0 and 1, and 0 with sample.method={config.sample.method}: noise is '
+         'drawn anew between Euler steps')
     want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
     want(config.sample.batch_size >= 1, f'sample.batch_size={config.sample.batch_size} must be 1 or more')
     want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')

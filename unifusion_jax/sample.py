@@ -80,8 +80,10 @@ class Sampler:
       begin = _noised(self.frozen.vae, sharding.put(np.stack(pictures)), begin, jnp.float32(start))
     s = self.settings
     shift = s.shift or flow.shift_for((height // unit) * (width // unit))
+    keys = _keys([request.seed for request in padded]) if s.eta else None
     drawn = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, begin, jnp.float32(s.guidance),
-                  jnp.float32(start), steps=s.steps, method=s.method, shift=float(shift), guided=s.guidance != 1.0)
+                  jnp.float32(start), jnp.float32(s.eta), keys, steps=s.steps, method=s.method, shift=float(shift),
+                  guided=s.guidance != 1.0)
     return [Result(*parts) for parts in zip(sharding.fetch(drawn)[:len(requests)], written, remarks)]
 
   def _condition(self, requests):
@@ -127,10 +129,7 @@ class Sampler:
   def _listen(self, layout, rows, pictures, seeds):
     """The VLM writes: its answer, and the condition tokens from the states in which it was written."""
     s = self.settings
-    keys = None
-    if s.temperature:
-      words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)))
-      keys = jax.random.wrap_key_data(sharding.put(words))
+    keys = _keys(seeds) if s.temperature else None
     out = generate.generate(self.frozen.vlm, rows['tokens'], rows['valid'], pictures, max_new=layout.written,
                             stop_ids=layout.chat.stop_ids, taps=self.taps, temperature=s.temperature, top_p=s.top_p,
                             key=keys)
@@ -173,6 +172,12 @@ def _noise(seed: int, shape) -> np.ndarray:
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def _keys(seeds: list[int]) -> jax.Array:
+  """Random keys [b], each of its own seed."""
+  words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)))
+  return jax.random.wrap_key_data(sharding.put(words))
+
+
 @functools.partial(jax.jit, static_argnames='taps')
 def _read(model, vlm, tokens, valid, keep, keep_mask, tiles, *, taps):
   """Condition tokens of a text that is known, from one teacher-forced pass."""
@@ -205,12 +210,12 @@ def _noised(vae, pictures, noise, t):
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'method', 'shift', 'guided'))
-def _draw(model, vae, condition, mask, null, null_mask, noised, guidance, start, *, steps, method, shift, guided):
+def _draw(model, vae, condition, mask, null, null_mask, noised, guidance, start, eta, keys, *, steps, method, shift, guided):
   """Integrates the flow from latents noised to the time `start` and decodes: uint8 [b y x 3]."""
   def velocity(z, t):
     v = model.velocity(z, t, condition, mask)
     return flow.guide(v, model.velocity(z, t, null, null_mask), guidance) if guided else v
 
-  z = flow.sample(velocity, noised, flow.timesteps(steps, shift, start), method)
+  z = flow.sample(velocity, noised, flow.timesteps(steps, shift, start), method, eta, keys)
   pixels = vae.decode(z).astype(jnp.float32)
   return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
