@@ -43,7 +43,7 @@ def tiny() -> config.Config:
                              text_tokens=(116, 132, 76), written_tokens=(30, 52, 52), batch_size=16),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
       train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000),
-      sample=config.SampleConfig(weights=str(config.ASSETS / 't2i'), shift=4.0),
+      sample=config.SampleConfig(weights=str(config.ASSETS / 't2i'), shift=4.0, eta=1.0),
       mesh=MeshConfig(data=-1, fsdp=1))
 
 

@@ -96,7 +96,7 @@ def test_a_run_exports_the_model_without_its_head(aligned, mesh, tmp_path, monke
 
 def test_what_cannot_be_aligned_is_refused(aligned, qwen):
   with pytest.raises(ValueError, match='aligns with the eye of an InternVL'):
-    jobs.build(dataclasses.replace(aligned, vlm=str(qwen))).load_frozen()
+    jobs.build(dataclasses.replace(aligned, vlm=str(qwen))).init_params()
   for objective, text in ((dataclasses.replace(ALIGNED, align_depth=3), 'one of the 2 blocks'),
                           (dataclasses.replace(ALIGNED, align_depth=0), 'one of the 2 blocks'),
                           (dataclasses.replace(ALIGNED, align=-1.0), 'must be 0 or more')):

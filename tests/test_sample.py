@@ -170,9 +170,10 @@ def test_a_language_model_conditions_on_text_alone(recipe, tmp_path):
     kept(sampler, asked(4))
 
 
-def test_answers_do_not_depend_on_their_batch(sampler):
-  together = sampler(asked(4), 64, 64)
-  alone = sampler(asked(1), 64, 64)
+@pytest.mark.parametrize('eta', [0.0, 1.0])
+def test_answers_do_not_depend_on_their_batch(sampler, eta):
+  sampler = changed(sampler, eta=eta)
+  together, alone = sampler(asked(4), 64, 64), sampler(asked(1), 64, 64)
   assert together[0].written == alone[0].written
   difference = np.abs(together[0].picture.astype(int) - alone[0].picture)
   assert difference.max() <= 1
@@ -183,6 +184,13 @@ def test_seed_text_and_reference_matter(sampler):
   for change in (dict(seed=9), dict(rewrite='a blue star'), dict(references=(REFERENCES[1],))):
     request = dataclasses.replace(asked(1, rewrite='a red circle')[0], **change)
     assert (sampler([request], 64, 64)[0].picture != base).any()
+
+
+def test_noise_drawn_anew_follows_the_seed(sampler):
+  requests = [sample.Request('make it red', (REFERENCES[0],), seed, 'a red circle') for seed in (1, 2, 1)]
+  calm, lively = (changed(sampler, eta=eta)(requests, 64, 64) for eta in (0.0, 1.0))
+  assert (lively[0].picture != calm[0].picture).any() and (lively[0].picture != lively[1].picture).any()
+  np.testing.assert_array_equal(lively[0].picture, lively[2].picture)
 
 
 def test_guidance_of_one_needs_no_null(sampler, monkeypatch):

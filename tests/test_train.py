@@ -297,6 +297,8 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
     (lambda c: setattr(c.sample, 'width', 50), 'sample.width=50 must be a multiple of 8'),
     (lambda c: setattr(c, 'eval', config.EvalConfig(split='tset')), "eval.split='tset' must be one of train, test"),
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
+    (lambda c: setattr(c.sample, 'eta', 1.5), 'sample.eta=1.5 must be between 0 and 1'),
+    (lambda c: (setattr(c.sample, 'eta', 1.0), setattr(c.sample, 'method', 'heun')), "and 0 with sample.method='heun'"),
     (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
     (lambda c: setattr(c.objective, 'draws', 0), 'objective.draws=0'),
     (lambda c: setattr(c, 'eval', config.EvalConfig(study='verifi', split='heldout')), 'only the split test'),

@@ -183,8 +183,8 @@ def check(config: Config, devices: int) -> None:
     want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
     want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
     want(0 <= config.sample.eta <= 1 and (not config.sample.eta or config.sample.method == 'euler'),
-         f'sample.eta={config.sample.eta} must be between 0 and 1, and 0 with sample.method={config.sample.method}: noise is '
-         'drawn anew between Euler steps')
+         f'sample.eta={config.sample.eta} must be between 0 and 1, and 0 with sample.method={config.sample.method!r}: only '
+         'between Euler steps is noise drawn anew')
     want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
     want(config.sample.batch_size >= 1, f'sample.batch_size={config.sample.batch_size} must be 1 or more')
     want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')

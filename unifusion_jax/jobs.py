@@ -115,9 +115,6 @@ class Generation:
 
   def load_frozen(self) -> generation.Frozen:
     vlm = self.load_vlm()
-    if self.config.objective.align and not isinstance(vlm, internvl.InternVL):
-      raise ValueError(f'objective.align={self.config.objective.align} aligns with the eye of an InternVL, which '
-                       f'{self.config.vlm} is not: set it to 0')
     if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
       raise ValueError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
                        f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
@@ -129,9 +126,13 @@ class Generation:
 
   def draw_params(self) -> 'unifusion.UniFusion | generation.Aligned':
     model, rngs = self.config.model, nnx.Rngs(self.config.seed)
-    if self.config.objective.align:
-      return generation.Aligned(model, encoders.config(self.config.vlm).vision.width, rngs=rngs)
-    return unifusion.UniFusion(model, rngs=rngs)
+    if not self.config.objective.align:
+      return unifusion.UniFusion(model, rngs=rngs)
+    encoder = encoders.config(self.config.vlm)
+    if not isinstance(encoder, internvl.InternVLConfig):
+      raise ValueError(f'objective.align={self.config.objective.align} aligns with the eye of an InternVL, which '
+                       f'{self.config.vlm} is not: set it to 0')
+    return generation.Aligned(model, encoder.vision.width, rngs=rngs)
 
   def init_params(self) -> 'unifusion.UniFusion | generation.Aligned':
     """The head of alignment, which no folder holds, starts anew."""

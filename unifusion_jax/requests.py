@@ -58,8 +58,8 @@ def answer(sampler: sample.Sampler, asked, settings, folder: pathlib.Path, **mod
   """
   requests = [request for request, _, _ in asked]
   _, height, width = asked[0]
-  told = ('references', 'steps', 'guidance', 'method', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles', 'pictures',
-          'stitch')
+  told = ('references', 'steps', 'guidance', 'method', 'eta', 'shift', 'verifi', 'system', 'temperature', 'top_p', 'tiles',
+          'pictures', 'stitch')
   told = {name: getattr(settings, name) for name in told} | dict(width=width, height=height, **models)
   told = json.dumps(told | dict(system=settings.system or sampler.layout.system))
   first = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdigit()), default=-1)

@@ -26,7 +26,8 @@ def evaluate(sampler: sample.Sampler, config, folder: pathlib.Path) -> dict:
   examples are written into `folder`.
   """
   layout = sampler.layout.in_tiles(sampler.settings.tiles)
-  report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance)
+  report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance,
+                eta=sampler.settings.eta)
   measures = []
   tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
   measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]
