@@ -7,6 +7,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+import gc
 import pathlib
 
 import jax
@@ -26,6 +27,14 @@ def mesh():
   made = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))
   with jax.set_mesh(made):
     yield made
+
+
+@pytest.fixture(autouse=True, scope='module')
+def programs():
+  """Lets go of a file's compiled programs: each is many memory mappings, of which Linux gives a process 65,530."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope='session')
