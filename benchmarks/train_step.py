@@ -7,15 +7,13 @@ import json
 import statistics
 import time
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 from ml_collections import config_flags
 
-from unifusion_jax import jobs
-from unifusion_jax import sharding
-from unifusion_jax import step
-from unifusion_jax.data import pipeline
+from unifusion_jax import jobs, sharding
+from unifusion_jax.data import loader
+from unifusion_jax.training import step
 
 _CONFIG = config_flags.DEFINE_config_file('config')
 _CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'jax devices to make of the CPU, where that is the device.')
@@ -31,11 +29,11 @@ def main(_):
     frozen, tx = job.load_frozen(), step.optimizer(config.optim, config.train.steps)
     state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(job.init_params())
     train_step = step.make_train_step(job.loss, tx, config.optim)
-    data = pipeline.batches(*job.data(), config.data.batch_size, config.seed)
+    data = loader.batches(*job.data(), config.data.batch_size, config.seed)
     batch = next(data)
     data.close()
     batch.pop('skipped')
-    batch = sharding.put_batch(batch, mesh)
+    batch = sharding.shard_batch(batch, mesh)
     seconds = []
     for _ in range(_STEPS.value + 1):
       start = time.perf_counter()

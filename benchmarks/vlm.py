@@ -5,7 +5,7 @@
   python -m benchmarks.vlm --vlm=random:InternVL3-1B --dtype=bfloat16 --compile   # for a GPU
   python -m benchmarks.vlm --vlm=FOLDER --batch=8 --text=512 --new=128
 
-encode: every hidden state of the decoder for prompts with pictures. decode: greedy tokens over a static cache, the
+encode: every hidden state of the decoder for prompts with images. decode: greedy tokens over a static cache, the
 prefill taken off. load: each loader in its own process, files in the page cache, until every weight was read. Repetitions alternate between the two;
 rates are the median [smallest, largest], ratios are ours over theirs, of neighbouring repetitions. States are compared
 before anything is timed. Needs requirements-test.txt.
@@ -23,8 +23,7 @@ import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # one GPU serves both
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import numpy as np
 
 _VLM = flags.DEFINE_string('vlm', None, 'An InternVL folder in the -hf layout, or random:small, or random:<a public '
@@ -69,8 +68,8 @@ def prepare(name: str | None, temporary: pathlib.Path) -> pathlib.Path:
       text=decoder.DecoderConfig(vocab=8192, width=768, depth=12, heads=12, kv_heads=4, head_dim=64, hidden=2048),
       image_token_id=5)
   made = dict(internvl.PRESETS, small=small)[name.removeprefix('random:')]
-  import jax
   from flax import nnx
+  import jax
   with jax.set_mesh(one_device()):
     internvl.save(jax.jit(lambda: internvl.InternVL(made, _DTYPE.value, rngs=nnx.Rngs(0)))(), temporary)
   return temporary
@@ -78,6 +77,7 @@ def prepare(name: str | None, temporary: pathlib.Path) -> pathlib.Path:
 
 def one_device():
   import jax
+
   from unifusion_jax import sharding
   return jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
 
@@ -85,7 +85,8 @@ def one_device():
 def ours(folder):
   """Our model, on the first device; the mesh must be in context."""
   import jax
-  from unifusion_jax import encoders
+
+  from unifusion_jax.weights import encoders
   return jax.block_until_ready(encoders.load(folder, _DTYPE.value, unroll=jax.devices()[0].platform == 'cpu'))
 
 
@@ -107,7 +108,8 @@ def load_alone(folder: str, who: str) -> dict:
   import jax
   import torch
   import transformers
-  from unifusion_jax import encoders
+
+  from unifusion_jax.weights import encoders
   # Both start with the code of both in memory
   assert encoders and torch and transformers.InternVLForConditionalGeneration
   size = sum(file.stat().st_size for file in pathlib.Path(folder).glob('*.safetensors'))
@@ -131,8 +133,9 @@ def compare(folder: pathlib.Path) -> None:
   import jax
   import jax.numpy as jnp
   import torch
-  from unifusion_jax.generate import generate
+
   from unifusion_jax.models import internvl
+  from unifusion_jax.models.text_generation import generate
   with jax.set_mesh(one_device()):
     vlm, model = ours(folder), theirs(folder)
     made = vlm.config

@@ -1,4 +1,4 @@
-"""What a VLM says of a picture, of several, or to words alone. Any device; the embedded VLM needs none but a CPU.
+"""What a VLM says of an image, of several, or to words alone. Any device; the embedded VLM needs none but a CPU.
 
   python -m unifusion_jax.main --config=configs/describe.py --config.image=x.png
   python -m unifusion_jax.main --config=configs/describe.py --config.image=x.png --config.prompt="what shape is red?"
@@ -10,7 +10,7 @@
 docs/encoders.md lists the models.
 """
 
-from unifusion_jax import describe
+from unifusion_jax.commands import describe
 
 
 def get_config() -> describe.DescribeConfig:

@@ -8,17 +8,18 @@ Figures, machine and time: docs/embedded.md.
 """
 
 from unifusion_jax import config
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import vae
-from unifusion_jax.objectives import reconstruction
+from unifusion_jax.scenes import autoencoder
 from unifusion_jax.sharding import MeshConfig
-from unifusion_jax.step import OptimConfig
+from unifusion_jax.training.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
   if scale != 'tiny':
-    raise ValueError(f'configs/vae.py has the scale tiny, not {scale!r}')
+    raise UserError(f'configs/vae.py has the scale tiny, not {scale!r}')
   return config.Config(
-      objective=reconstruction.ReconstructionConfig(),
+      objective=autoencoder.AutoencoderObjective(),
       model=vae.VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
                           scaling_factor=1.0),
       data=config.DataConfig(tasks=('reconstruct',), weights=(1.0,), batch_size=32),

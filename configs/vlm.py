@@ -1,6 +1,6 @@
 """The embedded VLM: InternVL's architecture at 2.8M parameters, its own tokenizer, on scenes at 64 px.
 
-  python -m unifusion_jax.data.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
+  python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
   python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye          # the vision tower alone, first
   python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye --mode=export
   python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/eye/export   # then all of it
@@ -11,20 +11,20 @@ Figures, machine and time: docs/embedded.md.
 """
 
 from unifusion_jax import config
-from unifusion_jax.models import decoder
-from unifusion_jax.models import internvl
-from unifusion_jax.objectives import writing
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import decoder, internvl
+from unifusion_jax.scenes import vlm
 from unifusion_jax.sharding import MeshConfig
-from unifusion_jax.step import OptimConfig
+from unifusion_jax.training.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
   if scale not in ('tiny', 'eye'):
-    raise ValueError(f'configs/vlm.py has the scales tiny and eye, not {scale!r}')
+    raise UserError(f'configs/vlm.py has the scales tiny and eye, not {scale!r}')
   made = tiny()
   if scale == 'eye':
-    made.objective.words = 0.0
-    made.data = config.DataConfig(tasks=('caption',), weights=(1.0,), text_tokens=(76,), batch_size=64)
+    made.objective.lm_weight = 0.0
+    made.data = config.DataConfig(tasks=('caption',), weights=(1.0,), max_prompt_tokens=(76,), batch_size=64)
     made.optim = OptimConfig('muon', learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
     made.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
   return made
@@ -32,7 +32,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
 
 def tiny() -> config.Config:
   return config.Config(
-      objective=writing.WritingConfig(),
+      objective=vlm.VLMObjective(),
       model=internvl.InternVLConfig(
           vision=internvl.VisionConfig(width=128, depth=4, heads=4, hidden=512, tile=64, patch=8),
           text=decoder.DecoderConfig(model_type='qwen2', vocab=1024, width=160, depth=6, heads=4, kv_heads=2,
@@ -42,7 +42,7 @@ def tiny() -> config.Config:
           tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
                  'rewrite/3-4', 'multi'),
           weights=(0.12, 0.30, 0.03, 0.05, 0.12, 0.22, 0.05, 0.06, 0.05),
-          text_tokens=(88, 108, 56, 72, 140, 150, 116, 132, 96), written_tokens=(40, 52, 30, 52, 44, 48, 30, 52, 52),
+          max_prompt_tokens=(88, 108, 56, 72, 140, 150, 116, 132, 96), max_rewrite_tokens=(40, 52, 30, 52, 44, 48, 30, 52, 52),
           batch_size=64),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=10_000, log_every=20, save_every=500, preview_every=1000),

@@ -46,30 +46,31 @@ def recipe(tmp_path_factory):
 
   from unifusion_jax import config
   from unifusion_jax.models import decoder, dit, internvl, lap, unifusion, vae
-  from unifusion_jax.objectives import generation, writing
-  from unifusion_jax.step import OptimConfig
+  from unifusion_jax.objectives import flow_matching
+  from unifusion_jax.scenes import vlm
+  from unifusion_jax.training.step import OptimConfig
 
   folder = tmp_path_factory.mktemp('models')
-  eye = internvl.InternVLConfig(
+  image_processor = internvl.InternVLConfig(
       vision=internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=64, patch=8),
       text=decoder.DecoderConfig(vocab=1024, width=32, depth=2, heads=2, kv_heads=2, head_dim=16, hidden=48, tied=True,
                                  max_positions=512), image_token_id=5)
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
-    writing.save(internvl.InternVL(eye, rngs=nnx.Rngs(0)), str(config.ASSETS / 'vlm'), folder / 'vlm')
+    vlm.save(internvl.InternVL(image_processor, rngs=nnx.Rngs(0)), str(config.ASSETS / 'vlm'), folder / 'vlm')
     small = vae.VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
                           mid_block_add_attention=False, scaling_factor=1.0)
     vae.save(vae.Autoencoder(small, rngs=nnx.Rngs(1)), folder / 'vae')
 
   def make(**changes):
     made = config.Config(
-        objective=generation.FlowConfig(),
+        objective=flow_matching.FlowMatching(),
         model=unifusion.UniFusionConfig(
             lap.LAPConfig(width=32, taps=2, depth=1, refiner_depth=1, heads=2, kv_heads=2, mlp=32),
             dit.DiTConfig(channels=4, patch=1, depth=1, heads=2, kv_heads=2, head_dim=16, mlp=32, time_dim=16,
                           rope_axes=(4, 6, 6)), dtype='float32'),
         vlm=str(folder / 'vlm'), vae=str(folder / 'vae'), taps=(1, 2), frozen_dtype='float32',
         mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-        data=config.DataConfig(tasks=('t2i/1-2',), weights=(1.0,), text_tokens=(112,), written_tokens=(32,), batch_size=8),
+        data=config.DataConfig(tasks=('t2i/1-2',), weights=(1.0,), max_prompt_tokens=(112,), max_rewrite_tokens=(32,), batch_size=8),
         optim=OptimConfig(learning_rate=1e-2, warmup=1, ema=0.5),
         train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=100),
         sample=config.SampleConfig(steps=2), eval=config.EvalConfig(examples=4, batch_size=4))
@@ -79,7 +80,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def qwen(tmp_path_factory):
-  """The folder of a tiny random Qwen3-VL with the embedded tokenizer and its own picture tokens."""
+  """The folder of a tiny random Qwen3-VL with the embedded tokenizer and its own image tokens."""
   import json
 
   from flax import nnx

@@ -8,35 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_internvl import one_device
 import torch
 import transformers
 
-from test_internvl import one_device
-from unifusion_jax import config
-from unifusion_jax import encoders
-from unifusion_jax import generate
-from unifusion_jax import sharding
-from unifusion_jax import verifi
-from unifusion_jax.data import eyes
-from unifusion_jax.data.scenes import examples
-from unifusion_jax.data.scenes import judge
-from unifusion_jax.data.scenes.scene import Scene
-from unifusion_jax.eval import reconstruction
-from unifusion_jax.models import unifusion
-from unifusion_jax.models import vae
+from unifusion_jax import config, sharding, verifi
+from unifusion_jax.data import vision_inputs
+from unifusion_jax.models import text_generation, unifusion, vae
+from unifusion_jax.scenes import examples, judge
+from unifusion_jax.scenes.evaluation import reconstruction
+from unifusion_jax.scenes.world import Scene
+from unifusion_jax.weights import encoders
 
 VLM = config.ASSETS / 'vlm'
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def asked(count: int, task: str = 'edit'):
-  """(chat, tokens, valid, tiles) of requests with one picture each, padded on the left as transformers wants it."""
-  eye = eyes.of(encoders.config(VLM), 1, VLM)
-  chat = verifi.Chat(VLM, eye.marks)
+  """(chat, tokens, valid, tiles) of requests with one image each, padded on the left as transformers wants it."""
+  image_processor = vision_inputs.for_model(encoders.config(VLM), 1, VLM)
+  chat = verifi.Chat(VLM, image_processor.image_tokens)
   records = [examples.example(task, 'test', i) for i in range(count)]
-  seen, counts = zip(*(eye.see(record['references'], 1) for record in records))
+  seen, counts = zip(*(image_processor.preprocess(record['references'], 1) for record in records))
   rows = [verifi.arrays(chat.spans(record['instruction'], c, None), 112, 0, ()) for record, c in zip(records, counts)]
-  tokens, valid = (np.stack([np.roll(row[name], 112 - row['valid'].sum()) for row in rows]) for name in ('tokens', 'valid'))
+  tokens, valid = (np.stack([np.roll(row[name], 112 - row['attention_mask'].sum()) for row in rows]) for name in ('input_ids', 'attention_mask'))
   return chat, tokens, valid, np.stack(seen)
 
 
@@ -50,14 +45,14 @@ def test_transformers_reads_the_vlm_and_writes_the_same():
     theirs = model(**inputs, position_ids=positions, output_hidden_states=True)
     words = model.generate(**inputs, max_new_tokens=52, do_sample=False, eos_token_id=list(chat.stop_ids), pad_token_id=0)
   vlm = encoders.load(VLM, jnp.float32)
-  batch = sharding.put((tokens, valid, tiles))
+  batch = sharding.shard((tokens, valid, tiles))
   taps = tuple(range(vlm.config.text.depth))
   hidden = jax.jit(type(vlm).hidden, static_argnums=3)(vlm, *batch[:2], taps, batch[2])
   wanted = [*(theirs.hidden_states[tap] for tap in taps), theirs.logits]
   for name, a, b in zip((*taps, 'logits'), [*np.moveaxis(np.asarray(hidden), 2, 0),
                                             np.asarray(jax.jit(type(vlm).logits)(vlm, *batch))], wanted):
     assert np.abs(a - b.numpy())[valid].max() < 1e-4 * np.abs(b.numpy()[valid]).max(), name
-  out = generate.generate(vlm, *batch, max_new=52, stop_ids=chat.stop_ids)
+  out = text_generation.generate(vlm, *batch, max_new=52, stop_ids=chat.stop_ids)
   for ours, n, row in zip(np.asarray(out.tokens), np.asarray(out.lengths), words[:, tokens.shape[1]:].numpy()):
     np.testing.assert_array_equal(ours[:n], row[:n])
 
@@ -65,16 +60,16 @@ def test_transformers_reads_the_vlm_and_writes_the_same():
 def test_diffusers_reads_the_autoencoder_and_the_judge_what_comes_back():
   records = [examples.example('reconstruct', 'test', i) for i in range(140)]
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:96]
-  pictures = np.stack([record['target'] for record in records])
+  images = np.stack([record['target'] for record in records])
   ours = vae.load(config.ASSETS / 'vae', jnp.float32)
-  back = reconstruction.round_trip(ours, pictures)
-  right = [judge.exact(judge.read(picture), Scene.from_json(record['scene'])) for record, picture in zip(records, back)]
+  back = reconstruction.round_trip(ours, images)
+  right = [judge.exact(judge.read(image), Scene.from_json(record['scene'])) for record, image in zip(records, back)]
   assert np.mean(right) >= 0.95
-  x = pictures[:8].astype(np.float32) / 127.5 - 1
+  x = images[:8].astype(np.float32) / 127.5 - 1
   theirs = diffusers.AutoencoderKL.from_pretrained(config.ASSETS / 'vae').eval()
   with torch.no_grad():
     wanted = theirs.encode(torch.from_numpy(x).permute(0, 3, 1, 2)).latent_dist.mean.permute(0, 2, 3, 1).numpy()
-  found = np.asarray(ours.encode(sharding.put(x))) / ours.config.scaling_factor
+  found = np.asarray(ours.encode(sharding.shard(x))) / ours.config.scaling_factor
   assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
@@ -91,7 +86,7 @@ def test_diffusers_reads_the_dits_and_they_fit_their_recipes(name):
   z, hidden, t = z.astype(np.float32), hidden.astype(np.float32), np.array([0.3, 0.9], np.float32)
   with one_device():
     model = unifusion.load(config.ASSETS / name, made.model)
-    put = sharding.put(dict(z=z, t=t, hidden=hidden, mask=np.ones((2, 7), bool)))
+    put = sharding.shard(dict(z=z, t=t, hidden=hidden, mask=np.ones((2, 7), bool)))
     ours = np.asarray(model.velocity(put['z'], put['t'], model.condition(put['hidden'], put['mask']), put['mask']))
   rows, columns = (a.reshape(-1) for a in np.meshgrid(np.arange(6), np.arange(10), indexing='ij'))
   places = np.concatenate([np.zeros((7, 3)), np.stack([0 * rows, rows, columns], axis=1)]).astype(np.float32)

@@ -6,21 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from unifusion_jax import checkpoint
-from unifusion_jax import config
-from unifusion_jax import jobs
-from unifusion_jax import sharding
-from unifusion_jax import step
-from unifusion_jax.data import pipeline
+from unifusion_jax import config, jobs, sharding
+from unifusion_jax.data import loader
 from unifusion_jax.models import decoder, internvl, vae
-from unifusion_jax.objectives import reconstruction, writing
+from unifusion_jax.scenes import autoencoder, vlm
+from unifusion_jax.training import checkpoint, step
 
 SMALL = {
-    'writing': (writing.WritingConfig(), internvl.InternVLConfig(
+    'writing': (vlm.VLMObjective(), internvl.InternVLConfig(
         vision=internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=64, patch=8),
         text=decoder.DecoderConfig(vocab=1024, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32, tied=True),
         image_token_id=5), ('caption/1-2',)),
-    'reconstruction': (reconstruction.ReconstructionConfig(), vae.VAEConfig(
+    'reconstruction': (autoencoder.AutoencoderObjective(), vae.VAEConfig(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=1.0),
         ('reconstruct',)),
 }
@@ -34,7 +31,7 @@ def test_state_and_position_come_back(name, mesh, tmp_path):
   job = jobs.build(made)
   tx = step.optimizer(made.optim, 10)
   state = jax.jit(lambda: step.init(job.draw_params(), tx))()
-  data = pipeline.batches(*job.data(), 8)
+  data = loader.batches(*job.data(), 8)
   next(data)
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(state, data)
@@ -43,7 +40,7 @@ def test_state_and_position_come_back(name, mesh, tmp_path):
   following = next(data)
 
   again = checkpoint.Checkpoints(tmp_path)
-  other = pipeline.batches(*job.data(), 8)
+  other = loader.batches(*job.data(), 8)
   back = again.restore(jax.eval_shape(lambda: step.init(job.draw_params(), tx)), other, mesh)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -59,7 +56,7 @@ def test_state_and_position_come_back(name, mesh, tmp_path):
 
 
 def test_no_checkpoint_says_what_to_do(mesh, tmp_path):
-  with pytest.raises(FileNotFoundError, match='train first'):
+  with pytest.raises(ValueError, match='train first'):
     checkpoint.Checkpoints(tmp_path).restore_ema({}, mesh)
 
 

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from unifusion_jax import convert
 from unifusion_jax import sharding
 from unifusion_jax.models import layers
+from unifusion_jax.weights import convert
 
 WIDTH, HEADS, GROUPS, DIM, DEPTH = 16, 8, 2, 4, 3
 DIMS = {'r': HEADS // GROUPS + 2, 'n': 3}

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
-from unifusion_jax import convert
 from unifusion_jax.models import internvl
 from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import convert
 
 SMALL = DecoderConfig(vocab=64, width=32, depth=4, heads=4, kv_heads=2, head_dim=8, hidden=48)
 

@@ -16,16 +16,12 @@ import numpy as np
 import pytest
 
 from unifusion_jax import config as configuration
-from unifusion_jax import describe
-from unifusion_jax import encoders
-from unifusion_jax import generate
-from unifusion_jax import sharding
-from unifusion_jax import verifi
-from unifusion_jax.data import images
-from unifusion_jax.data import qwen_images
-from unifusion_jax.data import sources
-from unifusion_jax.data.scenes import language
-from unifusion_jax.models import decoder, t5, text
+from unifusion_jax import sharding, verifi
+from unifusion_jax.commands import describe
+from unifusion_jax.data import imaging, qwen_patches, sources
+from unifusion_jax.models import causal_lm, decoder, t5, text_generation
+from unifusion_jax.scenes import language
+from unifusion_jax.weights import encoders
 
 WORDS = 12
 TEXT = decoder.DecoderConfig(vocab=1040, width=32, depth=2, heads=2, kv_heads=2, head_dim=16, hidden=48,
@@ -33,19 +29,19 @@ TEXT = decoder.DecoderConfig(vocab=1040, width=32, depth=2, heads=2, kv_heads=2,
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-  """Paths of three pictures: 64 x 64, 96 x 48 and 200 x 31 pixels."""
-  folder = tmp_path_factory.mktemp('pictures')
+def images(tmp_path_factory):
+  """Paths of three images: 64 x 64, 96 x 48 and 200 x 31 pixels."""
+  folder = tmp_path_factory.mktemp('images')
   for i, (x, y) in enumerate([(64, 64), (96, 48), (200, 31)]):
     noise = np.random.default_rng(i).integers(0, 256, (y, x, 3)).astype(np.uint8)
-    images.write_png(folder / f'{i}.png', noise)
+    imaging.write_png(folder / f'{i}.png', noise)
   return [str(folder / f'{i}.png') for i in range(3)]
 
 
 def language_model(folder, kind='llama'):
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     shutil.copyfile(describe.EMBEDDED / name, folder / name)
-  text.save(text.TextModel(text.TextConfig(dataclasses.replace(TEXT, model_type=kind)), rngs=nnx.Rngs(4)), folder)
+  causal_lm.save(causal_lm.TextModel(causal_lm.TextConfig(dataclasses.replace(TEXT, model_type=kind)), rngs=nnx.Rngs(4)), folder)
   return folder
 
 
@@ -58,23 +54,23 @@ def bare(folder, spans, tiles, stop_ids, **settings):
   ids = np.array([token for span in spans for token in span.ids], np.int32)[None]
   with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])):
     vlm = encoders.load(folder, jnp.float32)
-    out = generate.generate(vlm, ids, np.ones(ids.shape, bool), jax.tree.map(lambda x: x[None], tiles), max_new=WORDS,
+    out = text_generation.generate(vlm, ids, np.ones(ids.shape, bool), jax.tree.map(lambda x: x[None], tiles), max_new=WORDS,
                             stop_ids=stop_ids, **settings)
     return np.asarray(out.tokens)[0, :int(out.lengths[0])]
 
 
-def test_says_what_the_model_says(recipe, pictures):
-  """Three pictures, one of them cut into tiles."""
+def test_says_what_the_model_says(recipe, images):
+  """Three images, one of them cut into tiles."""
   folder = recipe().vlm
   chat = verifi.Chat(folder)
-  cut = [images.tiles(images.read(path), 64, 4) for path in pictures]
+  cut = [imaging.tiles(imaging.read(path), 64, 4) for path in images]
   assert [len(each) for each in cut] == [1, 3, 5]
   pixels = json.loads((pathlib.Path(folder) / 'preprocessor_config.json').read_text())
-  tiles = images.normalise(np.concatenate(cut), pixels['image_mean'], pixels['image_std'])
+  tiles = imaging.normalise(np.concatenate(cut), pixels['image_mean'], pixels['image_std'])
   spans = chat.spans('what changed?', (16, 48, 80), None, verifi.SYSTEM['answer'])
   wanted = chat.read(bare(folder, spans, tiles, chat.stop_ids))
   assert wanted
-  assert describe.describe(asked(folder, image=','.join(pictures), prompt='what changed?')) == wanted
+  assert describe.describe(asked(folder, image=','.join(images), prompt='what changed?')) == wanted
 
 
 def test_words_alone_and_sampling(recipe):
@@ -97,35 +93,35 @@ def test_another_system_prompt_is_read(recipe):
   assert describe.describe(asked(folder, prompt='draw a circle', system='a small circle')) == wanted
 
 
-def test_quantised_and_kept(recipe, tmp_path, pictures):
+def test_quantised_and_kept(recipe, tmp_path, images):
   """The second start, which reads what the first one kept, says the same."""
-  settings = dict(image=pictures[0], prompt='describe', quantized='int8', cache=str(tmp_path / 'kept'),
+  settings = dict(image=images[0], prompt='describe', quantized='int8', cache=str(tmp_path / 'kept'),
                   dtype='bfloat16')
   first = describe.describe(asked(recipe().vlm, **settings))
   assert len(list((tmp_path / 'kept').iterdir())) == 1
   assert describe.describe(asked(recipe().vlm, **settings)) == first
 
 
-def test_qwen3_vl(qwen, pictures):
+def test_qwen3_vl(qwen, images):
   chat = verifi.Chat(qwen, ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>'))
-  pixels = qwen_images.PixelConfig.from_json(json.loads((qwen / 'preprocessor_config.json').read_text()))
-  shown = [images.read(path) for path in pictures[:2]]
-  sizes = [qwen_images.size_of(*picture.shape[:2], pixels) for picture in shown]
+  pixels = qwen_patches.PixelConfig.from_json(json.loads((qwen / 'preprocessor_config.json').read_text()))
+  shown = [imaging.read(path) for path in images[:2]]
+  sizes = [qwen_patches.size_of(*image.shape[:2], pixels) for image in shown]
   counts = tuple(y * x // 256 for y, x in sizes)
-  tiles = qwen_images.pack(shown, pixels, 4 * sum(counts), 2)
+  tiles = qwen_patches.pack(shown, pixels, 4 * sum(counts), 2)
   spans = chat.spans('what changed?', counts, None, 'Look.')
   wanted = chat.read(bare(qwen, spans, tiles, chat.stop_ids))
   assert wanted
-  assert describe.describe(asked(qwen, image=','.join(pictures[:2]), prompt='what changed?', system='Look.')) == wanted
+  assert describe.describe(asked(qwen, image=','.join(images[:2]), prompt='what changed?', system='Look.')) == wanted
 
 
-def test_text_alone(tmp_path, pictures):
+def test_text_alone(tmp_path, images):
   folder = language_model(tmp_path)
   chat = verifi.Chat(folder)
   wanted = chat.read(bare(folder, chat.spans('hello', (), None, 'Be brief.'), None, chat.stop_ids))
   assert describe.describe(asked(folder, prompt='hello', system='Be brief.')) == wanted
-  with pytest.raises(ValueError, match='reads text alone: leave the pictures out'):
-    describe.describe(asked(folder, image=pictures[0]))
+  with pytest.raises(ValueError, match='reads text alone: leave the images out'):
+    describe.describe(asked(folder, image=images[0]))
 
 
 def test_default_system_prompt_is_the_templates(tmp_path):
@@ -174,11 +170,11 @@ def test_what_writes_nothing_is_refused(tmp_path):
     describe.describe(asked(tmp_path, prompt='x'))
 
 
-def test_a_folder_that_does_not_say_how_to_normalise(recipe, tmp_path, pictures):
+def test_a_folder_that_does_not_say_how_to_normalise(recipe, tmp_path, images):
   shutil.copytree(recipe().vlm, tmp_path / 'vlm')
   (tmp_path / 'vlm' / 'preprocessor_config.json').unlink()
   with pytest.raises(ValueError, match='no preprocessor_config.json'):
-    describe.describe(asked(tmp_path / 'vlm', image=pictures[0]))
+    describe.describe(asked(tmp_path / 'vlm', image=images[0]))
 
 
 def test_command_line(monkeypatch):
@@ -193,9 +189,9 @@ def test_command_line(monkeypatch):
 
 
 def test_embedded_vlm_describes_a_scene(tmp_path, capsys):
-  """Out of the box: the defaults of configs/describe.py and a picture."""
+  """Out of the box: the defaults of configs/describe.py and an image."""
   record = sources.SceneSource('caption', 'test', 64)[0]
-  images.write_png(tmp_path / 'x.png', record['references'][0])
+  imaging.write_png(tmp_path / 'x.png', record['references'][0])
   describe.run(describe.DescribeConfig(image=str(tmp_path / 'x.png'), max_tokens=64))
   said = capsys.readouterr().out.strip()
   assert language.parse(said) is not None, said
@@ -207,17 +203,17 @@ def test_an_answer_that_was_cut_off_says_so(recipe, capsys):
   assert 'cut off after 2 tokens' in capsys.readouterr().err
 
 
-def test_prompts_of_any_length_share_a_program(recipe, pictures):
+def test_prompts_of_any_length_share_a_program(recipe, images):
   """Up to a power of two: neither a longer prompt nor another number of tiles is compiled again."""
   folder = recipe().vlm
-  describe.describe(asked(folder, image=','.join(pictures), prompt='what changed?'))
-  compiled = generate._generate._cache_size()
-  describe.describe(asked(folder, image=','.join(pictures), prompt='what changed in the second one?'))
-  describe.describe(asked(folder, image=','.join(pictures[2:] * 2), prompt='what is different? ' * 4))
-  assert generate._generate._cache_size() == compiled
+  describe.describe(asked(folder, image=','.join(images), prompt='what changed?'))
+  compiled = text_generation._generate._cache_size()
+  describe.describe(asked(folder, image=','.join(images), prompt='what changed in the second one?'))
+  describe.describe(asked(folder, image=','.join(images[2:] * 2), prompt='what is different? ' * 4))
+  assert text_generation._generate._cache_size() == compiled
 
 
-def test_nothing_here_needs_torch(pictures):
+def test_nothing_here_needs_torch(images):
   """The command line in a process for which there is no torch."""
   code = '''
 import importlib.abc, importlib.util, runpy, sys
@@ -232,6 +228,6 @@ sys.meta_path.insert(0, Hide())
 sys.argv = ['main', '--config=configs/describe.py', '--config.image=' + sys.argv[1]]
 runpy.run_module('unifusion_jax.main', run_name='__main__')
 '''
-  done = subprocess.run([sys.executable, '-c', code, pictures[0]], cwd=pathlib.Path(__file__).parent.parent, text=True,
+  done = subprocess.run([sys.executable, '-c', code, images[0]], cwd=pathlib.Path(__file__).parent.parent, text=True,
                         capture_output=True)
   assert done.returncode == 0 and done.stdout.strip(), done.stderr

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifusion_jax import convert, flow, sharding
+from unifusion_jax import flow, sharding
 from unifusion_jax.models import dit, unifusion
 from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.models.unifusion import UniFusion, UniFusionConfig
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import convert
 
 CONFIG = UniFusionConfig(
     LAPConfig(width=32, taps=3, heads=4, kv_heads=2, mlp=48),

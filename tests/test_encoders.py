@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifusion_jax import convert
-from unifusion_jax import encoders
-from unifusion_jax import quantize
 from unifusion_jax import sharding
-from unifusion_jax.models import decoder, internvl, qwen3_vl, t5, text
+from unifusion_jax.models import causal_lm, decoder, internvl, qwen3_vl, t5
+from unifusion_jax.weights import convert, encoders, quantize
 
 TEXT = decoder.DecoderConfig(vocab=64, width=16, depth=2, heads=2, kv_heads=2, head_dim=8, hidden=32, max_positions=64)
 EYE = internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=16, patch=4)
@@ -25,10 +23,10 @@ MADE = {
     'qwen3_vl': (qwen3_vl, qwen3_vl.Qwen3VL, qwen3_vl.Qwen3VLConfig(
         qwen3_vl.VisionConfig(width=16, depth=2, heads=2, hidden=32, patch=8, side=4, deepstack=(0,)),
         dataclasses.replace(TEXT, model_type='qwen3'), 5, (2, 1, 1))),
-    'llama': (text, text.TextModel, text.TextConfig(dataclasses.replace(
+    'llama': (causal_lm, causal_lm.TextModel, causal_lm.TextConfig(dataclasses.replace(
         TEXT, model_type='llama', llama3=(8.0, 1.0, 4.0, 32)))),
-    'qwen2': (text, text.TextModel, text.TextConfig(dataclasses.replace(TEXT, tied=True))),
-    'qwen3': (text, text.TextModel, text.TextConfig(dataclasses.replace(TEXT, model_type='qwen3'))),
+    'qwen2': (causal_lm, causal_lm.TextModel, causal_lm.TextConfig(dataclasses.replace(TEXT, tied=True))),
+    'qwen3': (causal_lm, causal_lm.TextModel, causal_lm.TextConfig(dataclasses.replace(TEXT, model_type='qwen3'))),
     't5': (t5, t5.T5Encoder, t5.T5Config(64, 16, 2, 2, 8, 32)),
 }
 
@@ -115,7 +113,7 @@ def test_public_names_need_no_weights():
   assert encoders.config('Qwen/Qwen3-VL-4B-Instruct@main') is qwen3_vl.PRESETS['Qwen3-VL-4B-Instruct']
   assert encoders.config('OpenGVLab/InternVL3_5-8B-HF') is internvl.PRESETS['InternVL3_5-8B']
   for name in ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.1-8B-Instruct'):
-    assert encoders.config(name) is text.PRESETS['Llama-3.1-8B']
+    assert encoders.config(name) is causal_lm.PRESETS['Llama-3.1-8B']
   assert encoders.config('google/flan-t5-xxl') is t5.PRESETS['flan-t5-xxl']
   with pytest.raises(ValueError, match='owner/absent.*not in the cache'):
     encoders.config('owner/absent')
@@ -164,7 +162,7 @@ def test_every_form_of_every_version_is_kept_apart(folders, tmp_path):
   os.utime(folder / 'model.safetensors', (1, 1))
   changed = encoders.load(folder, jnp.float32, cache=cache)
   assert count() == 4
-  assert_equal(changed, text.load(folder, jnp.float32))
+  assert_equal(changed, causal_lm.load(folder, jnp.float32))
 
 
 def test_process_0_says_what_is_kept(tmp_path, monkeypatch):

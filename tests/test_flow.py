@@ -103,7 +103,7 @@ def test_new_noise_between_steps_leads_to_the_same_distribution(eta):
   x = sample(noise, keys)
   assert jax.typeof(x).sharding.spec[0] == BATCH
   np.testing.assert_allclose([np.mean(x), np.std(x)], [mean, std], rtol=0.03)
-  # New noise decides more of the picture than the first noise the more of it there is.
+  # New noise decides more of the image than the first noise the more of it there is.
   likeness = np.corrcoef(np.ravel(x), np.ravel(noise))[0, 1]
   assert abs(likeness - {0.0: 1.0, 0.5: likeness, 1.0: 0.0}[eta]) < 0.1 and (eta != 0.5 or 0.01 < likeness < 0.99)
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from unifusion_jax import convert
-from unifusion_jax import hub
+from unifusion_jax.weights import convert, hub
 
 COMMIT, OLDER = 'a' * 40, 'b' * 40
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
-from unifusion_jax import convert, sharding
+from unifusion_jax import sharding
 from unifusion_jax.models import internvl
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import convert
 
-PICTURE, TILE, TILE_TOKENS = 60, 32, 4
+IMAGE, TILE, TILE_TOKENS = 60, 32, 4
 TEXTS = {
     'qwen2': dict(model_type='qwen2', num_key_value_heads=2),
     'qwen3': dict(model_type='qwen3', num_key_value_heads=4, head_dim=24),
@@ -36,7 +37,7 @@ def torch_model(text: str, seed: int = 0, tied: bool = False, **vision):
                          image_size=[TILE, TILE], patch_size=[8, 8]) | vision,
       text_config=dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=64,
                        max_position_embeddings=256, tie_word_embeddings=tied, **TEXTS[text]),
-      image_token_id=PICTURE, image_seq_length=TILE_TOKENS, tie_word_embeddings=tied)
+      image_token_id=IMAGE, image_seq_length=TILE_TOKENS, tie_word_embeddings=tied)
   torch.manual_seed(seed)
   model = transformers.InternVLForConditionalGeneration(config).eval()
   with torch.no_grad():
@@ -46,15 +47,15 @@ def torch_model(text: str, seed: int = 0, tied: bool = False, **vision):
 
 
 def batch(tiles_of=(2, 0, 1, 3), seed=0):
-  """(tokens, valid, tiles) with that many pictures in each example, right padded, as sharded arrays."""
+  """(tokens, valid, tiles) with that many images in each example, right padded, as sharded arrays."""
   rng = np.random.default_rng(seed)
   length = 6 + max(tiles_of) * TILE_TOKENS
   tokens, valid = np.zeros((len(tiles_of), length), np.int32), np.zeros((len(tiles_of), length), bool)
   for row, n in enumerate(tiles_of):
-    ids = list(rng.integers(1, PICTURE, 3))
+    ids = list(rng.integers(1, IMAGE, 3))
     for _ in range(n):
-      ids += [PICTURE] * TILE_TOKENS
-    ids += list(rng.integers(1, PICTURE, 1 + row % 3))
+      ids += [IMAGE] * TILE_TOKENS
+    ids += list(rng.integers(1, IMAGE, 1 + row % 3))
     tokens[row, :len(ids)], valid[row, :len(ids)] = ids, True
   tiles = rng.standard_normal((len(tiles_of), max(1, *tiles_of), TILE, TILE, 3)).astype(np.float32)
   return [jax.device_put(x, P(BATCH)) for x in (tokens, valid, tiles)]
@@ -66,7 +67,7 @@ def one_device():
 
 def torch_inputs(tokens, valid, tiles):
   tokens, valid, tiles = (np.array(x) for x in (tokens, valid, tiles))
-  used = [tile for row, ids in enumerate(tokens) for tile in tiles[row, :(ids == PICTURE).sum() // TILE_TOKENS]]
+  used = [tile for row, ids in enumerate(tokens) for tile in tiles[row, :(ids == IMAGE).sum() // TILE_TOKENS]]
   inputs = dict(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(valid).long())
   if used:
     inputs['pixel_values'] = torch.from_numpy(np.stack(used)).permute(0, 3, 1, 2)
@@ -107,7 +108,7 @@ def test_parity(text, vision, tmp_path):
 
 
 def test_parity_text_only(folder):
-  """Without pictures at all, the padding on the left."""
+  """Without images at all, the padding on the left."""
   tokens, valid, _ = (np.asarray(x) for x in batch((0, 0, 0, 0)))
   tokens, valid = (np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(valid.sum(1))]) for x in (tokens, valid))
   positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
@@ -158,10 +159,10 @@ def test_padding_changes_nothing(folder):
   tokens, valid, tiles = (np.asarray(x) for x in batch())
   lengths = valid.sum(1)
   hidden = jax.jit(internvl.InternVL.hidden, static_argnums=3)
-  noise = np.where(valid, tokens, PICTURE).astype(np.int32)
+  noise = np.where(valid, tokens, IMAGE).astype(np.int32)
   spoiled = tiles.copy()
   for row in range(len(tokens)):
-    spoiled[row, (tokens[row] == PICTURE).sum() // TILE_TOKENS:] = 1e6
+    spoiled[row, (tokens[row] == IMAGE).sum() // TILE_TOKENS:] = 1e6
   left = [np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(lengths)]) for x in (tokens, valid)]
   one, two, three = (np.asarray(hidden(vlm, *jax.device_put((a, b), P(BATCH)), (1, 4), jax.device_put(c, P(BATCH))))
                      for a, b, c in ((tokens, valid, tiles), (noise, valid, spoiled), (*left, tiles)))
@@ -238,7 +239,7 @@ def original_layout(model, folder, internlm2=False):
   (folder / 'config.json').write_text(json.dumps(dict(
       model_type='internvl_chat', llm_config=llm, vision_config=vit, downsample_ratio=0.5, select_layer=-1,
       ps_version='v2', force_image_size=TILE, use_backbone_lora=0, use_llm_lora=0)))
-  (folder / 'added_tokens.json').write_text(json.dumps({'<img>': PICTURE - 1, '<IMG_CONTEXT>': PICTURE}))
+  (folder / 'added_tokens.json').write_text(json.dumps({'<img>': IMAGE - 1, '<IMG_CONTEXT>': IMAGE}))
 
 
 @pytest.mark.parametrize('text,internlm2,vision', [
@@ -295,7 +296,7 @@ def test_original_layout_errors(tmp_path):
   with pytest.raises(ValueError, match='<IMG_CONTEXT>'):
     internvl.load(tmp_path)
   (tmp_path / 'tokenizer.json').write_text(json.dumps(dict(added_tokens=[dict(id=7, content='<IMG_CONTEXT>')])))
-  assert internvl.picture_token(tmp_path) == 7
+  assert internvl.image_token(tmp_path) == 7
 
 
 @pytest.mark.parametrize('mesh', [None])  # instead of the eight devices

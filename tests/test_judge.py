@@ -1,4 +1,4 @@
-"""The judge: it reads drawn pictures back exactly, rejects what resembles nothing, and scores captions and edits."""
+"""The judge: it reads drawn images back exactly, rejects what resembles nothing, and scores captions and edits."""
 
 import dataclasses
 
@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from unifusion_jax.data.scenes import judge
-from unifusion_jax.data.scenes import scene as world
-from unifusion_jax.data.scenes.constraints import Constraints, Wanted
-from unifusion_jax.data.scenes.render import render
-from unifusion_jax.data.scenes.sample import random_scene
-from unifusion_jax.data.scenes.scene import Background, Object, Scene
+from unifusion_jax.scenes import judge, world
+from unifusion_jax.scenes.composition import random_scene
+from unifusion_jax.scenes.constraints import Constraints, Wanted
+from unifusion_jax.scenes.render import render
+from unifusion_jax.scenes.world import Background, Object, Scene
 
 PLAIN = Background('plain', ('cream',))
 RING = Object('ring', 'red', 'small', 'outlined', 0.2, 0.2)
@@ -24,9 +23,9 @@ def random_scenes(count, seed):
   return [random_scene(rng, aspect=str(rng.choice(list(world.ASPECTS), p=(0.6, 0.2, 0.2)))) for _ in range(count)]
 
 
-def perturbed(picture, rng):
+def perturbed(image, rng):
   """A blur of 0.6 pixels, noise of 6 levels and a colour shift of 4."""
-  soft = ndimage.gaussian_filter(picture.astype(float), (0.6, 0.6, 0), mode='nearest')
+  soft = ndimage.gaussian_filter(image.astype(float), (0.6, 0.6, 0), mode='nearest')
   soft += rng.normal(0, 6, soft.shape) + rng.choice([-4, 4], 3)
   return np.clip(soft + 0.5, 0, 255).astype(np.uint8)
 
@@ -36,24 +35,24 @@ def edited(**changes):
   return dataclasses.replace(SCENE, objects=(RING, dataclasses.replace(STAR, **changes)))
 
 
-def judged(picture_of, source, target):
-  result = judge.check_edit(judge.read(render(picture_of)), source, target)
+def judged(image_of, source, target):
+  result = judge.check_edit(judge.read(render(image_of)), source, target)
   return result['asked'], result['kept'], result['all']
 
 
-def test_drawn_pictures_are_read_exactly():
+def test_drawn_images_are_read_exactly():
   scenes = random_scenes(200, 0)
   assert sum(judge.exact(judge.read(render(s)), s) for s in scenes) >= 198
 
 
-def test_blurred_noisy_and_tinted_pictures_are_read_nearly_always():
+def test_blurred_noisy_and_tinted_images_are_read_nearly_always():
   rng = np.random.default_rng(1)
   scenes = random_scenes(200, 1)
   assert sum(judge.exact(judge.read(perturbed(render(s), rng)), s) for s in scenes) >= 194
 
 
 @pytest.mark.parametrize('size', (128, 256))
-def test_larger_pictures_are_read_as_well(size):
+def test_larger_images_are_read_as_well(size):
   for scene in random_scenes(10, 2):
     assert judge.exact(judge.read(render(scene, size)), scene)
 
@@ -100,21 +99,21 @@ def test_what_resembles_nothing_is_rejected():
 
 
 def test_a_background_of_another_colour_is_none():
-  picture = render(Scene((), PLAIN)) // 2
-  assert judge.read(picture).background is None
+  image = render(Scene((), PLAIN)) // 2
+  assert judge.read(image).background is None
 
 
 def test_garbage_is_read_without_complaint_and_without_objects():
   rng = np.random.default_rng(4)
   noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
   smooth = np.clip(128 + 900 * ndimage.gaussian_filter(rng.normal(size=(64, 64, 3)), (3, 3, 0)), 0, 255)
-  for picture in (noise, smooth.astype(np.uint8), np.zeros((64, 64, 3), np.uint8), np.full((50, 70, 3), 255, np.uint8),
+  for image in (noise, smooth.astype(np.uint8), np.zeros((64, 64, 3), np.uint8), np.full((50, 70, 3), 255, np.uint8),
                   noise[:1, :40], noise[:20, :16]):
-    reading = judge.read(picture)
+    reading = judge.read(image)
     assert len(reading.scene.objects) <= 1 and not judge.exact(reading, SCENE)
 
 
-def test_a_picture_in_floats_is_refused():
+def test_a_image_in_floats_is_refused():
   with pytest.raises(ValueError, match='uint8'):
     judge.read(np.zeros((64, 64, 3), np.float32))
 
@@ -134,7 +133,7 @@ def test_check_reports_each_kind_of_demand():
   assert failing(Constraints((star, ring, ring), exact_count=False)) >= {'count', 'object', 'all'}
   assert failing(Constraints((Wanted('heart'), ring))) >= {'object', 'all'}
   for kind, value in (('colour', 'red'), ('size', 'small'), ('fill', 'outlined'), ('place', 'top left')):
-    # The value is in the picture, but on the other object: this is what binding means.
+    # The value is in the image, but on the other object: this is what binding means.
     assert failing(Constraints((dataclasses.replace(star, **{kind: value}), ring))) == {kind, 'all'}
   assert failing(Constraints((star, ring), relations=((0, 'left of', 1),))) == {'relation', 'all'}
   assert failing(Constraints((star, ring), Background('plain', ('sand',)))) == {'background', 'all'}

@@ -104,8 +104,8 @@ def test_wrong_taps_are_refused():
 def test_same_as_krea2_text_fusion():
   torch = pytest.importorskip('torch')
   krea = pytest.importorskip('diffusers.models.transformers.transformer_krea2')
-  from unifusion_jax import convert
   from unifusion_jax.models import lap as module
+  from unifusion_jax.weights import convert
   torch.manual_seed(0)
   fusion = krea.Krea2TextFusion(3, 32, 4, 2, 48, 2, 2, 1e-5)
   projection = krea.Krea2TextProjection(32, 24, 1e-5)

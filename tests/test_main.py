@@ -1,4 +1,4 @@
-"""The command line: from training to pictures, and what cannot run ends in one sentence that says how to mend it."""
+"""The command line: from training to images, and what cannot run ends in one sentence that says how to mend it."""
 
 import json
 import os
@@ -17,11 +17,11 @@ def called(*arguments, **environment):
                         check=False, timeout=900, env=os.environ | environment)
 
 
-def test_from_training_to_pictures(tmp_path):
+def test_from_training_to_images(tmp_path):
   """Every mode on one workdir, and what each leaves there."""
   small = ['--config=configs/t2i.py', f'--workdir={tmp_path / "run"}', '--config.model.dit.depth=1',
-           '--config.model.dit.unroll=1', '--config.objective.align_depth=1', "--config.data.tasks=('edit/1-2',)",
-           '--config.data.weights=(1.0,)', '--config.data.text_tokens=(132,)', '--config.data.written_tokens=(52,)',
+           '--config.model.dit.unroll=1', '--config.objective.repa_depth=1', "--config.data.tasks=('edit/1-2',)",
+           '--config.data.weights=(1.0,)', '--config.data.max_prompt_tokens=(132,)', '--config.data.max_rewrite_tokens=(52,)',
            '--config.data.batch_size=4', '--config.train.steps=2', '--config.train.log_every=1', '--config.sample.steps=2',
            '--config.eval.examples=2', '--config.eval.batch_size=2']
   Image.new('RGB', (90, 90), 'white').save(tmp_path / 'my photo, white.png')
@@ -36,8 +36,8 @@ def test_from_training_to_pictures(tmp_path):
   assert {'test_edit_1-4', 'heldout_edit_1-4'} <= json.loads((run / 'eval.json').read_text()).keys()
   assert (run / 'eval' / 'test_edit_1-4.png').exists() and (run / 'export' / 'config.json').exists()
   # The second request has not written over the first
-  assert sorted(path.name for path in (run / 'pictures').iterdir()) == ['000.png', '001.png', 'grid.png']
-  text = Image.open(run / 'pictures' / '000.png').text
+  assert sorted(path.name for path in (run / 'images').iterdir()) == ['000.png', '001.png', 'grid.png']
+  text = Image.open(run / 'images' / '000.png').text
   assert text['prompt'] == 'make the circle blue' and text['seed'] == '0'
   settings = json.loads(text['settings'])
   assert settings['system'] == 'rewrite' and settings['weights'].endswith('at step 2') and 'white.png' in settings['references'][0]

@@ -15,12 +15,12 @@ from unifusion_jax import sharding
 
 with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2))) as _:
   whole = np.arange(24, dtype=np.float32).reshape(8, 3)
-  both = sharding.put({'x': whole})
+  both = sharding.shard({'x': whole})
   assert not both['x'].is_fully_addressable
-  np.testing.assert_array_equal(sharding.fetch(jax.jit(lambda x: x * 2)(both['x'])), whole * 2)
+  np.testing.assert_array_equal(sharding.gather(jax.jit(lambda x: x * 2)(both['x'])), whole * 2)
   mine = whole[4 * jax.process_index():][:4]
-  np.testing.assert_array_equal(sharding.fetch(sharding.put_batch(mine, jax.sharding.get_mesh())), whole)
-  print('leads' if sharding.leads() else 'follows')
+  np.testing.assert_array_equal(sharding.gather(sharding.shard_batch(mine, jax.sharding.get_mesh())), whole)
+  print('leads' if sharding.is_main_process() else 'follows')
 '''
 
 

@@ -7,17 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifusion_jax import config
-from unifusion_jax import encoders
-from unifusion_jax import quantize
-from unifusion_jax import sharding
-from unifusion_jax import verifi
-from unifusion_jax.data import eyes
-from unifusion_jax.data import sources
-from unifusion_jax.generate import generate
+from unifusion_jax import config, sharding, verifi
+from unifusion_jax.data import sources, vision_inputs
 from unifusion_jax.models import decoder, internvl
 from unifusion_jax.models.layers import einsum, RESIDUAL
+from unifusion_jax.models.text_generation import generate
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import encoders, quantize
 
 PRODUCTS = [('bsd,dhk->bshk', (16, 4, 8), ('fsdp', 'tp', None), 'wq'),
             ('bshk,hkd->bsd', (4, 8, 16), ('tp', None, 'fsdp'), 'wo'),
@@ -131,15 +127,15 @@ def test_states_within_two_percent():
 def test_states_within_two_percent_on_the_embedded_vlm():
   folder = str(config.ASSETS / 'vlm')
   chat, source = verifi.Chat(folder), sources.SceneSource('edit', 'test', 64)
-  eye = eyes.of(encoders.config(folder), 1, config.ASSETS / 'vlm')
+  image_processor = vision_inputs.for_model(encoders.config(folder), 1, config.ASSETS / 'vlm')
   rows, tiles = [], []
   for i in range(8):
     record = source[i]
-    seen, counts = eye.see(record['references'])
+    seen, counts = image_processor.preprocess(record['references'])
     rows.append(verifi.arrays(chat.spans(record['instruction'], counts, record['caption']), 144, 80))
     tiles.append(seen)
-  inputs = [jax.device_put(x, P(BATCH)) for x in (np.stack([r['tokens'] for r in rows]),
-                                                  np.stack([r['valid'] for r in rows]), np.stack(tiles))]
+  inputs = [jax.device_put(x, P(BATCH)) for x in (np.stack([r['input_ids'] for r in rows]),
+                                                  np.stack([r['attention_mask'] for r in rows]), np.stack(tiles))]
   vlm = internvl.load(folder, jnp.float32)
   taps = tuple(range(vlm.config.text.depth + 1))
   exact = states(vlm, *inputs, taps)

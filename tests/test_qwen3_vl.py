@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers' own classes (model, generation, picture processor), and its invariants."""
+"""Qwen3-VL against transformers' own classes (model, generation, image processor), and its invariants."""
 
 import json
 import shutil
@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+from test_internvl import one_device, relative
 import torch
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from test_internvl import one_device, relative
-from unifusion_jax import convert, sharding
-from unifusion_jax.data import qwen_images
-from unifusion_jax.generate import generate
+from unifusion_jax import sharding
+from unifusion_jax.data import qwen_patches
 from unifusion_jax.models import qwen3_vl
-from unifusion_jax.models.qwen3_vl import Pictures, Qwen3VL
+from unifusion_jax.models.qwen3_vl import PackedImages, Qwen3VL
+from unifusion_jax.models.text_generation import generate
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import convert
 
-PICTURE, PATCH = 60, 4
-MIXED = ([(4, 6), (2, 2)], [], [(6, 4)], [(2, 10)])  # rows and columns of patches of each example's pictures
+IMAGE, PATCH = 60, 4
+MIXED = ([(4, 6), (2, 2)], [], [(6, 4)], [(2, 10)])  # rows and columns of patches of each example's images
 HIDDEN = jax.jit(Qwen3VL.hidden, static_argnums=3)
 VARIANTS = {
     'three': dict(text=dict(num_key_value_heads=2, head_dim=24, tie_word_embeddings=True), sections=[6, 3, 3],
@@ -43,7 +44,7 @@ def torch_model(variant: str = 'three'):
                        max_position_embeddings=256, rope_parameters=dict(
                            rope_type='default', rope_theta=1e4, mrope_section=v['sections'], mrope_interleaved=True),
                        **v['text']),
-      image_token_id=PICTURE, video_token_id=61, tie_word_embeddings='tie_word_embeddings' in v['text'])
+      image_token_id=IMAGE, video_token_id=61, tie_word_embeddings='tie_word_embeddings' in v['text'])
   torch.manual_seed(0)
   model = transformers.Qwen3VLForConditionalGeneration(config).eval()
   with torch.no_grad():
@@ -53,30 +54,30 @@ def torch_model(variant: str = 'three'):
 
 
 def batch(grids_of=MIXED, room=40, most=3):
-  """(tokens, valid, pictures) with pictures of those grids in each example, right padded, as sharded arrays."""
+  """(tokens, valid, images) with images of those grids in each example, right padded, as sharded arrays."""
   rng = np.random.default_rng(0)
   b = len(grids_of)
   tokens, valid = np.zeros((b, 26), np.int32), np.zeros((b, 26), bool)
   patches = rng.standard_normal((b, room, 6 * PATCH ** 2)).astype(np.float32)
   grids = np.zeros((b, most, 2), np.int32)
   for row, shapes in enumerate(grids_of):
-    ids = list(rng.integers(1, PICTURE, 3))
+    ids = list(rng.integers(1, IMAGE, 3))
     for i, (y, x) in enumerate(shapes):
-      ids += [PICTURE] * (y * x // 4) + list(rng.integers(1, PICTURE, 1 + row % 2))
+      ids += [IMAGE] * (y * x // 4) + list(rng.integers(1, IMAGE, 1 + row % 2))
       grids[row, i] = y, x
-    ids += list(rng.integers(1, PICTURE, 2 + row))
+    ids += list(rng.integers(1, IMAGE, 2 + row))
     tokens[row, :len(ids)], valid[row, :len(ids)] = ids, True
-  return jax.device_put((tokens, valid, Pictures(patches, grids)), P(BATCH))
+  return jax.device_put((tokens, valid, PackedImages(patches, grids)), P(BATCH))
 
 
-def torch_inputs(tokens, valid, pictures):
-  tokens, valid, patches, grids = (np.array(x) for x in (tokens, valid, *pictures))
+def torch_inputs(tokens, valid, images):
+  tokens, valid, patches, grids = (np.array(x) for x in (tokens, valid, *images))
   inputs = dict(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(valid).long())
   used = [patches[row, :grids[row].prod(-1).sum()] for row in range(len(tokens))]
   grids = [(1, y, x) for row in grids for y, x in row if y]
   if grids:
     inputs |= dict(pixel_values=torch.from_numpy(np.concatenate(used)), image_grid_thw=torch.tensor(grids),
-                   mm_token_type_ids=torch.from_numpy((tokens == PICTURE) & valid).int())
+                   mm_token_type_ids=torch.from_numpy((tokens == IMAGE) & valid).int())
   return inputs
 
 
@@ -92,31 +93,31 @@ def test_parity(variant, tmp_path):
   model = torch_model(variant)
   model.save_pretrained(tmp_path / 'theirs')
   vlm = qwen3_vl.load(tmp_path / 'theirs', jnp.float32, unroll=variant == 'one')
-  tokens, valid, pictures = batch()
+  tokens, valid, images = batch()
   with torch.no_grad():
-    theirs = model(**torch_inputs(tokens, valid, pictures), output_hidden_states=True)
-  hidden = HIDDEN(vlm, tokens, valid, (0, 1, 2, 3), pictures)
+    theirs = model(**torch_inputs(tokens, valid, images), output_hidden_states=True)
+  hidden = HIDDEN(vlm, tokens, valid, (0, 1, 2, 3), images)
   for tap in range(4):
     assert relative(hidden[:, :, tap], theirs.hidden_states[tap], valid) < 1e-5, tap
-  logits = jax.jit(Qwen3VL.logits)(vlm, tokens, valid, pictures)
+  logits = jax.jit(Qwen3VL.logits)(vlm, tokens, valid, images)
   assert relative(logits, theirs.logits, valid) < 1e-5
 
   qwen3_vl.save(vlm, tmp_path / 'ours')
   again = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / 'ours').eval()
   with torch.no_grad():
-    logits = again(**torch_inputs(tokens, valid, pictures)).logits
+    logits = again(**torch_inputs(tokens, valid, images)).logits
   assert torch.equal(logits, theirs.logits)
   ours, theirs = (json.loads((tmp_path / which / 'config.json').read_text()) for which in ('ours', 'theirs'))
   assert qwen3_vl.Qwen3VLConfig.from_json(ours) == qwen3_vl.Qwen3VLConfig.from_json(theirs)
 
 
 def test_parity_text_only(folder):
-  """Without pictures at all, and with an array of pictures that is empty."""
-  tokens, valid, pictures = batch(([], [], [], []))
+  """Without images at all, and with an array of images that is empty."""
+  tokens, valid, images = batch(([], [], [], []))
   with torch.no_grad():
-    theirs = torch_model()(**torch_inputs(tokens, valid, pictures), output_hidden_states=True)
+    theirs = torch_model()(**torch_inputs(tokens, valid, images), output_hidden_states=True)
   vlm = qwen3_vl.load(folder, jnp.float32)
-  for tiles in (None, pictures):
+  for tiles in (None, images):
     hidden = HIDDEN(vlm, tokens, valid, (0, 1, 2, 3), tiles)
     for tap in range(4):
       assert relative(hidden[:, :, tap], theirs.hidden_states[tap], valid) < 1e-5, tap
@@ -149,54 +150,54 @@ def test_a_missing_head_is_tied_only_where_no_config_denies_it(folder, tmp_path)
 
 
 def test_greedy_writes_what_transformers_writes(folder):
-  tokens, valid, pictures = batch()
+  tokens, valid, images = batch()
   vlm = qwen3_vl.load(folder, jnp.float32)
-  out = generate(vlm, tokens, valid, pictures, max_new=64, stop_ids=(), taps=(1, 4))
+  out = generate(vlm, tokens, valid, images, max_new=64, stop_ids=(), taps=(1, 4))
   model = torch_model()
   for row in range(len(tokens)):
     n = int(np.asarray(valid)[row].sum())
-    one = [np.asarray(x)[row:row + 1] for x in (tokens, valid, *pictures)]
+    one = [np.asarray(x)[row:row + 1] for x in (tokens, valid, *images)]
     with torch.no_grad():
       theirs = model.generate(**torch_inputs(one[0][:, :n], one[1][:, :n], one[2:]), max_new_tokens=64,
                               do_sample=False, eos_token_id=None, pad_token_id=0)
     np.testing.assert_array_equal(np.asarray(out.tokens)[row], theirs[0, n:].numpy(), err_msg=f'example {row}')
-  np.testing.assert_allclose(out.prompt_hidden, HIDDEN(vlm, tokens, valid, (1, 4), pictures), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(out.prompt_hidden, HIDDEN(vlm, tokens, valid, (1, 4), images), rtol=1e-4, atol=1e-4)
   # The states while writing are those of one pass over the whole
   lengths, written = np.asarray(valid).sum(1), np.asarray(out.tokens)
   whole = np.pad(np.asarray(tokens), ((0, 0), (0, 64)))
   for row, n in enumerate(lengths):
     whole[row, n:n + 64] = written[row]
-  # A word of these that is the picture's id would be taken for a picture
-  assert not (written == PICTURE).any()
+  # A word of these that is the image's id would be taken for an image
+  assert not (written == IMAGE).any()
   known = np.arange(whole.shape[1]) < lengths[:, None] + 64
-  forced = np.asarray(HIDDEN(vlm, *jax.device_put((whole, known), P(BATCH)), (1, 4), pictures))
+  forced = np.asarray(HIDDEN(vlm, *jax.device_put((whole, known), P(BATCH)), (1, 4), images))
   for row, n in enumerate(lengths):
     np.testing.assert_allclose(np.asarray(out.hidden)[row], forced[row, n:n + 64], rtol=1e-4, atol=1e-4 * np.abs(forced).max())
 
 
 def test_one_device_equals_eight(folder):
-  tokens, valid, pictures = batch()
-  sharded = HIDDEN(qwen3_vl.load(folder, jnp.float32), tokens, valid, (1, 4), pictures)
+  tokens, valid, images = batch()
+  sharded = HIDDEN(qwen3_vl.load(folder, jnp.float32), tokens, valid, (1, 4), images)
   with one_device():
-    inputs = jax.tree.map(np.asarray, (tokens, valid, pictures))
+    inputs = jax.tree.map(np.asarray, (tokens, valid, images))
     alone = HIDDEN(qwen3_vl.load(folder, jnp.float32), *inputs[:2], (1, 4), inputs[2])
   np.testing.assert_allclose(sharded, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_changes_nothing(folder):
-  """Neither what stands on padded places, nor patches of no picture, nor which side the padding is on."""
+  """Neither what stands on padded places, nor patches of no image, nor which side the padding is on."""
   vlm = qwen3_vl.load(folder, jnp.float32)
-  tokens, valid, pictures = jax.tree.map(np.asarray, batch())
+  tokens, valid, images = jax.tree.map(np.asarray, batch())
   lengths = valid.sum(1)
-  spoiled = pictures.patches.copy()
+  spoiled = images.patches.copy()
   for row in range(len(tokens)):
-    spoiled[row, pictures.grids[row].prod(-1).sum():] = 1e6
-  noise = np.where(valid, tokens, PICTURE).astype(np.int32)
+    spoiled[row, images.grids[row].prod(-1).sum():] = 1e6
+  noise = np.where(valid, tokens, IMAGE).astype(np.int32)
   left = [np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(lengths)]) for x in (tokens, valid)]
   one, two, three = (np.asarray(HIDDEN(vlm, *jax.device_put((a, b), P(BATCH)), (1, 4),
-                                       jax.device_put(Pictures(c, pictures.grids), P(BATCH))))
-                     for a, b, c in ((tokens, valid, pictures.patches), (noise, valid, spoiled),
-                                     (*left, pictures.patches)))
+                                       jax.device_put(PackedImages(c, images.grids), P(BATCH))))
+                     for a, b, c in ((tokens, valid, images.patches), (noise, valid, spoiled),
+                                     (*left, images.patches)))
   np.testing.assert_array_equal(one[valid], two[valid])
   np.testing.assert_allclose(one[valid], three[left[1]], rtol=1e-4, atol=1e-4)
 
@@ -204,29 +205,29 @@ def test_padding_changes_nothing(folder):
 def test_queries_in_turns_see_the_same(folder, monkeypatch):
   """In three parts of 14 patches, the last one padded, and in one of all 40."""
   vlm = qwen3_vl.load(folder, jnp.float32)
-  _, _, pictures = batch()
-  dense = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *pictures)
+  _, _, images = batch()
+  dense = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
   monkeypatch.setattr(qwen3_vl, 'QUERIES', 16)
-  turns = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *pictures)
+  turns = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
   assert turns.sharding == dense.sharding
   np.testing.assert_allclose(turns, dense, rtol=1e-5, atol=1e-5)
-  jaxpr = jax.make_jaxpr(lambda vlm, *x: vlm.vision(*x))(vlm, *pictures)
+  jaxpr = jax.make_jaxpr(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
   assert '40,40' not in str(jaxpr) and '14,40' in str(jaxpr)
 
 
-def test_missing_pictures_are_not_silent(folder):
-  """More picture tokens than pictures give NaN, in that example alone; pictures that no token asks for are unused."""
+def test_missing_images_are_not_silent(folder):
+  """More image tokens than images give NaN, in that example alone; images that no token asks for are unused."""
   vlm = qwen3_vl.load(folder, jnp.float32)
-  tokens, valid, pictures = batch()
-  grids = np.array(pictures.grids)
+  tokens, valid, images = batch()
+  grids = np.array(images.grids)
   grids[0, 1] = 0
-  one_short = tokens, valid, Pictures(pictures.patches, jax.device_put(grids, P(BATCH)))
+  one_short = tokens, valid, PackedImages(images.patches, jax.device_put(grids, P(BATCH)))
   too_large = batch([*MIXED[:2], [(6, 8)], MIXED[3]])  # 48 patches where there is room for 40
   for inputs, bad in ((one_short, [True, False, False, False]), (too_large, [False, False, True, False])):
     hidden = np.asarray(HIDDEN(vlm, *inputs[:2], (1, 4), inputs[2]))
     np.testing.assert_array_equal(np.isnan(hidden).any(axis=(1, 2, 3)), bad)
   with pytest.raises(ValueError, match='multiple of 4'):
-    vlm.pictures(Pictures(pictures.patches[:, :18], pictures.grids))
+    vlm.image_features(PackedImages(images.patches[:, :18], images.grids))
 
 
 def test_gradients_have_the_parameters_types(folder):
@@ -261,8 +262,8 @@ def test_presets_type_check_at_full_size(mesh, name, billions):
     tokens, valid, patches, grids = (jax.ShapeDtypeStruct((256, *shape), dtype, sharding=rows) for shape, dtype in (
         ((700,), jnp.int32), ((700,), bool), ((1600, 1536), jnp.float32), ((3, 2), jnp.int32)))
     taps = (2, 5, 26)
-    hidden = jax.eval_shape(lambda *x: Qwen3VL.hidden(*x[:3], taps, x[3]), vlm, tokens, valid, Pictures(patches, grids))
-    logits = jax.eval_shape(Qwen3VL.logits, vlm, tokens, valid, Pictures(patches, grids))
+    hidden = jax.eval_shape(lambda *x: Qwen3VL.hidden(*x[:3], taps, x[3]), vlm, tokens, valid, PackedImages(patches, grids))
+    logits = jax.eval_shape(Qwen3VL.logits, vlm, tokens, valid, PackedImages(patches, grids))
   assert hidden.shape == (256, 700, 3, config.text.width) and hidden.sharding.spec[0] == BATCH
   assert hidden.dtype == jnp.bfloat16 and logits.shape == (256, 700, config.text.vocab)
   assert qwen3_vl.Qwen3VLConfig.from_json(config.to_json()) == config
@@ -278,29 +279,29 @@ def test_processor_parity(limits):
   settings = dict(patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5, 0.4, 0.3],
                   image_std=[0.5, 0.25, 0.5])
   theirs = Qwen2VLImageProcessorPil(size=dict(shortest_edge=limits[0], longest_edge=limits[1]), **settings)
-  config = qwen_images.PixelConfig.from_json(json.loads(theirs.to_json_string()))
+  config = qwen_patches.PixelConfig.from_json(json.loads(theirs.to_json_string()))
   rng = np.random.default_rng(0)
-  pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
-  wanted = theirs([Image.fromarray(picture) for picture in pictures], return_tensors='np')
-  cut = [qwen_images.patches(picture, config) for picture in pictures]
+  images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+  wanted = theirs([Image.fromarray(image) for image in images], return_tensors='np')
+  cut = [qwen_patches.patches(image, config) for image in images]
   np.testing.assert_array_equal([(1, *grid) for _, grid in cut], wanted['image_grid_thw'])
   np.testing.assert_allclose(np.concatenate([each for each, _ in cut]), wanted['pixel_values'], rtol=0, atol=1e-5)
 
 
 def test_processor_errors_and_packing():
-  config = qwen_images.PixelConfig(min_pixels=1024, max_pixels=16384)
-  assert config == qwen_images.PixelConfig.from_json(dict(
+  config = qwen_patches.PixelConfig(min_pixels=1024, max_pixels=16384)
+  assert config == qwen_patches.PixelConfig.from_json(dict(
       min_pixels=1024, max_pixels=16384, patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3,
       image_std=[0.5] * 3))
-  pictures = [np.full((64, 32, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)]
-  packed = qwen_images.pack(pictures, config, 16, 3)
+  images = [np.full((64, 32, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)]
+  packed = qwen_patches.pack(images, config, 16, 3)
   np.testing.assert_array_equal(packed.grids, [(4, 2), (2, 2), (0, 0)])
   np.testing.assert_array_equal(packed.patches[:, 0], [1] * 8 + [-1] * 4 + [0] * 4)
-  assert not qwen_images.pack([], config, 16, 3).grids.any()
+  assert not qwen_patches.pack([], config, 16, 3).grids.any()
   for room, count in ((8, 3), (16, 1)):
-    with pytest.raises(ValueError, match='2 pictures of 12 patches do not fit'):
-      qwen_images.pack(pictures, config, room, count)
+    with pytest.raises(ValueError, match='2 images of 12 patches do not fit'):
+      qwen_patches.pack(images, config, room, count)
   with pytest.raises(ValueError, match='200 times'):
-    qwen_images.patches(np.zeros((1, 201, 3), np.uint8), config)
+    qwen_patches.patches(np.zeros((1, 201, 3), np.uint8), config)
   with pytest.raises(ValueError, match='shortest_edge'):
-    qwen_images.PixelConfig.from_json({'size': {'height': 3}})
+    qwen_patches.PixelConfig.from_json({'size': {'height': 3}})

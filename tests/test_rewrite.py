@@ -9,29 +9,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from unifusion_jax import config
-from unifusion_jax import hub
-from unifusion_jax import generate
-from unifusion_jax import jobs
-from unifusion_jax import rewrite
-from unifusion_jax import sharding
-from unifusion_jax import verifi
-from unifusion_jax.data import images
-from unifusion_jax.data import mix
-from unifusion_jax.data import pipeline
-from unifusion_jax.data import rewrites
-from unifusion_jax.data import sources
+from unifusion_jax import config, jobs, sharding, verifi
+from unifusion_jax.commands import rewrite
+from unifusion_jax.data import imaging, loader, mix, rewrites, sources
+from unifusion_jax.models import text_generation
+from unifusion_jax.weights import hub
 
 ASKED = ('make it blue', 'make it green', 'make it blue', 'remove it', 'endless', 'silent')
 
 
 @pytest.fixture
 def listed(tmp_path):
-  """A list of edits of one picture, one of them twice, and a text prompt."""
+  """A list of edits of one image, one of them twice, and a text prompt."""
   folder = tmp_path / 'own'
   for i in range(2):
     noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    images.write_png(folder / f'{i}.png', noise)
+    imaging.write_png(folder / f'{i}.png', noise)
   rows = [dict(references=['0.png'], instruction=text, target='1.png', caption='a caption') for text in ASKED]
   rows.append(dict(references=[], instruction='', target='0.png', caption='a red circle'))
   (folder / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -42,7 +35,7 @@ def listed(tmp_path):
 def asks(recipe, listed):
   """`asks(changes)` -> a Config over that list."""
   def make(rewrites=None, **changes):
-    data = dataclasses.replace(recipe().data, path=str(listed), tasks=('edit',), text_tokens=(112,), rewrites=rewrites)
+    data = dataclasses.replace(recipe().data, path=str(listed), tasks=('edit',), max_prompt_tokens=(112,), rewrites=rewrites)
     return recipe(data=data, rewrite=rewrite.RewriteConfig(batch_size=4, **changes))
   return make
 
@@ -63,7 +56,7 @@ def echo(monkeypatch, recipe):
       written = {'silent': [*stop_ids], 'endless': list(chat.text_ids('red ' * max_new))[:max_new]}.get(text, written)
       out[row, :len(written)] = written
       lengths.append(len(written))
-    return generate.Generated(sharding.put(out), sharding.put(np.array(lengths)), None, None, None)
+    return text_generation.Generated(sharding.shard(out), sharding.shard(np.array(lengths)), None, None, None)
 
   def run(config, workdir, mesh):
     asked.clear()
@@ -79,26 +72,26 @@ def test_every_request_is_written_once_and_read_in_training(asks, echo, mesh, tm
   assert echo(asks(), tmp_path, mesh) == {*ASKED, 'a red circle'}
   folder = tmp_path / 'rewrites'
   lines = [json.loads(line) for line in (folder / 'rewrites-00000.jsonl').read_text().splitlines()]
-  assert len(lines) == len({line['key'] for line in lines}) == 6  # one of seven asks the same of the same picture
+  assert len(lines) == len({line['key'] for line in lines}) == 6  # one of seven asks the same of the same image
   assert sorted(sum((line['texts'] for line in lines), [])) == sorted({*ASKED[:4], 'a red circle'})
   said = capsys.readouterr().out
   assert '4 rewrites' in said and '2 without words, end or room left out' in said
 
   made = asks(rewrites=str(folder))
-  chat = jobs.transforms.layout(made).chat
+  chat = jobs.transforms.prompt_encoder(made).chat
   (source, _), = mix.mix(made.data)
   for i, text in enumerate((*ASKED[:4], 'a red circle')):
     record = source[i if i < 4 else 6]
     assert [chat.read(ids) for ids in record['rewrites']] == [text]
   assert source[4]['rewrites'] == source[5]['rewrites'] == []
   _, transform = jobs.build(made).data()
-  transform = dataclasses.replace(transform, drop=0.0, drop_pictures=0.0, drop_written=0.0)
+  transform = dataclasses.replace(transform, cond_dropout=0.0, image_dropout=0.0, text_dropout=0.0)
   for i, text in ((1, 'make it green'), (4, 'endless')):  # a request without a rewrite is kept itself
     example = transform(source[i], np.random.default_rng(0))
-    kept = example['tokens'][example['keep'][example['keep_mask']]]
+    kept = example['input_ids'][example['cond_index'][example['cond_mask']]]
     assert chat.read(kept[16:]) == text
-  batches = pipeline.batches(mix.mix(made.data), transform, 8)
-  assert next(batches)['tokens'].shape[0] == 8
+  batches = loader.batches(mix.mix(made.data), transform, 8)
+  assert next(batches)['input_ids'].shape[0] == 8
   batches.close()
 
 
@@ -139,8 +132,8 @@ def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, 
   rooms = {}
   for text in (60, 112):
     made = asks()
-    made.data.text_tokens = (text,)
-    made.data.written_tokens = (44,)
+    made.data.max_prompt_tokens = (text,)
+    made.data.max_rewrite_tokens = (44,)
     echo(made, tmp_path / str(text), mesh)
     rooms[text], = (json.loads(line)['texts'] for line in (tmp_path / str(text) / 'rewrites' / 'rewrites-00000.jsonl').open())
   assert rooms == {60: [], 112: [request.strip()]}
@@ -148,7 +141,7 @@ def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, 
 
 def test_a_rewrite_is_held_to_the_room_of_its_task(asks, echo, mesh, tmp_path, monkeypatch):
   made = asks()
-  made.data = dataclasses.replace(made.data, tasks=('edit', 't2i'), weights=(0.5, 0.5), text_tokens=(112, 112), written_tokens=(2, 30))
+  made.data = dataclasses.replace(made.data, tasks=('edit', 't2i'), weights=(0.5, 0.5), max_prompt_tokens=(112, 112), max_rewrite_tokens=(2, 30))
   records = mix.mix(dataclasses.replace(made.data, rewrites=None))[0][0]
   monkeypatch.setattr(type(records), '__getitem__', _with_task(type(records).__getitem__))
   echo(made, tmp_path, mesh)

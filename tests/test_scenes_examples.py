@@ -8,16 +8,16 @@ import re
 import numpy as np
 import pytest
 
-from unifusion_jax.data.scenes import language, splits, words
-from unifusion_jax.data.scenes.constraints import RELATIONS, Constraints
-from unifusion_jax.data.scenes.edits import EDIT_KINDS, Edit, random_edit
-from unifusion_jax.data.scenes.examples import TASKS, WORDS, aspect, example, references
-from unifusion_jax.data.scenes.multi import MULTI_KINDS, random_multi
-from unifusion_jax.data.scenes.pointing import EXTREMES, Pointer, random_pointer, resolve
-from unifusion_jax.data.scenes.questions import NUMBERS, QUESTION_KINDS, random_question
-from unifusion_jax.data.scenes.render import render
-from unifusion_jax.data.scenes.sample import fits, random_scene
-from unifusion_jax.data.scenes.scene import Background, Object, Scene, canvas
+from unifusion_jax.scenes import language, splits, words
+from unifusion_jax.scenes.composition import fits, random_scene
+from unifusion_jax.scenes.constraints import Constraints, RELATIONS
+from unifusion_jax.scenes.edits import Edit, EDIT_KINDS, random_edit
+from unifusion_jax.scenes.examples import aspect, example, references, TASKS, WORDS
+from unifusion_jax.scenes.multi import MULTI_KINDS, random_multi
+from unifusion_jax.scenes.pointing import EXTREMES, Pointer, random_pointer, resolve
+from unifusion_jax.scenes.questions import NUMBERS, QUESTION_KINDS, random_question
+from unifusion_jax.scenes.render import render
+from unifusion_jax.scenes.world import Background, canvas, Object, Scene
 
 POINTING = ('recolour', 'resize', 'move', 'remove', 'replace', 'refill', 'swap')
 
@@ -65,8 +65,8 @@ def test_examples_are_pure_and_complete(task):
     assert set(e) == {'task', 'references', 'instruction', 'caption', 'target', 'kind', 'style', 'source', 'scene',
                       'constraints'} | ({'more'} if (task, split) == ('question', 'train') else set())
     assert e['task'] == task and e['instruction'] and e['caption'] and e['kind']
-    for picture, text in zip(e['references'], e['source'], strict=True):
-      np.testing.assert_array_equal(picture, render(Scene.from_json(text), 64))
+    for image, text in zip(e['references'], e['source'], strict=True):
+      np.testing.assert_array_equal(image, render(Scene.from_json(text), 64))
     if task in ('caption', 'question', 'rewrite'):
       assert e['target'] is None and not e['scene']
     else:
@@ -74,28 +74,28 @@ def test_examples_are_pure_and_complete(task):
       assert language.describe(language.constraints_from_json(e['constraints'])) == e['caption']
     assert len(e['references']) in {'t2i': (0,), 'rewrite': (0,), 'multi': (2, 3)}.get(task, (1,))
     assert len(e['references']) == references(task, split, i)
-    bare = example(task, split, i, pictures=False)
+    bare = example(task, split, i, images=False)
     assert (bare['references'], bare['target']) == ([], None)
     assert {k: bare[k] for k in ('instruction', 'caption', 'scene')} == {k: e[k] for k in (
         'instruction', 'caption', 'scene')}
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_aspect_tells_the_shape_of_the_picture(task):
+def test_aspect_tells_the_shape_of_the_image(task):
   seen = set()
   for i in range(60):
     e, said = example(task, 'test', i, size=32), aspect(task, 'test', i)
     seen.add(said)
-    picture = e['target'] if e['target'] is not None else next(iter(e['references']), None)
-    if picture is not None:
-      assert picture.dtype == np.uint8 and picture.shape == (*canvas(said, 32)[::-1], 3)
+    image = e['target'] if e['target'] is not None else next(iter(e['references']), None)
+    if image is not None:
+      assert image.dtype == np.uint8 and image.shape == (*canvas(said, 32)[::-1], 3)
   assert seen == {'square', 'wide', 'tall'}
 
 
 def test_the_number_of_objects_can_be_chosen():
   for objects, i in itertools.product((1, 2, 3, 4), range(10)):
     for task, split in itertools.product(('t2i', 'rewrite'), splits.SPLITS):
-      e = example(task, split, i, objects=objects, pictures=False)
+      e = example(task, split, i, objects=objects, images=False)
       assert len(json.loads(e['constraints'])['objects']) == objects
 
 
@@ -132,10 +132,10 @@ def test_heldout_things_occur_in_heldout_only(task):
   count = 150 if task == 'multi' else 700
   for i in range(count):
     for split in ('train', 'test'):
-      e = example(task, split, i, pictures=False)
+      e = example(task, split, i, images=False)
       assert not heldout_things(task, e), e
     if i < count // 4:
-      e = example(task, 'heldout', i, pictures=False)
+      e = example(task, 'heldout', i, images=False)
       assert heldout_things(task, e), e
 
 
@@ -144,11 +144,11 @@ def test_heldout_lists_are_what_they_say():
   rng = np.random.default_rng(0)
   forms = {'objects': 0, 'relations': 0, 'edits': 0}
   for i in range(150):
-    forms['objects'] += any(map(splits.scene_is_heldout, scenes_of(example('t2i', 'heldout', i, pictures=False))))
-    e = example('rewrite', 'heldout', i, pictures=False)
+    forms['objects'] += any(map(splits.scene_is_heldout, scenes_of(example('t2i', 'heldout', i, images=False))))
+    e = example('rewrite', 'heldout', i, images=False)
     forms['relations'] += bool(json.loads(e['constraints'])['relations'])
     forms['edits'] += any(f.startswith('edit') for f in heldout_things('edit', example(
-        'edit', 'heldout', i, pictures=False)))
+        'edit', 'heldout', i, images=False)))
   assert min(forms.values()) > 15
   assert splits.scene_is_heldout(splits.with_heldout_object(rng, random_scene(rng)))
 
@@ -326,7 +326,7 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       assert sorted(attributes(answer)) == sorted(map(attributes_of, there)), (text, scene)
       spoken.add(relation)
     if kind == 'wrong':
-      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the picture shows (.*): what is wrong\?|what should be different in this: (.*)\?', text)
+      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the image shows (.*): what is wrong\?|what should be different in this: (.*)\?', text)
       claimed, = filter(None, claimed.groups())
       assert shown(claimed, scene) == (answer == 'nothing'), (text, scene)
       if answer != 'nothing' and language.parse(answer):  # what should have been said is true, and was not said
@@ -358,11 +358,11 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
 
 
 def test_prompts_stay_short():
-  assert all(len(example('t2i', 'train', i, pictures=False)['instruction'].split()) <= WORDS for i in range(300))
+  assert all(len(example('t2i', 'train', i, images=False)['instruction'].split()) <= WORDS for i in range(300))
 
 
 def test_test_prompts_are_half_heldout_language():
-  styles = [example(task, 'test', i, pictures=False)['style'] for task in ('t2i', 'edit') for i in range(150)]
+  styles = [example(task, 'test', i, images=False)['style'] for task in ('t2i', 'edit') for i in range(150)]
   assert 0.4 < styles.count('heldout') / 300 < 0.6
-  assert 'heldout' not in {example(task, 'train', i, pictures=False)['style'] for task in ('t2i', 'edit')
+  assert 'heldout' not in {example(task, 'train', i, images=False)['style'] for task in ('t2i', 'edit')
                            for i in range(200)}

@@ -1,18 +1,29 @@
 """The canonical language is exact in both directions, and every prompt carries just what its constraints say."""
 
+from collections import Counter
 import itertools
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
 
-from unifusion_jax.data.scenes import language, prompts, words
-from unifusion_jax.data.scenes.constraints import RELATIONS, Constraints, Wanted
-from unifusion_jax.data.scenes.edits import EDIT_KINDS, INSTRUCTIONS
-from unifusion_jax.data.scenes.sample import random_background, random_scene
-from unifusion_jax.data.scenes.scene import (
-    ASPECTS, BACKGROUND_COLOURS, BACKGROUND_KINDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Background, Object, Scene)
+from unifusion_jax.scenes import language, prompts, words
+from unifusion_jax.scenes.composition import random_background, random_scene
+from unifusion_jax.scenes.constraints import Constraints, RELATIONS, Wanted
+from unifusion_jax.scenes.edits import EDIT_KINDS, INSTRUCTIONS
+from unifusion_jax.scenes.world import (
+  ASPECTS,
+  Background,
+  BACKGROUND_COLOURS,
+  BACKGROUND_KINDS,
+  COLOURS,
+  FILLS,
+  Object,
+  PLACES,
+  Scene,
+  SHAPES,
+  SIZES,
+)
 
 SCENE = Scene(
     (Object('circle', 'red', 'large', 'solid', 0.5, 0.5), Object('star', 'blue', 'small', 'striped', 0.2, 0.2)),

@@ -6,31 +6,31 @@ import itertools
 import numpy as np
 import pytest
 
-from unifusion_jax.data.scenes import scene as world
-from unifusion_jax.data.scenes.render import render
-from unifusion_jax.data.scenes.sample import fits, place_object, random_scene
-from unifusion_jax.data.scenes.scene import Background, Object, Scene
+from unifusion_jax.scenes import world
+from unifusion_jax.scenes.composition import fits, place_object, random_scene
+from unifusion_jax.scenes.render import render
+from unifusion_jax.scenes.world import Background, Object, Scene
 
 PLAIN = Background('plain', ('cream',))
 
 
 def test_a_solid_square_is_its_colour_inside_and_the_background_outside():
-  picture = render(Scene((Object('square', 'blue', 'large', 'solid', 0.5, 0.25),), PLAIN))
-  assert picture.dtype == np.uint8 and picture.shape == (64, 64, 3)
+  image = render(Scene((Object('square', 'blue', 'large', 'solid', 0.5, 0.25),), PLAIN))
+  assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
   half = world.SIZES['large'] * 64 / 2 ** 0.5
   rows, columns = (np.abs(np.arange(64) + 0.5 - centre) for centre in (16, 32))
   inside = (rows[:, None] < half - 1) & (columns < half - 1)
   outside = (rows[:, None] > half + 1) | (columns > half + 1)
-  assert (picture[inside] == world.COLOURS['blue']).all()
-  assert (picture[outside] == world.BACKGROUND_COLOURS['cream']).all()
+  assert (image[inside] == world.COLOURS['blue']).all()
+  assert (image[outside] == world.BACKGROUND_COLOURS['cream']).all()
 
 
 @pytest.mark.parametrize('shape', world.SHAPES)
 def test_every_shape_stays_within_its_radius_and_fills_hold_less_and_less(shape):
   areas = {}
   for size, fill in itertools.product(world.SIZES, world.FILLS):
-    picture = render(Scene((Object(shape, 'black', size, fill, 0.5, 0.5),), PLAIN)).astype(float)
-    share = (world.BACKGROUND_COLOURS['cream'][0] - picture[..., 0]) / (world.BACKGROUND_COLOURS['cream'][0] - 15)
+    image = render(Scene((Object(shape, 'black', size, fill, 0.5, 0.5),), PLAIN)).astype(float)
+    share = (world.BACKGROUND_COLOURS['cream'][0] - image[..., 0]) / (world.BACKGROUND_COLOURS['cream'][0] - 15)
     y, x = np.nonzero(share > 0.1)
     assert np.hypot(x + 0.5 - 32, y + 0.5 - 32).max() < world.SIZES[size] * 64 + 0.8
     areas[size, fill] = share.sum()
@@ -54,7 +54,7 @@ def test_a_scene_is_the_same_at_every_size(aspect):
       assert np.abs(reduced - small).mean() < 1.5  # positions are rounded to a quarter of a pixel of each size
 
 
-def test_the_mirrored_picture_is_the_picture_of_the_mirrored_scene():
+def test_the_mirrored_image_is_the_image_of_the_mirrored_scene():
   rng = np.random.default_rng(2)
   for _ in range(10):
     scene = dataclasses.replace(random_scene(rng), background=PLAIN)

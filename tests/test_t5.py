@@ -8,14 +8,15 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_internvl import one_device, relative
 import torch
 import transformers
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from test_internvl import one_device, relative
-from unifusion_jax import convert, sharding
+from unifusion_jax import sharding
 from unifusion_jax.models import t5
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import convert
 
 SIZES = dict(vocab_size=64, d_model=32, d_kv=12, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj='gated-gelu',
              relative_attention_num_buckets=8, relative_attention_max_distance=12, tie_word_embeddings=False)
@@ -95,7 +96,7 @@ def test_errors(tmp_path):
       t5.T5Config.from_json(config | change)
   torch_model().save_pretrained(tmp_path)
   ours, (tokens, valid) = t5.load(tmp_path, jnp.float32), batch()
-  with pytest.raises(ValueError, match='no pictures'):
+  with pytest.raises(ValueError, match='no images'):
     ours.hidden(tokens, valid, (1,), jnp.zeros(()))
   with pytest.raises(ValueError, match=r'0 \.\. 4'):
     ours.hidden(tokens, valid, (2, 1, 4))

@@ -7,8 +7,8 @@ import pytest
 import sentencepiece
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from unifusion_jax import tokenizers
 from unifusion_jax import verifi
+from unifusion_jax.weights import tokenizers
 
 SIZE = 500  # pieces, of which added tokens replace the last two
 FIRST = SIZE - 2
@@ -81,7 +81,7 @@ def test_what_is_not_internlm2s_is_refused(tmp_path):
       tokenizers.load(str(folder))
   (folder / 'tokenizer.model').unlink()
   tokenizers.load.cache_clear()
-  with pytest.raises(FileNotFoundError, match='no tokenizer.model'):
+  with pytest.raises(ValueError, match='no tokenizer.model'):
     tokenizers.load(str(folder))
 
 

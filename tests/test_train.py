@@ -12,14 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from unifusion_jax import config
-from unifusion_jax import encoders
-from unifusion_jax import jobs
-from unifusion_jax import sharding
-from unifusion_jax import step
-from unifusion_jax import train
-from unifusion_jax.data import pipeline
+from unifusion_jax import config, jobs, sharding
+from unifusion_jax.commands import train
+from unifusion_jax.data import loader
 from unifusion_jax.models import layers
+from unifusion_jax.training import step
+from unifusion_jax.weights import encoders
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -79,7 +77,7 @@ def losses(recipe, shape, name):
   optim = 'adamw' if name == 'aligned' else name
   made = recipe(mesh=sharding.MeshConfig(*shape), optim=dataclasses.replace(recipe().optim, name=optim, warmup=0))
   if name == 'aligned':
-    made.objective.align, made.objective.align_depth = 0.5, 1
+    made.objective.repa_weight, made.objective.repa_depth = 0.5, 1
   devices = int(np.prod(shape))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES,
                            axis_types=(jax.sharding.AxisType.Explicit,) * 3)
@@ -90,11 +88,11 @@ def losses(recipe, shape, name):
     tx = step.optimizer(made.optim, 4)
     state = jax.jit(lambda: step.init(job.draw_params(), tx))()
     train_step = step.make_train_step(job.loss, tx, made.optim)
-    data = pipeline.batches(*job.data(), 8)
+    data = loader.batches(*job.data(), 8)
     for _ in range(3):
       batch = next(data)
       batch.pop('skipped')
-      state, scalars = train_step(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
+      state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(0))
       out.append([float(scalars['loss']), float(scalars['gradient_norm'])])
     data.close()
   return np.array(out)
@@ -102,7 +100,7 @@ def losses(recipe, shape, name):
 
 def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
   """References of other sizes than the target, in batches of one shape."""
-  data = dataclasses.replace(recipe().data, tasks=('edit',), text_tokens=(132,), written_tokens=(52,))
+  data = dataclasses.replace(recipe().data, tasks=('edit',), max_prompt_tokens=(132,), max_rewrite_tokens=(52,))
   made = recipe(vlm=str(qwen), data=data, train=config.TrainConfig(steps=2, log_every=1, save_every=2))
   state = train.train(made, tmp_path, mesh)
   assert int(state.step) == 2
@@ -110,23 +108,23 @@ def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
 
 
 def test_the_vlm_writes_as_training_goes(recipe, mesh, tmp_path):
-  made = recipe(objective=dataclasses.replace(recipe().objective, online=True), train=config.TrainConfig(steps=2, log_every=1))
+  made = recipe(objective=dataclasses.replace(recipe().objective, rewrite_online=True), train=config.TrainConfig(steps=2, log_every=1))
   assert int(train.train(made, tmp_path, mesh).step) == 2
 
 
 def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   made = recipe()
   job = jobs.build(made)
-  data = pipeline.batches(*job.data(), 8, 0)
+  data = loader.batches(*job.data(), 8, 0)
   batch = next(data)
   data.close()
   batch.pop('skipped')
   frozen, params, key = job.load_frozen(), job.init_params(), jax.random.key(3)
-  job.config.objective.draws = 3
-  drawn = jax.jit(job.loss)(params, frozen, sharding.put_batch(batch, mesh), key)[0]
-  job.config.objective.draws = 1
+  job.config.objective.noises_per_example = 3
+  drawn = jax.jit(job.loss)(params, frozen, sharding.shard_batch(batch, mesh), key)[0]
+  job.config.objective.noises_per_example = 1
   many = {name: np.repeat(x, 3, axis=0) for name, x in batch.items()}
-  alone = jax.jit(lambda *a: job.loss(*a))(params, frozen, sharding.put_batch(many, mesh), key)[0]
+  alone = jax.jit(lambda *a: job.loss(*a))(params, frozen, sharding.shard_batch(many, mesh), key)[0]
   np.testing.assert_allclose(drawn, alone, rtol=1e-5)
 
 
@@ -193,22 +191,22 @@ def test_accumulation_adds_up():
 
 
 def test_accumulated_edits_are_the_mean_of_their_parts(recipe, mesh):
-  """The real loss, pictures in the batch: every other edit with its own key, as if each half were a batch."""
-  data = dataclasses.replace(recipe().data, tasks=('edit',), text_tokens=(132,), written_tokens=(52,), batch_size=16)
+  """The real loss, images in the batch: every other edit with its own key, as if each half were a batch."""
+  data = dataclasses.replace(recipe().data, tasks=('edit',), max_prompt_tokens=(132,), max_rewrite_tokens=(52,), batch_size=16)
   made = recipe(data=data, optim=dataclasses.replace(recipe().optim, accumulate=2))
   job = jobs.build(made)
   frozen, tx = job.load_frozen(), step.optimizer(made.optim, 4)
   state = jax.jit(lambda: step.init(job.draw_params(), tx))()
-  batches = pipeline.batches(*job.data(), 16)
+  batches = loader.batches(*job.data(), 16)
   batch = next(batches)
   batches.close()
   batch.pop('skipped')
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
   gradient = jax.jit(jax.value_and_grad(job.loss, has_aux=True))
-  parts = [gradient(state.params, frozen, sharding.put_batch({name: x[k::2] for name, x in batch.items()}, mesh), keys[k])
+  parts = [gradient(state.params, frozen, sharding.shard_batch({name: x[k::2] for name, x in batch.items()}, mesh), keys[k])
            for k in range(2)]
   (_, losses), gradients = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
-  _, metrics = step.make_train_step(job.loss, tx, made.optim)(state, frozen, sharding.put_batch(batch, mesh), jax.random.key(0))
+  _, metrics = step.make_train_step(job.loss, tx, made.optim)(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(0))
   np.testing.assert_allclose(metrics['loss'], losses['loss'], rtol=1e-4)
   np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradients), rtol=1e-3)
 
@@ -241,7 +239,7 @@ def _poisoned(make, at):
 
 
 def test_a_leap_of_the_loss_stops():
-  watch = train._Watch(3.0)
+  watch = train.DivergenceGuard(3.0)
   for i in range(120):
     watch(i, dict(loss=1.0 + 0.01 * (i % 3), gradient_norm=1.0))
   for i in range(120, 129):
@@ -299,8 +297,8 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.sample, 'eta', 1.5), 'sample.eta=1.5 must be between 0 and 1'),
     (lambda c: (setattr(c.sample, 'eta', 1.0), setattr(c.sample, 'method', 'heun')), "and 0 with sample.method='heun'"),
-    (lambda c: setattr(c.objective, 'drop', 2.0), 'objective.drop=2.0'),
-    (lambda c: setattr(c.objective, 'draws', 0), 'objective.draws=0'),
+    (lambda c: setattr(c.objective, 'cond_dropout', 2.0), 'objective.cond_dropout=2.0'),
+    (lambda c: setattr(c.objective, 'noises_per_example', 0), 'objective.noises_per_example=0'),
     (lambda c: setattr(c, 'eval', config.EvalConfig(study='verifi', split='heldout')), 'only the split test'),
     (lambda c: setattr(c, 'eval', config.EvalConfig(study='times')), 'eval.split=train'),
 ])

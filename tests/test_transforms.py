@@ -6,61 +6,58 @@ import numpy as np
 import pytest
 
 from unifusion_jax import config
-from unifusion_jax.data import eyes
-from unifusion_jax.data import sources
-from unifusion_jax.data import transforms
-from unifusion_jax.data.scenes import examples
-from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.data import sources, transforms, vision_inputs
+from unifusion_jax.scenes import examples, world
 
-LAYOUT = transforms.Layout(str(config.ASSETS / 'vlm'), eyes.Tiles(64, 16, 1), 132, 52,
+LAYOUT = transforms.PromptEncoder(str(config.ASSETS / 'vlm'), vision_inputs.TiledImages(64, 16, 1), 132, 52,
                            (('edit', 110, 50), ('question', 80, 12)))
 EDIT = examples.example('edit', 'train', 3)
 
 
 def kept_ids(example):
-  return list(example['tokens'][example['keep'][example['keep_mask']]])
+  return list(example['input_ids'][example['cond_index'][example['cond_mask']]])
 
 
-def test_an_edit_keeps_its_picture_and_the_written_caption():
-  example = transforms.Generate(LAYOUT, drop=0, drop_pictures=0)(EDIT, np.random.default_rng(0))
+def test_an_edit_keeps_its_image_and_the_written_caption():
+  example = transforms.GenerationExample(LAYOUT, cond_dropout=0, image_dropout=0)(EDIT, np.random.default_rng(0))
   chat = LAYOUT.chat
-  assert kept_ids(example) == [chat.picture_id] * 16 + list(chat.text_ids(EDIT['caption'])) + list(chat.stop_ids)
+  assert kept_ids(example) == [chat.image_id] * 16 + list(chat.text_ids(EDIT['caption'])) + list(chat.stop_ids)
   assert example['tiles'].shape == (1, 64, 64, 3) and example['target'].min() >= -1 and example['target'].max() <= 1
-  assert (len(example['tokens']), len(example['keep'])) == LAYOUT.lengths(1, 'edit') != LAYOUT.lengths(1)
+  assert (len(example['input_ids']), len(example['cond_index'])) == LAYOUT.lengths(1, 'edit') != LAYOUT.lengths(1)
 
 
 @pytest.mark.parametrize('drops, wanted', [
-    (dict(drop=1), 'stop'), (dict(drop=0, drop_pictures=1), 'text'), (dict(drop=0, drop_pictures=0, drop_written=1), 'picture'),
-    (dict(drop=0, drop_pictures=0, raw=1), 'raw')])
+    (dict(cond_dropout=1), 'stop'), (dict(cond_dropout=0, image_dropout=1), 'text'), (dict(cond_dropout=0, image_dropout=0, text_dropout=1), 'image'),
+    (dict(cond_dropout=0, image_dropout=0, instruction_prob=1), 'raw')])
 def test_dropping(drops, wanted):
   chat = LAYOUT.chat
-  example = transforms.Generate(LAYOUT, **drops)(EDIT, np.random.default_rng(0))
-  whole = transforms.Generate(LAYOUT, drop=0, drop_pictures=0)(EDIT, np.random.default_rng(0))
+  example = transforms.GenerationExample(LAYOUT, **drops)(EDIT, np.random.default_rng(0))
+  whole = transforms.GenerationExample(LAYOUT, cond_dropout=0, image_dropout=0)(EDIT, np.random.default_rng(0))
   assert {k: v.shape for k, v in example.items()} == {k: v.shape for k, v in whole.items()}
-  stop, pictures = list(chat.stop_ids), [chat.picture_id] * 16
+  stop, images = list(chat.stop_ids), [chat.image_id] * 16
   assert kept_ids(example) == {
-      'stop': stop, 'text': list(chat.text_ids(EDIT['caption'])) + stop, 'picture': pictures + stop,
-      'raw': pictures + list(chat.text_ids(EDIT['instruction'])) + stop}[wanted]
-  if wanted == 'stop':  # the null condition has seen no picture either
-    assert chat.picture_id not in example['tokens']
+      'stop': stop, 'text': list(chat.text_ids(EDIT['caption'])) + stop, 'image': images + stop,
+      'raw': images + list(chat.text_ids(EDIT['instruction'])) + stop}[wanted]
+  if wanted == 'stop':  # the null condition has seen no image either
+    assert chat.image_id not in example['input_ids']
 
 
 def test_the_null_condition_is_the_same_in_training_and_sampling():
-  dropped = transforms.Generate(LAYOUT, drop=1)(EDIT, np.random.default_rng(0))
+  dropped = transforms.GenerationExample(LAYOUT, cond_dropout=1)(EDIT, np.random.default_rng(0))
   spans = LAYOUT.chat.spans('', (), '')
-  assert list(dropped['tokens'][dropped['valid']]) == [token for span in spans for token in span.ids]
+  assert list(dropped['input_ids'][dropped['attention_mask']]) == [token for span in spans for token in span.ids]
 
 
 def test_what_the_vlm_has_to_write():
   for task in ('edit', 'question', 'rewrite'):
     record = examples.example(task, 'train', 5)
-    example = transforms.Write(LAYOUT)(record, np.random.default_rng(0))
+    example = transforms.ChatExample(LAYOUT)(record, np.random.default_rng(0))
     chat, mask = LAYOUT.chat, example['target_mask']
     answers = [record['caption'], *(answer for _, answer in record.get('more', ()))]
     wanted = [token for text in answers for token in (*chat.text_ids(text), *chat.stop_ids)]
     said = list(example['targets'][mask])
     assert said == wanted[:len(said)] and len(said) >= len(chat.text_ids(record['caption'])) + 1
-    np.testing.assert_array_equal(example['tokens'][example['predict'][mask] + 1], example['targets'][mask])
+    np.testing.assert_array_equal(example['input_ids'][example['predict'][mask] + 1], example['targets'][mask])
     assert ('readout' in example) == bool(record['references']) and ('changes' in example) == (task == 'edit')
 
 
@@ -71,19 +68,19 @@ def test_more_questions_are_asked_as_long_as_there_is_room():
   chat = LAYOUT.chat
   turns = [chat.spans('what is red?', (16,), 'nothing', 'answer')]
   for turn in record['more']:
-    turns.append(turns[-1] + chat.another(*turn))
+    turns.append(turns[-1] + chat.add_turn(*turn))
   ids = [[token for span in spans for token in span.ids] for spans in turns]
-  unpictured = len(ids[0]) - 16 - sum(len(ends) for ends in chat.picture_ends)
+  unimaged = len(ids[0]) - 16 - sum(len(ends) for ends in chat.image_ends)
   turn = len(ids[1]) - len(ids[0])
-  for text, written, asked in ((unpictured, 99, 0), (unpictured + 2 * turn + 1, 99, 2), (400, 99, 4), (400, 7, 2)):
+  for text, written, asked in ((unimaged, 99, 0), (unimaged + 2 * turn + 1, 99, 2), (400, 99, 4), (400, 7, 2)):
     layout = dataclasses.replace(LAYOUT, rooms=(('question', text, written),))
-    example = transforms.Write(layout)(record, np.random.default_rng(0))
-    assert list(example['tokens'][example['valid']]) == ids[asked], (text, written)
+    example = transforms.ChatExample(layout)(record, np.random.default_rng(0))
+    assert list(example['input_ids'][example['attention_mask']]) == ids[asked], (text, written)
 
 
 def test_turns_are_the_templates_own():
   chat, turns = LAYOUT.chat, [('what colour is it?', 'red'), ('is it a ring?', 'no')]
-  spans = chat.spans(turns[0][0], (), turns[0][1], 'Answer.') + chat.another(*turns[1])
+  spans = chat.spans(turns[0][0], (), turns[0][1], 'Answer.') + chat.add_turn(*turns[1])
   messages = [dict(role='system', content='Answer.')]
   for question, answer in turns:
     messages += [dict(role='user', content=question), dict(role='assistant', content=answer)]
@@ -93,7 +90,7 @@ def test_turns_are_the_templates_own():
 
 def test_text_that_does_not_fit_is_a_broken_record():
   long = dict(EDIT, caption='red ' * 60)
-  for transform in (transforms.Generate(LAYOUT, drop=0, drop_pictures=0), transforms.Write(LAYOUT)):
+  for transform in (transforms.GenerationExample(LAYOUT, cond_dropout=0, image_dropout=0), transforms.ChatExample(LAYOUT)):
     with pytest.raises(sources.BrokenRecord, match='does not fit'):
       transform(long, np.random.default_rng(0))
 
@@ -119,21 +116,21 @@ def test_the_readout_says_what_covers_each_token():
 def test_several_references_each_bring_their_tokens():
   record = next(r for r in (examples.example('multi', 'train', i) for i in range(20)) if len(r['references']) == 3)
   layout = dataclasses.replace(LAYOUT, rooms=())
-  example = transforms.Generate(layout, drop=0, drop_pictures=0)(record, np.random.default_rng(0))
-  assert example['tiles'].shape[0] == 3 and kept_ids(example).count(layout.chat.picture_id) == 48
+  example = transforms.GenerationExample(layout, cond_dropout=0, image_dropout=0)(record, np.random.default_rng(0))
+  assert example['tiles'].shape[0] == 3 and kept_ids(example).count(layout.chat.image_id) == 48
 
 
 def test_rewrites_take_the_place_of_the_caption():
   chat = LAYOUT.chat
   rewrites = [list(chat.text_ids(text)) for text in ('a red circle', 'a blue star')]
-  transform = transforms.Generate(LAYOUT, drop=0, drop_pictures=0)
+  transform = transforms.GenerationExample(LAYOUT, cond_dropout=0, image_dropout=0)
   seen = {tuple(kept_ids(transform(dict(EDIT, rewrites=rewrites), np.random.default_rng(i)))[16:]) for i in range(20)}
   assert seen == {(*ids, *chat.stop_ids) for ids in rewrites}
 
 
 def test_a_raw_request_that_is_too_long_stays_rewritten():
   long = dict(EDIT, instruction='red ' * 60)
-  example = transforms.Generate(dataclasses.replace(LAYOUT, rooms=(('edit', 240, 50),)), drop=0, drop_pictures=0, raw=1)(
+  example = transforms.GenerationExample(dataclasses.replace(LAYOUT, rooms=(('edit', 240, 50),)), cond_dropout=0, image_dropout=0, instruction_prob=1)(
       long, np.random.default_rng(0))
   assert kept_ids(example)[16:] == [*LAYOUT.chat.text_ids(EDIT['caption']), *LAYOUT.chat.stop_ids]
 
@@ -141,20 +138,20 @@ def test_a_raw_request_that_is_too_long_stays_rewritten():
 def test_a_request_without_a_rewrite_that_is_too_long_to_be_kept_has_its_caption():
   layout = dataclasses.replace(LAYOUT, text=300, rooms=())
   record = dict(EDIT, instruction='red ' * 60, rewrites=[])
-  example = transforms.Generate(layout, drop=0, drop_pictures=0)(record, np.random.default_rng(0))
+  example = transforms.GenerationExample(layout, cond_dropout=0, image_dropout=0)(record, np.random.default_rng(0))
   chat = layout.chat
   assert kept_ids(example)[16:] == [*chat.text_ids(EDIT['caption']), *chat.stop_ids]
   assert layout.fits(record) and not layout.fits(dict(record, instruction='red ' * 300))
 
 
 def test_a_model_without_eyes_has_no_tiles():
-  layout = dataclasses.replace(LAYOUT, eye=eyes.Blind())
+  layout = dataclasses.replace(LAYOUT, image_processor=vision_inputs.NoImages())
   assert layout.in_tiles(4) == layout
 
 
 def test_a_record_says_in_how_many_tiles_it_is_shown():
   wide = dict(EDIT, references=[np.zeros((64, 128, 3), np.uint8)])
-  transform = transforms.Generate(dataclasses.replace(LAYOUT, rooms=()), drop=0, drop_pictures=0)
+  transform = transforms.GenerationExample(dataclasses.replace(LAYOUT, rooms=()), cond_dropout=0, image_dropout=0)
   for tiles, room, shown in ((1, 1, 1), (4, 5, 3)):  # two tiles and the thumbnail, in the room of four and one
     example = transform(dict(wide, tiles=tiles), np.random.default_rng(0))
-    assert len(example['tiles']) == room and kept_ids(example).count(LAYOUT.chat.picture_id) == 16 * shown
+    assert len(example['tiles']) == room and kept_ids(example).count(LAYOUT.chat.image_id) == 16 * shown

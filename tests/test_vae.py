@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from unifusion_jax import convert, sharding
+from unifusion_jax import sharding
 from unifusion_jax.models import vae
+from unifusion_jax.weights import convert
 
 CONFIGS = {
   'flux': dict(block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
@@ -48,14 +49,14 @@ def close(ours, theirs):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_parity_and_round_trip(tmp_path, mesh, name):
-  """Moments and pictures of a sharded batch that is not square; and the folder goes back to diffusers unchanged."""
+  """Moments and images of a sharded batch that is not square; and the folder goes back to diffusers unchanged."""
   model = reference(CONFIGS[name])
   model.save_pretrained(tmp_path / 'theirs')
   ours = vae.load(tmp_path / 'theirs')
   rng = np.random.default_rng(0)
   x = rng.uniform(-1, 1, (4, 16, 24, 3)).astype(np.float32)
-  x[0] = 0.5  # a flat picture, where norms divide by nearly nothing
-  mean, logvar = jax.jit(lambda m, x: m.moments(x))(ours, sharding.put_batch(x, mesh))
+  x[0] = 0.5  # a flat image, where norms divide by nearly nothing
+  mean, logvar = jax.jit(lambda m, x: m.moments(x))(ours, sharding.shard_batch(x, mesh))
   assert jax.typeof(mean).sharding.spec[0] == sharding.BATCH
   with torch.no_grad():
     posterior = model.encode(to_torch(x)).latent_dist
@@ -63,10 +64,10 @@ def test_parity_and_round_trip(tmp_path, mesh, name):
     close(logvar, to_numpy(posterior.logvar))
     z = rng.standard_normal(mean.shape).astype(np.float32)
     shift = model.config.shift_factor or 0.0
-    pictures = model.decode(to_torch(z) / model.config.scaling_factor + shift).sample
-  decoded = jax.jit(lambda m, z: m.decode(z))(ours, sharding.put_batch(z, mesh))
+    images = model.decode(to_torch(z) / model.config.scaling_factor + shift).sample
+  decoded = jax.jit(lambda m, z: m.decode(z))(ours, sharding.shard_batch(z, mesh))
   assert decoded.dtype == jnp.float32 and jax.typeof(decoded).sharding.spec[0] == sharding.BATCH
-  close(decoded, to_numpy(pictures))
+  close(decoded, to_numpy(images))
 
   vae.save(ours, tmp_path / 'ours')
   back = AutoencoderKL.from_pretrained(tmp_path / 'ours')
@@ -90,7 +91,7 @@ def small():
 
 
 def test_encode_scales_and_samples(small, mesh):
-  x = sharding.put_batch(np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32), mesh)
+  x = sharding.shard_batch(np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32), mesh)
   mean, logvar = jax.jit(lambda m, x: m.moments(x))(small, x)
   encode = jax.jit(lambda m, x, key=None: m.encode(x, key))
   np.testing.assert_allclose(encode(small, x), (np.asarray(mean) - 0.2) * 0.7, rtol=1e-5)
@@ -110,7 +111,7 @@ def test_gradient_reaches_every_weight_and_agrees_with_torch(mesh):
     config = m.config
     return jnp.mean((m.decode((mean - config.shift_factor) * config.scaling_factor) - x) ** 2) + jnp.mean(logvar ** 2)
 
-  value, gradient = jax.jit(jax.value_and_grad(loss))(ours, sharding.put_batch(x, mesh))
+  value, gradient = jax.jit(jax.value_and_grad(loss))(ours, sharding.shard_batch(x, mesh))
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), gradient, ours)))
   posterior = model.encode(to_torch(x)).latent_dist
   theirs = ((model.decode(posterior.mean).sample - to_torch(x)) ** 2).mean() + (posterior.logvar ** 2).mean()
@@ -127,7 +128,7 @@ def test_bfloat16_computes_in_bfloat16(small, mesh, tmp_path):
   vae.save(small, tmp_path)
   half = vae.load(tmp_path, jnp.bfloat16)
   assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
-  z = sharding.put_batch(np.random.default_rng(0).standard_normal((4, 4, 4, 4)).astype(np.float32), mesh)
+  z = sharding.shard_batch(np.random.default_rng(0).standard_normal((4, 4, 4, 4)).astype(np.float32), mesh)
   decode = jax.jit(lambda m, z: m.decode(z))
   a, b = decode(small, z), decode(half, z)
   assert b.dtype == jnp.float32
@@ -162,6 +163,6 @@ def test_config_round_trip_and_refusals(tmp_path):
     vae.Autoencoder(vae.VAEConfig(block_out_channels=(6, 8), norm_num_groups=4), rngs=nnx.Rngs(0))
 
 
-def test_pictures_that_do_not_divide(small):
+def test_images_that_do_not_divide(small):
   with pytest.raises(ValueError, match='multiples of 2 pixels, got 8 x 7'):
     small.moments(jnp.zeros((4, 8, 7, 3)))

@@ -9,19 +9,17 @@ import json
 import os
 import pathlib
 
-from unifusion_jax import hub
 from unifusion_jax import sharding
-from unifusion_jax.data.scenes import scene as world
-from unifusion_jax.data.scenes import splits
-from unifusion_jax.models import internvl
-from unifusion_jax.models import unifusion
+from unifusion_jax.commands.rewrite import RewriteConfig
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import internvl, unifusion
 from unifusion_jax.models import vae as autoencoder
-from unifusion_jax.objectives import generation
-from unifusion_jax.objectives import reconstruction
-from unifusion_jax.objectives import writing
-from unifusion_jax.rewrite import RewriteConfig
+from unifusion_jax.objectives import flow_matching
+from unifusion_jax.scenes import autoencoder as autoencoder_objective
+from unifusion_jax.scenes import splits, vlm, world
 from unifusion_jax.sharding import MeshConfig
-from unifusion_jax.step import OptimConfig
+from unifusion_jax.training.step import OptimConfig
+from unifusion_jax.weights import hub
 
 ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 
@@ -29,16 +27,16 @@ ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 @dataclasses.dataclass
 class DataConfig:
   """Where examples come from and what shape they take."""
-  # 'scenes': drawn on the fly; a folder written by data/scenes/builder.py; a .jsonl or .parquet file of your own.
+  # 'scenes': drawn on the fly; a folder written by scenes/builder.py; a .jsonl or .parquet file of your own.
   path: str = 'scenes'
-  tasks: tuple[str, ...] = ('t2i',)     # of scenes; 'reconstruct' also works for your own pictures
+  tasks: tuple[str, ...] = ('t2i',)     # of scenes; 'reconstruct' also works for your own images
   weights: tuple[float, ...] = (1.0,)   # share of each task
-  size: int = 64                        # pictures have about size^2 pixels
+  size: int = 64                        # images have about size^2 pixels
   # Tiles that the VLM may cut a reference into; of several numbers each batch has one, equally often.
   tiles: tuple[int, ...] = (1,)
-  # Room for all that the VLM reads and writes but pictures, and for what it writes: of all tasks, or of each.
-  text_tokens: tuple[int, ...] = (128,)
-  written_tokens: tuple[int, ...] = (52,)
+  # Room for all that the VLM reads and writes but images, and for what it writes: of all tasks, or of each.
+  max_prompt_tokens: tuple[int, ...] = (128,)
+  max_rewrite_tokens: tuple[int, ...] = (52,)
   rewrites: str | None = None           # a folder of --mode=rewrite to train on; None: on the captions
   batch_size: int = 32                  # over all devices
   workers: int = 0                      # processes that prepare batches; 0: threads of this one
@@ -51,23 +49,23 @@ class TrainConfig:
   log_every: int = 10
   save_every: int = 500
   preview_every: int = 500
-  diverged: float = 4.0  # stop when the loss stays at this many times its running median
+  max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
 
 
 @dataclasses.dataclass
 class SampleConfig:
   weights: str | None = None        # what to sample from where the workdir holds no run; None: what training starts from
   prompt: str = ''                  # one request a line; @file.txt reads them from a file
-  references: tuple[str, ...] = ()  # picture files, the same for every request; give the flag once for each
+  references: tuple[str, ...] = ()  # image files, the same for every request; give the flag once for each
   rewrite: str | None = None        # text to condition on instead of what the VLM would write
   verifi: bool = True               # False: condition on the request itself
   system: str | None = None         # another system prompt, a name in verifi.SYSTEM or a text
   temperature: float = 0.0          # of the rewrites: 0, the most probable one; above 0 each seed draws its own
   top_p: float = 1.0                # share of probability that they are drawn from
   tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
-  pictures: bool = True             # False: the VLM sees the references, but their tokens do not reach the DiT
+  images: bool = True               # False: the VLM sees the references, but their tokens do not reach the DiT
   batch_size: int = 32              # requests drawn at a time
-  stitch: bool = False              # show all references as one picture, side by side
+  stitch: bool = False              # show all references as one image, side by side
   num_images: int = 1               # for each request
   seed: int = 0
   width: int = 0                    # 0: the first reference's shape, else square
@@ -81,8 +79,8 @@ class SampleConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
-  # '': the rates. 'verifi': what rewriting, pictures and system prompts do (docs/verifi.md). 'times': at which times drawing
-  # falls short (eval/times.py)
+  # '': the rates. 'verifi': what rewriting, images and system prompts do (docs/verifi.md). 'times': at which times drawing
+  # falls short (scenes/evaluation/noise_levels.py)
   study: str = ''
   seeds: int = 3        # of a study
   split: str = 'test'
@@ -92,7 +90,7 @@ class EvalConfig:
 
 @dataclasses.dataclass
 class Config:
-  objective: generation.FlowConfig | writing.WritingConfig | reconstruction.ReconstructionConfig
+  objective: flow_matching.FlowMatching | vlm.VLMObjective | autoencoder_objective.AutoencoderObjective
   model: unifusion.UniFusionConfig | internvl.InternVLConfig | autoencoder.VAEConfig
   vlm: str = str(ASSETS / 'vlm')  # a folder or hub id: the frozen VLM, or the tokenizer of the one in training
   vlm_quantized: str = ''         # 'int8': its weights in int8; 'w8a8': its activations too
@@ -114,13 +112,13 @@ class Config:
 
 
 # What each objective has examples of; with several references only the VLM trains.
-_TASKS = {generation.FlowConfig: ('t2i', 'edit', 'reconstruct'),
-          reconstruction.ReconstructionConfig: ('t2i', 'edit', 'reconstruct'),
-          writing.WritingConfig: ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')}
+_TASKS = {flow_matching.FlowMatching: ('t2i', 'edit', 'reconstruct'),
+          autoencoder_objective.AutoencoderObjective: ('t2i', 'edit', 'reconstruct'),
+          vlm.VLMObjective: ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')}
 
 
 def _unit(config: Config) -> int:
-  """Pixels that both sides of every picture must be multiples of."""
+  """Pixels that both sides of every image must be multiples of."""
   if isinstance(config.model, autoencoder.VAEConfig):
     return config.model.downsampling
   return 8 * config.model.dit.patch if isinstance(config.model, unifusion.UniFusionConfig) else 1
@@ -141,7 +139,7 @@ def check(config: Config, devices: int) -> None:
        f'devices share a batch, times optim.accumulate={config.optim.accumulate}')
   want(len(data.tasks) == len(data.weights) and data.tasks,
        f'data.tasks={data.tasks} and data.weights={data.weights} need one weight for each task')
-  for name in ('text_tokens', 'written_tokens'):
+  for name in ('max_prompt_tokens', 'max_rewrite_tokens'):
     numbers = getattr(data, name)
     want(len(numbers) in (1, len(data.tasks)),
          f'data.{name}={numbers} must be one number, or one for each of data.tasks={data.tasks}')
@@ -168,14 +166,14 @@ def check(config: Config, devices: int) -> None:
     least, dash, most = objects.partition('-')
     want(not objects or (dash and least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most) <= 4 and int(most) > 1),
          f'data.tasks: {task!r} must name how many objects its scenes start with as in {name}/1-2, from 1 to 4 and not 1 alone')
-  want(not (own and isinstance(config.objective, writing.WritingConfig)),
+  want(not (own and isinstance(config.objective, vlm.VLMObjective)),
        f'data.path={data.path}: the embedded VLM trains on scenes, which know the answers to its questions')
   want(data.tiles and min(data.tiles) >= 1, f'data.tiles={data.tiles} must be numbers from 1 on')
   want(config.train.steps > 0, f'train.steps={config.train.steps} must be 1 or more')
   want(config.optim.name in ('adamw', 'muon'), f'optim.name={config.optim.name!r} must be adamw or muon')
   want(config.optim.learning_rate > 0, f'optim.learning_rate={config.optim.learning_rate} must be above 0')
   want(0 <= config.optim.ema < 1, f'optim.ema={config.optim.ema} must be in [0, 1)')
-  if isinstance(config.objective, generation.FlowConfig):
+  if isinstance(config.objective, flow_matching.FlowMatching):
     want(isinstance(config.model, unifusion.UniFusionConfig), 'a flow objective trains a UniFusion model')
     want(len(config.taps) == config.model.lap.taps,
          f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={config.model.lap.taps}')
@@ -188,7 +186,7 @@ def check(config: Config, devices: int) -> None:
     want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
     want(config.sample.batch_size >= 1, f'sample.batch_size={config.sample.batch_size} must be 1 or more')
     want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')
-    want(not (config.objective.online and data.rewrites), f'objective.online writes as training goes and data.rewrites='
+    want(not (config.objective.rewrite_online and data.rewrites), f'objective.rewrite_online writes as training goes and data.rewrites='
          f'{data.rewrites} was written before: leave one of them out')
     want(config.sample.temperature >= 0, f'sample.temperature={config.sample.temperature} must be 0 or more')
     want(0 < config.sample.top_p <= 1, f'sample.top_p={config.sample.top_p} must be above 0 and at most 1')
@@ -200,7 +198,7 @@ def check(config: Config, devices: int) -> None:
     want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
     want(config.sample.seed >= 0, f'sample.seed={config.sample.seed} must be 0 or more')
     want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
-    want(config.objective.draws >= 1, f'objective.draws={config.objective.draws} must be 1 or more')
+    want(config.objective.noises_per_example >= 1, f'objective.noises_per_example={config.objective.noises_per_example} must be 1 or more')
     for name in ('width', 'height'):
       side = getattr(config.sample, name)
       want(side >= 0 and side % unit == 0, f'sample.{name}={side} must be a multiple of {unit} pixels (a latent patch)')
@@ -211,18 +209,18 @@ def check(config: Config, devices: int) -> None:
     want(not any(n % fsdp for n in (lap.width, dit.width, dit.time_dim)),
          f'mesh.fsdp={fsdp} must divide model.lap.width={lap.width}, the width {dit.width} of model.dit and its '
          f'time_dim={dit.time_dim}')
-    want(config.objective.align >= 0, f'objective.align={config.objective.align} must be 0 or more')
-    want(not config.objective.align or 0 < config.objective.align_depth <= config.model.dit.depth,
-         f'objective.align_depth={config.objective.align_depth} must be one of the {config.model.dit.depth} blocks that '
+    want(config.objective.repa_weight >= 0, f'objective.repa_weight={config.objective.repa_weight} must be 0 or more')
+    want(not config.objective.repa_weight or 0 < config.objective.repa_depth <= config.model.dit.depth,
+         f'objective.repa_depth={config.objective.repa_depth} must be one of the {config.model.dit.depth} blocks that '
          'model.dit.depth counts')
-    for name in ('drop', 'drop_pictures', 'drop_written', 'raw'):
+    for name in ('cond_dropout', 'image_dropout', 'text_dropout', 'instruction_prob'):
       value = getattr(config.objective, name)
       want(0 <= value <= 1, f'objective.{name}={value} is a share: between 0 and 1')
-  if isinstance(config.objective, reconstruction.ReconstructionConfig):
+  if isinstance(config.objective, autoencoder_objective.AutoencoderObjective):
     want(config.model.scaling_factor == 1.0 and not config.model.shift_factor,
          f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures it')
   if wrong:
-    raise ValueError('this configuration cannot run:\n  ' + '\n  '.join(wrong))
+    raise UserError('this configuration cannot run:\n  ' + '\n  '.join(wrong))
 
 
 def keep(config: Config, workdir: pathlib.Path) -> None:
@@ -238,7 +236,7 @@ def check_run(config: Config, workdir: pathlib.Path) -> None:
   """ValueError when the workdir's run trained another model, or beside another VLM or autoencoder, than is now used."""
   def matters(name):
     computing = name.split('.')[-1] in ('dtype', 'unroll', 'remat')
-    return name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and not computing or name == 'objective.align'
+    return name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and not computing or name == 'objective.repa_weight'
   _compare(config, workdir, matters)
 
 
@@ -249,13 +247,13 @@ def _compare(config: Config, workdir: pathlib.Path, matters) -> None:
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=_frozen(config))
   differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(json.loads(path.read_text()), new) if matters(name)]
   if differ:
-    raise ValueError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
+    raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                      + '\n  '.join(differ))
 
 
 def _frozen(config: Config) -> dict[str, str]:
   """What the frozen models of a DiT are known by where they are folders: other weights in the same place are others."""
-  if not isinstance(config.objective, generation.FlowConfig):
+  if not isinstance(config.objective, flow_matching.FlowMatching):
     return {}
   folders = {name: pathlib.Path(getattr(config, name)) for name in ('vlm', 'vae')}
   return {name: hub.fingerprint(folder) for name, folder in folders.items() if folder.is_dir()}
@@ -263,7 +261,7 @@ def _frozen(config: Config) -> dict[str, str]:
 
 def write(config: Config, workdir: pathlib.Path, name: str = 'config.json', **more) -> None:
   """The resolved configuration as a file of the workdir, whole or not at all; the first of several processes writes it."""
-  if sharding.leads():
+  if sharding.is_main_process():
     workdir.mkdir(parents=True, exist_ok=True)
     part = workdir / f'{name}.part'
     part.write_text(json.dumps(dataclasses.asdict(config) | more, indent=2, sort_keys=True) + '\n')

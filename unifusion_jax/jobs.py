@@ -10,39 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import checkpoint
 from unifusion_jax import config as configuration
-from unifusion_jax import encoders
-from unifusion_jax import requests
-from unifusion_jax import rewrite
-from unifusion_jax import sample
-from unifusion_jax import sharding
-from unifusion_jax import step
-from unifusion_jax.data import eyes
-from unifusion_jax.data import images
-from unifusion_jax.data import mix
-from unifusion_jax.data import pipeline
-from unifusion_jax.data import transforms
-from unifusion_jax.eval import generation as eval_generation
-from unifusion_jax.eval import reconstruction as eval_reconstruction
-from unifusion_jax.eval import times as eval_times
-from unifusion_jax.eval import verifi as eval_verifi
-from unifusion_jax.eval import writing as eval_writing
-from unifusion_jax.models import internvl
-from unifusion_jax.models import unifusion
+from unifusion_jax import pipeline, sharding
+from unifusion_jax.commands import rewrite, sample
+from unifusion_jax.data import imaging, loader, mix, transforms, vision_inputs
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import internvl, unifusion
 from unifusion_jax.models import vae as autoencoder
-from unifusion_jax.objectives import generation
-from unifusion_jax.objectives import reconstruction
-from unifusion_jax.objectives import writing
+from unifusion_jax.objectives import flow_matching
+from unifusion_jax.scenes import autoencoder as autoencoder_objective
+from unifusion_jax.scenes import vlm
+from unifusion_jax.scenes.evaluation import generation as eval_generation
+from unifusion_jax.scenes.evaluation import language as eval_writing
+from unifusion_jax.scenes.evaluation import noise_levels as eval_times
+from unifusion_jax.scenes.evaluation import reconstruction as eval_reconstruction
+from unifusion_jax.scenes.evaluation import verifi_study as eval_verifi
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.training import checkpoint, step
+from unifusion_jax.weights import encoders
 
 PREVIEWED = 8  # rows of a preview
 
 
 def build(config: configuration.Config) -> 'Generation | Writing | Reconstruction':
   """The job that the configuration's objective is for."""
-  jobs = {generation.FlowConfig: Generation, writing.WritingConfig: Writing,
-          reconstruction.ReconstructionConfig: Reconstruction}
+  jobs = {flow_matching.FlowMatching: Generation, vlm.VLMObjective: Writing,
+          autoencoder_objective.AutoencoderObjective: Reconstruction}
   return jobs[type(config.objective)](config)
 
 
@@ -76,28 +69,28 @@ def _trained(job, workdir: pathlib.Path, mesh):
       saved.close()
   weights = job.config.sample.weights or job.config.init
   if weights is None:
-    raise FileNotFoundError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), '
+    raise UserError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), '
                             'or give --config.sample.weights=FOLDER')
   return job.load_params(weights), str(weights)
 
 
-def _preview_records(data, layout: transforms.Layout | None = None) -> list[dict]:
+def _preview_records(data, layout: transforms.PromptEncoder | None = None) -> list[dict]:
   """Records of the first task to make a preview of: of the test split, or of what there is where none was written."""
   data = dataclasses.replace(data, tasks=data.tasks[:1], weights=(1.0,), rewrites=None, tiles=(max(data.tiles),))
   try:
     source, _ = mix.mix(data, split='test')[0]
-  except FileNotFoundError:
+  except UserError:
     source, _ = mix.mix(data)[0]
-  return requests.same_shape(source, PREVIEWED, layout.fits if layout else lambda record: True)
+  return sample.same_shape(source, PREVIEWED, layout.fits if layout else lambda record: True)
 
 
 def _write_preview(workdir: pathlib.Path, step: int, sheet: np.ndarray) -> None:
-  if sharding.leads():
-    images.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
+  if sharding.is_main_process():
+    imaging.write_png(workdir / 'samples' / f'{step:07d}.png', sheet)
 
 
 def _write_report(workdir: pathlib.Path, report: dict, name: str = 'eval.json') -> None:
-  if not sharding.leads():
+  if not sharding.is_main_process():
     return
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / name).write_text(json.dumps(report, indent=2) + '\n')
@@ -113,33 +106,33 @@ class Generation:
     dtype = jnp.dtype(self.config.frozen_dtype)
     return encoders.load(self.config.vlm, dtype, _on_cpu(), self.config.vlm_quantized, self.config.vlm_cache)
 
-  def load_frozen(self) -> generation.Frozen:
+  def load_frozen(self) -> flow_matching.Frozen:
     vlm = self.load_vlm()
     if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
-      raise ValueError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
+      raise UserError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
                        f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
     vae = autoencoder.load(self.config.vae, jnp.dtype(self.config.frozen_dtype))
     if vae.config.latent_channels != self.config.model.dit.channels:
-      raise ValueError(f'{self.config.vae} has {vae.config.latent_channels} latent channels, but '
+      raise UserError(f'{self.config.vae} has {vae.config.latent_channels} latent channels, but '
                        f'model.dit.channels={self.config.model.dit.channels}')
-    return generation.Frozen(vlm, vae)
+    return flow_matching.Frozen(vlm, vae)
 
-  def draw_params(self) -> 'unifusion.UniFusion | generation.Aligned':
+  def draw_params(self) -> 'unifusion.UniFusion | flow_matching.WithREPA':
     model, rngs = self.config.model, nnx.Rngs(self.config.seed)
-    if not self.config.objective.align:
+    if not self.config.objective.repa_weight:
       return unifusion.UniFusion(model, rngs=rngs)
     encoder = encoders.config(self.config.vlm)
     if not isinstance(encoder, internvl.InternVLConfig):
-      raise ValueError(f'objective.align={self.config.objective.align} aligns with the eye of an InternVL, which '
+      raise UserError(f'objective.repa_weight={self.config.objective.repa_weight} aligns with the eye of an InternVL, which '
                        f'{self.config.vlm} is not: set it to 0')
-    return generation.Aligned(model, encoder.vision.width, rngs=rngs)
+    return flow_matching.WithREPA(model, encoder.vision.width, rngs=rngs)
 
-  def init_params(self) -> 'unifusion.UniFusion | generation.Aligned':
+  def init_params(self) -> 'unifusion.UniFusion | flow_matching.WithREPA':
     """The head of alignment, which no folder holds, starts anew."""
     if not self.config.init:
       return jax.jit(self.draw_params)()
     model = self.load_params(self.config.init)
-    if not self.config.objective.align:
+    if not self.config.objective.repa_weight:
       return model
     params = jax.jit(self.draw_params)()
     params.model = model
@@ -153,52 +146,52 @@ class Generation:
     c, data = self.config, self.config.data
     vlm, vae = encoders.config(c.vlm), _vae_config(c.vae)
     dtype = jnp.dtype(c.frozen_dtype)
-    frozen = generation.Frozen(encoders.abstract(vlm, dtype, c.vlm_quantized),
+    frozen = flow_matching.Frozen(encoders.abstract(vlm, dtype, c.vlm_quantized),
                                jax.eval_shape(lambda: autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
-    eye = eyes.of(vlm, max(data.tiles))
-    s, q = max(data.text_tokens) + eye.most, max(data.written_tokens) + eye.most
+    image_processor = vision_inputs.for_model(vlm, max(data.tiles))
+    s, q = max(data.max_prompt_tokens) + image_processor.max_tokens, max(data.max_rewrite_tokens) + image_processor.max_tokens
     size = data.size
     batch = _abstract_batch(data.batch_size, dict(
-        target=_shape((size, size, 3), jnp.float32), tokens=_shape((s,), jnp.int32), valid=_shape((s,), bool),
-        keep=_shape((q,), jnp.int32), keep_mask=_shape((q,), bool), tiles=eye.shapes(1)))
+        target=_shape((size, size, 3), jnp.float32), input_ids=_shape((s,), jnp.int32), attention_mask=_shape((s,), bool),
+        cond_index=_shape((q,), jnp.int32), cond_mask=_shape((q,), bool), tiles=image_processor.spec(1)))
     return _abstract_state(self), frozen, batch
 
   def data(self):
     o = self.config.objective
     if self.config.data.rewrites:
       rewrite.check(self.config)
-    transform = transforms.Generate(transforms.layout(self.config), o.drop, o.drop_pictures, o.drop_written, o.raw, o.online)
+    transform = transforms.GenerationExample(transforms.prompt_encoder(self.config), o.cond_dropout, o.image_dropout, o.text_dropout, o.instruction_prob, o.rewrite_online)
     return mix.mix(self.config.data, seed=self.config.seed), transform
 
   @property
   def loss(self):
     writing = None
-    if self.config.objective.online:
-      layout = transforms.layout(self.config)
-      writing = layout.written, layout.chat.stop_ids, layout.chat.picture_id
-    eye = transforms.layout(self.config).eye if self.config.objective.align else None
-    pixels = eye and (eye.mean, eye.std)
-    return functools.partial(generation.loss, self.config.objective, self.config.taps, writing, pixels)
+    if self.config.objective.rewrite_online:
+      layout = transforms.prompt_encoder(self.config)
+      writing = layout.written, layout.chat.stop_ids, layout.chat.image_id
+    image_processor = transforms.prompt_encoder(self.config).image_processor if self.config.objective.repa_weight else None
+    pixels = image_processor and (image_processor.mean, image_processor.std)
+    return functools.partial(flow_matching.loss, self.config.objective, self.config.taps, writing, pixels)
 
-  def sampler(self, params, frozen) -> sample.Sampler:
+  def sampler(self, params, frozen) -> pipeline.Sampler:
     vae = frozen.vae.config
-    return sample.Sampler(_model(params), frozen, transforms.layout(self.config), self.config.taps, self.config.sample,
+    return pipeline.Sampler(_model(params), frozen, transforms.prompt_encoder(self.config), self.config.taps, self.config.sample,
                           2 ** (len(vae.block_out_channels) - 1), vae.latent_channels)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     """A grid of test requests: references, what was asked, what was written, result, target."""
     if self._previewed:
-      _write_preview(workdir, step, requests.sheet(self.sampler(params, frozen), self._previewed))
+      _write_preview(workdir, step, sample.sheet(self.sampler(params, frozen), self._previewed))
 
   @functools.cached_property
   def _previewed(self) -> list[dict]:
-    return _preview_records(self.config.data, transforms.layout(self.config))
+    return _preview_records(self.config.data, transforms.prompt_encoder(self.config))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
-    asked = requests.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
+    asked = sample.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
     params, weights = _trained(self, workdir, mesh)
     sampler = self.sampler(params, self.load_frozen())
-    requests.answer(sampler, asked, self.config.sample, workdir / 'pictures', weights=weights, vlm=self.config.vlm)
+    sample.answer(sampler, asked, self.config.sample, workdir / 'images', weights=weights, vlm=self.config.vlm)
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params, weights = _trained(self, workdir, mesh)
@@ -220,7 +213,7 @@ class Generation:
 
 def _model(params) -> unifusion.UniFusion:
   """The model, with or without what it was trained with."""
-  return params.model if isinstance(params, generation.Aligned) else params
+  return params.model if isinstance(params, flow_matching.WithREPA) else params
 
 
 @dataclasses.dataclass
@@ -234,60 +227,60 @@ class Writing:
   def load_frozen(self):
     return None
 
-  def draw_params(self) -> writing.Reader:
+  def draw_params(self) -> vlm.VLMWithHeads:
     model, unroll = self.config.model, self._unroll
     model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, unroll=unroll),
                                 text=dataclasses.replace(model.text, unroll=unroll))
-    return writing.Reader(model, rngs=nnx.Rngs(self.config.seed))
+    return vlm.VLMWithHeads(model, rngs=nnx.Rngs(self.config.seed))
 
-  def init_params(self) -> writing.Reader:
+  def init_params(self) -> vlm.VLMWithHeads:
     return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
 
-  def load_params(self, folder: str) -> writing.Reader:
+  def load_params(self, folder: str) -> vlm.VLMWithHeads:
     """The read-out head, which no folder holds, starts anew."""
     params = jax.jit(self.draw_params)()
     params.vlm = internvl.load(folder, jnp.float32, unroll=self._unroll)
     return params
 
   def abstract(self):
-    data, eye = self.config.data, self._layout().eye
-    s, w = max(data.text_tokens) + eye.most, max(data.written_tokens)
+    data, image_processor = self.config.data, self._layout().image_processor
+    s, w = max(data.max_prompt_tokens) + image_processor.max_tokens, max(data.max_rewrite_tokens)
     batch = _abstract_batch(data.batch_size, dict(
-        tokens=_shape((s,), jnp.int32), valid=_shape((s,), bool), predict=_shape((w,), jnp.int32),
-        targets=_shape((w,), jnp.int32), target_mask=_shape((w,), bool), tiles=eye.shapes(1),
-        readout=_shape((eye.most, 9), jnp.float32), changes=_shape((eye.most,), bool)))
+        input_ids=_shape((s,), jnp.int32), attention_mask=_shape((s,), bool), predict=_shape((w,), jnp.int32),
+        targets=_shape((w,), jnp.int32), target_mask=_shape((w,), bool), tiles=image_processor.spec(1),
+        readout=_shape((image_processor.max_tokens, 9), jnp.float32), changes=_shape((image_processor.max_tokens,), bool)))
     return _abstract_state(self), None, batch
 
   def data(self):
-    return mix.mix(self.config.data, seed=self.config.seed), transforms.Write(self._layout())
+    return mix.mix(self.config.data, seed=self.config.seed), transforms.ChatExample(self._layout())
 
-  def _layout(self) -> transforms.Layout:
+  def _layout(self) -> transforms.PromptEncoder:
     model, data = self.config.model, self.config.data
-    return transforms.Layout(self.config.vlm, eyes.of(model, 1), max(data.text_tokens), max(data.written_tokens),
-                             transforms.rooms(data))
+    return transforms.PromptEncoder(self.config.vlm, vision_inputs.for_model(model, 1), max(data.max_prompt_tokens), max(data.max_rewrite_tokens),
+                             transforms.budgets(data))
 
   @property
   def loss(self):
-    return functools.partial(writing.loss, self.config.objective)
+    return functools.partial(vlm.loss, self.config.objective)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     del frozen
-    if not self.config.objective.words:
+    if not self.config.objective.lm_weight:
       return  # an eye alone says nothing
     _write_preview(workdir, step, eval_writing.sheet(params.vlm, self._layout(), self.config.data, PREVIEWED))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
-    raise ValueError('a VLM draws nothing: sample with configs/t2i.py or configs/edit.py, or use --mode=eval')
+    raise UserError('a VLM draws nothing: sample with configs/t2i.py or configs/edit.py, or use --mode=eval')
 
   def rewrite(self, workdir: pathlib.Path, mesh) -> None:
-    raise ValueError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
+    raise UserError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params, weights = _trained(self, workdir, mesh)
     _write_report(workdir, dict(weights=weights, **eval_writing.evaluate(params.vlm, self._layout(), self.config)))
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
-    writing.save(_trained(self, workdir, mesh)[0].vlm, self.config.vlm, workdir / 'export')
+    vlm.save(_trained(self, workdir, mesh)[0].vlm, self.config.vlm, workdir / 'export')
     print(f'wrote {workdir / "export"}')
 
 
@@ -316,39 +309,39 @@ class Reconstruction:
     return _abstract_state(self), None, batch
 
   def data(self):
-    return mix.mix(self.config.data, seed=self.config.seed), transforms.Picture()
+    return mix.mix(self.config.data, seed=self.config.seed), transforms.TargetOnly()
 
   @property
   def loss(self):
-    return functools.partial(reconstruction.loss, self.config.objective)
+    return functools.partial(autoencoder_objective.loss, self.config.objective)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     del frozen
     if self._previewed:
-      pictures = np.stack([images.read(record['target']) for record in self._previewed])
-      back = eval_reconstruction.round_trip(params, pictures)
-      _write_preview(workdir, step, images.grid([list(pictures), list(back)], cell=128))
+      images = np.stack([imaging.read(record['target']) for record in self._previewed])
+      back = eval_reconstruction.round_trip(params, images)
+      _write_preview(workdir, step, imaging.grid([list(images), list(back)], cell=128))
 
   @functools.cached_property
   def _previewed(self) -> list[dict]:
     return _preview_records(self.config.data)
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
-    raise ValueError('an autoencoder draws nothing of its own: sample with configs/t2i.py or configs/edit.py')
+    raise UserError('an autoencoder draws nothing of its own: sample with configs/t2i.py or configs/edit.py')
 
   def rewrite(self, workdir: pathlib.Path, mesh) -> None:
-    raise ValueError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
+    raise UserError('requests are rewritten for a DiT: use configs/t2i.py or configs/edit.py')
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params, weights = _trained(self, workdir, mesh)
     _write_report(workdir, dict(weights=weights, **eval_reconstruction.evaluate(params, self.config)))
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
-    """The scaling factor makes latents of unit variance: it is measured on training pictures here."""
+    """The scaling factor makes latents of unit variance: it is measured on training images here."""
     vae, _ = _trained(self, workdir, mesh)
     mixture, transform = self.data()
-    batches = pipeline.batches(mixture, transform, self.config.data.batch_size, self.config.seed)
-    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, sharding.put(next(batches)['target']))))
+    batches = loader.batches(mixture, transform, self.config.data.batch_size, self.config.seed)
+    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, sharding.shard(next(batches)['target']))))
               for _ in range(8)]
     batches.close()
     vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.mean(spread)))

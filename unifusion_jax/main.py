@@ -12,17 +12,14 @@ import pydoc
 import re
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
 from unifusion_jax import config as configuration
-from unifusion_jax import describe
-from unifusion_jax import jobs
-from unifusion_jax import sharding
-from unifusion_jax import train
+from unifusion_jax import jobs, sharding
+from unifusion_jax.commands import describe, train
+from unifusion_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'rewrite', 'eval', 'export'], 'What to do.')
@@ -54,7 +51,7 @@ def main(argv):
   with jax.set_mesh(mesh):
     if _MODE.value == 'train':
       train.train(config, workdir, mesh)
-      where = dict(pictures=workdir / 'samples', metrics=workdir / 'metrics.jsonl', checkpoint=workdir / 'checkpoints')
+      where = dict(images=workdir / 'samples', metrics=workdir / 'metrics.jsonl', checkpoint=workdir / 'checkpoints')
       print('\n'.join(['done.', *(f'  {name}: {path}' for name, path in where.items())]))
     else:
       configuration.check_run(config, workdir)
@@ -71,7 +68,7 @@ def run():
   flags.mark_flag_as_required('config')
   try:
     app.run(main, flags_parser=_parse)
-  except (ValueError, FileNotFoundError, train.Diverged) as error:
+  except UserError as error:
     if os.environ.get('UNIFUSION_TRACEBACK'):
       raise
     sys.exit(f'error: {error}')

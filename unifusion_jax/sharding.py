@@ -10,6 +10,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from unifusion_jax.errors import UserError
+
 AXES = ('data', 'fsdp', 'tp')
 BATCH = ('data', 'fsdp')  # the batch dimension of every activation
 
@@ -27,12 +29,12 @@ class MeshConfig:
     if sizes.count(-1) == 1 and devices % known == 0:
       sizes[sizes.index(-1)] = devices // known
     if any(s < 1 for s in sizes) or int(np.prod(sizes)) != devices:
-      raise ValueError(f'mesh data={self.data} fsdp={self.fsdp} tp={self.tp} does not fit {devices} devices: '
+      raise UserError(f'mesh data={self.data} fsdp={self.fsdp} tp={self.tp} does not fit {devices} devices: '
                        'the product must equal the number of devices, and one axis at most may be -1')
     return tuple(sizes)
 
 
-def rows(count: int) -> int:
+def padded_batch(count: int) -> int:
   """The smallest number of rows, `count` or more, that the devices of the mesh in context share evenly."""
   shape = jax.sharding.get_mesh().shape
   devices = int(np.prod([shape[axis] for axis in BATCH]))
@@ -50,23 +52,23 @@ def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh
   return jax.sharding.AbstractMesh(config.shape(devices), AXES, axis_types=explicit)
 
 
-def put_batch(batch, mesh: jax.sharding.Mesh):
+def shard_batch(batch, mesh: jax.sharding.Mesh):
   """This process's share of a batch (numpy arrays with leading dim b) as global arrays sharded over BATCH."""
   sharding = jax.sharding.NamedSharding(mesh, jax.P(BATCH))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def put(batch):
+def shard(batch):
   """A batch that every process holds whole, as global arrays sharded over BATCH on the mesh in context."""
   return jax.device_put(batch, jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH)))
 
 
-def fetch(tree):
+def gather(tree):
   """Sharded arrays as numpy, whole on every process; all processes call this together."""
   return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
   """Whether this is the process that prints, and that writes what is written once."""
   return jax.process_index() == 0
 

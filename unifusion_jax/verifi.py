@@ -1,7 +1,7 @@
 """VERIFI: one place that lays out what the VLM reads and writes, and says which of it reaches the DiT.
 
-The order is the paper's (arXiv 2510.12789, architecture figure): system prompt | pictures | instruction | written
-text, inside the VLM's own chat template. The DiT is conditioned on the picture tokens and on the written text with the
+The order is the paper's (arXiv 2510.12789, architecture figure): system prompt | images | instruction | written
+text, inside the VLM's own chat template. The DiT is conditioned on the image tokens and on the written text with the
 stop token that ends it; system prompt, instruction and every other token of the template are masked. The stop
 token stays so that the empty text, the null condition of classifier-free guidance, is one token and not none.
 
@@ -10,17 +10,18 @@ Without VERIFI the request itself is kept in place of the written text, followed
 Ids are built span by span. Text of a user is tokenised as plain text, so a template token spelled inside it stays text.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
 
 import jinja2
 import numpy as np
 
-from unifusion_jax import tokenizers
+from unifusion_jax.errors import UserError
+from unifusion_jax.weights import tokenizers
 
 # System prompts by name; training uses one, sampling may swap it (config.system, config.sample.system). The first two
 # are those that the embedded VLM was trained with, and it knows no others.
@@ -47,55 +48,55 @@ SYSTEM = {
         'pictures where the user refers to them; then the content, with everything that was asked. Answer with the '
         'description alone, in one paragraph.'),
 }
-_SLOTS = ('slotsystem', 'slotuser', 'slotwritten')  # stand-ins that no template rewrites
+PLACEHOLDERS = ('slotsystem', 'slotuser', 'slotwritten')  # stand-ins that no template rewrites
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A run of token ids of one kind: 'template', 'system', 'picture', 'instruction', 'written' or 'stop'."""
+  """A run of token ids of one kind: 'template', 'system', 'image', 'instruction', 'written' or 'stop'."""
   kind: str
   ids: tuple[int, ...]
 
 
-KEPT = ('picture', 'written', 'stop')
-RAW = ('picture', 'instruction', 'stop')  # without VERIFI, of a prompt with an empty answer
+COND_VERIFI = ('image', 'written', 'stop')
+COND_RAW = ('image', 'instruction', 'stop')  # without VERIFI, of a prompt with an empty answer
 
 
-class TooLong(ValueError):
+class TooLong(UserError):
   """Text that does not fit the lengths that are set."""
 
 
 class Chat:
-  """The chat of one VLM: its tokenizer, its template taken apart, and how a picture stands in it.
+  """The chat of one VLM: its tokenizer, its template taken apart, and how an image stands in it.
 
   Attributes:
     stop_ids: ids that end written text, the template's own first.
-    picture_id: the id that each picture token stands under until the vision tower's output replaces it; None for a
+    image_id: the id that each image token stands under until the vision tower's output replaces it; None for a
       language model, which sees none.
-    picture_ends: the template's ids before and after the tokens of a picture.
+    image_ends: the template's ids before and after the tokens of an image.
   """
 
   def __init__(self, folder: str | pathlib.Path,
-               picture: tuple[str, str, str] | None = ('<img>', '<IMG_CONTEXT>', '</img>\n')):
-    """`picture`: what stands before a picture, for each of its tokens, and after it; None for a language model."""
+               image: tuple[str, str, str] | None = ('<img>', '<IMG_CONTEXT>', '</img>\n')):
+    """`image`: what stands before an image, for each of its tokens, and after it; None for a language model."""
     self.folder = str(folder)
     self.tokenizer = tokenizers.load(self.folder)
     self._plain = tokenizers.plain(self.folder)
-    before, each, after = picture or ('', None, '')
-    self.picture_id = None if each is None else self._one_id(each)
-    self.picture_ends = tuple(self._template_ids(text) for text in (before, after))
-    rendered = self._render(system=_SLOTS[0], user=_SLOTS[1], written=_SLOTS[2])
+    before, each, after = image or ('', None, '')
+    self.image_id = None if each is None else self._one_id(each)
+    self.image_ends = tuple(self._template_ids(text) for text in (before, after))
+    rendered = self._render(system=PLACEHOLDERS[0], user=PLACEHOLDERS[1], written=PLACEHOLDERS[2])
     literals, rest = [], rendered
-    for slot in _SLOTS:
+    for slot in PLACEHOLDERS:
       before, found, rest = rest.partition(slot)
       if not found or slot in rest:
-        raise ValueError(f'{self.folder}: its chat template does not give system, user and assistant text once each, '
+        raise UserError(f'{self.folder}: its chat template does not give system, user and assistant text once each, '
                          f'in this order, so VERIFI cannot tell the spans apart; it renders {rendered!r}')
-      literals.append(self._template_ids(before) if literals else self.opening(before))
+      literals.append(self._template_ids(before) if literals else self.with_bos(before))
     closing = self._template_ids(rest)
     if not closing:
-      raise ValueError(f'{self.folder}: its chat template ends an answer with no token, so nothing stops writing')
-    self._literals = literals
+      raise UserError(f'{self.folder}: its chat template ends an answer with no token, so nothing stops writing')
+    self._template_pieces = literals
     self.stop_ids = tuple(dict.fromkeys([closing[0], *self._other_stops()]))
 
   def _render(self, **texts) -> str:
@@ -104,7 +105,7 @@ class Chat:
     try:
       return self.tokenizer.apply_chat_template(messages, tokenize=False)
     except (jinja2.TemplateError, ValueError) as error:
-      raise ValueError(f'{self.folder}: no usable chat template in its tokenizer: {error}') from error
+      raise UserError(f'{self.folder}: no is_valid_generation chat template in its tokenizer: {error}') from error
 
   def _template_ids(self, text: str) -> tuple[int, ...]:
     return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -115,20 +116,20 @@ class Chat:
     stops = json.loads(path.read_text()).get('eos_token_id') if path.exists() else None
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
-  def opening(self, text: str) -> tuple[int, ...]:
+  def with_bos(self, text: str) -> tuple[int, ...]:
     """Ids of the template's text at the very start.
 
     The processors of VLMs put the tokenizer's own start token before a template that has none; language models take
     their template as it is.
     """
     start, ids = self.tokenizer.bos_token_id, self._template_ids(text)
-    adds = self.picture_id is not None and start in self.tokenizer.encode('')
+    adds = self.image_id is not None and start in self.tokenizer.encode('')
     return (start, *ids) if adds and start not in ids[:1] else ids
 
   def _one_id(self, token: str) -> int:
     ids = self._template_ids(token)
     if len(ids) != 1:
-      raise ValueError(f'{self.folder}: {token!r} is not one token of its tokenizer, so pictures have no place')
+      raise UserError(f'{self.folder}: {token!r} is not one token of its tokenizer, so images have no place')
     return ids[0]
 
   def text_ids(self, text: str) -> tuple[int, ...]:
@@ -139,49 +140,49 @@ class Chat:
     """Ids of a system prompt, given as a name in SYSTEM or as text; ValueError for a name that is nearly one."""
     near = difflib.get_close_matches(system, SYSTEM, 1) if system.isidentifier() and system not in SYSTEM else ()
     if near:
-      raise ValueError(f'there is no system prompt {system!r}: did you mean {near[0]!r}? Names are {", ".join(SYSTEM)}; '
+      raise UserError(f'there is no system prompt {system!r}: did you mean {near[0]!r}? Names are {", ".join(SYSTEM)}; '
                        'anything else is taken as the text of one')
     return self.text_ids(SYSTEM.get(system, system))
 
-  def spans(self, instruction: str, pictures: tuple[int, ...] = (), written: str | Sequence[int] | None = None,
+  def spans(self, instruction: str, images: tuple[int, ...] = (), written: str | Sequence[int] | None = None,
             system: str = 'rewrite') -> list[Span]:
     """Everything the VLM reads, in order.
 
     Args:
       instruction: what the user asks.
-      pictures: the number of picture tokens of each reference.
+      images: the number of image tokens of each reference.
       written: the answer, as text or as the ids that the VLM wrote (without the stop token); None leaves the prompt
         open, for the VLM to write.
       system: the system prompt, a name in SYSTEM or a text.
     """
-    open_picture, close_picture = self.picture_ends
-    spans = [Span('template', self._literals[0]), Span('system', self.system_ids(system)),
-             Span('template', self._literals[1])]
-    for tokens in pictures:
-      spans += [Span('template', open_picture), Span('picture', (self.picture_id,) * tokens),
-                Span('template', close_picture)]
-    spans += [Span('instruction', self.text_ids(instruction)), Span('template', self._literals[2])]
+    open_image, close_image = self.image_ends
+    spans = [Span('template', self._template_pieces[0]), Span('system', self.system_ids(system)),
+             Span('template', self._template_pieces[1])]
+    for tokens in images:
+      spans += [Span('template', open_image), Span('image', (self.image_id,) * tokens),
+                Span('template', close_image)]
+    spans += [Span('instruction', self.text_ids(instruction)), Span('template', self._template_pieces[2])]
     if written is not None:
       ids = self.text_ids(written) if isinstance(written, str) else tuple(int(i) for i in written)
       spans += [Span('written', ids), Span('stop', self.stop_ids[:1])]
     return spans
 
-  def another(self, instruction: str, written: str) -> list[Span]:
+  def add_turn(self, instruction: str, written: str) -> list[Span]:
     """One more turn, to stand after spans that end in a written answer."""
     return [Span('template', self._between), Span('instruction', self.text_ids(instruction)),
-            Span('template', self._literals[2]), Span('written', self.text_ids(written)), Span('stop', self.stop_ids[:1])]
+            Span('template', self._template_pieces[2]), Span('written', self.text_ids(written)), Span('stop', self.stop_ids[:1])]
 
   @functools.cached_property
   def _between(self) -> tuple[int, ...]:
     """The template's ids from the stop token of one turn, which it does not include, to the next instruction."""
-    turns = [*_SLOTS, *(slot + 'again' for slot in _SLOTS[1:])]
+    turns = [*PLACEHOLDERS, *(slot + 'again' for slot in PLACEHOLDERS[1:])]
     rendered = self.tokenizer.apply_chat_template(
         [dict(role=role, content=turn) for role, turn in zip(('system', *('user', 'assistant') * 2), turns)], tokenize=False)
     _, found, rest = rendered.partition(turns[2])
     between, following, _ = rest.partition(turns[3])
     ids = self._template_ids(between)
     if not (found and following and ids[:1] == self.stop_ids[:1]):
-      raise ValueError(f'{self.folder}: its chat template does not give one turn after another; it renders {rendered!r}')
+      raise UserError(f'{self.folder}: its chat template does not give one turn after another; it renders {rendered!r}')
     return ids[1:]
 
   def read(self, ids) -> str:
@@ -191,7 +192,7 @@ class Chat:
     return self.tokenizer.decode(ids[:stops[0]] if stops else ids, skip_special_tokens=True).strip()
 
 
-def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ...] = KEPT) -> dict[str, np.ndarray]:
+def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ...] = COND_VERIFI) -> dict[str, np.ndarray]:
   """Spans as padded arrays.
 
   Args:
@@ -201,7 +202,7 @@ def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ..
     kept: the kinds of span that reach the DiT.
 
   Returns:
-    tokens [s] i32 and valid [s] bool; keep [q] i32, where in s each kept token stands, and keep_mask [q] bool;
+    tokens [s] i32 and valid [s] bool; keep [q] i32, where in s each kept token stands, and cond_mask [q] bool;
     written [s] bool, the tokens that the VLM has to write (text and stop).
 
   Raises:
@@ -209,13 +210,13 @@ def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ..
   """
   ids = np.array([token for span in spans for token in span.ids], np.int32)
   kinds = np.array([span.kind for span in spans for _ in span.ids])
-  keep = np.flatnonzero(np.isin(kinds, kept)).astype(np.int32)
-  if len(ids) > length or len(keep) > kept_length:
-    raise TooLong(f'a prompt of {len(ids)} tokens, {len(keep)} of them for the DiT, does not fit the {length} and '
-                     f'{kept_length} that are set: shorten the text or raise data.text_tokens / data.written_tokens')
+  cond_index = np.flatnonzero(np.isin(kinds, kept)).astype(np.int32)
+  if len(ids) > length or len(cond_index) > kept_length:
+    raise TooLong(f'a prompt of {len(ids)} tokens, {len(cond_index)} of them for the DiT, does not fit the {length} and '
+                     f'{kept_length} that are set: shorten the text or raise data.max_prompt_tokens / data.max_rewrite_tokens')
 
   def pad(x, n):
     return np.pad(x, (0, n - len(x)))
-  return dict(tokens=pad(ids, length), valid=pad(np.ones(len(ids), bool), length), keep=pad(keep, kept_length),
-              keep_mask=pad(np.ones(len(keep), bool), kept_length),
+  return dict(input_ids=pad(ids, length), attention_mask=pad(np.ones(len(ids), bool), length), cond_index=pad(cond_index, kept_length),
+              cond_mask=pad(np.ones(len(cond_index), bool), kept_length),
               written=pad(np.isin(kinds, ('written', 'stop')), length))

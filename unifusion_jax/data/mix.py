@@ -2,16 +2,15 @@
 
 import pathlib
 
-from unifusion_jax.data import images
-from unifusion_jax.data import rewrites
-from unifusion_jax.data import sources
-from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.data import imaging, rewrites, sources
+from unifusion_jax.errors import UserError
+from unifusion_jax.scenes import world
 
 
 def mix(data, split: str = 'train', seed: int = 0) -> list[tuple[object, float]]:
   """(source, weight) for each of `data.tasks`; `data` is a config.DataConfig.
 
-  Your own pictures are all one source, whatever the tasks, but for 'reconstruct', which asks for the targets back.
+  Your own images are all one source, whatever the tasks, but for 'reconstruct', which asks for the targets back.
   With several numbers of tiles each of these comes once for each number.
   """
   made = _mix(data, split, seed)
@@ -36,12 +35,12 @@ def _mix(data, split: str, seed: int):
     return [(source, weight) for source, weight in weighted if weight]
   if path.is_dir():
     return [(sources.ArrayRecordSource(path, task, split), weight) for task, weight in zip(data.tasks, data.weights)]
-  raise FileNotFoundError(f"data.path={data.path!r} is neither 'scenes' nor a .jsonl or .parquet file nor a folder that "
-                          'unifusion_jax.data.scenes.builder wrote')
+  raise UserError(f"data.path={data.path!r} is neither 'scenes' nor a .jsonl or .parquet file nor a folder that "
+                          'unifusion_jax.scenes.builder wrote')
 
 
 class Reconstruct:
-  """Pictures of another source, each asked for again: the target is its own reference."""
+  """Images of another source, each asked for again: the target is its own reference."""
 
   def __init__(self, source):
     self.name = f'{source.name}, reconstructed'
@@ -52,7 +51,7 @@ class Reconstruct:
 
   def __getitem__(self, i: int) -> dict:
     record = self._source[i]
-    return dict(record, references=[images.read(record['target'])], instruction='draw this picture again',
+    return dict(record, references=[imaging.read(record['target'])], instruction='draw this picture again',
                 kind='reconstruct')
 
   def bucket(self, i: int):

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from unifusion_jax.data.sources import BrokenRecord
+from unifusion_jax.errors import UserError
 
 SETTINGS = 'settings.json'
 
@@ -58,7 +59,7 @@ class Table:
             self._places[json.loads(line)['key']] = path, at
           at += len(line)
     if not self._places:
-      raise ValueError(f'{folder} holds no rewrites: write them with --mode=rewrite')
+      raise UserError(f'{folder} holds no rewrites: write them with --mode=rewrite')
 
   def __len__(self) -> int:
     return len(self._places)

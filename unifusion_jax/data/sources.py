@@ -5,17 +5,17 @@ references), the shape of example i without reading all of it, None where it is 
 used. Where walking through all of them would take too long it also has `buckets()`, see SceneSource.
 
 A record is {'references': [uint8 [y x 3]], 'instruction': str, 'target': uint8 [height width 3], 'caption': str,
-'kind': str, ...}: the picture wanted, its full caption, and what was asked for, given the references.
+'kind': str, ...}: the image wanted, its full caption, and what was asked for, given the references.
 """
 
 import collections
+from collections.abc import Sequence
 import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
 from typing import ClassVar
 
 from absl import logging
@@ -23,14 +23,14 @@ import numpy as np
 import pyarrow.parquet
 import tensorflow_datasets as tfds
 
-from unifusion_jax.data import images
-from unifusion_jax.data.scenes import examples
-from unifusion_jax.data.scenes import scene as world
+from unifusion_jax.data import imaging
+from unifusion_jax.errors import UserError
+from unifusion_jax.scenes import examples, world
 
 COLUMNS = ('references', 'instruction', 'target', 'caption')
 
 
-class BrokenRecord(ValueError):
+class BrokenRecord(UserError):
   """One record that cannot be used. The pipeline passes over it and counts it; any other error stops the run."""
 
 
@@ -85,12 +85,12 @@ class _Drawn:
 
 
 class ArrayRecordSource:
-  """Scenes that `data/scenes/builder.py` wrote below `folder`, read without TensorFlow."""
+  """Scenes that `scenes/builder.py` wrote below `folder`, read without TensorFlow."""
 
   def __init__(self, folder, task: str, split: str):
     path = pathlib.Path(folder) / 'scenes' / f'{task.replace("/", "_")}_{split}' / '1.0.0'
     if not (path / 'dataset_info.json').is_file():
-      raise FileNotFoundError(f'{path} is not there: write it with python -m unifusion_jax.data.scenes.builder '
+      raise UserError(f'{path} is not there: write it with python -m unifusion_jax.scenes.builder '
                        f'--out={folder} --task={task} --split={split}')
     self.name = str(path)
     builder = tfds.builder_from_directory(path)
@@ -115,7 +115,7 @@ def _text(value):
 
 
 class FolderSource:
-  """A user's own pictures, listed in a .jsonl or .parquet file with the columns of COLUMNS.
+  """A user's own images, listed in a .jsonl or .parquet file with the columns of COLUMNS.
 
   `references` is a list of paths and `target` one path, relative to the file; `kind`, `tags` and any other column are
   kept in the record. Targets are scaled to cover the nearest in aspect of `buckets`, (height, width) each, and cut at
@@ -131,15 +131,15 @@ class FolderSource:
     self._folder = path.parent
     self._buckets = tuple((int(height), int(width)) for height, width in buckets)
     if not path.is_file():
-      raise ValueError(f'{path} is not there (or is no file): give a .jsonl or .parquet file')
+      raise UserError(f'{path} is not there (or is no file): give a .jsonl or .parquet file')
     if path.suffix not in ('.jsonl', '.parquet'):
-      raise ValueError(f'{path} is neither .jsonl nor .parquet: give a list of records in one of the two')
+      raise UserError(f'{path} is neither .jsonl nor .parquet: give a list of records in one of the two')
     self._rows = _Lines(path) if path.suffix == '.jsonl' else _Table(path)
     if not len(self._rows):
-      raise ValueError(f'{path} has no records: give one line (or row) for each example')
+      raise UserError(f'{path} has no records: give one line (or row) for each example')
     self._shapes = self._survey(threads)
     if len(self.problems) > share * len(self):
-      raise ValueError(f'{path}: {len(self.problems)} of {len(self)} records cannot be used, more than the allowed '
+      raise UserError(f'{path}: {len(self.problems)} of {len(self)} records cannot be used, more than the allowed '
                        f'share of {share:g}: mend the list or allow more. '
                        f'The first are: {"; ".join(self.problems[:3])}')
     if self.problems:
@@ -153,13 +153,13 @@ class FolderSource:
     try:
       row = self._rows[int(i)]
       _check_text(row)
-      references = [images.read(self._folder / path) for path in row['references']]
-      target = images.read(self._folder / row['target'])
+      references = [imaging.read(self._folder / path) for path in row['references']]
+      target = imaging.read(self._folder / row['target'])
     except ValueError as error:
       raise BrokenRecord(f'{self._rows.where(i)}: {error}') from error
     height, width = self._nearest(*target.shape[:2])
     return {'kind': 'edit' if references else 't2i', **row, 'references': references,
-            'target': images.resize_cover(target, width, height)}
+            'target': imaging.resize_cover(target, width, height)}
 
   def bucket(self, i: int) -> tuple[int, int, int] | None:
     which, references = self._shapes[i]
@@ -192,32 +192,32 @@ class FolderSource:
     return shapes
 
   def _bucket_of(self, target: str) -> int | str:
-    """The index of the bucket of one picture, or why it has none."""
+    """The index of the bucket of one image, or why it has none."""
     try:
-      return self._buckets.index(self._nearest(*images.read_size(self._folder / target)))
+      return self._buckets.index(self._nearest(*imaging.read_size(self._folder / target)))
     except ValueError as error:
       return str(error)
 
 
 def _check_text(row: dict) -> None:
   if not row['caption'].strip():
-    raise ValueError('the caption is empty: write what the target shows')
+    raise UserError('the caption is empty: write what the target shows')
   if row['references'] and not row['instruction'].strip():
-    raise ValueError('there are references but no instruction: write what is to be done with them')
+    raise UserError('there are references but no instruction: write what is to be done with them')
 
 
 def _check_row(row) -> dict:
   """The row when it has the columns in their types; ValueError where it does not."""
   if not isinstance(row, dict):
-    raise ValueError(f'it is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
+    raise UserError(f'it is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
   missing = [name for name in COLUMNS if name not in row]
   if missing:
-    raise ValueError(f'it has no {", ".join(missing)}: every record wants {", ".join(COLUMNS)}')
+    raise UserError(f'it has no {", ".join(missing)}: every record wants {", ".join(COLUMNS)}')
   for name in ('instruction', 'target', 'caption'):
     if not isinstance(row[name], str):
-      raise ValueError(f'{name} is {row[name]!r}, wanted text')
+      raise UserError(f'{name} is {row[name]!r}, wanted text')
   if not isinstance(row['references'], list) or not all(isinstance(path, str) for path in row['references']):
-    raise ValueError(f'references is {row["references"]!r}, wanted a list of paths (empty for none)')
+    raise UserError(f'references is {row["references"]!r}, wanted a list of paths (empty for none)')
   return row
 
 
@@ -245,7 +245,7 @@ class _Lines:
     try:
       row = json.loads(line.decode('utf-8-sig'))
     except ValueError as error:
-      raise ValueError(f'it is not JSON ({error})') from error
+      raise UserError(f'it is not JSON ({error})') from error
     return _check_row(row)
 
   def where(self, i: int) -> str:
@@ -260,10 +260,10 @@ class _Table:
     try:
       self._table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:
-      raise ValueError(f'{path} is not a Parquet file that can be read ({error}): replace it') from error
+      raise UserError(f'{path} is not a Parquet file that can be read ({error}): replace it') from error
     missing = [name for name in COLUMNS if name not in self._table.column_names]
     if missing:
-      raise ValueError(f'{path} has no column {", ".join(missing)}: it wants {", ".join(COLUMNS)}')
+      raise UserError(f'{path} has no column {", ".join(missing)}: it wants {", ".join(COLUMNS)}')
 
   def __len__(self) -> int:
     return self._table.num_rows

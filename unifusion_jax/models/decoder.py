@@ -16,8 +16,20 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, RESIDUAL, rms_norm, rope, scan
-from unifusion_jax.models.layers import stack, SwiGLU, weight
+from unifusion_jax.errors import UserError
+from unifusion_jax.models.layers import (
+  attention,
+  constant,
+  einsum,
+  heads_axis,
+  RESIDUAL,
+  rms_norm,
+  rope,
+  scan,
+  stack,
+  SwiGLU,
+  weight,
+)
 from unifusion_jax.sharding import BATCH
 
 
@@ -47,7 +59,7 @@ class DecoderConfig:
     """
     kind = text.get('model_type')
     if kind not in ('llama', 'qwen2', 'qwen3', 'internlm2'):
-      raise ValueError(f'the text model is {kind!r}; this decoder is one of llama, qwen2, qwen3, internlm2')
+      raise UserError(f'the text model is {kind!r}; this decoder is one of llama, qwen2, qwen3, internlm2')
     if kind == 'internlm2':
       kind = 'llama'  # the same mathematics under other names (internvl.py maps them)
     wrong = [f'{key}={text[key]!r}' for key in ('attention_bias', 'mlp_bias', 'bias', 'use_sliding_window')
@@ -63,7 +75,7 @@ class DecoderConfig:
     if rotary.get('partial_rotary_factor', 1.0) != 1.0:
       wrong.append(f'partial_rotary_factor={rotary["partial_rotary_factor"]}')
     if wrong:
-      raise ValueError(f'this decoder does not support {", ".join(wrong)} of the {kind} text config')
+      raise UserError(f'this decoder does not support {", ".join(wrong)} of the {kind} text config')
     heads = text['num_attention_heads']
     limit = text.get('max_position_embeddings', 32768)
     # transformers' own default, which does not follow from the width
@@ -95,7 +107,7 @@ class DecoderConfig:
     return text
 
 
-def is_tied(described: dict, head: bool, base: bool = False) -> bool:
+def tied_head(described: dict, head: bool, base: bool = False) -> bool:
   """Whether the head is the embedding table: no `head` is in the file, and no level of its config.json denies it.
 
   Configs disagree with themselves about tying (two keys, defaults that changed), and a head in the file overrides them.
@@ -106,13 +118,13 @@ def is_tied(described: dict, head: bool, base: bool = False) -> bool:
   return not head and (False not in said or base and True in said)
 
 
-def headed(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
-  """Tensors under the names of the class with a head, and `is_tied`; a base class (LlamaModel) leaves out `model.`."""
+def resolve_lm_head(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
+  """Tensors under the names of the class with a head, and `tied_head`; a base class (LlamaModel) leaves out `model.`."""
   base = not {'embed_tokens.weight', 'language_model.embed_tokens.weight'}.isdisjoint(tensors)
   head = 'lm_head.weight' in tensors
-  tied = is_tied(described, head, base)
+  tied = tied_head(described, head, base)
   if base and not head and not tied:
-    raise ValueError(f'{folder} was saved from a class without a head, and its config.json says that the head is not '
+    raise UserError(f'{folder} was saved from a class without a head, and its config.json says that the head is not '
                      'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
   if base:
     tensors = {name if name == 'lm_head.weight' else f'model.{name}': tensor for name, tensor in tensors.items()}
@@ -127,7 +139,7 @@ class Cache(NamedTuple):
 
 class Prompt(NamedTuple):
   """What a VLM hands to its decoder for one batch of prompts."""
-  x: jax.Array  # [b s d] embeddings, pictures in place
+  x: jax.Array  # [b s d] embeddings, images in place
   angles: jax.Array  # [b s k/2]
   valid: jax.Array  # [b s]
   length: jax.Array  # [b] the RoPE position of the token that follows
@@ -176,7 +188,7 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     if config.heads % config.kv_heads:
-      raise ValueError(f'{config.heads} query heads cannot share {config.kv_heads} key/value heads: '
+      raise UserError(f'{config.heads} query heads cannot share {config.kv_heads} key/value heads: '
                        'the second must divide the first')
     self.config = config
     # Split over the width alone: public vocabularies (151674, 92553) divide by nothing
@@ -196,7 +208,7 @@ class Decoder(nnx.Module):
     """Rotation angles [b s k/2], f32, of positions [b s]."""
     config = self.config
     if positions.shape[-1] > config.max_positions:
-      raise ValueError(f'{positions.shape[-1]} positions are more than the {config.max_positions} this model was '
+      raise UserError(f'{positions.shape[-1]} positions are more than the {config.max_positions} this model was '
                        'trained for: shorten the sequence')
     frequencies = config.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.llama3:
@@ -225,7 +237,7 @@ class Decoder(nnx.Module):
     depth = self.config.depth if depth is None else depth
     taps = tuple(taps)
     if not 0 <= depth <= self.config.depth or list(taps) != sorted(set(taps) & set(range(depth + 1))):
-      raise ValueError(f'taps {taps} within the first {depth} blocks: taps must increase and lie in 0 .. {depth}, and '
+      raise UserError(f'taps {taps} within the first {depth} blocks: taps must increase and lie in 0 .. {depth}, and '
                        f'this model has {self.config.depth} blocks')
     # Every block writes into the slot of the next tap, so the tapped block writes there last; blocks after the last
     # tap share one more slot, dropped at the end. The untapped states are never alive together.

@@ -14,8 +14,9 @@ import jax
 from jax import P
 import jax.numpy as jnp
 
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
-from unifusion_jax.models.layers import RESIDUAL, constant, einsum, rms_norm, weight
+from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
 from unifusion_jax.sharding import BATCH
 
 
@@ -68,10 +69,10 @@ class DiT(nnx.Module):
 
   def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
     if sum(config.rope_axes) != config.head_dim or any(a % 2 for a in config.rope_axes):
-      raise ValueError(f'rope_axes {config.rope_axes} must be three even numbers that add up to the head dim '
+      raise UserError(f'rope_axes {config.rope_axes} must be three even numbers that add up to the head dim '
                        f'{config.head_dim}')
     if config.heads % config.kv_heads:
-      raise ValueError(f'{config.heads} heads cannot share {config.kv_heads} key/value heads evenly: '
+      raise UserError(f'{config.heads} heads cannot share {config.kv_heads} key/value heads evenly: '
                        'kv_heads must divide heads')
     c = self.config = dataclasses.replace(config)
     d, p = c.width, c.channels * c.patch ** 2
@@ -98,7 +99,7 @@ class DiT(nnx.Module):
     c = self.config
     b, height, width, channels = z.shape
     if channels != c.channels or height % c.patch or width % c.patch:
-      raise ValueError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
+      raise UserError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
                        f'multiples of the patch {c.patch}')
     rows, columns = height // c.patch, width // c.patch
     image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)

@@ -1,7 +1,7 @@
 """InternVL 2.5 / 3 / 3.5: InternViT, pixel shuffle, a two-layer projector, and a decoder that reads the result.
 
 Follows `InternVLForConditionalGeneration` of transformers. One tile of y x x pixels becomes (y / patch)^2 vision tokens
-and, after the pixel shuffle by 2, a quarter as many picture embeddings, which replace the picture tokens of the prompt.
+and, after the pixel shuffle by 2, a quarter as many image embeddings, which replace the image tokens of the prompt.
 """
 
 import dataclasses
@@ -13,10 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import convert
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, is_tied, positions_of, Prompt
-from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, layer_norm, RESIDUAL, rms_norm, scan
-from unifusion_jax.models.layers import stack, weight
+from unifusion_jax.errors import UserError
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt, tied_head
+from unifusion_jax.models.layers import (
+  attention,
+  constant,
+  einsum,
+  heads_axis,
+  layer_norm,
+  RESIDUAL,
+  rms_norm,
+  scan,
+  stack,
+  weight,
+)
+from unifusion_jax.weights import convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +56,19 @@ class InternVLConfig:
 
   @property
   def tile_tokens(self) -> int:
-    """Picture embeddings of one tile."""
+    """Image embeddings of one tile."""
     return (self.vision.tile // self.vision.patch // self.shuffle) ** 2
 
   @classmethod
   def from_original(cls, config: dict, image_token_id: int, unroll: bool = False) -> 'InternVLConfig':
-    """From the config.json of OpenGVLab's own layout, which leaves the picture token's id to the tokenizer."""
+    """From the config.json of OpenGVLab's own layout, which leaves the image token's id to the tokenizer."""
     vision, size = config['vision_config'], config.get('force_image_size')
     wrong = [f'{key}={config[key]!r}' for key, value in {'ps_version': 'v2', 'use_backbone_lora': 0, 'use_llm_lora': 0}
              .items() if config.get(key, value) != value]
     if size not in (None, vision['image_size']):
       wrong.append(f'force_image_size={size} over a ViT for {vision["image_size"]}')
     if wrong:
-      raise ValueError(f'this InternVL does not support {", ".join(wrong)}')
+      raise UserError(f'this InternVL does not support {", ".join(wrong)}')
     names = {'attention_bias': vision.get('qkv_bias', False), 'use_qk_norm': vision.get('qk_normalization', True),
              'norm_type': vision.get('norm_type', 'rms_norm')}
     return cls.from_json({
@@ -80,7 +91,7 @@ class InternVLConfig:
     if tile[0] != tile[1] or patch[0] != patch[1]:
       wrong.append(f'tiles of {tile} pixels in patches of {patch}, which are not square')
     if wrong:
-      raise ValueError(f'this InternVL does not support {", ".join(wrong)}')
+      raise UserError(f'this InternVL does not support {", ".join(wrong)}')
     text = DecoderConfig.from_json(config['text_config'])
     tied = config.get('tie_word_embeddings', text.tied)
     return cls(
@@ -219,12 +230,12 @@ class InternVL(nnx.Module):
     self.projector = Projector(config.vision.width * config.shuffle ** 2, config.text.width, dtype, rngs=rngs)
     self.decoder = Decoder(config.text, dtype, rngs=rngs)
 
-  def pictures(self, tiles: jax.Array) -> jax.Array:
-    """Tiles [b r y x 3] -> picture embeddings [b r*n e], n = config.tile_tokens of each tile, rows first."""
+  def image_features(self, tiles: jax.Array) -> jax.Array:
+    """Tiles [b r y x 3] -> image embeddings [b r*n e], n = config.tile_tokens of each tile, rows first."""
     b, r, *size = tiles.shape
     side = self.config.vision.tile
     if size != [side, side, 3]:
-      raise ValueError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {side} x {side} x 3')
+      raise UserError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {side} x {side} x 3')
     x = self.vision(tiles.reshape(b * r, *size, out_sharding=RESIDUAL))
     n, a = side // self.config.vision.patch // self.config.shuffle, self.config.shuffle
     x = x.reshape(b * r, n, a, n, a, -1, out_sharding=RESIDUAL)
@@ -232,21 +243,21 @@ class InternVL(nnx.Module):
     return self.projector(x).reshape(b, r * n * n, -1, out_sharding=RESIDUAL)
 
   def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None,
-             pictures: jax.Array | None = None) -> Prompt:
-    """Embeddings with the pictures in place, and where each token stands; `pictures` stands in for what tiles give.
+             image_features: jax.Array | None = None) -> Prompt:
+    """Embeddings with the images in place, and where each token stands; `image_features` stands in for what tiles give.
 
-    Picture embeddings replace the valid picture tokens in order; padded tiles at the end are never used. An example
-    with more picture tokens than its tiles give gets NaN there: a shape known only at run time cannot raise.
+    Image embeddings replace the valid image tokens in order; padded tiles at the end are never used. An example
+    with more image tokens than its tiles give gets NaN there: a shape known only at run time cannot raise.
     """
     tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)  # plain arrays are welcome
     x = self.decoder.embed(tokens)
     if tiles is not None:
-      pictures = self.pictures(jax.sharding.reshard(tiles, RESIDUAL))
-    if pictures is not None:
+      image_features = self.image_features(jax.sharding.reshard(tiles, RESIDUAL))
+    if image_features is not None:
       here = (tokens == self.config.image_token_id) & valid
       index = jnp.where(here, jnp.cumsum(here, axis=1) - 1, 0)
       pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
-      picked = pick(pictures.astype(x.dtype), index)
+      picked = pick(image_features.astype(x.dtype), index)
       x = jnp.where(here[..., None], picked, x)
     positions = positions_of(valid)
     return Prompt(x, self.decoder.angles(positions), valid, jnp.sum(valid, axis=1, dtype=jnp.int32))
@@ -285,17 +296,17 @@ def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> InternV
   described = json.loads((folder / 'config.json').read_text())
   tensors = convert.read(folder)
   if 'llm_config' in described:
-    config = InternVLConfig.from_original(described, picture_token(folder), unroll)
+    config = InternVLConfig.from_original(described, image_token(folder), unroll)
     rules = INTERNLM2_RULES if described['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
   else:
     config, rules = InternVLConfig.from_json(described, unroll), RULES
-  tied = is_tied(described, not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors))
+  tied = tied_head(described, not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors))
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, dims(config), dtype,
                       ignore=(r'.*rotary_emb\.inv_freq',), each=each)
 
 
-def picture_token(folder: pathlib.Path) -> int:
+def image_token(folder: pathlib.Path) -> int:
   """The id of <IMG_CONTEXT> in a folder with a tokenizer's files."""
   def parse(name):
     return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
@@ -304,7 +315,7 @@ def picture_token(folder: pathlib.Path) -> int:
   ids |= {token['content']: int(i) for i, token in decoder.items()}
   ids |= {token['content']: token['id'] for token in parse('tokenizer.json').get('added_tokens', [])}
   if '<IMG_CONTEXT>' not in ids:
-    raise ValueError(f'{folder}: no added_tokens.json, tokenizer_config.json or tokenizer.json gives the id of '
+    raise UserError(f'{folder}: no added_tokens.json, tokenizer_config.json or tokenizer.json gives the id of '
                      "<IMG_CONTEXT>; copy the checkpoint's tokenizer files next to its config.json")
   return ids['<IMG_CONTEXT>']
 
@@ -428,11 +439,11 @@ INTERNLM2_RULES = INTERNLM2_TEXT_RULES + _ORIGINAL_VISION_RULES
 
 def _preset(kind: str, width: int, depth: int, heads: int, kv_heads: int, hidden: int, head_dim: int = 128,
             vision: VisionConfig = VisionConfig()) -> InternVLConfig:
-  model_type, vocab, picture, eps, limit = {
+  model_type, vocab, image, eps, limit = {
       'internlm2': ('llama', 92553, 92546, 1e-5, 32768), 'qwen2': ('qwen2', 151674, 151667, 1e-6, 32768),
       'qwen3': ('qwen3', 151936, 151671, 1e-6, 40960)}[kind]
   return InternVLConfig(vision, DecoderConfig(model_type, vocab, width, depth, heads, kv_heads, head_dim, hidden, eps,
-                                              max_positions=limit), picture)
+                                              max_positions=limit), image)
 
 
 _VIT_6B = VisionConfig(3200, 45, 25, 12800, norm='rms_norm', qkv_bias=False, qk_norm=True)

@@ -12,8 +12,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
-from unifusion_jax.models.layers import RESIDUAL, constant, einsum, rms_norm, weight
+from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -52,7 +53,7 @@ class LAP(nnx.Module):
 
   def __init__(self, config: LAPConfig, width: int, *, rngs: nnx.Rngs):
     if config.width % config.heads:
-      raise ValueError(f'LAP width {config.width} is not a multiple of its {config.heads} heads: change one of them')
+      raise UserError(f'LAP width {config.width} is not a multiple of its {config.heads} heads: change one of them')
     c = self.config = dataclasses.replace(config)
     self.blocks = layers.stack(Block, c.depth, c, rngs=rngs)
     self.pool = constant(1 / c.taps, (c.taps,))
@@ -68,7 +69,7 @@ class LAP(nnx.Module):
     b, s, l, e = hidden.shape
     c = self.config
     if (l, e) != (c.taps, c.width):
-      raise ValueError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
+      raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
                        "set the config's taps and width to those of the vision-language model")
     run = lambda x, blocks, mask=None: layers.scan(
         lambda x, block: (block(x, mask), None), x, blocks, remat=c.remat, unroll=c.unroll)[0]

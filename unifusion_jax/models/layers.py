@@ -17,8 +17,8 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import quantize
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import quantize
 
 RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
 MASKED = -1e30  # a logit whose softmax weight is 0

@@ -1,14 +1,14 @@
-"""Qwen3-VL: a vision tower for pictures of any shape, deepstack, and a Qwen3 decoder under interleaved M-RoPE.
+"""Qwen3-VL: a vision tower for images of any shape, deepstack, and a Qwen3 decoder under interleaved M-RoPE.
 
-Follows `Qwen3VLForConditionalGeneration` of transformers, without video. A picture is a grid of 16 x 16 pixel patches.
-Learned positions are interpolated to its grid, patches attend within their picture, and every square of 2 x 2 patches
-becomes one picture embedding, which replaces a picture token of the prompt, and one deepstack feature for each of the
+Follows `Qwen3VLForConditionalGeneration` of transformers, without video. An image is a grid of 16 x 16 pixel patches.
+Learned positions are interpolated to its grid, patches attend within their image, and every square of 2 x 2 patches
+becomes one image embedding, which replaces an image token of the prompt, and one deepstack feature for each of the
 first decoder blocks, which joins that block's output at the same token. A token's rotary position has three parts
-(time, row, column), which differ at picture tokens only; the text goes on after the longer side of a picture.
+(time, row, column), which differ at image tokens only; the text goes on after the longer side of an image.
 
-Pictures vary in shape and arrays must not: the patches of all pictures of an example lie end to end in `Pictures`,
+PackedImages vary in shape and arrays must not: the patches of all images of an example lie end to end in `PackedImages`,
 padded at the end, beside their grids. What depends on a grid (positions, rotations, interpolation, masks) is computed
-from it on the device, so that one compiled program serves all pictures that fit, mixed within a batch as they like.
+from it on the device, so that one compiled program serves all images that fit, mixed within a batch as they like.
 """
 
 import dataclasses
@@ -21,24 +21,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import convert
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, headed, positions_of, Prompt
+from unifusion_jax.errors import UserError
+from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt, resolve_lm_head
 from unifusion_jax.models.internvl import TEXT_RULES
-from unifusion_jax.models.layers import attention, constant, einsum, heads_axis, layer_norm, RESIDUAL, rope, rope_angles
-from unifusion_jax.models.layers import scan_taps, stack, weight
+from unifusion_jax.models.layers import (
+  attention,
+  constant,
+  einsum,
+  heads_axis,
+  layer_norm,
+  RESIDUAL,
+  rope,
+  rope_angles,
+  scan_taps,
+  stack,
+  weight,
+)
+from unifusion_jax.weights import convert
 
 QUERIES = 1024  # patches that look at all others at a time: the logits of all at once grow with p^2
 
 
-class Pictures(NamedTuple):
-  """What a prompt's pictures are given as, in the place of InternVL's tiles (`data/qwen_images.py` makes them)."""
+class PackedImages(NamedTuple):
+  """What a prompt's images are given as, in the place of InternVL's tiles (`data/qwen_patches.py` makes them)."""
   patches: jax.Array  # [b p c] f32 normalised, c = 3 * 2 * 16 * 16; p is divisible by 4, and padding is at the end
-  grids: jax.Array  # [b r 2] int32 rows and columns of patches, both even; 0, 0 where there is no picture
+  grids: jax.Array  # [b r 2] int32 rows and columns of patches, both even; 0, 0 where there is no image
 
 
-class Seen(NamedTuple):
+class ImageFeatures(NamedTuple):
   """What the vision tower makes of them."""
-  features: jax.Array  # [b n 1+l e], n = p / 4: the picture embedding, then those of deepstack
+  features: jax.Array  # [b n 1+l e], n = p / 4: the image embedding, then those of deepstack
   grids: jax.Array  # [b r 2]
 
 
@@ -50,7 +62,7 @@ class VisionConfig:
   heads: int = 16
   hidden: int = 4096
   patch: int = 16  # pixels on a side
-  frames: int = 2  # a still picture is shown twice
+  frames: int = 2  # a still image is shown twice
   merge: int = 2  # patches joined along each side
   side: int = 48  # of the square of learned positions
   deepstack: tuple[int, ...] = (5, 11, 17)  # 0-based blocks whose outputs reach the decoder
@@ -93,7 +105,7 @@ class Qwen3VLConfig:
     if side ** 2 != vision.get('num_position_embeddings', 2304):
       wrong.append(f'vision_config.num_position_embeddings={vision["num_position_embeddings"]}, which is no square')
     if wrong:
-      raise ValueError(f'this Qwen3-VL does not support {", ".join(wrong)}')
+      raise UserError(f'this Qwen3-VL does not support {", ".join(wrong)}')
     # transformers' own defaults, where the text config is silent
     defaults = {'rope_theta': 500000.0, 'max_position_embeddings': 128000}
     decoder = DecoderConfig.from_json(defaults | text | {'model_type': 'qwen3'})
@@ -122,36 +134,36 @@ class Qwen3VLConfig:
             'deepstack_visual_indexes': list(v.deepstack), 'hidden_act': 'gelu_pytorch_tanh'}}
 
 
-def locate(index: jax.Array, grids: jax.Array):
-  """Which picture and which of its cells are number `index` [b s] of pictures laid end to end, grids [b r 2].
+def grid_position(index: jax.Array, grids: jax.Array):
+  """Which image and which of its cells are number `index` [b s] of images laid end to end, grids [b r 2].
 
-  Returns (picture, cell, rows, columns), [b s] each; past the last picture: the number of pictures, and no rows.
+  Returns (image, cell, rows, columns), [b s] each; past the last image: the number of images, and no rows.
   """
   sizes = grids[..., 0] * grids[..., 1]
   past = index[..., None] >= jnp.cumsum(sizes, axis=1)[:, None]
-  picture = jnp.sum(past, axis=-1)
+  image = jnp.sum(past, axis=-1)
   cell = index - jnp.sum(jnp.where(past, sizes[:, None], 0), axis=-1)
-  mine = picture[..., None] == jnp.arange(grids.shape[1])
+  mine = image[..., None] == jnp.arange(grids.shape[1])
   rows, columns = (jnp.sum(jnp.where(mine, grids[:, None, :, i], 0), axis=-1) for i in (0, 1))
-  return picture, cell, rows, columns
+  return image, cell, rows, columns
 
 
-def within(q: jax.Array, k: jax.Array, v: jax.Array, picture: jax.Array) -> jax.Array:
-  """Attention [b p h k] of patches to those of their own picture [b p], at most QUERIES at a time."""
+def per_image_attention(q: jax.Array, k: jax.Array, v: jax.Array, image: jax.Array) -> jax.Array:
+  """Attention [b p h k] of patches to those of their own image [b p], at most QUERIES at a time."""
   def part(inputs):
     q, mine = inputs
-    return attention(q, k, v, mine[:, None, :, None] == picture[:, None, None, :])
+    return attention(q, k, v, mine[:, None, :, None] == image[:, None, None, :])
 
   def split(x):
     x = jnp.pad(x, ((0, 0), (0, parts * size - p)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], parts, size, *x.shape[2:]), 1, 0)
 
-  b, p = picture.shape
+  b, p = image.shape
   if p <= QUERIES:
-    return part((q, picture))
+    return part((q, image))
   parts = -(-p // QUERIES)
   size = -(-p // parts)
-  y = jnp.moveaxis(jax.lax.map(part, (split(q), split(picture))), 0, 1)
+  y = jnp.moveaxis(jax.lax.map(part, (split(q), split(image))), 0, 1)
   return y.reshape(b, parts * size, *y.shape[3:])[:, :p]
 
 
@@ -179,12 +191,12 @@ class VisionBlock(nnx.Module):
     self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
 
-  def __call__(self, x: jax.Array, angles: jax.Array, picture: jax.Array) -> jax.Array:
-    """[b p d] -> [b p d]; angles [b p k/2], picture [b p]: the one that a patch belongs to."""
+  def __call__(self, x: jax.Array, angles: jax.Array, image: jax.Array) -> jax.Array:
+    """[b p d] -> [b p d]; angles [b p k/2], image [b p]: the one that a patch belongs to."""
     y = layer_norm(x, self.norm1, self.norm1_bias)
     q, k, v = (einsum('bsd,dhk->bshk', y, w) + b[...] for w, b in (
         (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)))
-    y = within(rope(q, angles), rope(k, angles), v, picture)
+    y = per_image_attention(rope(q, angles), rope(k, angles), v, image)
     x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL) + self.bo[...]
     y = einsum('bsd,df->bsf', layer_norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
     return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, RESIDUAL) + self.b2[...]
@@ -229,9 +241,9 @@ class Vision(nnx.Module):
     self.deepstack = stack(Merger, len(config.deepstack), config, width, True, dtype, rngs=rngs)
 
   def __call__(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
-    """Patches [b p c] of pictures with grids [b r 2] -> features [b n 1+l e]."""
+    """Patches [b p c] of images with grids [b r 2] -> features [b n 1+l e]."""
     c = self.config
-    picture, cell, rows, columns = locate(jnp.arange(patches.shape[1])[None], grids)
+    image, cell, rows, columns = grid_position(jnp.arange(patches.shape[1])[None], grids)
     # Patches come square by square, and within a square row by row
     squares, inside = jnp.maximum(columns // c.merge, 1), cell % c.merge ** 2
     row = cell // c.merge ** 2 // squares * c.merge + inside // c.merge
@@ -240,7 +252,7 @@ class Vision(nnx.Module):
     x = x + self.interpolated(row, column, rows, columns).astype(x.dtype)
     k = c.width // c.heads
     angles = jnp.concatenate([rope_angles(row, k // 2, 1e4), rope_angles(column, k // 2, 1e4)], axis=-1)
-    x, kept = scan_taps(lambda x, block: block(x, angles, picture), x, self.blocks, tuple(i + 1 for i in c.deepstack),
+    x, kept = scan_taps(lambda x, block: block(x, angles, image), x, self.blocks, tuple(i + 1 for i in c.deepstack),
                         c.depth, unroll=c.unroll or 1)
     deep = jax.lax.map(lambda pair: pair[0](pair[1]), (self.deepstack, jnp.moveaxis(kept, 2, 0)))
     return jnp.moveaxis(jnp.concatenate([self.merger(x)[None], deep]), 0, 2)
@@ -263,42 +275,42 @@ class Vision(nnx.Module):
 
 
 class Qwen3VL(nnx.Module):
-  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles: `Pictures`."""
+  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles: `PackedImages`."""
 
   def __init__(self, config: Qwen3VLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     self.vision = Vision(config.vision, config.text.width, dtype, rngs=rngs)
     self.decoder = Decoder(config.text, dtype, rngs=rngs)
 
-  def pictures(self, tiles: Pictures) -> Seen:
-    """What the vision tower makes of the pictures."""
+  def image_features(self, tiles: PackedImages) -> ImageFeatures:
+    """What the vision tower makes of the images."""
     vision = self.config.vision
     if tiles.patches.shape[-1] != vision.patch_size or tiles.patches.shape[1] % vision.merge ** 2:
-      raise ValueError(f'patches are {list(tiles.patches.shape)}; this model wants {vision.patch_size} numbers in each '
+      raise UserError(f'patches are {list(tiles.patches.shape)}; this model wants {vision.patch_size} numbers in each '
                        f'(3 x {vision.frames} x {vision.patch} x {vision.patch}) and a multiple of {vision.merge ** 2} '
                        'patches')
-    return Seen(self.vision(tiles.patches, tiles.grids), tiles.grids)
+    return ImageFeatures(self.vision(tiles.patches, tiles.grids), tiles.grids)
 
-  def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: Pictures | None = None,
-             pictures: Seen | None = None) -> Prompt:
-    """Embeddings with the pictures in place, and where each token stands; `pictures` stands in for what tiles give.
+  def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None,
+             image_features: ImageFeatures | None = None) -> Prompt:
+    """Embeddings with the images in place, and where each token stands; `image_features` stands in for what tiles give.
 
-    Picture embeddings replace the valid picture tokens in order. An example with more picture tokens than its grids
+    Image embeddings replace the valid image tokens in order. An example with more image tokens than its grids
     and patches give gets NaN there: a shape known only at run time cannot raise.
     """
     tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)  # plain arrays are welcome
     x = self.decoder.embed(tokens)
     if tiles is not None:
-      pictures = self.pictures(Pictures(*jax.sharding.reshard(tuple(tiles), RESIDUAL)))
-    if pictures is None:
+      image_features = self.image_features(PackedImages(*jax.sharding.reshard(tuple(tiles), RESIDUAL)))
+    if image_features is None:
       angles = self.decoder.angles(positions_of(valid))
       return Prompt(x, angles, valid, jnp.sum(valid, axis=1, dtype=jnp.int32))
     here = (tokens == self.config.image_token_id) & valid
     text = valid & ~here
     before = jnp.cumsum(here, axis=1, dtype=jnp.int32) - here
-    grids = pictures.grids // self.config.vision.merge
-    picture, cell, rows, columns = locate(before, grids)
-    done = picture[..., None] > jnp.arange(grids.shape[1])
+    grids = image_features.grids // self.config.vision.merge
+    image, cell, rows, columns = grid_position(before, grids)
+    done = image[..., None] > jnp.arange(grids.shape[1])
     start = jnp.cumsum(text, axis=1, dtype=jnp.int32) - text
     start = start + jnp.sum(jnp.where(done, jnp.max(grids, axis=-1)[:, None], 0), axis=-1)
     columns = jnp.maximum(columns, 1)
@@ -306,7 +318,7 @@ class Qwen3VL(nnx.Module):
     positions = start[..., None] + jnp.where(here[..., None], positions, 0)
 
     pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
-    picked = pick(pictures.features.astype(x.dtype), jnp.where(here, before, 0))
+    picked = pick(image_features.features.astype(x.dtype), jnp.where(here, before, 0))
     picked = jnp.where((rows > 0)[..., None, None], picked, jnp.nan)
     x = jnp.where(here[..., None], picked[:, :, 0], x)
     added = jnp.moveaxis(jnp.where(here[..., None, None], picked[:, :, 1:], 0), 2, 0)
@@ -322,7 +334,7 @@ class Qwen3VL(nnx.Module):
     return jnp.where(part == 0, time, jnp.where(part == 1, row, column))
 
   def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...],
-             tiles: Pictures | None = None) -> jax.Array:
+             tiles: PackedImages | None = None) -> jax.Array:
     """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
 
     As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature joins.
@@ -331,12 +343,12 @@ class Qwen3VL(nnx.Module):
     return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), taps=taps, depth=max(taps),
                         added=prompt.added)[1]
 
-  def last(self, tokens: jax.Array, valid: jax.Array, tiles: Pictures | None = None) -> jax.Array:
+  def last(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None) -> jax.Array:
     """The last block's output [b s e], which `decoder.logits` takes at any chosen positions."""
     prompt = self.prompt(tokens, valid, tiles)
     return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), added=prompt.added)[0]
 
-  def logits(self, tokens: jax.Array, valid: jax.Array, tiles: Pictures | None = None) -> jax.Array:
+  def logits(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None) -> jax.Array:
     """Next-token logits [b s v], f32."""
     return self.decoder.logits(self.last(tokens, valid, tiles))
 
@@ -357,7 +369,7 @@ def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> Qwen3VL
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
   config = Qwen3VLConfig.from_json(described, unroll)
-  tensors, tied = headed(convert.read(folder), described, folder)
+  tensors, tied = resolve_lm_head(convert.read(folder), described, folder)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype, each=each)
 

@@ -15,9 +15,19 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import convert
-from unifusion_jax.models.layers import constant, einsum, heads_axis, MASKED, RESIDUAL, rms_norm, scan_taps, stack
-from unifusion_jax.models.layers import weight
+from unifusion_jax.errors import UserError
+from unifusion_jax.models.layers import (
+  constant,
+  einsum,
+  heads_axis,
+  MASKED,
+  RESIDUAL,
+  rms_norm,
+  scan_taps,
+  stack,
+  weight,
+)
+from unifusion_jax.weights import convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +47,9 @@ class T5Config:
   def from_json(cls, config: dict) -> 'T5Config':
     """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
     if config.get('model_type') != 't5':
-      raise ValueError(f'the model is {config.get("model_type")!r}; this encoder is t5')
+      raise UserError(f'the model is {config.get("model_type")!r}; this encoder is t5')
     if config.get('feed_forward_proj') != 'gated-gelu':
-      raise ValueError(f'feed_forward_proj is {config.get("feed_forward_proj", "relu")!r}, as in the first T5; this '
+      raise UserError(f'feed_forward_proj is {config.get("feed_forward_proj", "relu")!r}, as in the first T5; this '
                        'encoder is that of T5 v1.1 and Flan-T5, with gated-gelu')
     return cls(config['vocab_size'], config['d_model'], config['num_layers'], config['num_heads'], config['d_kv'],
                config['d_ff'], config.get('relative_attention_num_buckets', 32),
@@ -110,7 +120,7 @@ class T5Encoder(nnx.Module):
   def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...], tiles: None = None) -> jax.Array:
     """Tapped states [b s l d]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run."""
     if tiles is not None:
-      raise ValueError('T5 reads text alone: give it no pictures')
+      raise UserError('T5 reads text alone: give it no images')
     config = self.config
     tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)
     # Looked up by columns, as in decoder.py

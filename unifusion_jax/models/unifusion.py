@@ -13,10 +13,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import convert
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap
 from unifusion_jax.models.dit import DiT, DiTConfig
 from unifusion_jax.models.lap import LAP, LAPConfig
+from unifusion_jax.weights import convert
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
@@ -97,11 +98,11 @@ def from_json(fields: dict) -> UniFusionConfig:
   fields = to_json(krea2()) | {k: v for k, v in fields.items() if not k.startswith('_')}
   unknown = sorted(fields.keys() - to_json(krea2()).keys())
   if unknown:
-    raise ValueError(f'config.json has fields that a Krea 2 transformer does not: {", ".join(unknown)}')
+    raise UserError(f'config.json has fields that a Krea 2 transformer does not: {", ".join(unknown)}')
   f = fields
   patch = f['patch_size']
   if f['in_channels'] % patch ** 2:
-    raise ValueError(f'config.json: in_channels {f["in_channels"]} is not a multiple of patch_size {patch} squared')
+    raise UserError(f'config.json: in_channels {f["in_channels"]} is not a multiple of patch_size {patch} squared')
   return UniFusionConfig(
       LAPConfig(
           width=f['text_hidden_dim'], taps=f['num_text_layers'], depth=f['num_layerwise_text_blocks'],
@@ -118,7 +119,7 @@ def read_config(folder) -> UniFusionConfig:
   """The configuration of a checkpoint folder."""
   path = pathlib.Path(folder) / 'config.json'
   if not path.exists():
-    raise ValueError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
+    raise UserError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
                      'of a Krea 2 pipeline')
   return from_json(json.loads(path.read_text()))
 
@@ -133,7 +134,7 @@ def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> Un
   wanted, found = to_json(config), to_json(stored)
   differ = [f'{k} is {found[k]}, not {wanted[k]}' for k in wanted if wanted[k] != found[k]]
   if differ:
-    raise ValueError(f'{folder} does not hold the model asked for: {"; ".join(differ)}')
+    raise UserError(f'{folder} does not hold the model asked for: {"; ".join(differ)}')
   return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), convert.read(folder), RULES, DIMS, dtype)
 
 

@@ -1,6 +1,6 @@
 """The autoencoder of latent diffusion (arXiv 2112.10752) as diffusers' AutoencoderKL lays it out.
 
-Pictures and latents are [b y x c], batch sharded, parameters replicated. Every level but the last halves y and x, so
+Images and latents are [b y x c], batch sharded, parameters replicated. Every level but the last halves y and x, so
 four levels make latents of an eighth. Computes in the dtype of its weights, with group norm statistics in f32.
 """
 
@@ -12,10 +12,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import convert
-from unifusion_jax import hub
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import convert, hub
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 EPS = 1e-6  # of every norm, in diffusers too
@@ -57,10 +57,10 @@ class VAEConfig:
     for key, value in fixed.items():
       got = config.pop(key, value)
       if (tuple(got) if isinstance(got, list) else got) != value:
-        raise ValueError(f'VAE config: {key} is {got}; only {value} is implemented')
+        raise UserError(f'VAE config: {key} is {got}; only {value} is implemented')
     unknown = config.keys() - {field.name for field in dataclasses.fields(cls)}
     if unknown:
-      raise ValueError(f'VAE config: {sorted(unknown)} not known; this reads the config of diffusers AutoencoderKL')
+      raise UserError(f'VAE config: {sorted(unknown)} not known; this reads the config of diffusers AutoencoderKL')
     return cls(**config | {'block_out_channels': tuple(config['block_out_channels'])})
 
   def to_json(self) -> dict:
@@ -228,7 +228,7 @@ class Autoencoder(nnx.Module):
   def __init__(self, config: VAEConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
     if bad:
-      raise ValueError(f'VAE config: block_out_channels {bad} do not divide into norm_num_groups='
+      raise UserError(f'VAE config: block_out_channels {bad} do not divide into norm_num_groups='
                        f'{config.norm_num_groups} groups')
     self.config = config
     self.encoder = Encoder(config, dtype, rngs=rngs)
@@ -238,17 +238,17 @@ class Autoencoder(nnx.Module):
     self.post_quant_conv = Conv(c, c, 1, dtype, rngs=rngs) if config.use_post_quant_conv else None
 
   def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Pictures [b y x 3] in [-1, 1] -> (mean, log variance) of the latents [b y/8 x/8 c], unscaled, f32."""
+    """Images [b y x 3] in [-1, 1] -> (mean, log variance) of the latents [b y/8 x/8 c], unscaled, f32."""
     step = self.config.downsampling
     if x.shape[1] % step or x.shape[2] % step:
-      raise ValueError(f'the autoencoder takes pictures of multiples of {step} pixels, got {x.shape[1]} x {x.shape[2]}')
+      raise UserError(f'the autoencoder takes images of multiples of {step} pixels, got {x.shape[1]} x {x.shape[2]}')
     h = self.encoder(x.astype(self.encoder.conv_in.kernel.dtype))
     h = h if self.quant_conv is None else self.quant_conv(h)
     mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Pictures [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32 as diffusion sees them, of unit variance or so.
+    """Images [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32 as diffusion sees them, of unit variance or so.
 
     The mean of the posterior, or a sample of it when given a key.
     """
@@ -258,7 +258,7 @@ class Autoencoder(nnx.Module):
     return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """The inverse of encode: latents [b y x c] -> pictures [b 8y 8x 3] f32, about [-1, 1] and not clipped."""
+    """The inverse of encode: latents [b y x c] -> images [b 8y 8x 3] f32, about [-1, 1] and not clipped."""
     z = z / self.config.scaling_factor + (self.config.shift_factor or 0.0)
     z = z.astype(self.decoder.conv_in.kernel.dtype)
     z = z if self.post_quant_conv is None else self.post_quant_conv(z)

@@ -1,0 +1,340 @@
+"""Sources and the loader: same seed same batches, exact resume, disjoint processes, pure buckets, broken records."""
+
+import itertools
+import json
+import sys
+
+import numpy as np
+from PIL import Image
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from unifusion_jax import config
+from unifusion_jax.data import loader, mix, sources
+from unifusion_jax.scenes import builder
+
+
+class Numbers:
+  """Example i is an image of colour i; every third one is wide."""
+
+  def __init__(self, length, name='numbers', broken=()):
+    self.name, self.length, self.broken = name, length, frozenset(broken)
+
+  def __len__(self):
+    return self.length
+
+  def bucket(self, i):
+    return (4, 8, 0) if i % 3 == 0 else (4, 4, 1)
+
+  def __getitem__(self, i):
+    if i in self.broken:
+      raise sources.BrokenRecord(f'{self.name} record {i} is broken')
+    height, width, _ = self.bucket(i)
+    return {'target': np.full((height, width, 3), i % 251, np.uint8), 'i': i, 'name': self.name}
+
+
+def draw(record, rng):
+  return {'target': record['target'], 'i': np.int32(record['i']), 'other': np.bool_(record['name'] == 'other'),
+          'random': np.float32(rng.random())}
+
+
+def take(iterator, count):
+  return list(itertools.islice(iterator, count))
+
+
+def assert_same(ours, theirs):
+  assert len(ours) == len(theirs)
+  for a, b in zip(ours, theirs):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def numbers(batches, key='i'):
+  return np.concatenate([batch[key] for batch in batches])
+
+
+def test_same_seed_same_batches():
+  def run(seed, threads=2):
+    return take(loader.batches([(Numbers(50), 1)], draw, 4, seed, threads=threads), 20)
+  assert_same(run(3), run(3))
+  assert_same(run(3), run(3, threads=1))
+  assert (numbers(run(3)) != numbers(run(4))).any()
+  assert len(set(numbers(run(3), 'random'))) == 80  # every example has randomness of its own
+
+
+def test_resume_continues_exactly():
+  def fresh(workers=0):
+    return loader.batches([(Numbers(50), 1), (Numbers(20, 'other'), 2)], draw, 4, seed=1, workers=workers)
+  straight = take(fresh(), 12)
+  first = fresh()
+  take(first, 5)
+  state = json.loads(json.dumps(first.get_state()))
+  take(first, 2)
+  resumed = fresh()
+  resumed.set_state(state)
+  assert_same(take(resumed, 7), straight[5:])
+  resumed.set_state(state)  # back again, on an iterator that has read ahead
+  assert_same(take(resumed, 7), straight[5:])
+  by_workers = fresh(workers=2)  # the state does not depend on who makes the batches
+  by_workers.set_state(state)
+  assert_same([{k: np.array(v) for k, v in batch.items()} for batch in take(by_workers, 7)], straight[5:])
+  assert by_workers.get_state() == {**state, 'next_batch': 12}
+  by_workers.close()
+
+
+def test_state_of_other_data_is_refused():
+  state = loader.batches([(Numbers(50), 1)], draw, 4, seed=1).get_state()
+  for other, size, seed in (([(Numbers(51), 1)], 4, 1), ([(Numbers(50), 1)], 8, 1), ([(Numbers(50), 1)], 4, 2)):
+    with pytest.raises(ValueError, match='other sources'):
+      loader.batches(other, draw, size, seed).set_state(state)
+
+
+def test_orbax_saves_and_restores_the_iterator(tmp_path):
+  from orbax.checkpoint import v1 as ocp
+  def fresh():
+    return loader.batches([(Numbers(50), 1)], draw, 4, seed=1)
+  first = fresh()
+  take(first, 3)
+  with ocp.training.Checkpointer(tmp_path / 'run') as checkpointer:
+    checkpointer.save_checkpointables(3, {'data': first})
+    resumed = fresh()
+    checkpointer.load_checkpointables(3, {'data': resumed})
+  assert_same(take(resumed, 4), take(first, 4))
+
+
+def test_an_epoch_has_no_duplicates():
+  wide, square = 12, 24
+  drawn = numbers(take(loader.batches([(Numbers(36), 1)], draw, 4, seed=5), 18))
+  for members in (drawn[drawn % 3 == 0], drawn[drawn % 3 != 0]):
+    count = wide if len(members) < 36 else square
+    first, second = members[:count], members[count:2 * count]
+    assert sorted(first) == sorted(second) == sorted(set(members))
+    assert (first != second).any()  # shuffled anew
+
+
+def test_processes_share_each_batch():
+  mix = [(Numbers(50), 1), (Numbers(20, 'other'), 1)]
+  whole = take(loader.batches(mix, draw, 8, seed=2), 10)
+  parts = [take(loader.batches(mix, draw, 8, seed=2, process_index=p, process_count=4), 10) for p in range(4)]
+  for k, batch in enumerate(whole):
+    rows = [part[k] for part in parts]
+    assert {row['target'].shape for row in rows} == {(2, *batch['target'].shape[1:])}
+    for key in ('i', 'random', 'target'):
+      joined = np.stack([row[key] for row in rows], axis=1).reshape(batch[key].shape)
+      np.testing.assert_array_equal(joined, batch[key])
+
+
+def test_batches_are_pure_and_shares_are_kept():
+  seen = take(loader.batches([(Numbers(90), 1), (Numbers(30, 'other'), 3)], draw, 2, seed=0), 400)
+  for batch in seen:
+    assert len(set(batch['other'])) == 1 and len(set(batch['i'] % 3 == 0)) == 1
+    assert batch['target'].shape[1:] == ((4, 8, 3) if batch['i'][0] % 3 == 0 else (4, 4, 3))
+  assert abs(numbers(seen, 'other').mean() - 0.75) < 0.02
+  assert abs((numbers(seen) % 3 == 0).mean() - 1 / 3) < 0.02
+
+
+def test_without_shuffling_the_order_is_kept():
+  seen = take(loader.batches([(Numbers(30), 1)], draw, 2, shuffle=False), 9)
+  square = [batch['i'] for batch in seen if batch['target'].shape[2] == 4]
+  np.testing.assert_array_equal(np.concatenate(square)[:6], [1, 2, 4, 5, 7, 8])
+
+
+def test_broken_records_are_passed_over_and_counted():
+  def run():
+    return take(loader.batches([(Numbers(60, broken=(3, 6, 10)), 1)], draw, 4, seed=1), 15)
+  seen = run()
+  assert_same(seen, run())
+  assert not set(numbers(seen)) & {3, 6, 10}
+  skipped = int(numbers(seen, 'skipped').sum())
+  assert skipped == 4  # one epoch: 3 -> 6 -> 9 passes over two, 6 -> 9 and 10 -> 11 over one each
+  loader.check_skipped(60, skipped)
+  loader.check_skipped(10_000, 90)
+  with pytest.raises(ValueError, match='101 broken.*10000.*record 3 .*record 6 .*record 10 '):
+    loader.check_skipped(10_000, 101, mix=[(Numbers(60, broken=(3, 6, 10, 20)), 1)])
+
+
+def test_nothing_but_broken_records_stops_at_once():
+  iterator = loader.batches([(Numbers(60, broken=range(60)), 1)], draw, 4)
+  with pytest.raises(ValueError, match='20 records in a row .*is broken|40 records in a row .*is broken'):
+    next(iterator)
+
+
+def test_other_errors_are_not_swallowed():
+  def faulty(record, rng):
+    return {'i': np.int32(record['no such key'])}
+  with pytest.raises(KeyError):
+    next(loader.batches([(Numbers(60), 1)], faulty, 4))
+
+
+def test_refused_arguments():
+  with pytest.raises(ValueError, match='batch_size=6 .* 4 processes'):
+    loader.batches([(Numbers(60), 1)], draw, 6, process_count=4)
+  with pytest.raises(ValueError, match='weight 0'):
+    loader.batches([(Numbers(60), 0)], draw, 4)
+  with pytest.raises(ValueError, match='no is_valid_generation'):
+    loader.batches([(Numbers(0), 1)], draw, 4)
+  with pytest.raises(ValueError, match='no sources'):
+    loader.batches([], draw, 4)
+
+
+@pytest.mark.parametrize('limit', [None, 7, 8])
+def test_ordered_gives_every_example_once(limit):
+  source = Numbers(10, broken=(5,))
+  parts = [list(loader.ordered(source, draw, 4, limit, process_index=p, process_count=2)) for p in range(2)]
+  assert len(parts[0]) == len(parts[1])
+  for a, b in zip(*parts):
+    assert a['target'].shape == b['target'].shape and a['weight'].dtype == np.float32
+  index, weight, i = (np.concatenate([numbers(part, key) for part in parts]) for key in ('index', 'weight', 'i'))
+  assert sorted(index[weight == 1]) == [n for n in range(limit or 10) if n != 5]
+  np.testing.assert_array_equal(index[weight == 1], i[weight == 1])
+  assert_same(parts[0], list(loader.ordered(source, draw, 4, limit, process_index=0, process_count=2)))
+
+
+def test_ordered_wants_an_end():
+  with pytest.raises(ValueError, match='give a limit'):
+    loader.ordered(sources.SceneSource('t2i', 'test'), draw, 4)
+
+
+def folder(path, kind='jsonl', count=12, changes=None):
+  """A folder of small images with a list of them; `changes` is laid over the records by number."""
+  (path / 'p').mkdir(exist_ok=True)
+  rows = []
+  for i in range(count):
+    size = ((40, 40), (50, 30), (60, 90))[i % 3]
+    Image.new('RGB', size, (20 * i, 0, 0)).save(path / 'p' / f'{i}.png')
+    row = {'references': [f'p/{i - 1}.png'] if i % 2 else [], 'instruction': 'make it redder' if i % 2 else '',
+           'target': f'p/{i}.png', 'caption': f'red {i}', 'tags': ['red'], 'where': f'shelf {i}'}
+    rows.append({**row, **(changes or {}).get(i, {})})
+  if kind == 'jsonl':
+    (path / 'list.jsonl').write_text('\n'.join(json.dumps(row) for row in rows) + '\n\n')
+    return path / 'list.jsonl'
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path / 'list.parquet')
+  return path / 'list.parquet'
+
+
+BUCKETS = ((16, 16), (12, 20), (24, 16))
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
+def test_folder(tmp_path, kind):
+  source = sources.FolderSource(folder(tmp_path, kind), BUCKETS)
+  assert len(source) == 12 and not source.problems
+  assert [source.bucket(i) for i in range(3)] == [(16, 16, 0), (12, 20, 1), (24, 16, 0)]
+  record = source[7]
+  assert record['target'].shape == (12, 20, 3) and tuple(record['target'][0, 0]) == (140, 0, 0)
+  reference, = record['references']
+  assert reference.shape == (40, 40, 3) and tuple(reference[0, 0]) == (120, 0, 0)
+  assert (record['caption'], record['instruction'], record['kind']) == ('red 7', 'make it redder', 'edit')
+  assert (record['where'], record['tags']) == ('shelf 7', ['red'])
+  assert source[6]['kind'] == 't2i' and source[6]['references'] == []
+
+  def small(record, rng):
+    return {'target': record['target'], 'references': np.int32(len(record['references']))}
+  shapes = {(b['target'].shape, *b['references']) for b in take(loader.batches([(source, 1)], small, 2), 24)}
+  assert shapes == {((2, h, w, 3), r, r) for h, w in BUCKETS for r in (0, 1)}
+
+
+def test_own_images_asked_for_again_alone(tmp_path):
+  data = config.DataConfig(path=str(folder(tmp_path, 'jsonl')), tasks=('reconstruct',), weights=(0.5,))
+  (source, weight), = mix.mix(data)
+  assert weight == 0.5 and source[0]['instruction'] == 'draw this picture again'
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
+def test_folder_with_broken_records(tmp_path, kind):
+  changes = {2: {'target': 'p/gone.png'}, 4: {'caption': '  '}, 7: {'instruction': ''}, 9: {'target': 'p/text.png'},
+             11: {'references': ['p/cut.png']}}
+  (tmp_path / 'p').mkdir()
+  (tmp_path / 'p' / 'text.png').write_text('no image')
+  (tmp_path / 'p' / 'cut.png').write_bytes(b'\x89PNG\r\n\x1a\n')
+  listed = folder(tmp_path, kind, changes=changes)
+  with pytest.raises(ValueError, match='4 of 12 records .*gone.png is not there.*caption is empty.*no instruction'):
+    sources.FolderSource(listed, BUCKETS)
+  source = sources.FolderSource(listed, BUCKETS, share=0.5)
+  assert len(source.problems) == 4 and ('line 3' if kind == 'jsonl' else 'row 3') in source.problems[0]
+  assert [i for i in range(12) if source.bucket(i) is None] == [2, 4, 7, 9]
+  with pytest.raises(sources.BrokenRecord, match='cut.png'):  # references are not looked at before they are needed
+    source[11]
+
+  def which(record, rng):
+    return {'i': np.int32(int(record['caption'].split()[1]))}
+  seen = take(loader.batches([(source, 1)], which, 1), 14)
+  assert set(numbers(seen)) == {0, 1, 3, 5, 6, 8, 10}
+  assert numbers(seen, 'skipped').sum() > 0
+
+
+@pytest.mark.parametrize('line, words', [
+    ('{"references": [', 'line 3: it is not JSON'), ('[1, 2]', 'line 3: it is a list'), ('\xff', 'line 3: it is not JSON'),
+    ('{"references": [], "target": "a.png", "caption": "a"}', 'line 3: it has no instruction'),
+    ('{"references": "a.png", "instruction": "", "target": "a.png", "caption": "a"}', 'line 3: references is'),
+    ('{"references": [], "instruction": "", "target": null, "caption": "a"}', 'line 3: target is None')])
+def test_folder_with_malformed_lines(tmp_path, line, words):
+  listed = folder(tmp_path, count=2)
+  listed.write_bytes(listed.read_bytes().rstrip() + b'\n' + line.encode('latin-1') + b'\n')
+  with pytest.raises(ValueError, match=words):
+    sources.FolderSource(listed, BUCKETS)
+  source = sources.FolderSource(listed, BUCKETS, share=0.5)
+  assert [source.bucket(i) is None for i in range(3)] == [False, False, True] and len(source.problems) == 1
+  with pytest.raises(sources.BrokenRecord, match=words):
+    source[2]
+
+
+def test_folder_refused(tmp_path):
+  refused = (('a.csv', 'x', 'neither'), ('b.jsonl', '\n', 'no records'), ('c.parquet', 'x', 'not a Parquet'))
+  for name, text, words in refused:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+      sources.FolderSource(tmp_path / name)
+  with pytest.raises(ValueError, match='not there'):
+    sources.FolderSource(tmp_path / 'gone.jsonl')
+  pyarrow.parquet.write_table(pyarrow.table({'target': ['a.png'], 'caption': ['a']}), tmp_path / 'd.parquet')
+  with pytest.raises(ValueError, match='no column references, instruction'):
+    sources.FolderSource(tmp_path / 'd.parquet')
+
+
+def test_scenes():
+  source = sources.SceneSource('edit', 'train', size=32)
+  record = source[5]
+  assert (*record['target'].shape[:2], len(record['references'])) == source.bucket(5)
+  assert record['task'] == 'edit' and record['references'][0].dtype == np.uint8
+
+  def which(record, rng):
+    return {'target': record['target'], 'references': np.int32(len(record['references']))}
+  seen = take(loader.batches([(source, 2), (sources.SceneSource('t2i', 'train', 32), 1)], which, 2, seed=3), 24)
+  assert {batch['target'].shape for batch in seen} == {(2, 32, 32, 3), (2, 24, 40, 3), (2, 40, 24, 3)}
+  assert 14 <= sum(batch['references'][0] for batch in seen) <= 18
+
+
+def test_scenes_of_a_bucket_are_all_different():
+  source = sources.SceneSource('t2i', 'test', size=32, length=256 * 40)
+  buckets = source.buckets()
+  assert sum(share for share, _ in buckets.values()) == pytest.approx(1)
+  for bucket, (_, indices) in buckets.items():
+    found = [indices[k] for k in range(len(indices))]
+    assert len(set(found)) == 40 and all(source.bucket(i) == bucket for i in found)
+
+
+@pytest.mark.parametrize('task', ['edit', 'edit/1-2'])
+def test_builder_round_trip(task, tmp_path):
+  builder.write(tmp_path, task, 'test', 6, size=32)
+  drawn, read = sources.SceneSource(task, 'test', 32), sources.ArrayRecordSource(tmp_path, task, 'test')
+  assert len(read) == 6
+  for i in range(6):
+    ours, theirs = drawn[i], read[i]
+    assert read.bucket(i) == drawn.bucket(i) and ours.keys() == theirs.keys()
+    for name, value in ours.items():
+      np.testing.assert_array_equal(theirs[name], value)
+  assert 'tensorflow' not in sys.modules
+
+  def small(record, rng):
+    return {'target': record['target']}
+  batch = next(loader.batches([(read, 1)], small, 2))
+  assert batch['target'].shape[0] == 2
+  with pytest.raises(ValueError, match='there already'):
+    builder.write(tmp_path, task, 'test', 6)
+  with pytest.raises(ValueError, match='builder --out=.* --task=t2i'):
+    sources.ArrayRecordSource(tmp_path, 't2i', 'test')
+  with pytest.raises(ValueError, match='no images'):
+    builder.write(tmp_path, 'caption', 'test', 6)

@@ -1,0 +1,103 @@
+"""What a VLM says: images and a prompt in, words out. The first thing to do with a checkpoint."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from unifusion_jax import config as configuration
+from unifusion_jax import sharding, verifi
+from unifusion_jax.data import imaging, vision_inputs
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import text_generation
+from unifusion_jax.sharding import BATCH, MeshConfig
+from unifusion_jax.weights import encoders, hub
+
+EMBEDDED = configuration.ASSETS / 'vlm'
+SHORTEST = 64  # prompts are padded to this many tokens or to a power of 2 above: one compiled program for each
+
+
+@dataclasses.dataclass
+class DescribeConfig:
+  vlm: str = str(EMBEDDED)     # a folder, or a hub id
+  image: str = ''              # an image file, or several with commas between, in the order they are shown
+  prompt: str = ''             # '' with an image: describe the image
+  system: str | None = None    # a name in verifi.SYSTEM, or a text; None: the model's own
+  tiles: int = 4               # tiles, or as many pixels, that an image is shown in; InternVL's own most is 12
+  max_tokens: int = 256        # to write
+  temperature: float = 0.0     # 0: always the most probable token
+  top_p: float = 1.0
+  seed: int = 0                # of sampling
+  dtype: str = 'bfloat16'
+  quantized: str = ''          # 'int8': int8 weights; 'w8a8': int8 activations as well
+  cache: str | None = None     # a folder that keeps the converted model for the next start
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(config: DescribeConfig) -> None:
+  """Prints what the model says; the mesh must be in context."""
+  said = describe(config)
+  if jax.process_index() == 0:
+    print(said)
+
+
+def describe(config: DescribeConfig) -> str:
+  """What the model says; on stderr, that it was not at its end where that is so.
+
+  Raises:
+    ValueError: when there is nothing to answer, for settings that make no sense, and for what is not an image.
+  """
+  if not config.prompt and not config.image:
+    raise UserError('nothing to answer: give --config.image=x.png, --config.prompt="..." or both')
+  if config.dtype not in ('float32', 'bfloat16'):
+    raise UserError(f"dtype={config.dtype!r} must be 'bfloat16' or 'float32'")
+  paths = [config.image] if pathlib.Path(config.image).is_file() else config.image.split(',') if config.image else []
+  images = [imaging.read(path) for path in paths]
+  folder = hub.resolve(config.vlm)
+  made = encoders.config(folder)
+  image_processor = vision_inputs.for_model(made, config.tiles, folder)
+  tiles, counts = image_processor.preprocess(images)
+  chat = verifi.Chat(folder, image_processor.image_tokens)
+  vision_inputs.check(made, chat)
+  spans = layout(chat, config.prompt or 'describe the picture', counts, config.system)
+  length = sum(len(span.ids) for span in spans)
+  room = max(SHORTEST, 1 << (length - 1).bit_length())
+  room = max(length, min(room, made.text.max_positions - config.max_tokens))
+  row = verifi.arrays(spans, room, room)
+  on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == 'cpu'
+  vlm = encoders.load(folder, config.dtype, on_cpu, config.quantized, config.cache)
+  out = text_generation.generate(
+      vlm, *(_every_device(x) for x in (row['input_ids'], row['attention_mask'], tiles)), max_new=config.max_tokens,
+      stop_ids=chat.stop_ids, temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed))
+  # Each process holds the same row again and again, of which it can read its own
+  ids, count = (np.asarray(x.addressable_data(0))[0] for x in (out.tokens, out.lengths))
+  if ids[count - 1] not in chat.stop_ids and jax.process_index() == 0:
+    print(f'(cut off after {count} tokens: raise --config.max_tokens for more)', file=sys.stderr)
+  return chat.read(ids[:count])
+
+
+def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str | None) -> list[verifi.Span]:
+  """The spans of the prompt; `system` None is what the template says by itself, or what the embedded VLM learned."""
+  if system is None and _embedded(chat.folder):
+    system = 'answer' if counts else 'rewrite'
+  spans = chat.spans(prompt, counts, None, system or '')
+  if system is not None:
+    return spans
+  rendered = chat.tokenizer.apply_chat_template(
+      [dict(role='user', content='slotuser'), dict(role='assistant', content='slotwritten')], tokenize=False)
+  opening = rendered.partition('slotuser')[0]
+  return [verifi.Span('template', chat.with_bos(opening)), *spans[3:]]
+
+
+def _embedded(folder: str) -> bool:
+  """Whether a VLM speaks the language of scenes: the shipped one, or one trained here."""
+  path = pathlib.Path(folder) / 'tokenizer.json'
+  return path.exists() and path.read_bytes() == (EMBEDDED / 'tokenizer.json').read_bytes()
+
+
+def _every_device(tree):
+  """One example as a batch in which every device of the batch's axes has it."""
+  rows, spread = sharding.padded_batch(1), jax.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
+  return jax.tree.map(lambda x: jax.make_array_from_callback((rows, *x.shape), spread, lambda _: x[None]), tree)

@@ -1,0 +1,252 @@
+"""Images in and out: reading any file as RGB, resizing, tiling for the vision tower, PNGs and sample grids.
+
+An image is uint8 RGB [y x 3] everywhere. `tiles` follows the dynamic preprocessing of InternVL (arXiv 2404.16821),
+as the public GotOcr2ImageProcessor does it with crop_to_patches.
+"""
+
+import io
+import os
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from unifusion_jax.errors import UserError
+
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF')
+MAX_PIXELS = 64_000_000
+# What Pillow raises for a damaged file depends on the format and on where the damage is.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+
+def read(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """The image of a path, of encoded bytes, or of an array, as uint8 RGB [y x 3].
+
+  The first frame, turned as its EXIF says, alpha over white, 16 bits scaled to 8; colour profiles are not applied.
+  ValueError naming the file when it is missing, empty, damaged, no image, or has more than `max_pixels`.
+  """
+  if isinstance(source, np.ndarray):
+    return _from_array(source)
+  name, file = _open(source)
+  pil_image = _header(file, name, max_pixels)
+  try:
+    pil_image.load()
+    return _to_rgb(ImageOps.exif_transpose(pil_image))
+  except _DAMAGE as error:
+    raise UserError(f'{name} is damaged or cut short ({error}): replace the file or take it out') from error
+
+
+def read_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+  """(height, width) in pixels after the EXIF turn, from the header alone. Errors as `read`."""
+  name, file = _open(source)
+  pil_image = _header(file, name, max_pixels)
+  try:
+    turned = pil_image.getexif().get(0x0112, 1) >= 5  # orientations 5-8 swap the sides
+  except _DAMAGE as error:
+    raise UserError(f'{name} is damaged ({error}): replace the file or take it out') from error
+  width, height = pil_image.size
+  return (width, height) if turned else (height, width)
+
+
+def _open(source) -> tuple[str, object]:
+  """(name for messages, what Pillow opens)."""
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    name = f'an image of {len(source)} bytes'
+    if not source:
+      raise UserError(f'{name} is empty: give a PNG, JPEG, WebP or GIF')
+    return name, io.BytesIO(source)
+  path = pathlib.Path(source)
+  if not path.is_file():
+    raise UserError(f'{path} is not there (or is no file): give the path of a PNG, JPEG, WebP or GIF')
+  if path.stat().st_size == 0:
+    raise UserError(f'{path} is empty: give a PNG, JPEG, WebP or GIF')
+  return str(path), path
+
+
+def _header(file, name: str, max_pixels: int) -> Image.Image:
+  try:
+    pil_image = Image.open(file, formats=FORMATS)
+  except Image.DecompressionBombError as error:
+    raise UserError(f'{name} has more than {max_pixels} pixels ({error}): scale it down first') from error
+  except Image.UnidentifiedImageError as error:
+    raise UserError(f'{name} is not an image that can be read: give a PNG, JPEG, WebP or GIF') from error
+  except _DAMAGE as error:
+    raise UserError(f'{name} is damaged ({error}): replace the file or take it out') from error
+  width, height = pil_image.size
+  if width * height > max_pixels:
+    raise UserError(f'{name} has {width}x{height} pixels, more than the {max_pixels} allowed: scale it down first')
+  if width * height == 0:
+    raise UserError(f'{name} has no pixels ({width}x{height}): replace the file or take it out')
+  return pil_image
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+  if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
+    raise UserError(f'an image array is {array.dtype} {list(array.shape)}: '
+                     'wanted uint8 [y x], [y x 1], [y x 3] or [y x 4] (RGB, alpha last)')
+  if array.size == 0:
+    raise UserError(f'an image array has no pixels: its shape is {list(array.shape)}')
+  if array.ndim == 3 and array.shape[-1] == 3:
+    return array
+  return _to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array))
+
+
+def _to_rgb(pil_image: Image.Image) -> np.ndarray:
+  if pil_image.mode.startswith('I'):  # 16-bit grey; Pillow's own conversion would clip it at 255
+    values = np.asarray(pil_image).astype(np.uint32)
+    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+  if pil_image.has_transparency_data:
+    pil_image = pil_image.convert('RGBA')
+    pil_image = Image.alpha_composite(Image.new('RGBA', pil_image.size, 'white'), pil_image)
+  return np.array(pil_image.convert('RGB'))
+
+
+def resize_cover(image: np.ndarray, width: int, height: int) -> np.ndarray:
+  """Scaled (antialiased) to cover width x height pixels and cut at the centre: uint8 [height width 3]."""
+  y, x = image.shape[:2]
+  if (x, y) == (width, height):
+    return image
+  scale = min(x / width, y / height)  # source pixels per wanted pixel
+  left, top = (x - scale * width) / 2, (y - scale * height) / 2
+  box = (max(left, 0), max(top, 0), min(left + scale * width, x), min(top + scale * height, y))
+  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def tile_grid(height: int, width: int, tile: int, max_tiles: int, min_tiles: int = 1) -> tuple[int, int]:
+  """(columns, rows) of tiles for an image: the closest aspect ratio of min_tiles <= columns * rows <= max_tiles.
+
+  Of grids equally close the larger is taken while the image has more than half as many pixels as the grid.
+  """
+  if not 1 <= min_tiles <= max_tiles:
+    raise UserError(f'min_tiles={min_tiles} and max_tiles={max_tiles}: wanted 1 <= min_tiles <= max_tiles')
+  grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if min_tiles <= c * r <= max_tiles]
+  grids.sort(key=lambda grid: grid[0] * grid[1])
+  best, best_error = (1, 1), float('inf')
+  for columns, rows in grids:
+    error = abs(width / height - columns / rows)
+    roomy = width * height > 0.5 * tile * tile * columns * rows
+    if error < best_error or (error == best_error and roomy):
+      best, best_error = (columns, rows), error
+  return best
+
+
+def tiles(image: np.ndarray, tile: int, max_tiles: int, min_tiles: int = 1, thumbnail: bool = True) -> np.ndarray:
+  """The image as uint8 tiles [r tile tile 3], row by row, then the whole of it when there is more than one."""
+  height, width = image.shape[:2]
+  columns, rows = tile_grid(height, width, tile, max_tiles, min_tiles)
+  whole = _stretch(image, columns * tile, rows * tile)
+  cut = whole.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
+  if thumbnail and rows * columns > 1:
+    return np.concatenate([cut, _stretch(image, tile, tile)[None]])
+  return cut
+
+
+def _stretch(image: np.ndarray, width: int, height: int) -> np.ndarray:
+  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def stitch(images) -> np.ndarray:
+  """Images [y x 3] edge to edge as one, each scaled to the height of the highest: uint8 [y x 3]."""
+  height = max(image.shape[0] for image in images)
+  return np.concatenate([_stretch(p, max(1, round(p.shape[1] * height / p.shape[0])), height) for p in images], axis=1)
+
+
+def normalise(images: np.ndarray, mean, std) -> np.ndarray:
+  """uint8 [... 3] -> f32 [... 3], (x / 255 - mean) / std per channel."""
+  mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+  return images.astype(np.float32) * (1 / (255 * std)) - mean / std
+
+
+def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> bytes:
+  """The image as a PNG, with `metadata` as text entries (UTF-8)."""
+  text = PngImagePlugin.PngInfo()
+  for key, value in (metadata or {}).items():
+    text.add_itxt(key, value)
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, 'PNG', pnginfo=text)
+  return file.getvalue()
+
+
+def write_png(path, image: np.ndarray, metadata: dict[str, str] | None = None) -> None:
+  """Writes the image [y x 3] to a PNG file, whole or not at all; folders are made."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'.{path.name}.{os.getpid()}')
+  partial.write_bytes(png_bytes(image, metadata))
+  os.replace(partial, path)
+
+
+def grid(rows, captions=None, titles=None, cell: int = 256, pad: int = 8) -> np.ndarray:
+  """One sheet of many images: uint8 [y x 3].
+
+  rows: lists of images [y x 3], None for an empty place; they may differ in size and shape.
+  captions: like rows, text (or '') under each image. titles: one text over each column.
+  Every image is enlarged by the same whole number, so that none is wider or higher than `cell` pixels and small
+  ones stay crisp; images larger than `cell` are scaled down to it.
+  """
+  captions = captions or [[''] * len(row) for row in rows]
+  shapes = [(len(row), len(texts)) for row, texts in zip(rows, captions, strict=True)]
+  if not any(p is not None for row in rows for p in row) or any(a != b for a, b in shapes):
+    raise UserError('a grid wants at least one image and as many captions as images: '
+                     f'it got (images, captions) {shapes} by row')
+  factor = max(1, cell // max(max(p.shape[:2]) for row in rows for p in row if p is not None))
+  rows = [[None if p is None else _enlarged(p, factor, cell) for p in row] for row in rows]
+  columns = max(len(row) for row in rows)
+  widths = [max([p.shape[1] for row in rows for p in row[c:c + 1] if p is not None] + [48]) for c in range(columns)]
+  font = ImageFont.load_default(size=13)
+
+  def labels(texts):
+    return [_label(text, width, font) for text, width in zip(texts, widths)]
+
+  strips = [_strip(labels(titles), widths, pad, align='bottom')] if titles else []
+  for row, texts in zip(rows, captions):
+    strips.append(_strip(row, widths, pad, align='bottom'))
+    if any(texts):
+      strips.append(_strip(labels(texts), widths, pad, align='top'))
+  sheet = np.concatenate(strips)
+  return np.pad(sheet, ((pad, 0), (0, 0), (0, 0)), constant_values=255)
+
+
+def _enlarged(image: np.ndarray, factor: int, cell: int) -> np.ndarray:
+  y, x = image.shape[:2]
+  if max(y, x) > cell:
+    scale = cell / max(y, x)
+    return _stretch(image, max(1, round(x * scale)), max(1, round(y * scale)))
+  return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _label(text: str, width: int, font) -> np.ndarray:
+  """Black text on white, wrapped to `width` pixels; words longer than a line are broken."""
+  lines = []
+  for word in text.split():
+    joined = f'{lines[-1]} {word}' if lines else word
+    if lines and font.getlength(joined) <= width:
+      lines[-1] = joined
+      continue
+    while font.getlength(word) > width and len(word) > 1:
+      fits = max(1, next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width))
+      lines.append(word[:fits])
+      word = word[fits:]
+    lines.append(word)
+  line_height = sum(font.getmetrics())
+  pil_image = Image.new('RGB', (width, max(1, line_height * len(lines))), 'white')
+  draw = ImageDraw.Draw(pil_image)
+  for i, line in enumerate(lines):
+    draw.text((0, i * line_height), line, fill='black', font=font)
+  return np.asarray(pil_image)
+
+
+def _strip(cells, widths: list[int], pad: int, align: str) -> np.ndarray:
+  """Cells side by side on white, each in its column, with `pad` pixels around and below."""
+  height = max([c.shape[0] for c in cells if c is not None] + [1])
+  strip = np.full((height + pad, sum(widths) + pad * (len(widths) + 1), 3), 255, np.uint8)
+  x = pad
+  for cell, width in zip(cells, widths):
+    if cell is not None:
+      y = height - cell.shape[0] if align == 'bottom' else 0
+      strip[y:y + cell.shape[0], x:x + cell.shape[1]] = cell
+    x += width + pad
+  return strip

@@ -1,0 +1,92 @@
+"""What the VLM says of scenes, held against the truth: captions, answers, rewritten prompts and edits."""
+
+import collections
+
+import numpy as np
+
+from unifusion_jax import sharding, verifi
+from unifusion_jax.data import imaging, sources, transforms
+from unifusion_jax.models import text_generation
+from unifusion_jax.scenes import language
+
+ATTRIBUTES = ('shape', 'colour', 'size', 'fill', 'place')
+
+
+def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_size: int) -> list[str]:
+  """What the VLM writes, greedily, for each record; records are batched by the images they show."""
+  chat = layout.chat
+  groups = collections.defaultdict(list)
+  for i, record in enumerate(records):
+    groups[len(record['references']), record['task']].append(i)
+  written = [''] * len(records)
+  for (_, task), members in groups.items():
+    system = transforms.system(task)
+    for start in range(0, len(members), batch_size):
+      part = members[start:start + batch_size]
+      rows, tiles = [], []
+      for i in np.resize(part, sharding.padded_batch(batch_size)):
+        references = records[i]['references']
+        seen, counts = layout.image_processor.preprocess(references, len(references))
+        spans = chat.spans(records[i]['instruction'], counts, None, system)
+        rows.append(verifi.arrays(spans, layout.lengths(len(counts))[0], sum(counts)))
+        tiles.append(seen)
+      batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in ('input_ids', 'attention_mask')})
+      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], sharding.shard(np.stack(tiles)) if counts else None,
+                              max_new=layout.written, stop_ids=chat.stop_ids)
+      ids, lengths = sharding.gather((out.tokens, out.lengths))
+      for i, row, n in zip(part, ids, lengths):
+        written[i] = chat.read(row[:n])
+  return written
+
+
+def attributes_right(written: str, truth: str) -> tuple[int, int]:
+  """(right, all) attributes of a caption: five of each object, and the background; an object too many is one wrong."""
+  wanted, got = language.parse(truth), language.parse(written)
+  total = len(ATTRIBUTES) * len(wanted.objects) + 1
+  if got is None:
+    return 0, total
+  right = sum(getattr(a, name) == getattr(b, name) for a, b in zip(wanted.objects, got.objects) for name in ATTRIBUTES)
+  return right + (wanted.background == got.background), total + max(0, len(got.objects) - len(wanted.objects))
+
+
+def evaluate(vlm, layout: transforms.PromptEncoder, config) -> dict:
+  """Rates on `config.eval.examples` examples of each task of the split."""
+  count, split, size = config.eval.examples, config.eval.split, config.data.size
+  report = dict(split=split, examples=count)
+
+  def said(task):
+    source = sources.SceneSource(task, split, size)
+    records = [source[i] for i in range(count)]
+    return records, answers(vlm, layout, records, config.eval.batch_size)
+
+  records, written = said('caption')
+  right, total = np.sum([attributes_right(w, r['caption']) for w, r in zip(written, records)], axis=0)
+  report['caption_attributes'] = float(right / total)
+  report['caption_exact'] = _rate(w == r['caption'] for w, r in zip(written, records))
+  records, written = said('question')
+  for name, yes_no in (('yes_no', True), ('short_answer', False)):
+    report[name] = _rate(w == r['caption'] for w, r in zip(written, records)
+                         if (r['caption'] in ('yes', 'no')) == yes_no)
+  for task in ('rewrite', 'edit', 'multi'):
+    records, written = said(task)
+    report[f'{task}_exact'] = _rate(w == r['caption'] for w, r in zip(written, records))
+    for kind in sorted({r['kind'] for r in records}):
+      report[f'{task}_exact/{kind}'] = _rate(w == r['caption'] for w, r in zip(written, records) if r['kind'] == kind)
+  return report
+
+
+def _rate(hits) -> float:
+  hits = list(hits)
+  return round(float(np.mean(hits)), 4) if hits else float('nan')
+
+
+def sheet(vlm, layout: transforms.PromptEncoder, data, count: int) -> np.ndarray:
+  """Images of the test split with what is asked, what the VLM says and what it should have said."""
+  source = sources.SceneSource('edit', 'test', data.size)
+  records = [source[i] for i in range(count)]
+  rows = [[imaging.read(r['references'][0])] for r in records]
+  captions = [[f'{r["instruction"]} = {w} ({r["caption"]})']
+              for r, w in zip(records, answers(vlm, layout, records, count))]
+  half = len(rows) // 2
+  paired = [rows[i] + rows[i + half] for i in range(half)], [captions[i] + captions[i + half] for i in range(half)]
+  return imaging.grid(*paired, cell=256)

@@ -1,0 +1,129 @@
+"""What rewriting, images, system prompts and tiles do, on scenes (docs/verifi.md).
+
+  python -m unifusion_jax.main --config=configs/edit.py --mode=eval --config.eval.study=verifi --workdir=runs/edit
+"""
+
+import dataclasses
+import itertools
+import pathlib
+
+import numpy as np
+
+from unifusion_jax import pipeline, sharding
+from unifusion_jax.data import imaging
+from unifusion_jax.scenes import examples, multi
+from unifusion_jax.scenes.evaluation import generation
+
+SHOWN = 8         # rows of each sheet
+MEASURED = ('all', 'written_exact', 'fallback_rate')  # of `generation.score`
+TILES = (1, 4, 9)  # with the thumbnail 1, 5 and 10, the paper's
+SIDE = 3          # references of the tiles' study are this many times as large as those of training
+
+
+def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
+  """Success ('all' of the judge), texts written exactly and requests drawn from themselves because their rewrite was no
+  use, of `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
+
+  prompts: plain, paraphrased (by templates kept out of training) and knowledge prompts of one or two objects, with
+    VERIFI and on the request itself.
+  edits: conditioned on images and written text, on either alone, and on images with the request itself.
+  system: under the system prompt of training, and under another one that the embedded VLM knows.
+  references: two and three of them, which the VLM was trained to describe and the DiT was never trained on, named by what
+    they show; each by itself, and stitched into one. `copy` is the best that copying one reference would do.
+  tiles: the error of images drawn again from references shown in 1, 4 and 9 tiles.
+  Each rate is {'mean', 'least', 'most'} over the seeds. All targets are square.
+  """
+  study = _Study(sampler, config, folder)
+  on, raw = {}, dict(verifi=False)
+  report = dict(examples=config.eval.examples, seeds=config.eval.seeds, split=config.eval.split)
+  report['prompts'] = {}
+  for name, style in (('plain', 'plain'), ('paraphrase', 'heldout'), ('knowledge', 'knowledge')):
+    records = study.records('t2i', (1, 2), lambda record, style=style: record['style'] == style)
+    report['prompts'][name] = study.compare(f'prompts_{name}', records, verifi=on, raw=raw)
+  edits = study.records('edit', (1, 4))
+  report['edits'] = study.compare('edits', edits, both=on, written=dict(images=False), images=dict(rewrite=''), raw=raw)
+  prompts = study.records('t2i', (1, 2))
+  report['system'] = {
+      name: study.compare(f'system_{name}', records, trained=on, swapped=dict(system='answer'))
+      for name, records in (('t2i', prompts), ('edit', edits))}
+  report['references'] = {}
+  for count in (2, 3):
+    records = study.records('multi', (1, 4), lambda record, count=count: len(record['references']) == count and not any(
+        number in record['instruction'] for numbers in multi.ORDINALS for number in numbers))
+    made = study.compare(f'references_{count}', records, verifi=on, stitched=dict(stitch=True, tiles=count))
+    copies = [generation.score(records, [pipeline.Result(r['references'][k], '') for r in records])['all']
+              for k in range(count)]
+    report['references'][str(count)] = dict(made, copy=max(copies))
+  report['tiles'] = study.tiles()
+  return report
+
+
+@dataclasses.dataclass
+class _Study:
+  sampler: pipeline.Sampler
+  config: object
+  folder: pathlib.Path
+
+  def records(self, task: str, objects, wanted=lambda record: True, size: int = 0) -> list[dict]:
+    """The first examples of the split that are wanted and have a square target: each shape is programs to compile."""
+    made = (examples.example(task, self.config.eval.split, i, size=size or self.config.data.size, objects=objects)
+            for i in itertools.count())
+    square = (record for record in made if record['target'].shape[0] == record['target'].shape[1])
+    return list(itertools.islice(filter(wanted, square), self.config.eval.examples))
+
+  def draw(self, records: list[dict], seed: int, rewrite: str | None = None, stitch: bool = False, **settings):
+    """One image of each record, under other settings of the sampler and of the requests."""
+    sampler = dataclasses.replace(self.sampler, settings=dataclasses.replace(self.sampler.settings, **settings))
+    if stitch:
+      records = [dict(record, references=[imaging.stitch(record['references'])]) for record in records]
+    records = [dict(record, rewrite=rewrite) for record in records]
+    return generation.draw(sampler, records, self.config.eval.batch_size, seed)
+
+  def compare(self, name: str, records: list[dict], **ways) -> dict:
+    """The success of each way of asking; writes a sheet with a column for each."""
+    rates, drawn = {}, {}
+    for way, settings in ways.items():
+      found = {measure: [] for measure in MEASURED}
+      for seed in range(self.config.eval.seeds):
+        results = self.draw(records, 1_000_003 * seed, **settings)
+        verdicts = generation.score(records, results)
+        for measure in found:
+          found[measure].append(verdicts[measure])
+        drawn.setdefault(way, results)
+      rates[way] = {measure: _spread(values) for measure, values in found.items()}
+    most = max(len(record['references']) for record in records[:SHOWN])
+    rows, captions = [], []
+    for i, record in enumerate(records[:SHOWN]):
+      rows.append([*record['references'], *[None] * (most - len(record['references'])),
+                   *(results[i].image for results in drawn.values()), record['target']])
+      captions.append([''] * most + [results[i].written for results in drawn.values()] + [record['instruction']])
+    self._write(name, imaging.grid(rows, captions, ['reference'] * most + list(drawn) + ['target'], cell=160))
+    return rates
+
+  def _write(self, name: str, sheet: np.ndarray) -> None:
+    if sharding.is_main_process():
+      imaging.write_png(self.folder / f'{name}.png', sheet)
+
+  def tiles(self) -> dict:
+    """Root mean square error (0 to 255) of images drawn again, by the tiles that the VLM saw them in."""
+    small = self.records('reconstruct', (1, 4))
+    large = self.records('reconstruct', (1, 4), size=SIDE * self.config.data.size)
+    shown = [dict(record, references=big['references']) for record, big in zip(small, large)]
+    report, rows = {}, [[record['references'][0], record['target']] for record in small[:SHOWN]]
+    for tiles in TILES:
+      errors = []
+      for seed in range(self.config.eval.seeds):
+        results = self.draw(shown, 1_000_003 * seed, tiles=tiles)
+        squares = [np.mean((result.image.astype(np.float32) - record['target']) ** 2)
+                   for result, record in zip(results, small)]
+        errors.append(float(np.sqrt(np.mean(squares))))
+      report[str(tiles)] = _spread(errors)
+      for row, result in zip(rows, results):
+        row.insert(-1, result.image)
+    titles = ['reference', *(f'{tiles} tiles' for tiles in TILES), 'target']
+    self._write('tiles', imaging.grid(rows, None, titles, cell=160))
+    return report
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+  return dict(mean=round(float(np.mean(values)), 4), least=round(min(values), 4), most=round(max(values), 4))

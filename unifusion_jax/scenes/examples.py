@@ -1,0 +1,187 @@
+"""The i-th example of a task in a split: a pure function of its arguments, made when it is asked for.
+
+Tasks: t2i (prompt -> image), edit (one reference), reconstruct (one reference, drawn again), multi (two or three
+references), caption and question (about one reference), rewrite (prompt -> description, without any image).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from unifusion_jax.errors import UserError
+from unifusion_jax.scenes import splits
+from unifusion_jax.scenes.composition import random_scene
+from unifusion_jax.scenes.constraints import Constraints, Wanted
+from unifusion_jax.scenes.edits import Edit, EDIT_KINDS, EDIT_WEIGHTS, random_edit
+from unifusion_jax.scenes.language import caption, constraints_of, constraints_to_json, describe, full_description
+from unifusion_jax.scenes.multi import random_multi
+from unifusion_jax.scenes.prompts import pick, prompt
+from unifusion_jax.scenes.questions import random_question
+from unifusion_jax.scenes.render import render
+from unifusion_jax.scenes.world import ASPECTS, Scene
+
+TASKS = {'t2i': 0, 'edit': 1, 'reconstruct': 2, 'multi': 3, 'caption': 4, 'question': 5, 'rewrite': 6}
+ASPECT_WEIGHTS = {'square': 0.8, 'wide': 0.1, 'tall': 0.1}
+STYLE_WEIGHTS = {'plain': 0.35, 'paraphrase': 0.4, 'knowledge': 0.25}
+ALIKE = 0.2  # how often some of the objects of a t2i scene are alike, so that prompts count
+MORE = 4  # further questions about an image of the train split, which are answered at the price of their words alone
+WORDS = 48  # of a prompt: a rare longer one would set the length that all are padded to
+AGAIN = ('draw this picture again', 'repeat the picture', 'the same picture, please', 'copy this', 'keep it as it is',
+         'reproduce the picture', 'change nothing')
+CAPTION = ('describe the picture', 'what does the picture show?', 'describe this image', 'caption this picture')
+
+
+def _start(task: str, split: str, i: int, seed: int) -> tuple[np.random.Generator, str, str]:
+  """(rng, canvas of the target, kind of edit or ''): what is drawn first, for `aspect` to know without the rest."""
+  if task not in TASKS or split not in splits.SPLITS:
+    raise UserError(f'There is no task {task!r} in split {split!r}; tasks are {", ".join(TASKS)} and splits '
+                     f'{", ".join(splits.SPLITS)}.')
+  rng = np.random.default_rng([seed, splits.SPLITS[split], TASKS[task], i])
+  kind = str(rng.choice(EDIT_KINDS, p=EDIT_WEIGHTS)) if task == 'edit' else ''
+  even = kind == 'aspect'
+  weights = [1 / len(ASPECTS)] * len(ASPECTS) if even else [ASPECT_WEIGHTS[a] for a in ASPECTS]
+  return rng, str(rng.choice(list(ASPECTS), p=weights)), kind
+
+
+def aspect(task: str, split: str, i: int, seed: int = 0) -> str:
+  """The shape of the example's target (of its reference, for tasks without a target), without making the example."""
+  return _start(task, split, i, seed)[1]
+
+
+def _count(rng: np.random.Generator) -> int:
+  return 2 if rng.random() < 0.65 else 3
+
+
+def references(task: str, split: str, i: int, seed: int = 0) -> int:
+  """How many references the example has, without making it."""
+  if task == 'multi':
+    return _count(_start(task, split, i, seed)[0])
+  return 0 if task in ('t2i', 'rewrite') else 1
+
+
+def _scene(rng: np.random.Generator, split: str, canvas: str, objects) -> Scene:
+  scene = random_scene(rng, objects, canvas, splits.allowed(split))
+  return splits.with_heldout_object(rng, scene) if split == 'heldout' else scene
+
+
+def _alike(rng: np.random.Generator, scene: Scene) -> Scene:
+  """The scene with two or more of its objects of one shape, colour and fill."""
+  first, count = scene.objects[0], rng.integers(2, len(scene.objects) + 1)
+  objects = (dataclasses.replace(o, shape=first.shape, colour=first.colour, fill=first.fill) if k < count else o
+             for k, o in enumerate(scene.objects))
+  return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def _counted(rng: np.random.Generator, scene: Scene) -> Constraints:
+  """A description by shape and colour (and perhaps fill) alone, so that likes are counted."""
+  filled = rng.random() < 0.3
+  wanted = [Wanted(o.shape, o.colour, fill=o.fill if filled else None) for o in scene.objects]
+  background = scene.background if rng.random() < 0.5 else None
+  return Constraints(tuple(sorted(wanted, key=wanted.index)), background)
+
+
+def _prompted(rng: np.random.Generator, split: str, canvas: str, objects) -> tuple[Scene, Constraints]:
+  """A scene and what is said of it."""
+  held = split == 'heldout'
+  while True:
+    scene = random_scene(rng, objects, canvas, splits.allowed('train'))
+    several = len(scene.objects) > 1
+    alike = several and not held and rng.random() < ALIKE
+    related = several and held and rng.random() < 0.3
+    if alike:
+      scene = _alike(rng, scene)
+    elif related:
+      scene = splits.with_heldout_relation(rng, scene)
+    elif held:
+      scene = splits.with_heldout_object(rng, scene)
+    if alike and rng.random() < 0.6:
+      return scene, _counted(rng, scene)
+    full, relation = (0, 1) if related else (0.4, 0.17)
+    constraints = constraints_of(scene, rng, full=full, relation=relation, fills=held,
+                                 relation_allowed=splits.relation_allowed(split))
+    if held == splits.constraints_are_heldout(constraints):
+      return scene, constraints
+
+
+def _style(rng: np.random.Generator, split: str, weights=STYLE_WEIGHTS) -> str:
+  if split == 'test' and rng.random() < 0.5:
+    return 'heldout'
+  return str(rng.choice(list(weights), p=list(weights.values())))
+
+
+def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, heldout_language: bool, objects) -> Edit:
+  pairs = dict(splits.HELDOUT_EDITS)
+  while True:
+    shape = None
+    before = canvas
+    if kind == 'aspect':
+      before = pick(rng, [a for a in ASPECTS if a != canvas])
+    if split == 'heldout' and kind in pairs and rng.random() < 0.5:
+      source = random_scene(rng, objects, before, splits.allowed('train'))
+      shape = pairs[kind]
+      if kind != 'add':
+        k = int(rng.integers(len(source.objects)))
+        changed = dataclasses.replace(source.objects[k], shape=shape)
+        source = dataclasses.replace(source, objects=source.objects[:k] + (changed,) + source.objects[k + 1:])
+    else:
+      source = _scene(rng, split, before, objects)
+    if edit := random_edit(rng, source, kind, heldout_language, split, shape, canvas):
+      return edit
+
+
+def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, objects: int | tuple[int, int] = (1, 4),
+            images: bool = True) -> dict:
+  """Example i of a task in a split ('train', 'test' or 'heldout').
+
+  size: of the images (scene.canvas). objects: how many a scene starts with (a number, or a least and a most).
+  images: False leaves the references empty and the target None, for whoever needs the words and the scenes only.
+
+  Returns references (list of uint8 [y x 3]), instruction, caption (what the VLM should write: a description of the
+  target as far as it is determined, an answer, or a caption), target (uint8 [y x 3] or None), kind (of prompt, edit,
+  multi-reference example or question), style (of language; '' where there is one only), source (the references as
+  JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or ''); of a question to train on also more (further questions
+  with their answers).
+  """
+  rng, canvas, edit_kind = _start(task, split, i, seed)
+  references, target, constraints, style, more = (), None, None, '', []
+  if task in ('t2i', 'rewrite'):
+    kind = style = _style(rng, split)
+    while True:
+      target, constraints = _prompted(rng, split, canvas, objects)
+      instruction, text = prompt(constraints, rng, style), describe(constraints)
+      if len(instruction.split()) <= WORDS:
+        break
+    if task == 'rewrite':
+      target = None
+  elif task == 'edit':
+    style = _style(rng, split, {'paraphrase': 1.0})
+    edit = _edited(rng, split, canvas, edit_kind, style == 'heldout', objects)
+    references, instruction, target, kind = (edit.source,), edit.instruction, edit.target, edit.kind
+    text, constraints = caption(target), full_description(target)
+  elif task == 'multi':
+    count = _count(rng)
+    while True:
+      made = random_multi(rng, count, split, canvas)
+      if split != 'heldout' or any(map(splits.scene_is_heldout, (*made.references, made.target))):
+        break
+    references, instruction, target, kind = made.references, made.instruction, made.target, made.kind
+    text, constraints = caption(target), full_description(target)
+  elif task == 'reconstruct':
+    target = _scene(rng, split, canvas, objects)
+    references, instruction, kind = (target,), pick(rng, AGAIN), 'reconstruct'
+    text, constraints = caption(target), full_description(target)
+  else:
+    seen = _scene(rng, split, canvas, objects)
+    references = (seen,)
+    if task == 'caption':
+      instruction, text, kind = pick(rng, CAPTION), caption(seen), 'caption'
+    else:
+      instruction, text, kind = random_question(rng, seen, split=split)
+      more = [random_question(rng, seen, split=split)[:2] for _ in range(MORE if split == 'train' else 0)]
+  return {
+      'task': task, 'references': [render(s, size) for s in references] if images else [],
+      'instruction': instruction, 'caption': text,
+      'target': render(target, size) if target and images else None, 'kind': kind, 'style': style,
+      'source': [s.to_json() for s in references], 'scene': target.to_json() if target else '',
+      'constraints': constraints_to_json(constraints) if constraints else '',
+      **({'more': more} if more else {})}

@@ -1,0 +1,152 @@
+"""One image from two or three: for evaluation and for the VLM's own training, never for the DiT's.
+
+All references and the target share one shape of canvas. An object taken from an image keeps its place unless the
+instruction names another.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from unifusion_jax.scenes import splits, words
+from unifusion_jax.scenes.composition import fits, place_object, random_scene
+from unifusion_jax.scenes.pointing import matches, phrase, random_pointer
+from unifusion_jax.scenes.prompts import pick
+from unifusion_jax.scenes.world import Background, Object, PLACES, Scene
+
+MULTI_KINDS = {2: ('insert', 'insert at', 'exchange', 'colours', 'ground'), 3: ('collage', 'insert two', 'restyle')}
+ORDINALS = (('the first picture', 'picture one', 'picture 1', 'the first image'),
+             ('the second picture', 'picture two', 'picture 2', 'the second image'),
+             ('the third picture', 'picture three', 'picture 3', 'the third image'))
+_INSTRUCTIONS = {
+    'insert': ('put {a} into {base}', 'add {a} to {base}', 'copy {a} to the same place in {base}'),
+    'insert at': ('put {a} into {base}, {place}', 'in {base}, add {a}, namely {place}',
+                  'add {a} to {base}: it goes {place}'),
+    'exchange': ('in {base}, replace {b} with {a}', 'draw {base} again, but with {a} in place of {b}'),
+    'colours': ('the shapes of {p} in the colour of the shapes of {q}',
+                'paint all shapes of {p} in the colour that those of {q} have',
+                'draw {p} with its shapes in the colour of those of {q}'),
+    'ground': ('put the shapes of {p} on the background of {q}', '{p} with the background of {q}',
+               'give {p} the background of {q}'),
+    'collage': ('{a} and {b} on the background of {r}', 'put {a} and {b} on the background of {r}, nothing else'),
+    'insert two': ('put {a} and {b} into {base}', 'add both {a} and {b} to {base}'),
+    'restyle': ('the shape of {p} in the colour of the shapes of {q} on the background of {r}',
+                'draw the shape of {p}, coloured like the shapes of {q}, with the background of {r}')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Multi:
+  references: tuple[Scene, ...]
+  instruction: str
+  target: Scene
+  kind: str
+
+
+def _image(rng: np.random.Generator, scenes, k: int) -> str:
+  """Names an image by its number or, where that tells it apart, by its background."""
+  background = scenes[k].background
+  kinds = [s.background.kind for s in scenes]
+  if rng.random() < 0.35 and kinds.count(background.kind) == 1:
+    if background.kind == 'checkered':
+      return 'the checkered picture'
+    if background.kind == 'gradient':
+      return 'the picture with the gradient'
+    return f'the picture with the {background.colours[0]} background'
+  return pick(rng, ORDINALS[k])
+
+
+def _object(rng: np.random.Generator, scenes, k: int, i: int, split: str, alone: bool) -> str | None:
+  """Names object i of image k; alone: perhaps without the image, where no other one has anything like it."""
+  pointer = random_pointer(rng, scenes[k], i, split, relations=rng.random() < 0.3)
+  if not pointer:
+    return None
+  by_attributes = not (pointer.place or pointer.extreme or pointer.relation)
+  elsewhere = any(matches(pointer, o) for m, s in enumerate(scenes) if m != k for o in s.objects)
+  if alone and by_attributes and not elsewhere and rng.random() < 0.4:
+    return phrase(rng, pointer)
+  return f'{phrase(rng, pointer)} {pick(rng, ("of", "from"))} {_image(rng, scenes, k)}'
+
+
+def _one_colour(rng: np.random.Generator, scene: Scene) -> Scene:
+  colour = pick(rng, scene.objects).colour
+  return dataclasses.replace(scene, objects=tuple(dataclasses.replace(o, colour=colour) for o in scene.objects))
+
+
+def _with_ground(scene: Scene, background: Background) -> Scene:
+  return dataclasses.replace(scene, background=background)
+
+
+def _added(scene: Scene, *new: Object) -> Scene | None:
+  """The scene with more objects, each in a place of its own."""
+  objects = scene.objects + new
+  places = [o.place for o in objects]
+  if len(objects) > 4 or any(places.count(o.place) > 1 for o in new) or not fits(objects, scene.aspect):
+    return None
+  return dataclasses.replace(scene, objects=objects)
+
+
+def _draw(rng: np.random.Generator, kind: str, scenes: list[Scene], order: list[int], split: str):
+  """(target, slots) or None; the scenes play the roles of the kind in the given order."""
+  p, q = order[:2]
+  first, second = scenes[p], scenes[q]
+  i = int(rng.integers(len(first.objects)))
+  obj = first.objects[i]
+  slots = {'p': _image(rng, scenes, p), 'q': _image(rng, scenes, q), 'base': _image(rng, scenes, order[-1]),
+           'r': _image(rng, scenes, order[-1]),
+           # 'The star and the ring of image 2' would put both into image 2.
+           'a': _object(rng, scenes, p, i, split, alone=kind not in ('collage', 'insert two'))}
+  if kind == 'insert':
+    target = _added(second, obj)
+  elif kind == 'insert at':
+    place = pick(rng, PLACES)
+    new = place_object(rng, obj.shape, obj.colour, obj.size, obj.fill, second.objects, second.aspect, place)
+    target = new and _added(second, new)
+    slots['place'] = pick(rng, words.PLACES[place])
+  elif kind == 'exchange':
+    j = int(rng.integers(len(second.objects)))
+    old = second.objects[j]
+    new = dataclasses.replace(obj, x=old.x, y=old.y)
+    target = dataclasses.replace(second, objects=second.objects[:j] + (new,) + second.objects[j + 1:])
+    pointer = random_pointer(rng, second, j, split)
+    slots['b'] = pointer and phrase(rng, pointer)
+  elif kind == 'colours':
+    colour = second.objects[0].colour
+    target = dataclasses.replace(first, objects=tuple(dataclasses.replace(o, colour=colour) for o in first.objects))
+  elif kind == 'ground':
+    target = _with_ground(first, second.background)
+  elif kind == 'restyle':
+    target = _with_ground(dataclasses.replace(
+        first, objects=(dataclasses.replace(obj, colour=second.objects[0].colour),)), scenes[order[2]].background)
+  else:
+    third = scenes[order[2]]
+    j = int(rng.integers(len(second.objects)))
+    slots['b'] = _object(rng, scenes, q, j, split, alone=False)
+    base = third if kind == 'insert two' else dataclasses.replace(third, objects=())
+    target = _added(base, obj, second.objects[j])
+  return target and (target, slots)
+
+
+def random_multi(rng: np.random.Generator, count: int = 2, split: str = 'train', aspect: str = 'square',
+                 kind: str | None = None) -> Multi:
+  """An example with `count` references, of the given kind or of any that takes so many."""
+  kind = kind or pick(rng, MULTI_KINDS[count])
+  allowed = splits.allowed(split)
+  while True:
+    given = [random_scene(rng, int(rng.integers(1, 4)), aspect, allowed) for _ in range(count)]
+    order = [int(k) for k in rng.permutation(count)]
+    if kind in ('colours', 'restyle'):
+      given[order[1]] = _one_colour(rng, given[order[1]])
+    if kind == 'restyle' and len(given[order[0]].objects) > 1:
+      given[order[0]] = dataclasses.replace(given[order[0]], objects=given[order[0]].objects[:1])
+    drawn = _draw(rng, kind, given, order, split)
+    if not drawn:
+      continue
+    target, slots = drawn
+    instruction = pick(rng, _INSTRUCTIONS[kind])
+    if any(slots[name] is None for name in ('a', 'b') if f'{{{name}}}' in instruction):
+      continue
+    made = [*given, target]
+    if (target in given or not fits(target.objects, aspect) or
+        not all(allowed(o) for scene in made for o in scene.objects)):
+      continue
+    return Multi(tuple(given), instruction.format(**slots), target, kind)

@@ -1,0 +1,59 @@
+"""The embedded VLM's own tokenizer: byte-level BPE trained on the language of scenes, with InternVL's chat tokens.
+
+  python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm
+"""
+
+import itertools
+import json
+import pathlib
+
+from absl import app, flags
+import tokenizers
+
+from unifusion_jax import verifi
+from unifusion_jax.scenes import examples
+
+SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<img>', '</img>', '<IMG_CONTEXT>')
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+TASKS = ('rewrite', 'edit', 'question', 'multi')
+
+
+def corpus(count: int):
+  """The text of `count` training examples of every task that writes or reads text, and the words of the template."""
+  for text in (*verifi.SYSTEM.values(), 'system\nuser\nassistant\n', 'describe the picture'):
+    yield from itertools.repeat(text, count // 10)
+  for task in TASKS:
+    for i in range(count):
+      record = examples.example(task, 'train', i, images=False)
+      yield record['instruction']
+      yield record['caption']
+
+
+def build(folder: str, vocabulary: int = 1024, count: int = 4000) -> None:
+  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, as `transformers` reads them."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  tokenizer.train_from_iterator(corpus(count), trainer)
+  out = pathlib.Path(folder)
+  out.mkdir(parents=True, exist_ok=True)
+  tokenizer.save(str(out / 'tokenizer.json'))
+  config = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='<|im_end|>', pad_token='<|endoftext|>',
+                additional_special_tokens=['<|im_start|>', '<img>', '</img>', '<IMG_CONTEXT>'],
+                clean_up_tokenization_spaces=False, model_max_length=2048)
+  (out / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
+  (out / 'chat_template.jinja').write_text(CHAT_TEMPLATE)
+
+
+_OUT = flags.DEFINE_string('out', None, 'folder to write', required=True)
+
+if __name__ == '__main__':
+  app.run(lambda _: build(_OUT.value))

@@ -1,0 +1,171 @@
+"""Any supported encoder by name: a folder or a hub id to a sharded model, by the model_type of its config.json.
+
+  vlm = encoders.load('OpenGVLab/InternVL3-1B-hf', jnp.bfloat16)
+  vlm = encoders.load('Qwen/Qwen3-VL-4B-Instruct@main', jnp.bfloat16, quantized='int8', cache='.cache/encoders')
+
+All models answer to the same verbs; docs/encoders.md has the table and says how to add one.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+
+from flax import nnx
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from unifusion_jax import sharding
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import causal_lm, internvl, qwen3_vl, t5
+from unifusion_jax.weights import hub, quantize
+
+Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | causal_lm.TextConfig | t5.T5Config
+Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | causal_lm.TextModel | t5.T5Encoder
+QUANTIZED = ('', 'int8', 'w8a8')
+FORMAT = 1  # of what `cache` keeps: raise it when other numbers come out of the same files and tables of names
+
+
+def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', cache: str | None = None) -> Encoder:
+  """The encoder in a folder or behind a hub id, in `dtype`, sharded over the mesh in context.
+
+  Args:
+    name: as in `hub.resolve`.
+    unroll: unrolled layers run faster on a CPU, scanned ones compile faster.
+    quantized: 'int8' for int8 weights, 'w8a8' for int8 activations as well, '' for neither.
+    cache: a folder (one for all processes) that keeps the converted form: the next load reads its own slices of it.
+
+  Raises:
+    ValueError: for a model that is not supported, and for everything that `hub`, `convert` and the model refuse.
+  """
+  if quantized not in QUANTIZED:
+    raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
+  folder = hub.resolve(name)
+  if not cache:
+    return _read(folder, dtype, unroll, quantized)
+  kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
+  if whole:
+    return _restore(kept, dtype, unroll, quantized)
+  model = _read(folder, dtype, unroll, quantized)
+  _keep(model, kept)
+  return model
+
+
+def config(name, unroll: bool = False) -> Config:
+  """What config.json says of a folder, of a hub id, or of a public name in a model's PRESETS; reads no weights.
+
+  Whether a head is tied, on which files and their configs may disagree, is only sure once `load` has seen the file.
+  """
+  presets = internvl.PRESETS | qwen3_vl.PRESETS | causal_lm.PRESETS | t5.PRESETS
+  short = re.sub('-hf$', '', str(name).partition('@')[0].split('/')[-1], flags=re.IGNORECASE)
+  short = short if short in presets else short.removesuffix('-Instruct')
+  if short in presets and not pathlib.Path(name).expanduser().is_dir():
+    return presets[short]
+  folder = hub.resolve(name, weights=False)
+  return _config(_described(folder), folder, unroll)
+
+
+def abstract(made: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
+  """The shapes and shardings, on the mesh in context, of the model with that configuration."""
+  return sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_abstract_mesh())
+
+
+def _described(folder: pathlib.Path) -> dict:
+  path = folder / 'config.json'
+  if not path.exists():
+    raise UserError(f'{folder} has no config.json: give the folder of a transformers checkpoint')
+  return json.loads(path.read_text())
+
+
+def _config(described: dict, folder: pathlib.Path, unroll: bool) -> Config:
+  match described.get('model_type'):
+    case 'internvl':
+      return internvl.InternVLConfig.from_json(described, unroll)
+    case 'internvl_chat':
+      return internvl.InternVLConfig.from_original(described, internvl.image_token(folder), unroll)
+    case 'qwen3_vl':
+      return qwen3_vl.Qwen3VLConfig.from_json(described, unroll)
+    case 'llama' | 'qwen2' | 'qwen3':
+      return causal_lm.TextConfig.from_json(described, unroll)
+    case 't5':
+      return t5.T5Config.from_json(described)
+    case other:
+      raise UserError(f'{folder}: a model of type {other!r} is not supported; supported are internvl and '
+                       'internvl_chat (InternVL 2.5, 3, 3.5), qwen3_vl, llama, qwen2 and qwen3 (text alone), and t5 '
+                       '(the encoder of T5 v1.1 and Flan-T5)')
+
+
+def _draw(made: Config, dtype) -> Encoder:
+  """The model of a configuration, of random weights."""
+  rngs = nnx.Rngs(0)
+  match made:
+    case internvl.InternVLConfig():
+      return internvl.InternVL(made, dtype, rngs=rngs)
+    case qwen3_vl.Qwen3VLConfig():
+      return qwen3_vl.Qwen3VL(made, dtype, rngs=rngs)
+    case causal_lm.TextConfig():
+      return causal_lm.TextModel(made, dtype, rngs=rngs)
+    case t5.T5Config():
+      return t5.T5Encoder(made, dtype, rngs=rngs)
+
+
+def _shapes(made: Config, dtype, quantized: str) -> Encoder:
+  shapes = jax.eval_shape(lambda: _draw(made, dtype))
+  return jax.eval_shape(lambda model: quantize.quantize(model, quantized == 'w8a8'), shapes) if quantized else shapes
+
+
+def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
+  def read(each=None):
+    match _config(_described(folder), folder, unroll):
+      case internvl.InternVLConfig():
+        return internvl.load(folder, dtype, unroll, each)
+      case qwen3_vl.Qwen3VLConfig():
+        return qwen3_vl.load(folder, dtype, unroll, each)
+      case causal_lm.TextConfig():
+        return causal_lm.load(folder, dtype, unroll, each)
+      case t5.T5Config():
+        return t5.load(folder, dtype, each)
+
+  return quantize.load(read, activations=quantized == 'w8a8') if quantized else read()
+
+
+def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
+  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the form that is kept."""
+  files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
+  facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+  how = FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES, t5.RULES
+  made = _config(_described(folder), folder, False).to_json()
+  return hashlib.sha256(repr((facts, how, made, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+
+
+def _kept(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
+  """The kept form's folder, and whether it is there, as process 0 finds them: files have other times on each host."""
+  facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([(cache / fingerprint).exists()]), np.uint8)
+  if jax.process_count() > 1:
+    facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
+  return cache / facts[:-1].tobytes().hex(), bool(facts[-1])
+
+
+def _keep(model: Encoder, path: pathlib.Path) -> None:
+  from orbax.checkpoint.experimental import v1 as ocp  # seconds that loading without a cache need not spend
+  context = ocp.Context()
+  context.array.saving.use_compression = False
+  # Small arrays are written by one replica: sharing them out would compile a program for every slice
+  context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
+  try:
+    with context:
+      ocp.save(path, model, custom_metadata={'config': json.dumps(model.config.to_json())})
+  except ValueError:
+    if not path.exists():  # else another run kept the same in the meantime
+      raise
+
+
+def _restore(path: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
+  from orbax.checkpoint.experimental import v1 as ocp
+  made = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path, unroll)
+  try:
+    return ocp.load(path, sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_mesh()))
+  except ValueError as error:
+    raise UserError(f'{path} was kept by another version of this model: remove that folder and load again') from error

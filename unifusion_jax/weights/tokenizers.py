@@ -1,0 +1,87 @@
+"""A checkpoint's tokenizer by transformers, and InternLM2's, whose own class is code in the checkpoint, without that code.
+
+InternVL2.5-8B brings a sentencepiece model (byte-pair encoding with byte fall-back) and a list of added tokens; that is
+all there is to its tokenizer.
+"""
+
+import copy
+import functools
+import json
+import pathlib
+
+from unifusion_jax.errors import UserError
+
+_PLACEHOLDER = '[UNUSED_TOKEN_'  # of a piece in whose place added tokens may be listed
+_ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+
+
+@functools.cache
+def plain(folder: str):
+  """A tokenizer of its own for text in which special tokens are text (`encode(text, split_special_tokens=True)`).
+
+  That flag is a state of the tokenizer, which the threads that read data share: one object for both would tokenise a
+  template as text, or a user's text as template, whenever two threads meet.
+  """
+  return copy.deepcopy(load(folder))
+
+
+@functools.cache
+def load(folder: str):
+  """The tokenizer of a folder, with its chat template. FileNotFoundError when there is none."""
+  import transformers  # a slow import that only tokenizing needs
+  transformers.logging.set_verbosity_error()
+  path = pathlib.Path(folder)
+  settings = path / 'tokenizer_config.json'
+  if not settings.exists() and not (path / 'tokenizer.json').exists():
+    raise UserError(f'{folder} holds no tokenizer.json: point config.vlm at a Hugging Face VLM folder')
+  described = json.loads(settings.read_text()) if settings.exists() else {}
+  if described.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
+    return _internlm2(path, described)
+  made = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
+  processors = path / 'chat_template.json'  # where some checkpoints keep it for their processor alone
+  if not made.chat_template and processors.exists():
+    made.chat_template = json.loads(processors.read_text())['chat_template']
+  return made
+
+
+def _internlm2(path: pathlib.Path, described: dict):
+  import tokenizers
+  from tokenizers import decoders, models, normalizers
+  import transformers
+  from transformers.convert_slow_tokenizer import import_protobuf
+  from transformers.tokenization_utils_base import generate_merges
+
+  if not (path / 'tokenizer.model').exists():
+    raise UserError(f'{path} holds no tokenizer.model: download it from the public checkpoint')
+  proto = import_protobuf().ModelProto.FromString((path / 'tokenizer.model').read_bytes())
+  rules = proto.normalizer_spec
+  if proto.trainer_spec.model_type != 2 or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
+    raise UserError(f'{path}/tokenizer.model is no byte-pair encoding of the text as it is (model_type '
+                     f'{proto.trainer_spec.model_type}, normalisation {rules.name!r}): this is not InternLM2\'s tokenizer')
+  listed = {int(i): token['content'] for i, token in described.get('added_tokens_decoder', {}).items()}
+  names = [listed.get(i, piece.piece) if piece.piece.startswith(_PLACEHOLDER) else piece.piece
+           for i, piece in enumerate(proto.pieces)]
+  vocab = {name: i for i, name in enumerate(names)}
+  # Control tokens and bytes stand in the vocabulary too, but text that spells them is never merged into them
+  ordinary = {piece.piece for piece in proto.pieces if piece.type == 1}
+  merges = [pair for pair in generate_merges(vocab) if ''.join(pair) in ordinary]
+  made = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=proto.trainer_spec.unk_piece,
+                                         fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback))
+  prefix = [normalizers.Prepend('\u2581')] if rules.add_dummy_prefix else []
+  made.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(' ', '\u2581')])
+  made.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse()]
+                                   + [decoders.Strip(' ', 1, 0)] * len(prefix))
+  of_its_own = [tokenizers.AddedToken(name, normalized=False, special=False) for name, piece in zip(names, proto.pieces)
+                if piece.type == 4 and name == piece.piece]  # user-defined symbols are never cut
+  made.add_tokens(of_its_own)
+  for i, token in sorted(listed.items()):
+    made.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+    if made.token_to_id(token) != i:
+      raise UserError(f'{path}/tokenizer_config.json gives {token!r} the id {i}, and the tokenizer '
+                       f'{made.token_to_id(token)}: the folder mixes files of different checkpoints')
+  roles = {role: described[role] if isinstance(described[role], str) else described[role]['content']
+           for role in _ROLES if described.get(role)}
+  template = path / 'chat_template.jinja'
+  return transformers.PreTrainedTokenizerFast(
+      tokenizer_object=made, clean_up_tokenization_spaces=False, **roles,
+      chat_template=template.read_text() if template.exists() else described.get('chat_template'))
