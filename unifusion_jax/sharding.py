@@ -73,6 +73,17 @@ def is_main_process() -> bool:
   return jax.process_index() == 0
 
 
+def from_main_process(x: np.ndarray) -> np.ndarray:
+  """The first process's value of a small numpy array, on every process; all call this together."""
+  return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def batch_spec(example: dict, batch: int) -> dict:
+  """The shapes of one example as a batch sharded over the mesh in context."""
+  by_rows = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype, sharding=by_rows), example)
+
+
 def abstract(tree, mesh):
   """Every leaf of an `eval_shape` result with a sharding on `mesh`; scalars, which have none, are replicated."""
   def leaf(x):

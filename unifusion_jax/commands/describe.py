@@ -36,11 +36,12 @@ class DescribeConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def run(config: DescribeConfig) -> None:
-  """Prints what the model says; the mesh must be in context."""
-  said = describe(config)
-  if jax.process_index() == 0:
-    print(said)
+def run(config: DescribeConfig, workdir: pathlib.Path) -> None:
+  """Prints the model's answer; nothing is written. The mesh must be in context."""
+  del workdir
+  answer = describe(config)
+  if sharding.is_main_process():
+    print(answer)
 
 
 def describe(config: DescribeConfig) -> str:
