@@ -235,7 +235,7 @@ def keep(config: Config, workdir: pathlib.Path) -> None:
 def check_run(config: Config, workdir: pathlib.Path) -> None:
   """ValueError when the workdir's run trained another model, or beside another VLM or autoencoder, than is now used."""
   def matters(name):
-    computing = name.split('.')[-1] in ('dtype', 'unroll', 'remat')
+    computing = name.split('.')[-1] in ('dtype', 'remat')
     return name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and not computing or name == 'objective.repa_weight'
   _compare(config, workdir, matters)
 
@@ -245,7 +245,9 @@ def _compare(config: Config, workdir: pathlib.Path, matters) -> None:
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=_frozen(config))
-  differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(json.loads(path.read_text()), new) if matters(name)]
+  gone = ('unroll',)  # settings of runs from before, which made no other model
+  differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(json.loads(path.read_text()), new)
+            if matters(name) and name.split('.')[-1] not in gone]
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                      + '\n  '.join(differ))

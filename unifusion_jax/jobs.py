@@ -104,7 +104,7 @@ class Generation:
 
   def load_vlm(self) -> encoders.Encoder:
     dtype = jnp.dtype(self.config.frozen_dtype)
-    return encoders.load(self.config.vlm, dtype, _on_cpu(), self.config.vlm_quantized, self.config.vlm_cache)
+    return encoders.load(self.config.vlm, dtype, self.config.vlm_quantized, self.config.vlm_cache)
 
   def load_frozen(self) -> flow_matching.Frozen:
     vlm = self.load_vlm()
@@ -221,17 +221,11 @@ class Writing:
   """The embedded VLM."""
   config: configuration.Config
 
-  def __post_init__(self):
-    self._unroll = _on_cpu()  # here, because no device is known while something is traced
-
   def load_frozen(self):
     return None
 
   def draw_params(self) -> vlm.VLMWithHeads:
-    model, unroll = self.config.model, self._unroll
-    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, unroll=unroll),
-                                text=dataclasses.replace(model.text, unroll=unroll))
-    return vlm.VLMWithHeads(model, rngs=nnx.Rngs(self.config.seed))
+    return vlm.VLMWithHeads(self.config.model, rngs=nnx.Rngs(self.config.seed))
 
   def init_params(self) -> vlm.VLMWithHeads:
     return self.load_params(self.config.init) if self.config.init else jax.jit(self.draw_params)()
@@ -239,7 +233,7 @@ class Writing:
   def load_params(self, folder: str) -> vlm.VLMWithHeads:
     """The read-out head, which no folder holds, starts anew."""
     params = jax.jit(self.draw_params)()
-    params.vlm = internvl.load(folder, jnp.float32, unroll=self._unroll)
+    params.vlm = internvl.load(folder, jnp.float32)
     return params
 
   def abstract(self):
@@ -347,9 +341,3 @@ class Reconstruction:
     vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.mean(spread)))
     autoencoder.save(vae, workdir / 'export')
     print(f'wrote {workdir / "export"}')
-
-
-def _on_cpu() -> bool:
-  """Unrolled layers run faster on a CPU; scanned ones compile faster everywhere."""
-  mesh = jax.sharding.get_mesh()
-  return not mesh.empty and mesh.devices.flat[0].platform == 'cpu'

@@ -129,7 +129,7 @@ def loss(config: FlowMatching, taps: tuple[int, ...], writing, pixels, params, f
     most, stop_ids, image_id = writing
     out = text_generation.generate(frozen.vlm, batch['input_ids'], batch['attention_mask'], batch.get('tiles'), max_new=most,
                             stop_ids=stop_ids, taps=taps)
-    fell = batch['needs_rewrite'] & ~is_valid_generation(out.tokens, out.lengths, stop_ids, image_id)
+    fell = batch['needs_rewrite'] & ~is_valid_generation(out.ids, out.lengths, stop_ids, image_id)
     hidden, mask = condition_states(out.prompt_hidden, out.hidden, out.lengths * (batch['needs_rewrite'] & ~fell), batch['cond_index'], mask)
     hidden = jnp.concatenate([hidden, select_tokens(out.prompt_hidden, batch['fallback_index'])], axis=1)
     mask = jnp.concatenate([mask, batch['fallback_mask'] & fell[:, None]], axis=1)

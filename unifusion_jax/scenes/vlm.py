@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.models import internvl, layers
-from unifusion_jax.models.decoder import causal_mask
 from unifusion_jax.scenes import world
 
 
@@ -60,7 +59,7 @@ def loss(config: VLMObjective, params: VLMWithHeads, frozen, batch, key):
     return readout, dict(loss=readout, **metrics)
   prompt = params.vlm.prompt(batch['input_ids'], batch['attention_mask'], image_features=image_features)
   half = params.vlm.config.text.depth // 2
-  last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['attention_mask']), taps=(half, half + 1))
+  last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, batch['attention_mask'], taps=(half, half + 1))
   pointing = 0.0
   if config.grounding_weight and 'changes' in batch:
     ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
