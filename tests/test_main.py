@@ -20,7 +20,7 @@ def called(*arguments, **environment):
 def test_from_training_to_images(tmp_path):
   """Every mode on one workdir, and what each leaves there."""
   small = ['--config=configs/t2i.py', f'--workdir={tmp_path / "run"}', '--config.model.dit.depth=1',
-           '--config.model.dit.unroll=1', '--config.objective.repa_depth=1', "--config.data.tasks=('edit/1-2',)",
+           '--config.objective.repa_depth=1', "--config.data.tasks=('edit/1-2',)",
            '--config.data.weights=(1.0,)', '--config.data.max_prompt_tokens=(132,)', '--config.data.max_rewrite_tokens=(52,)',
            '--config.data.batch_size=4', '--config.train.steps=2', '--config.train.log_every=1', '--config.sample.steps=2',
            '--config.eval.examples=2', '--config.eval.batch_size=2']

@@ -119,11 +119,11 @@ def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   np.testing.assert_allclose(drawn, alone, rtol=1e-5)
 
 
-def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh):
+def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh, unrolled):
   """Neither blocks after it nor the head: they cost no FLOPs of the compiled step."""
   made = recipe()
   state, frozen, batch = train.abstract(made)
-  tiny = encoders.config(made.vlm, unroll=True)
+  tiny = encoders.config(made.vlm)
 
   def flops(depth, tied, taps=made.taps):
     vlm = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, depth=depth, tied=tied))
@@ -252,7 +252,7 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
   record.claim(recipe(), tmp_path)
   (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
   other = recipe(optim=step.OptimConfig(learning_rate=5.0))
-  other.model.dit.unroll = 9
+  other.model.dit.remat = True
   record.check_same_model(other, tmp_path)  # how it was trained, and how it is computed, are no matter now
   for changes, text in ((dict(taps=(0, 2)), 'taps: .* there'), (dict(vlm=str(config.ASSETS / 'vlm')), 'vlm: .* there')):
     with pytest.raises(ValueError, match=text):

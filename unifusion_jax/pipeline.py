@@ -101,7 +101,7 @@ class Sampler:
       rows = [verifi.arrays(layout.chat.spans(r.instruction, c, None, system), length, count * layout.image_processor.max_tokens,
                             ('image',) if s.images else ()) for r, c in zip(requests, counts)]
       out, condition, mask = self._condition_states(layout, sharding.shard(stacked(rows)), images, [r.seed for r in requests])
-      written, failed = read(layout.chat, *sharding.gather((out.tokens, out.lengths)))
+      written, failed = read(layout.chat, *sharding.gather((out.ids, out.lengths)))
       for i, reason in failed.items():
         if i not in forced:
           forced[i] = requests[i].instruction, True

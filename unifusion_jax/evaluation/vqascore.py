@@ -6,6 +6,7 @@ import numpy as np
 
 from unifusion_jax import sharding, verifi
 from unifusion_jax.data import transforms
+from unifusion_jax.models.decoder import last_valid
 from unifusion_jax.scenes import questions
 
 
@@ -29,9 +30,6 @@ def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], desc
 @jax.jit(static_argnums=4)
 def _of_yes(vlm, tokens, valid, tiles, yes: tuple[int, ...]):
   """The probability that the next word is one of `yes`, [b] f32."""
-  last = vlm.last(tokens, valid, tiles)
-  # The state of the last token, as a sum over one-hot weights: a gather would have to name its sharding
-  ends = jnp.sum(valid, axis=1) - 1
-  state = jnp.sum(jnp.where((jnp.arange(last.shape[1]) == ends[:, None])[..., None], last, 0), axis=1, keepdims=True)
+  state = last_valid(vlm.last(tokens, valid, tiles), valid)
   words = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
   return jnp.sum(jnp.where(jnp.isin(jnp.arange(words.shape[-1]), jnp.array(yes)), words, 0), axis=-1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
+from unifusion_jax.models.attention import attention
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import convert, hub
 
@@ -144,7 +145,7 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
     q, k, v = (part(y)[:, :, None] for part in (self.q, self.k, self.v))
-    return x + self.out(layers.attention(q, k, v)[:, :, 0]).reshape(x.shape)
+    return x + self.out(attention(q, k, v)[:, :, 0]).reshape(x.shape)
 
 
 class Middle(nnx.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import sharding
 from unifusion_jax.data import transforms, vision_inputs
-from unifusion_jax.models import decoder, internvl, layers
+from unifusion_jax.models import internvl, layers
 from unifusion_jax.scenes import chat_examples, world
 from unifusion_jax.scenes.evaluation import language
 
@@ -119,7 +119,7 @@ class VLMObjective:
       return attributes_loss, dict(loss=attributes_loss, **metrics)
     prompt = params.vlm.prompt(batch['input_ids'], batch['attention_mask'], image_features=image_features)
     half = params.vlm.config.text.depth // 2
-    last, tapped, _ = decoder.run(params.vlm, prompt, taps=(half, half + 1))
+    last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, prompt.valid, taps=(half, half + 1))
     grounding = 0.0
     if self.grounding_weight and 'changes' in batch:
       ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)

@@ -9,7 +9,8 @@ from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.weights import hub
 
-COMPUTING = ('dtype', 'remat', 'unroll')  # fields of a model that change how it is computed, not what
+COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
+FORMER = ('unroll',)  # fields that older runs have written and that made no other model
 
 
 def claim(config, workdir: pathlib.Path) -> None:
@@ -61,7 +62,7 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
     return  # nothing was trained there
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=fingerprints(config))
   differ = [f'{name}: {old!r} there, {value!r} now' for name, old, value in differences(json.loads(path.read_text()), new)
-            if matters(name)]
+            if matters(name) and name.split('.')[-1] not in FORMER]
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                     + '\n  '.join(differ))

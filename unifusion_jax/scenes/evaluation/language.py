@@ -33,7 +33,7 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
       batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in ('input_ids', 'attention_mask')})
       out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], sharding.shard(np.stack(tiles)) if counts else None,
                               max_new=layout.written, stop_ids=chat.stop_ids)
-      ids, lengths = sharding.gather((out.tokens, out.lengths))
+      ids, lengths = sharding.gather((out.ids, out.lengths))
       for i, row, n in zip(part, ids, lengths):
         written[i] = chat.read(row[:n])
   return written
