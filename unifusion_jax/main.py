@@ -3,36 +3,31 @@
   python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit
 """
 
-import dataclasses
-import difflib
 import math
 import os
 import pathlib
-import pydoc
-import re
 import sys
 
 from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
+from unifusion_jax import command_line, jobs, sharding
 from unifusion_jax import config as configuration
-from unifusion_jax import jobs, sharding
 from unifusion_jax.commands import describe, train
 from unifusion_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'rewrite', 'eval', 'export'], 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<name of the recipe>.')
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of several processes that run together, as on the hosts of a '
-                                 'TPU pod; jax finds the others by itself on Cloud TPU, Slurm and Kubernetes.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of several processes that run together, as on the hosts '
+                                 'of a TPU pod; jax finds the others by itself on Cloud TPU, Slurm and Kubernetes.')
 _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                              'Folder that keeps compiled programs between runs; empty for none.')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'{argv[1]!r} is no flag: settings are given as --config.a.b=value')
+def start(argv):
+  """What holds for the whole process (other processes, devices, compilation cache), then main."""
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
@@ -40,6 +35,11 @@ def main(argv):
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  main(argv)
+
+
+def main(argv):
+  del argv
   config = _CONFIG.value
   if isinstance(config, describe.DescribeConfig):
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
@@ -67,45 +67,11 @@ def run():
   logging.set_verbosity(logging.WARNING)
   flags.mark_flag_as_required('config')
   try:
-    app.run(main, flags_parser=_parse)
+    app.run(start, flags_parser=command_line.parse)
   except UserError as error:
     if os.environ.get('UNIFUSION_TRACEBACK'):
       raise
     sys.exit(f'error: {error}')
-
-
-def _parse(argv):
-  """Parses flags; what cannot be parsed ends in one sentence, and a misspelt setting in the nearest that exists."""
-  try:
-    rest = flags.FLAGS([_quoted(argument) for argument in argv])
-    _CONFIG.value.mesh  # a recipe that could not be loaded says so only when something is asked of it
-    return rest
-  except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-    # A recipe's own error is wrapped several times; of a value that cannot be read the wrapping says more
-    while (inner := error.__cause__ or error.__context__) and not isinstance(inner, SyntaxError):
-      error = inner
-    text = str(error.args[-1] if isinstance(error, OSError) else error.args[0] if error.args else error)
-    sys.exit(f'error: {_with_fields(text)}\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list '
-             'them, --helpfull the flags.')
-
-
-def _quoted(argument: str) -> str:
-  """A reference's file name may hold what would be read as the syntax of a list: a space, a comma."""
-  name, found, value = argument.partition('=')
-  if found and name.lstrip('-') == 'config.sample.references' and pathlib.Path(value).is_file():
-    return f'{name}={value!r}'
-  return argument
-
-
-def _with_fields(text: str) -> str:
-  """ml_collections' complaint about a field that does not exist, with the fields that do."""
-  found = re.match(r"Field (\w+) not found on dataclass <class '([\w.]+)'>", text)
-  if not found:
-    return text
-  name, holder = found.groups()
-  fields = [field.name for field in dataclasses.fields(pydoc.locate(holder))]
-  near = difflib.get_close_matches(name, fields, 1)
-  return f'there is no setting {name!r}; ' + (f'did you mean {near[0]!r}? ' if near else '') + f'There are: {", ".join(fields)}'
 
 
 if __name__ == '__main__':
