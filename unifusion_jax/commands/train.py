@@ -58,7 +58,7 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
   since, unwatched = [], []
   clock, clock_step = time.monotonic(), start
   try:
-    writer.say('compiling: the first step of each shape of batch takes its time')
+    writer.note('compiling: the first step of each shape of batch takes its time')
     for step in range(start, end):
       batch = next(data)
       missed = batch.pop('skipped')
@@ -75,8 +75,8 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
           watch(at, each)
           since.append(each)
         unwatched = []
-        writer.show(since[-1])
-      writer.advance(done)
+        writer.set_postfix(since[-1])
+      writer.step(done)
       if logs:
         # A scalar that only some batches have (a read-out of tiles, say) is the mean over those.
         scalars = {name: float(np.mean([each[name] for each in since if name in each]))
