@@ -31,9 +31,8 @@ _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / '
                              'Folder that keeps compiled programs between runs; empty for none.')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'{argv[1]!r} is no flag: settings are given as --config.a.b=value')
+def start(argv):
+  """What holds for the whole process (other processes, devices, compilation cache), then main."""
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
@@ -41,6 +40,12 @@ def main(argv):
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  main(argv)
+
+
+def main(argv):
+  """Runs the command on the recipe's mesh."""
+  del argv
   config = _CONFIG.value
   trains = isinstance(config, configuration.Config)
   mode = _MODE.value or ('train' if trains else 'describe')
@@ -61,7 +66,7 @@ def run():
   logging.set_verbosity(logging.WARNING)
   flags.mark_flag_as_required('config')
   try:
-    app.run(main, flags_parser=lambda argv: command_line.parse(argv, _CONFIG))
+    app.run(start, flags_parser=command_line.parse)
   except UserError as error:
     if os.environ.get('UNIFUSION_TRACEBACK'):
       raise

@@ -106,6 +106,9 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     checkpoints.close()
     data.close()
     writer.close()
+  if sharding.is_main_process():
+    print('done.', f'images: {workdir / "samples"}', f'metrics: {workdir / "metrics.jsonl"}',
+          f'checkpoint: {workdir / "checkpoints"}', sep='\n  ')
   return state
 
 

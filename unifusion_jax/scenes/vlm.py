@@ -119,7 +119,7 @@ class VLMObjective:
       return attributes_loss, dict(loss=attributes_loss, **metrics)
     prompt = params.vlm.prompt(batch['input_ids'], batch['attention_mask'], image_features=image_features)
     half = params.vlm.config.text.depth // 2
-    last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, prompt.valid, taps=(half, half + 1))
+    last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=(half, half + 1))
     grounding = 0.0
     if self.grounding_weight and 'changes' in batch:
       ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)

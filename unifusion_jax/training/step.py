@@ -141,11 +141,13 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
       return jnp.moveaxis(x, 1, 0)
 
     def add(total, part):
-      return jax.tree.map(lambda t, p: t + p / n, total, gradient(params, frozen, part[0], part[1])), None
+      return jax.tree.map(lambda t, p: t + p / n, total, gradient(params, frozen, *part)), None
 
     parts = jax.tree.map(cut, batch), jax.random.split(key, n)
-    first = gradient(params, frozen, *jax.tree.map(lambda x: x[0], parts))
-    return jax.lax.scan(add, jax.tree.map(lambda x: x / n, first), jax.tree.map(lambda x: x[1:], parts))[0]
+    # From zeros, so that the gradient is compiled once; only its shapes and shardings are known before it runs.
+    shapes = jax.eval_shape(lambda parts: gradient(params, frozen, *jax.tree.map(lambda x: x[0], parts)), parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state, frozen, batch, key, progress=None):
