@@ -46,9 +46,9 @@ class WithREPA(nnx.Module):
   def __init__(self, config: unifusion.UniFusionConfig, width: int, *, rngs: nnx.Rngs):
     self.model = unifusion.UniFusion(config, rngs=rngs)
     d = config.dit.width
-    self.w1 = layers.weight(rngs, (d, d), ('fsdp', 'tp'), d)
+    self.w1 = layers.weight(rngs, (d, d), ('fsdp', 'tp'), contract=1)
     self.b1 = layers.constant(0.0, (d,), ('tp',))
-    self.w2 = layers.weight(rngs, (d, width), ('tp', None), d)
+    self.w2 = layers.weight(rngs, (d, width), ('tp', None), contract=1)
 
   def distance(self, states: jax.Array, seen: jax.Array) -> jax.Array:
     """One minus the mean cosine between what the states [b y x d] tell and what is seen [b y x e]: a scalar, f32."""

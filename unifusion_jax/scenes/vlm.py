@@ -38,8 +38,8 @@ class VLMWithHeads(nnx.Module):
   def __init__(self, config: internvl.InternVLConfig, *, rngs: nnx.Rngs):
     self.vlm = internvl.InternVL(config, rngs=rngs)
     width = config.text.width
-    self.head = layers.weight(rngs, (width, sum(_PARTS)), (None, None), width)
-    self.pointer = layers.weight(rngs, (width, width), (None, None), width)
+    self.head = layers.weight(rngs, (width, sum(_PARTS)), (None, None), contract=1)
+    self.pointer = layers.weight(rngs, (width, width), (None, None), contract=1)
     self.grounding_bias = layers.constant(0.0, ())
 
 
