@@ -148,8 +148,8 @@ def test_every_mesh_gives_the_same_losses(name, recipe):
 def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
   keys = nnx.Rngs(0)
   params = layers.stack(lambda rngs: nnx.Dict(
-      fan=layers.weight(rngs, (32, 4, 8), ('fsdp', 'tp', None), 32), join=layers.weight(rngs, (4, 8, 64), (), 32),
-      table=layers.weight(rngs, (16, 32), (), 32), bias=layers.constant(0.0, (4, 8))), 3, rngs=keys)
+      fan=layers.weight(rngs, (32, 4, 8), ('fsdp', 'tp', None), 1), join=layers.weight(rngs, (4, 8, 64), (), 2),
+      table=layers.weight(rngs, (16, 32), (), None, std=1.0), bias=layers.constant(0.0, (4, 8))), 3, rngs=keys)
   gradients = jax.tree.map(lambda x: jax.device_put(np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
                                                     x.sharding), params)
   settings = step.OptimConfig(name='muon', learning_rate=0.1, warmup=0, clip=1e9)

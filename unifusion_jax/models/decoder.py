@@ -153,10 +153,10 @@ class Block(nnx.Module):
     self.eps = config.eps
     axis = heads_axis(h, g)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wk = weight(rngs, (d, g, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, g, k), ('fsdp', axis, None), d, dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), h * k, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, g, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, g, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     biased, normed = config.model_type == 'qwen2', config.model_type == 'qwen3'
     self.bq = constant(0.0, (h, k), (axis, None), dtype) if biased else None
     self.bk = constant(0.0, (g, k), (axis, None), dtype) if biased else None
@@ -191,10 +191,12 @@ class Decoder(nnx.Module):
                        'the second must divide the first')
     self.config = config
     # Split over the width alone: public vocabularies (151674, 92553) divide by nothing
-    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), config.width, dtype)
+    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), contract=None, dtype=dtype,
+                            std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
     self.norm = constant(1.0, (config.width,), dtype=dtype)
-    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), config.width, dtype)
+    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), contract=1,
+                                                dtype=dtype)
 
   def embed(self, input_ids: jax.Array) -> jax.Array:
     """Token ids [b s] -> embeddings [b s d]."""

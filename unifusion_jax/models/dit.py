@@ -73,11 +73,11 @@ class DiT(nnx.Module):
                        'kv_heads must divide heads')
     c = self.config = dataclasses.replace(config)
     d, p = c.width, c.channels * c.patch ** 2
-    self.image_w = weight(rngs, (p, d), (None, 'fsdp'), p)
+    self.image_w = weight(rngs, (p, d), (None, 'fsdp'), contract=1, int8=False)
     self.image_b = constant(0.0, (d,))
-    self.time_w1 = weight(rngs, (c.time_dim, d), ('fsdp', 'tp'), c.time_dim)
+    self.time_w1 = weight(rngs, (c.time_dim, d), ('fsdp', 'tp'), contract=1, int8=False)
     self.time_b1 = constant(0.0, (d,))
-    self.time_w2 = weight(rngs, (d, d), ('tp', 'fsdp'), d)
+    self.time_w2 = weight(rngs, (d, d), ('tp', 'fsdp'), contract=1, int8=False)
     self.time_b2 = constant(0.0, (d,))
     # Zero modulation and a zero last layer: training starts from blocks that are the identity and velocity 0.
     self.mod_w = constant(0.0, (d, 6, d), ('fsdp', None, 'tp'))

@@ -134,22 +134,22 @@ class VisionBlock(nnx.Module):
     centred = config.norm == 'layer_norm'
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
     self.bq = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
     self.bk = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
     self.bv = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
     self.q_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
     self.k_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.scale1 = constant(1.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
     self.scale2 = constant(1.0, (d,), dtype=dtype)
 
@@ -190,9 +190,9 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch ** 2 * 3
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
+    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
-    self.class_token = weight(rngs, (d,), (None,), 2500, dtype)  # std 0.02
+    self.class_token = weight(rngs, (d,), (None,), contract=None, dtype=dtype, std=0.02)
     self.positions = nnx.Param(jnp.asarray(sinusoids(config.tile // config.patch, d), dtype))
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
 
@@ -214,9 +214,9 @@ class Projector(nnx.Module):
   def __init__(self, width_in: int, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.norm = constant(1.0, (width_in,), dtype=dtype)
     self.norm_bias = constant(0.0, (width_in,), dtype=dtype)
-    self.w1 = weight(rngs, (width_in, width), ('fsdp', 'tp'), width_in, dtype)
+    self.w1 = weight(rngs, (width_in, width), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (width,), ('tp',), dtype)
-    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), width, dtype)
+    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (width,), dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:

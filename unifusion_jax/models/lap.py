@@ -58,9 +58,9 @@ class LAP(nnx.Module):
     self.pool = constant(1 / c.taps, (c.taps,))
     self.refiner = layers.stack(Block, c.refiner_depth, c, rngs=rngs)
     self.norm = constant(0.0, (c.width,))
-    self.w1 = weight(rngs, (c.width, width), ('fsdp', 'tp'), c.width)
+    self.w1 = weight(rngs, (c.width, width), ('fsdp', 'tp'), contract=1)
     self.b1 = constant(0.0, (width,))
-    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), width)
+    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), contract=1)
     self.b2 = constant(0.0, (width,))
 
   def __call__(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:

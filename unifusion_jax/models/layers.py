@@ -20,7 +20,6 @@ import numpy as np
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.attention import attention
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import quantize
 
 RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
 # Whether layers are unrolled. None: by the devices of the mesh in context. Unrolled, a step takes a sixth less on a CPU
@@ -28,15 +27,29 @@ RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
 UNROLL: bool | None = None
 
 
-def weight(rngs: nnx.Rngs, shape, spec, fan_in: int, dtype=jnp.float32) -> nnx.Param:
-  """A matrix drawn from N(0, 1/fan_in), sharded as `spec` (one mesh axis, or None, for each dim of `shape`).
+def weight(rngs: nnx.Rngs, shape, spec, contract: int | None, dtype=jnp.float32, std: float | None = None,
+           int8: bool = True) -> nnx.Param:
+  """A Param from N(0, std^2), sharded as `spec` (one mesh axis, or None, for each dim of `shape`).
 
-  Dims that a product sums over come first, and their sizes multiply to fan_in. What is no such matrix (tables, vectors)
-  takes any fan_in. The Param says which it is: `matrix` is (dims summed over, dims made) or None (`step.optimizer`).
+  Args:
+    contract: how many leading dims its product sums over; None for tables, vectors and convolution kernels, which no
+      `einsum` multiplies with. Muon, int8 and adapters go by this.
+    std: None: the contracted sizes' product ** -0.5, which keeps the scale of what is multiplied.
+    int8: False for the few matrices that are never rounded: those of pixels, latents and times.
   """
-  summed = next((n for n in range(1, len(shape)) if math.prod(shape[:n]) == fan_in), None)
-  return nnx.Param(nnx.initializers.normal(fan_in ** -0.5)(rngs.params(), shape, dtype, out_sharding=P(*spec)),
-                   matrix=summed and (summed, len(shape) - summed))
+  if contract is None and std is None or contract is not None and not 0 < contract < len(shape):
+    raise ValueError(f'a weight {shape} cannot contract {contract} of its dims: name from 1 to {len(shape) - 1} of them, '
+                     'or None and a std')
+  std = math.prod(shape[:contract]) ** -0.5 if std is None else std
+  value = nnx.initializers.normal(std)(rngs.params(), shape, dtype, out_sharding=P(*spec))
+  # Counted from the end, an axis is the same in one layer and in a stack of them
+  axes = contract and tuple(range(-len(shape), contract - len(shape)))
+  return nnx.Param(value, contract=axes, int8=axes is not None and int8)
+
+
+def contracted(param) -> tuple[int, ...] | None:
+  """The axes of a Param, counted from the end, that its product sums over (the output's follow); None: no matrix."""
+  return param.get_metadata().get('contract') if isinstance(param, nnx.Param) else None
 
 
 def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
@@ -51,29 +64,39 @@ def heads_axis(heads: int, kv_heads: int) -> str | None:
 
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
-  """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is."""
-  if isinstance(w, quantize.Int8):
-    return w.times(equation, x, out)
-  return _product(equation, out, x, w[...].astype(x.dtype))
+  """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is.
+
+  A weight that is no plain array (`quantize.Int8`) answers `times(equation, x, out)` itself.
+  """
+  return w.times(equation, x, out) if hasattr(w, 'times') else _product(equation, out, w.dtype, x, w[...])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(equation, out, x, w):
-  return jnp.einsum(equation, x, w, out_sharding=out)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(equation, out, dtype, x, w):
+  return _product_forward(equation, out, dtype, x, w)[0]
 
 
-def _product_backward(equation, out, saved, gradient):
+def _product_forward(equation, out, dtype, x, w):
+  del dtype
+  w = w.astype(x.dtype)  # saved like this, so that with remat one gather over fsdp serves both products of the backward
+  return jnp.einsum(equation, x, w, out_sharding=out), (x, w)
+
+
+def _product_backward(equation, out, dtype, saved, gradient):
   # As autodiff would, but with x first in the product for w. Autodiff puts the gradient first, and XLA for CPU then
   # transposes it together with all the elementwise work that made it, which takes longer than the product itself.
+  # And the gradient of w is f32 whatever the compute dtype: it is a sum over all tokens and devices, of which bfloat16
+  # would keep 8 bits in each partial sum. Its reduction over fsdp then carries twice the bytes.
   x, w = saved
   letters, result = equation.split('->')
   of_x, of_w = letters.split(',')
   like = lambda array: jax.typeof(array).sharding.spec
   return (jnp.einsum(f'{result},{of_w}->{of_x}', gradient, w, out_sharding=like(x)),
-          jnp.einsum(f'{of_x},{result}->{of_w}', x, gradient, out_sharding=like(w)))
+          jnp.einsum(f'{of_x},{result}->{of_w}', x, gradient, out_sharding=like(w),
+                     preferred_element_type=jnp.float32).astype(dtype))
 
 
-_product.defvjp(lambda equation, out, x, w: (_product(equation, out, x, w), (x, w)), _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):
@@ -168,9 +191,9 @@ class SwiGLU(nnx.Module):
   """down(silu(gate x) * up x)."""
 
   def __init__(self, width: int, hidden: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
-    self.gate = weight(rngs, (width, hidden), ('fsdp', 'tp'), width, dtype)
-    self.up = weight(rngs, (width, hidden), ('fsdp', 'tp'), width, dtype)
-    self.down = weight(rngs, (hidden, width), ('tp', 'fsdp'), hidden, dtype)
+    self.gate = weight(rngs, (width, hidden), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.up = weight(rngs, (width, hidden), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.down = weight(rngs, (hidden, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     hidden = jax.nn.silu(einsum('bsd,df->bsf', x, self.gate)) * einsum('bsd,df->bsf', x, self.up)
@@ -185,11 +208,11 @@ class GatedAttention(nnx.Module):
 
   def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, eps: float, *, rngs: nnx.Rngs):
     self.eps = eps
-    self.wq = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), width)
-    self.wk = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), width)
-    self.wv = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), width)
-    self.gate = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), width)
-    self.wo = weight(rngs, (heads, head_dim, width), ('tp', None, 'fsdp'), heads * head_dim)
+    self.wq = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.wk = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.wv = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.gate = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.wo = weight(rngs, (heads, head_dim, width), ('tp', None, 'fsdp'), contract=2)
     self.q_norm = constant(0.0, (head_dim,))
     self.k_norm = constant(0.0, (head_dim,))
 

@@ -158,19 +158,19 @@ class VisionBlock(nnx.Module):
     axis = heads_axis(h, h)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype)
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
     self.bq = constant(0.0, (h, k), (axis, None), dtype)
     self.bk = constant(0.0, (h, k), (axis, None), dtype)
     self.bv = constant(0.0, (h, k), (axis, None), dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype)
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
 
   def __call__(self, x: jax.Array, angles: jax.Array, segments: jax.Array) -> jax.Array:
@@ -192,9 +192,9 @@ class Merger(nnx.Module):
     self.joined_norm = joined_norm
     self.norm = constant(1.0, (joined if joined_norm else d,), dtype=dtype)
     self.norm_bias = constant(0.0, (joined if joined_norm else d,), dtype=dtype)
-    self.w1 = weight(rngs, (joined, joined), ('fsdp', 'tp'), joined, dtype)
+    self.w1 = weight(rngs, (joined, joined), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (joined,), ('tp',), dtype)
-    self.w2 = weight(rngs, (joined, width), ('tp', 'fsdp'), joined, dtype)
+    self.w2 = weight(rngs, (joined, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (width,), dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -215,9 +215,9 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch_size
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
+    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
-    self.positions = weight(rngs, (config.side ** 2, d), (None, None), 2500, dtype)  # std 0.02
+    self.positions = weight(rngs, (config.side ** 2, d), (None, None), contract=None, dtype=dtype, std=0.02)
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
     self.merger = Merger(config, width, False, dtype, rngs=rngs)
     self.deepstack = stack(Merger, len(config.deepstack), config, width, True, dtype, rngs=rngs)

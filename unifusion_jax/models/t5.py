@@ -85,14 +85,14 @@ class Block(nnx.Module):
     axis = heads_axis(h, h)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     # What would be scaled elsewhere starts smaller here
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d * k, dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), h * k, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype, std=(d * k) ** -0.5)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
-    self.gate = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
-    self.up = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
-    self.down = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.gate = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.up = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.down = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
     """[b s d] -> [b s d]; bias [h s s] f32 joins the logits, mask [b 1 1 s] is True where a key may be seen."""
@@ -113,9 +113,10 @@ class T5Encoder(nnx.Module):
 
   def __init__(self, config: T5Config, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
-    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), 1, dtype)
+    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), contract=None, dtype=dtype, std=1.0)
     axis = heads_axis(config.heads, config.heads)
-    self.bias = weight(rngs, (config.buckets, config.heads), (None, axis), config.width, dtype)
+    self.bias = weight(rngs, (config.buckets, config.heads), (None, axis), contract=None, dtype=dtype,
+                       std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
     self.norm = constant(1.0, (config.width,), dtype=dtype)
 

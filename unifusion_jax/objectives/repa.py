@@ -24,9 +24,9 @@ class Head(nnx.Module):
   """DiT states -> predicted vision features: two layers with SiLU between."""
 
   def __init__(self, width: int, width_out: int, *, rngs: nnx.Rngs):
-    self.w1 = layers.weight(rngs, (width, width), ('fsdp', 'tp'), width)
+    self.w1 = layers.weight(rngs, (width, width), ('fsdp', 'tp'), contract=1)
     self.b1 = layers.constant(0.0, (width,), ('tp',))
-    self.w2 = layers.weight(rngs, (width, width_out), ('tp', None), width)
+    self.w2 = layers.weight(rngs, (width, width_out), ('tp', None), contract=1)
 
   def cosine_loss(self, states: jax.Array, targets: jax.Array) -> jax.Array:
     """1 - mean cosine similarity of the predictions for states [b y x d] and targets [b y x e]: a scalar, f32."""

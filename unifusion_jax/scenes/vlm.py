@@ -33,8 +33,8 @@ class VLMWithHeads(nnx.Module):
   def __init__(self, config: internvl.InternVLConfig, *, rngs: nnx.Rngs):
     self.vlm = internvl.InternVL(config, rngs=rngs)
     width = config.text.width
-    self.attributes = layers.weight(rngs, (width, sum(_PARTS)), (None, None), width)
-    self.grounding = layers.weight(rngs, (width, width), (None, None), width)
+    self.attributes = layers.weight(rngs, (width, sum(_PARTS)), (None, None), contract=1)
+    self.grounding = layers.weight(rngs, (width, width), (None, None), contract=1)
     self.grounding_bias = layers.constant(0.0, ())
 
 

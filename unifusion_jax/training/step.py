@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from unifusion_jax.models.layers import contracted
 from unifusion_jax.sharding import BATCH
 
 
@@ -96,14 +97,11 @@ def _scale_by(rate) -> optax.GradientTransformationExtraArgs:
 
 
 def _muon_dims(params):
-  """What of `params` is a matrix: its dims as Muon wants them, in place of each Param; None for the others."""
+  """Muon dimension numbers for each matrix Param; None for every other leaf."""
   def dims(param):
-    if not (isinstance(param, nnx.Param) and param.get_metadata().get('matrix')):
-      return None
-    summed, made = param.get_metadata()['matrix']
-    layers = param.ndim - summed - made
-    return optax.contrib.MuonDimensionNumbers(tuple(range(layers, layers + summed)),
-                                              tuple(range(layers + summed, param.ndim)))
+    axes = contracted(param)
+    return axes and optax.contrib.MuonDimensionNumbers(tuple(param.ndim + axis for axis in axes),
+                                                       tuple(range(param.ndim + axes[-1] + 1, param.ndim)))
   return jax.tree.map(dims, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
