@@ -15,13 +15,12 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import internvl, unifusion
 from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.objectives import flow_matching
+from unifusion_jax.pipeline import ASSETS, SampleConfig
 from unifusion_jax.scenes import autoencoder as autoencoder_objective
 from unifusion_jax.scenes import splits, vlm, world
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 from unifusion_jax.weights import hub
-
-ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 
 
 @dataclasses.dataclass
@@ -50,31 +49,6 @@ class TrainConfig:
   save_every: int = 500
   preview_every: int = 500
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
-
-
-@dataclasses.dataclass
-class SampleConfig:
-  weights: str | None = None        # what to sample from where the workdir holds no run; None: what training starts from
-  prompt: str = ''                  # one request a line; @file.txt reads them from a file
-  references: tuple[str, ...] = ()  # image files, the same for every request; give the flag once for each
-  rewrite: str | None = None        # text to condition on instead of what the VLM would write
-  verifi: bool = True               # False: condition on the request itself
-  system: str | None = None         # another system prompt, a name in verifi.SYSTEM or a text
-  temperature: float = 0.0          # of the rewrites: 0, the most probable one; above 0 each seed draws its own
-  top_p: float = 1.0                # share of probability that they are drawn from
-  tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
-  images: bool = True               # False: the VLM sees the references, but their tokens do not reach the DiT
-  batch_size: int = 32              # requests drawn at a time
-  stitch: bool = False              # show all references as one image, side by side
-  num_images: int = 1               # for each request
-  seed: int = 0
-  width: int = 0                    # 0: the first reference's shape, else square
-  height: int = 0
-  steps: int = 24
-  guidance: float = 3.0             # 1: off
-  method: str = 'euler'             # or 'heun'
-  eta: float = 0.0                  # 0: an ODE. Up to 1: new noise between Euler steps, as DDIM and DDPM have it (`flow.sample`)
-  shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
 
 
 @dataclasses.dataclass
@@ -179,29 +153,16 @@ def check(config: Config, devices: int) -> None:
          f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={config.model.lap.taps}')
     want(config.vlm_quantized in ('', 'int8', 'w8a8'), f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'")
     want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
-    want(config.sample.method in ('euler', 'heun'), f"sample.method={config.sample.method!r} must be 'euler' or 'heun'")
-    want(0 <= config.sample.eta <= 1 and (not config.sample.eta or config.sample.method == 'euler'),
-         f'sample.eta={config.sample.eta} must be between 0 and 1, and 0 with sample.method={config.sample.method!r}: only '
-         'between Euler steps is noise drawn anew')
-    want(config.sample.steps >= 1, f'sample.steps={config.sample.steps} must be 1 or more')
-    want(config.sample.batch_size >= 1, f'sample.batch_size={config.sample.batch_size} must be 1 or more')
-    want(config.sample.num_images >= 1, f'sample.num_images={config.sample.num_images} must be 1 or more')
     want(not (config.objective.rewrite_online and data.rewrites), f'objective.rewrite_online writes as training goes and data.rewrites='
          f'{data.rewrites} was written before: leave one of them out')
-    want(config.sample.temperature >= 0, f'sample.temperature={config.sample.temperature} must be 0 or more')
-    want(0 < config.sample.top_p <= 1, f'sample.top_p={config.sample.top_p} must be above 0 and at most 1')
     want(config.eval.study in ('', 'verifi', 'times'), f"eval.study={config.eval.study!r} must be '', 'verifi' or 'times'")
     want(config.eval.study != 'verifi' or config.eval.split == 'test',
          f'eval.split={config.eval.split!r}: the study of VERIFI asks in phrasings that only the split test has')
     want(config.eval.study != 'times' or config.eval.split == 'train',
          f'eval.split={config.eval.split!r}: the study of times is there to tune training with: add --config.eval.split=train')
     want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
-    want(config.sample.seed >= 0, f'sample.seed={config.sample.seed} must be 0 or more')
-    want(config.sample.tiles >= 0, f'sample.tiles={config.sample.tiles} must be 0 or more')
     want(config.objective.noises_per_example >= 1, f'objective.noises_per_example={config.objective.noises_per_example} must be 1 or more')
-    for name in ('width', 'height'):
-      side = getattr(config.sample, name)
-      want(side >= 0 and side % unit == 0, f'sample.{name}={side} must be a multiple of {unit} pixels (a latent patch)')
+    wrong += config.sample.problems(unit)
     lap, dit, (_, fsdp, tp) = config.model.lap, config.model.dit, config.mesh.shape(devices)
     want(not any(n % tp for n in (lap.heads, lap.kv_heads, lap.mlp, dit.heads, dit.kv_heads, dit.mlp)),
          f'mesh.tp={tp} must divide the heads, key/value heads and mlp of model.lap ({lap.heads}, {lap.kv_heads}, {lap.mlp}) '

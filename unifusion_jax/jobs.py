@@ -115,7 +115,7 @@ class Generation:
     if vae.config.latent_channels != self.config.model.dit.channels:
       raise UserError(f'{self.config.vae} has {vae.config.latent_channels} latent channels, but '
                        f'model.dit.channels={self.config.model.dit.channels}')
-    return flow_matching.Frozen(vlm, vae)
+    return flow_matching.Frozen(vlm, vae, self.config.taps)
 
   def draw_params(self) -> 'unifusion.UniFusion | flow_matching.WithREPA':
     model, rngs = self.config.model, nnx.Rngs(self.config.seed)
@@ -173,25 +173,24 @@ class Generation:
     pixels = image_processor and (image_processor.mean, image_processor.std)
     return functools.partial(flow_matching.loss, self.config.objective, self.config.taps, writing, pixels)
 
-  def sampler(self, params, frozen) -> pipeline.Sampler:
-    vae = frozen.vae.config
-    return pipeline.Sampler(_model(params), frozen, transforms.prompt_encoder(self.config), self.config.taps, self.config.sample,
-                          2 ** (len(vae.block_out_channels) - 1), vae.latent_channels)
+  def sampler(self, params, frozen) -> pipeline.UniFusionPipeline:
+    return pipeline.UniFusionPipeline(_model(params), frozen, transforms.prompt_encoder(self.config), self.config.sample,
+                                      self.config.data.size)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     """A grid of test requests: references, what was asked, what was written, result, target."""
     if self._previewed:
-      _write_preview(workdir, step, sample.sheet(self.sampler(params, frozen), self._previewed))
+      _write_preview(workdir, step, sample.preview_grid(self.sampler(params, frozen), self._previewed))
 
   @functools.cached_property
   def _previewed(self) -> list[dict]:
     return _preview_records(self.config.data, transforms.prompt_encoder(self.config))
 
   def sample(self, workdir: pathlib.Path, mesh) -> None:
-    asked = sample.from_config(self.config.sample, self.config.data.size)  # before anything slow is loaded
+    requests = sample.requests(self.config.sample, self.config.data.size)  # before anything slow is loaded
     params, weights = _trained(self, workdir, mesh)
-    sampler = self.sampler(params, self.load_frozen())
-    sample.answer(sampler, asked, self.config.sample, workdir / 'images', weights=weights, vlm=self.config.vlm)
+    pipe = self.sampler(params, self.load_frozen())
+    sample.run_requests(pipe, *requests, workdir / 'images', weights=weights, vlm=self.config.vlm)
 
   def evaluate(self, workdir: pathlib.Path, mesh) -> None:
     params, weights = _trained(self, workdir, mesh)
@@ -208,6 +207,7 @@ class Generation:
     """In bfloat16, as such models are published."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _model(_trained(self, workdir, mesh)[0]))
     unifusion.save(params, workdir / 'export')
+    pipeline.save_description(workdir / 'export', self.config)
     print(f'wrote {workdir / "export"}')
 
 

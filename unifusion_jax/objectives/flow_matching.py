@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import flow
+from unifusion_jax.conditioning import condition_states, Frozen, select_tokens
 from unifusion_jax.models import internvl, layers, text_generation, unifusion
-from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import encoders
 
 
 @dataclasses.dataclass
@@ -30,14 +29,6 @@ class FlowMatching:
   # told from the DiT's states after `repa_depth` blocks. 0: off. Its head is no part of the model.
   repa_weight: float = 0.0            # weight of its loss
   repa_depth: int = 0
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Frozen:
-  """The models that training reads and never changes."""
-  vlm: encoders.Encoder
-  vae: autoencoder.Autoencoder
 
 
 class WithREPA(nnx.Module):
@@ -79,22 +70,8 @@ def repa_targets(vlm: internvl.InternVL, pixels, images: jax.Array, rows: int, c
   return resized(states, rows, columns)
 
 
-def select_tokens(hidden: jax.Array, cond_index: jax.Array) -> jax.Array:
-  """The kept tokens' states: hidden [b s l e] at cond_index [b q] -> [b q l e]."""
-  return jnp.take_along_axis(hidden, cond_index[:, :, None, None], axis=1)
-
-
-def condition_states(prompt_hidden: jax.Array, written: jax.Array, lengths: jax.Array, cond_index: jax.Array, cond_mask: jax.Array):
-  """States of what was read and kept, and of what was written, from the pass that wrote: ([b q+n l e], mask [b q+n]).
-
-  prompt_hidden [b s l e] with cond_index, cond_mask [b q]; written [b n l e], of which the first lengths [b] count.
-  """
-  counted = jnp.arange(written.shape[1])[None] < lengths[:, None]
-  return (jnp.concatenate([select_tokens(prompt_hidden, cond_index), written], axis=1), jnp.concatenate([cond_mask, counted], axis=1))
-
-
 def is_valid_generation(tokens: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...], image_id: int | None) -> jax.Array:
-  """Which answers [b n], of lengths [b], found an end, have something before it and no image token: as `sample.read`."""
+  """Which answers [b n], of lengths [b], found an end, have something before it and no image token: as `pipeline.read_rewrites`."""
   last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
   found = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
   if image_id is None:
