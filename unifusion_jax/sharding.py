@@ -4,6 +4,7 @@ Three axes: `data` (pure replication of parameters), `fsdp` (parameters and batc
 All are Explicit: an array's type says how it is sharded, and gradients, moments and EMA inherit it.
 """
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 
 import jax
@@ -39,6 +40,16 @@ def padded_batch(count: int) -> int:
   shape = jax.sharding.get_mesh().shape
   devices = int(np.prod([shape[axis] for axis in BATCH]))
   return -(-count // devices) * devices
+
+
+def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
+  """(items, rows) of one batch after another: at most `size` items, and exactly `size` rows.
+
+  The rows are the items again and again, so that every batch has one shape: `rows[:len(items)] == items`.
+  """
+  for start in range(0, len(items), size):
+    part = list(items[start:start + size])
+    yield part, [part[i % len(part)] for i in range(size)]
 
 
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
