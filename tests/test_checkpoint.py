@@ -16,10 +16,10 @@ SMALL = {
     'writing': (vlm.VLMObjective(), internvl.InternVLConfig(
         vision=internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=64, patch=8),
         text=decoder.DecoderConfig(vocab=1024, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32, tied=True),
-        image_token_id=5), ('caption/1-2',)),
+        image_token_id=5), (loader.Task('caption/1-2'),)),
     'reconstruction': (autoencoder.AutoencoderObjective(), vae.VAEConfig(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=1.0),
-        ('reconstruct',)),
+        (loader.Task('reconstruct'),)),
 }
 
 
@@ -27,7 +27,7 @@ SMALL = {
 def test_state_and_position_come_back(name, mesh, tmp_path):
   objective, model, tasks = SMALL[name]
   made = config.Config(objective=objective, model=model, mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-                       data=config.DataConfig(tasks=tasks, weights=(1.0,), batch_size=8))
+                       data=config.DataConfig(tasks=tasks, batch_size=8))
   job = jobs.build(made)
   tx = step.optimizer(made.optim, 10)
   state = jax.jit(lambda: step.init(job.draw_params(), tx))()

@@ -20,8 +20,7 @@ def called(*arguments, **environment):
 def test_from_training_to_images(tmp_path):
   """Every mode on one workdir, and what each leaves there."""
   small = ['--config=configs/t2i.py', f'--workdir={tmp_path / "run"}', '--config.model.dit.depth=1',
-           '--config.model.dit.unroll=1', '--config.objective.repa_depth=1', "--config.data.tasks=('edit/1-2',)",
-           '--config.data.weights=(1.0,)', '--config.data.max_prompt_tokens=(132,)', '--config.data.max_rewrite_tokens=(52,)',
+           '--config.model.dit.unroll=1', '--config.objective.repa_depth=1', '--config.data.only=t2i/1-2',
            '--config.data.batch_size=4', '--config.train.steps=2', '--config.train.log_every=1', '--config.sample.steps=2',
            '--config.eval.examples=2', '--config.eval.batch_size=2']
   Image.new('RGB', (90, 90), 'white').save(tmp_path / 'my photo, white.png')
@@ -33,8 +32,8 @@ def test_from_training_to_images(tmp_path):
   assert [json.loads(line)['step'] for line in (run / 'metrics.jsonl').read_text().splitlines()] == [1, 2]
   assert json.loads((run / 'config.json').read_text())['train']['steps'] == 2 and (run / 'config_eval.json').exists()
   assert list(run.glob('events.*')) and (run / 'samples' / '0000002.png').exists() and (run / 'checkpoints' / '2').is_dir()
-  assert {'test_edit_1-4', 'heldout_edit_1-4'} <= json.loads((run / 'eval.json').read_text()).keys()
-  assert (run / 'eval' / 'test_edit_1-4.png').exists() and (run / 'export' / 'config.json').exists()
+  assert {'test_t2i_1-2', 'heldout_t2i_1-2'} <= json.loads((run / 'eval.json').read_text()).keys()
+  assert (run / 'eval' / 'test_t2i_1-2.png').exists() and (run / 'export' / 'config.json').exists()
   # The second request has not written over the first
   assert sorted(path.name for path in (run / 'images').iterdir()) == ['000.png', '001.png', 'grid.png']
   text = Image.open(run / 'images' / '000.png').text
@@ -57,6 +56,7 @@ def test_from_training_to_images(tmp_path):
     (['--config=configs/vlm.py', '--mode=sample'], 'draws nothing'),
     (['--config=configs/vae.py', '--mode=rewrite'], 'rewritten for a DiT'),
     (['--config=configs/edit.py', '--config.data.path=nowhere'], "data.path='nowhere' is neither"),
+    (['--config=configs/edit.py', '--config.data.only=edits'], "there is no task 'edits' here; there are edit, t2i, reconstruct"),
     (['--config=configs/edit.py', '--config.data.batch_size=0'], 'data.batch_size=0 must be a multiple of'),
 ])
 def test_what_cannot_run_says_so(arguments, said, tmp_path):

@@ -22,7 +22,7 @@ def small(name: str, **changes) -> config.Config:
   objective, model, tasks = SMALL[name]
   return config.Config(
       objective=dataclasses.replace(objective, **changes), model=model, mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-      data=config.DataConfig(tasks=tasks, weights=(1.0,), max_prompt_tokens=(96,), batch_size=8),
+      data=config.DataConfig(tasks=tasks, max_prompt_tokens=96, batch_size=8),
       train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=4),
       eval=config.EvalConfig(examples=3, batch_size=4))
 
@@ -54,7 +54,7 @@ def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
 def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
   """Its loss reaches its matrix; at weight 0 it is neither computed nor moved."""
   made = small('writing')
-  made.data = config.DataConfig(tasks=('edit/1-2',), weights=(1.0,), max_prompt_tokens=(132,), max_rewrite_tokens=(52,), batch_size=8)
+  made.data = config.DataConfig(tasks=(loader.Task('edit/1-2'),), max_prompt_tokens=132, batch_size=8)
   job = jobs.build(made)
   batches = loader.batches(*job.data(), 8)
   batch = sharding.shard_batch(next(batches), mesh)

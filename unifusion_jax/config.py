@@ -11,36 +11,18 @@ import pathlib
 
 from unifusion_jax import sharding
 from unifusion_jax.commands.rewrite import RewriteConfig
-from unifusion_jax.errors import UserError
+from unifusion_jax.data.loader import DataConfig
+from unifusion_jax.errors import differences, UserError
 from unifusion_jax.models import internvl, unifusion
 from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import autoencoder as autoencoder_objective
-from unifusion_jax.scenes import splits, vlm, world
+from unifusion_jax.scenes import splits, vlm
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 from unifusion_jax.weights import hub
 
 ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
-
-
-@dataclasses.dataclass
-class DataConfig:
-  """Where examples come from and what shape they take."""
-  # 'scenes': drawn on the fly; a folder written by scenes/builder.py; a .jsonl or .parquet file of your own.
-  path: str = 'scenes'
-  tasks: tuple[str, ...] = ('t2i',)     # of scenes; 'reconstruct' also works for your own images
-  weights: tuple[float, ...] = (1.0,)   # share of each task
-  size: int = 64                        # images have about size^2 pixels
-  # Tiles that the VLM may cut a reference into; of several numbers each batch has one, equally often.
-  tiles: tuple[int, ...] = (1,)
-  # Room for all that the VLM reads and writes but images, and for what it writes: of all tasks, or of each.
-  max_prompt_tokens: tuple[int, ...] = (128,)
-  max_rewrite_tokens: tuple[int, ...] = (52,)
-  rewrites: str | None = None           # a folder of --mode=rewrite to train on; None: on the captions
-  batch_size: int = 32                  # over all devices
-  workers: int = 0                      # processes that prepare batches; 0: threads of this one
-  skipped: float = 0.01                 # share of broken records past which the run stops
 
 
 @dataclasses.dataclass
@@ -132,23 +114,8 @@ def check(config: Config, devices: int) -> None:
     if not condition:
       wrong.append(text)
 
-  data_shards = config.mesh.shape(devices)[0] * config.mesh.shape(devices)[1]
-  micro = data_shards * max(1, config.optim.accumulate)
-  want(data.batch_size > 0 and data.batch_size % micro == 0,
-       f'data.batch_size={data.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {data_shards} '
-       f'devices share a batch, times optim.accumulate={config.optim.accumulate}')
-  want(len(data.tasks) == len(data.weights) and data.tasks,
-       f'data.tasks={data.tasks} and data.weights={data.weights} need one weight for each task')
-  for name in ('max_prompt_tokens', 'max_rewrite_tokens'):
-    numbers = getattr(data, name)
-    want(len(numbers) in (1, len(data.tasks)),
-         f'data.{name}={numbers} must be one number, or one for each of data.tasks={data.tasks}')
-  want(all(w > 0 for w in data.weights), f'data.weights={data.weights} must all be above 0: leave a task out instead')
-  sides = {side for aspect in world.ASPECTS for side in world.canvas(aspect, data.size)}
-  unit = _unit(config)
-  want(data.size > 0 and not any(side % unit for side in sides),
-       f'data.size={data.size} makes canvases with sides of {sorted(sides)}, which must be multiples of {unit} pixels (a latent '
-       'patch): take a multiple of 64')
+  unit, shards = _unit(config), config.mesh.shape(devices)[0] * config.mesh.shape(devices)[1]
+  wrong += data.problems(kinds=_TASKS[type(config.objective)], unit=unit, shards=shards, accumulate=config.optim.accumulate)
   for name in ('log_every', 'save_every', 'preview_every'):
     want(getattr(config.train, name) >= 1, f'train.{name}={getattr(config.train, name)} must be 1 or more')
   want(config.optim.accumulate >= 1, f'optim.accumulate={config.optim.accumulate} must be 1 or more')
@@ -159,16 +126,8 @@ def check(config: Config, devices: int) -> None:
   want(config.eval.batch_size >= 1 and config.eval.examples >= 1,
        f'eval.batch_size={config.eval.batch_size} and eval.examples={config.eval.examples} must be 1 or more')
   own = data.path.endswith(('.jsonl', '.parquet'))
-  for task in data.tasks:
-    name, _, objects = task.partition('/')
-    kinds = _TASKS[type(config.objective)]
-    want(name in kinds, f'data.tasks: this objective trains on {", ".join(kinds)}, not on {task!r}')
-    least, dash, most = objects.partition('-')
-    want(not objects or (dash and least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most) <= 4 and int(most) > 1),
-         f'data.tasks: {task!r} must name how many objects its scenes start with as in {name}/1-2, from 1 to 4 and not 1 alone')
   want(not (own and isinstance(config.objective, vlm.VLMObjective)),
        f'data.path={data.path}: the embedded VLM trains on scenes, which know the answers to its questions')
-  want(data.tiles and min(data.tiles) >= 1, f'data.tiles={data.tiles} must be numbers from 1 on')
   want(config.train.steps > 0, f'train.steps={config.train.steps} must be 1 or more')
   want(config.optim.name in ('adamw', 'muon'), f'optim.name={config.optim.name!r} must be adamw or muon')
   want(config.optim.learning_rate > 0, f'optim.learning_rate={config.optim.learning_rate} must be above 0')
@@ -245,7 +204,7 @@ def _compare(config: Config, workdir: pathlib.Path, matters) -> None:
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=_frozen(config))
-  differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(json.loads(path.read_text()), new) if matters(name)]
+  differ = differences(json.loads(path.read_text()), new, matters)
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                      + '\n  '.join(differ))
@@ -266,12 +225,3 @@ def write(config: Config, workdir: pathlib.Path, name: str = 'config.json', **mo
     part = workdir / f'{name}.part'
     part.write_text(json.dumps(dataclasses.asdict(config) | more, indent=2, sort_keys=True) + '\n')
     os.replace(part, workdir / name)
-
-
-def _differences(old, new, prefix=''):
-  for name in sorted(old.keys() | new.keys()):
-    a, b = old.get(name), new.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from _differences(a, b, f'{prefix}{name}.')
-    elif a != b:
-      yield prefix + name, a, b

@@ -13,13 +13,13 @@ import numpy as np
 from unifusion_jax import config as configuration
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.commands import rewrite, sample
-from unifusion_jax.data import imaging, loader, mix, transforms, vision_inputs
+from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import internvl, unifusion
 from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import autoencoder as autoencoder_objective
-from unifusion_jax.scenes import vlm
+from unifusion_jax.scenes import chat_examples, vlm
 from unifusion_jax.scenes.evaluation import generation as eval_generation
 from unifusion_jax.scenes.evaluation import language as eval_writing
 from unifusion_jax.scenes.evaluation import noise_levels as eval_times
@@ -76,11 +76,11 @@ def _trained(job, workdir: pathlib.Path, mesh):
 
 def _preview_records(data, layout: transforms.PromptEncoder | None = None) -> list[dict]:
   """Records of the first task to make a preview of: of the test split, or of what there is where none was written."""
-  data = dataclasses.replace(data, tasks=data.tasks[:1], weights=(1.0,), rewrites=None, tiles=(max(data.tiles),))
+  data = dataclasses.replace(data, only=data.chosen[0].name, rewrites=None, tiles=(max(data.tiles),))
   try:
-    source, _ = mix.mix(data, split='test')[0]
+    source, _ = loader.mix(data, split='test')[0]
   except UserError:
-    source, _ = mix.mix(data)[0]
+    source, _ = loader.mix(data)[0]
   return sample.same_shape(source, PREVIEWED, layout.fits if layout else lambda record: True)
 
 
@@ -148,12 +148,8 @@ class Generation:
     dtype = jnp.dtype(c.frozen_dtype)
     frozen = flow_matching.Frozen(encoders.abstract(vlm, dtype, c.vlm_quantized),
                                jax.eval_shape(lambda: autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
-    image_processor = vision_inputs.for_model(vlm, max(data.tiles))
-    s, q = max(data.max_prompt_tokens) + image_processor.max_tokens, max(data.max_rewrite_tokens) + image_processor.max_tokens
-    size = data.size
-    batch = _abstract_batch(data.batch_size, dict(
-        target=_shape((size, size, 3), jnp.float32), input_ids=_shape((s,), jnp.int32), attention_mask=_shape((s,), bool),
-        cond_index=_shape((q,), jnp.int32), cond_mask=_shape((q,), bool), tiles=image_processor.spec(1)))
+    transform = transforms.GenerationExample(transforms.abstract_prompt_encoder(c), rewrite_online=c.objective.rewrite_online)
+    batch = _abstract_batch(data.batch_size, transform.spec(data.size, data.size))
     return _abstract_state(self), frozen, batch
 
   def data(self):
@@ -161,16 +157,16 @@ class Generation:
     if self.config.data.rewrites:
       rewrite.check(self.config)
     transform = transforms.GenerationExample(transforms.prompt_encoder(self.config), o.cond_dropout, o.image_dropout, o.text_dropout, o.instruction_prob, o.rewrite_online)
-    return mix.mix(self.config.data, seed=self.config.seed), transform
+    return loader.mix(self.config.data, seed=self.config.seed), transform
 
   @property
   def loss(self):
     writing = None
     if self.config.objective.rewrite_online:
       layout = transforms.prompt_encoder(self.config)
-      writing = layout.written, layout.chat.stop_ids, layout.chat.image_id
-    image_processor = transforms.prompt_encoder(self.config).image_processor if self.config.objective.repa_weight else None
-    pixels = image_processor and (image_processor.mean, image_processor.std)
+      writing = layout.max_rewrite, layout.chat.stop_ids, layout.chat.image_id
+    vision = encoders.config(self.config.vlm).vision if self.config.objective.repa_weight else None
+    pixels = vision and (vision.mean, vision.std)
     return functools.partial(flow_matching.loss, self.config.objective, self.config.taps, writing, pixels)
 
   def sampler(self, params, frozen) -> pipeline.Sampler:
@@ -201,8 +197,7 @@ class Generation:
     _write_report(workdir, dict(weights=weights, **measure(sampler, self.config, workdir / 'eval')), name)
 
   def rewrite(self, workdir: pathlib.Path, mesh) -> None:
-    source = mix.mix(dataclasses.replace(self.config.data, rewrites=None, tiles=self.config.data.tiles[-1:]))
-    rewrite.write(self.config, self.load_vlm(), source, workdir / 'rewrites', mesh)
+    rewrite.run(self.config, workdir)
 
   def export(self, workdir: pathlib.Path, mesh) -> None:
     """In bfloat16, as such models are published."""
@@ -243,21 +238,15 @@ class Writing:
     return params
 
   def abstract(self):
-    data, image_processor = self.config.data, self._layout().image_processor
-    s, w = max(data.max_prompt_tokens) + image_processor.max_tokens, max(data.max_rewrite_tokens)
-    batch = _abstract_batch(data.batch_size, dict(
-        input_ids=_shape((s,), jnp.int32), attention_mask=_shape((s,), bool), predict=_shape((w,), jnp.int32),
-        targets=_shape((w,), jnp.int32), target_mask=_shape((w,), bool), tiles=image_processor.spec(1),
-        readout=_shape((image_processor.max_tokens, 9), jnp.float32), changes=_shape((image_processor.max_tokens,), bool)))
+    data = self.config.data
+    batch = _abstract_batch(data.batch_size, chat_examples.ChatExample(self._layout()).spec(data.size, data.size, 1, 'edit'))
     return _abstract_state(self), None, batch
 
   def data(self):
-    return mix.mix(self.config.data, seed=self.config.seed), transforms.ChatExample(self._layout())
+    return loader.mix(self.config.data, seed=self.config.seed), chat_examples.ChatExample(self._layout())
 
   def _layout(self) -> transforms.PromptEncoder:
-    model, data = self.config.model, self.config.data
-    return transforms.PromptEncoder(self.config.vlm, vision_inputs.for_model(model, 1), max(data.max_prompt_tokens), max(data.max_rewrite_tokens),
-                             transforms.budgets(data))
+    return transforms.prompt_encoder(self.config, self.config.model)
 
   @property
   def loss(self):
@@ -305,11 +294,11 @@ class Reconstruction:
 
   def abstract(self):
     data = self.config.data
-    batch = _abstract_batch(data.batch_size, dict(target=_shape((data.size, data.size, 3), jnp.float32)))
+    batch = _abstract_batch(data.batch_size, transforms.TargetOnly().spec(data.size, data.size))
     return _abstract_state(self), None, batch
 
   def data(self):
-    return mix.mix(self.config.data, seed=self.config.seed), transforms.TargetOnly()
+    return loader.mix(self.config.data, seed=self.config.seed), transforms.TargetOnly()
 
   @property
   def loss(self):
@@ -341,7 +330,7 @@ class Reconstruction:
     vae, _ = _trained(self, workdir, mesh)
     mixture, transform = self.data()
     batches = loader.batches(mixture, transform, self.config.data.batch_size, self.config.seed)
-    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(x)[0])(vae, sharding.shard(next(batches)['target']))))
+    spread = [float(jnp.std(jax.jit(lambda v, x: v.moments(imaging.to_float(x))[0])(vae, sharding.shard(next(batches)['target']))))
               for _ in range(8)]
     batches.close()
     vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.mean(spread)))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import flow, sharding, verifi
-from unifusion_jax.data import transforms
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.objectives import flow_matching
@@ -86,7 +86,7 @@ class Sampler:
 
   def _condition(self, requests):
     """Condition tokens [b q d], their mask [b q], and of each request the text they stand for and a warning."""
-    s, layout = self.settings, self.layout.in_tiles(self.settings.tiles)
+    s, layout = self.settings, self.layout.with_tiles(self.settings.tiles)
     system = s.system or layout.system
     count = max(len(request.references) for request in requests)
     seen, counts = zip(*(layout.image_processor.preprocess(request.references, count) for request in requests))
@@ -107,11 +107,11 @@ class Sampler:
           forced[i] = requests[i].instruction, True
           warnings[i] = f'{reason}: drawn from the request itself'
     if forced:
-      rows, length = [], length + layout.written  # the prompt and a whole answer
+      rows, length = [], length + layout.max_rewrite  # the prompt and a whole answer
       for i, (request, c) in enumerate(zip(requests, counts)):
         text, raw = forced.get(i, ('', False))
         spans = layout.chat.spans(request.instruction, c, '' if raw else text, system)
-        room = count * layout.image_processor.max_tokens + (layout.text if any(raw for _, raw in forced.values()) else layout.written)
+        room = count * layout.image_processor.max_tokens + (layout.max_prompt if any(raw for _, raw in forced.values()) else layout.max_rewrite)
         kinds = verifi.COND_RAW if raw else verifi.COND_VERIFI
         rows.append(verifi.arrays(spans, length, room, kinds if s.images else tuple(k for k in kinds if k != 'image')))
       rows = sharding.shard(stacked(rows))
@@ -128,7 +128,7 @@ class Sampler:
     """The VLM writes: its answer, and the condition tokens from the states in which it was written."""
     s = self.settings
     keys = _keys(seeds) if s.temperature else None
-    out = text_generation.generate(self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=layout.written,
+    out = text_generation.generate(self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=layout.max_rewrite,
                             stop_ids=layout.chat.stop_ids, taps=self.taps, temperature=s.temperature, top_p=s.top_p,
                             key=keys)
     return out, *_condition_states(self.model, out.prompt_hidden, out.hidden, out.lengths, rows['cond_index'], rows['cond_mask'])
@@ -203,7 +203,7 @@ def _choose(first, a, b):
 @jax.jit
 def _noised(vae, images, noise, t):
   """Latents of images, uint8 [b y x 3], noised to the time t."""
-  z = vae.encode(images.astype(jnp.float32) / 127.5 - 1.0).astype(jnp.float32)
+  z = vae.encode(imaging.to_float(images)).astype(jnp.float32)
   return (1 - t) * z + t * noise
 
 
@@ -215,5 +215,4 @@ def _draw(model, vae, condition, mask, null, null_mask, noised, guidance, start,
     return flow.guide(v, model.velocity(z, t, null, null_mask), guidance) if guided else v
 
   z = flow.sample(velocity, noised, flow.timesteps(steps, shift, start), method, eta, keys)
-  pixels = vae.decode(z).astype(jnp.float32)
-  return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+  return imaging.to_uint8(vae.decode(z))

@@ -37,9 +37,8 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
   def fresh(params):
     return step_lib.init(params, tx)
 
-  mix, transform = job.data()
-  data = loader.batches(mix, transform, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(),
-                          workers=config.data.workers)
+  data = loader.Feed(loader.batches(*job.data(), config.data.batch_size, config.seed, jax.process_index(),
+                                    jax.process_count(), config.data.workers), config.data.skipped)
   saved = checkpoint.Checkpoints(workdir, tidy=True)
   if saved.latest() is None:
     state = jax.jit(fresh, donate_argnums=0)(job.init_params())
@@ -52,7 +51,6 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
   writer = metrics_lib.Writer(workdir, start, config.train.steps)
   watch = DivergenceGuard(config.train.max_loss_ratio)
   key = jax.random.key(config.seed)
-  seen = skipped = 0
   # The scalars of each step since the last logged one, of which the mean is logged as batches differ; the last few of them
   # still where they were computed
   since, unwatched = [], []
@@ -61,10 +59,6 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
     writer.say('compiling: the first step of each shape of batch takes its time')
     for step in range(start, end):
       batch = next(data)
-      missed = batch.pop('skipped')
-      seen, skipped = seen + len(missed), skipped + int(np.sum(missed))
-      if np.any(missed):
-        loader.check_skipped(seen, skipped, config.data.skipped, mix)
       state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key)
       done = step + 1
       unwatched.append(scalars)
@@ -85,7 +79,7 @@ def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.shardin
         now = time.monotonic()
         rate = (done - clock_step) * config.data.batch_size / (now - clock)
         clock, clock_step = now, done
-        writer.write(done, dict(scalars, images_per_second=rate, skipped=skipped))
+        writer.write(done, dict(scalars, images_per_second=rate, skipped=data.skipped))
       if done % config.train.preview_every == 0 or done == end:
         job.preview(state.ema, frozen, workdir, done)
         clock, clock_step = time.monotonic(), done

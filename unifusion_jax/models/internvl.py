@@ -21,6 +21,7 @@ from unifusion_jax.models.layers import (
   einsum,
   heads_axis,
   layer_norm,
+  normalise_pixels,
   RESIDUAL,
   rms_norm,
   scan,
@@ -43,6 +44,8 @@ class VisionConfig:
   eps: float = 1e-6
   qkv_bias: bool = True
   qk_norm: bool = False
+  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels, by which pixels are normalised
+  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
   unroll: bool = False
 
 
@@ -222,7 +225,7 @@ class Projector(nnx.Module):
 
 
 class InternVL(nnx.Module):
-  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles [b r y x 3] normalised."""
+  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles [b r y x 3] uint8."""
 
   def __init__(self, config: InternVLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
@@ -231,11 +234,12 @@ class InternVL(nnx.Module):
     self.decoder = Decoder(config.text, dtype, rngs=rngs)
 
   def image_features(self, tiles: jax.Array) -> jax.Array:
-    """Tiles [b r y x 3] -> image embeddings [b r*n e], n = config.tile_tokens of each tile, rows first."""
+    """Tiles [b r y x 3], uint8 or normalised -> image embeddings [b r*n e], n = config.tile_tokens of each, rows first."""
     b, r, *size = tiles.shape
     side = self.config.vision.tile
     if size != [side, side, 3]:
       raise UserError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {side} x {side} x 3')
+    tiles = normalise_pixels(tiles, self.config.vision.mean, self.config.vision.std)
     x = self.vision(tiles.reshape(b * r, *size, out_sharding=RESIDUAL))
     n, a = side // self.config.vision.patch // self.config.shuffle, self.config.shuffle
     x = x.reshape(b * r, n, a, n, a, -1, out_sharding=RESIDUAL)

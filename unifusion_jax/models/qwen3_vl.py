@@ -30,6 +30,7 @@ from unifusion_jax.models.layers import (
   einsum,
   heads_axis,
   layer_norm,
+  normalise_pixels,
   RESIDUAL,
   rope,
   rope_angles,
@@ -43,8 +44,8 @@ QUERIES = 1024  # patches that look at all others at a time: the logits of all a
 
 
 class PackedImages(NamedTuple):
-  """What a prompt's images are given as, in the place of InternVL's tiles (`data/qwen_patches.py` makes them)."""
-  patches: jax.Array  # [b p c] f32 normalised, c = 3 * 2 * 16 * 16; p is divisible by 4, and padding is at the end
+  """What a prompt's images are given as, in the place of InternVL's tiles (`data/vision_inputs.py` makes them)."""
+  patches: jax.Array  # [b p c] uint8 or normalised, c = 3 * 2 * 16 * 16; p is divisible by 4, and padding is at the end
   grids: jax.Array  # [b r 2] int32 rows and columns of patches, both even; 0, 0 where there is no image
 
 
@@ -66,6 +67,8 @@ class VisionConfig:
   merge: int = 2  # patches joined along each side
   side: int = 48  # of the square of learned positions
   deepstack: tuple[int, ...] = (5, 11, 17)  # 0-based blocks whose outputs reach the decoder
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of the channels, by which pixels are normalised
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   unroll: bool = False
 
   @property
@@ -289,7 +292,8 @@ class Qwen3VL(nnx.Module):
       raise UserError(f'patches are {list(tiles.patches.shape)}; this model wants {vision.patch_size} numbers in each '
                        f'(3 x {vision.frames} x {vision.patch} x {vision.patch}) and a multiple of {vision.merge ** 2} '
                        'patches')
-    return ImageFeatures(self.vision(tiles.patches, tiles.grids), tiles.grids)
+    mean, std = (np.repeat(x, vision.frames * vision.patch ** 2) for x in (vision.mean, vision.std))  # channel by channel
+    return ImageFeatures(self.vision(normalise_pixels(tiles.patches, mean, std), tiles.grids), tiles.grids)
 
   def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None,
              image_features: ImageFeatures | None = None) -> Prompt:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import flow
+from unifusion_jax.data import imaging
 from unifusion_jax.models import internvl, layers, text_generation, unifusion
 from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.sharding import BATCH
@@ -116,12 +117,13 @@ def loss(config: FlowMatching, taps: tuple[int, ...], writing, pixels, params, f
     writing: (most tokens, stop ids, image id) of the answers that the VLM writes to prompts with `open`; None without.
     pixels: as in `repa_targets`; read where config.repa_weight.
     params: a UniFusion; with config.repa_weight an WithREPA.
-    batch: target [b y x 3] f32 in [-1, 1]; tokens, valid [b s]; cond_index, cond_mask [b q]; tiles [b r y x 3] if any;
+    batch: target [b y x 3] uint8; tokens, valid [b s]; cond_index, cond_mask [b q]; tiles [b r y x 3] if any;
       if any is to be written, open [b], whether it is, and asked, fallback_mask [b n], the request that stands in for it.
     key: drives times and noise.
   """
   time_key, noise_key = jax.random.split(key)
-  z = jax.lax.stop_gradient(frozen.vae.encode(batch['target'])).astype(jnp.float32)
+  target = imaging.to_float(batch['target'])
+  z = jax.lax.stop_gradient(frozen.vae.encode(target)).astype(jnp.float32)
   mask, metrics = batch['cond_mask'], {}
   if writing is None:
     hidden = select_tokens(frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], taps, batch.get('tiles')), batch['cond_index'])
@@ -143,7 +145,7 @@ def loss(config: FlowMatching, taps: tuple[int, ...], writing, pixels, params, f
   aligning = 0.0
   if config.repa_weight:
     velocity, states = model.velocity(noised, t, condition, mask, config.repa_depth)
-    seen = jax.lax.stop_gradient(repa_targets(frozen.vlm, pixels, batch['target'], *states.shape[1:3]))
+    seen = jax.lax.stop_gradient(repa_targets(frozen.vlm, pixels, target, *states.shape[1:3]))
     metrics['align'] = params.distance(states, _repeat(seen, config.noises_per_example))
     aligning = config.repa_weight * metrics['align']
   else:

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax.data import imaging
 from unifusion_jax.models import vae as autoencoder
 
 
@@ -16,9 +17,9 @@ class AutoencoderObjective:
 
 
 def loss(config: AutoencoderObjective, params: autoencoder.Autoencoder, frozen, batch, key):
-  """batch: target [b y x 3] f32 in [-1, 1]. The autoencoder trains with scaling factor 1."""
+  """batch: target [b y x 3] uint8. The autoencoder trains with scaling factor 1."""
   del frozen
-  x = batch['target']
+  x = imaging.to_float(batch['target'])
   mean, log_variance = params.moments(x)
   noise = jax.random.normal(key, mean.shape, out_sharding=jax.typeof(mean).sharding.spec)
   back = params.decode(mean + jnp.exp(0.5 * log_variance) * noise)

@@ -14,10 +14,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.models.decoder import causal_mask
-from unifusion_jax.scenes import world
+from unifusion_jax.scenes import chat_examples, world
 
 
 @dataclasses.dataclass
@@ -28,7 +27,7 @@ class VLMObjective:
 
 
 # Sizes of the read-out's outputs: covered, the object's attributes, its centre, background kind and colours.
-_PARTS = (1, *(len(names) for _, names in transforms.READOUT), 2, len(world.BACKGROUND_KINDS),
+_PARTS = (1, *(len(names) for _, names in chat_examples.ATTRIBUTES), 2, len(world.BACKGROUND_KINDS),
           len(world.BACKGROUND_COLOURS) ** 2)
 
 
@@ -47,7 +46,7 @@ def loss(config: VLMObjective, params: VLMWithHeads, frozen, batch, key):
   """Cross-entropy of the written tokens (and the two heads' losses), f32.
 
   Args:
-    batch: as `transforms.ChatExample` gives it, batched.
+    batch: as `chat_examples.ChatExample` gives it, batched.
   """
   del frozen, key
   image_features = None
@@ -55,16 +54,16 @@ def loss(config: VLMObjective, params: VLMWithHeads, frozen, batch, key):
   readout = jnp.zeros((), jnp.float32)
   if 'tiles' in batch:
     image_features = params.vlm.image_features(batch['tiles'])
-    readout, metrics = _readout_loss(layers.einsum('bse,ef->bsf', image_features, params.head), batch['readout'])
+    readout, metrics = _readout_loss(layers.einsum('bse,ef->bsf', image_features, params.head), batch['attributes'])
   if not config.lm_weight:
     return readout, dict(loss=readout, **metrics)
   prompt = params.vlm.prompt(batch['input_ids'], batch['attention_mask'], image_features=image_features)
   half = params.vlm.config.text.depth // 2
   last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['attention_mask']), taps=(half, half + 1))
   pointing = 0.0
-  if config.grounding_weight and 'changes' in batch:
+  if config.grounding_weight and 'grounding' in batch:
     ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
-    pointing, metrics['pointed'] = _pointer_loss(params, ends, image_features, batch['changes'])
+    pointing, metrics['pointed'] = _pointer_loss(params, ends, image_features, batch['grounding'])
   logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
   mask = batch['target_mask'].astype(jnp.float32)
   targets = batch['targets'].astype(jnp.int32)
@@ -91,7 +90,7 @@ def _pointer_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Arr
 
 
 def _readout_loss(outputs: jax.Array, wanted: jax.Array):
-  """outputs [b s sum(_PARTS)], wanted [b s 9] as `transforms.readout` -> (mean loss, accuracies)."""
+  """outputs [b s sum(_PARTS)], wanted [b s 9] as `chat_examples.dense_attributes` -> (mean loss, accuracies)."""
   edges = [sum(_PARTS[:i + 1]) for i in range(len(_PARTS) - 1)]
   covered, shape, colour, size, fill, centre, kind, colours = jnp.split(outputs.astype(jnp.float32), edges, axis=-1)
   present = wanted[..., 0]
@@ -120,8 +119,8 @@ def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
   tile = vlm.config.vision.tile
-  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(vision_inputs.TiledImages.mean),
-                image_std=list(vision_inputs.TiledImages.std), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)
+  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(vlm.config.vision.mean),
+                image_std=list(vlm.config.vision.std), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)
   (folder / 'preprocessor_config.json').write_text(json.dumps(pixels, indent=2) + '\n')
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     if pathlib.Path(tokenizer).resolve() != folder.resolve():

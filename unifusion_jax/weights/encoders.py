@@ -6,6 +6,7 @@
 All models answer to the same verbs; docs/encoders.md has the table and says how to add one.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -43,13 +44,13 @@ def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', ca
   if quantized not in QUANTIZED:
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
   folder = hub.resolve(name)
-  if not cache:
-    return _read(folder, dtype, unroll, quantized)
-  kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
-  if whole:
-    return _restore(kept, dtype, unroll, quantized)
-  model = _read(folder, dtype, unroll, quantized)
-  _keep(model, kept)
+  kept = whole = None
+  if cache:
+    kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
+  model = _restore(kept, dtype, unroll, quantized) if whole else _read(folder, dtype, unroll, quantized)
+  model.config = _with_pixel_statistics(model.config, folder)
+  if cache and not whole:
+    _keep(model, kept)
   return model
 
 
@@ -64,7 +65,29 @@ def config(name, unroll: bool = False) -> Config:
   if short in presets and not pathlib.Path(name).expanduser().is_dir():
     return presets[short]
   folder = hub.resolve(name, weights=False)
-  return _config(_described(folder), folder, unroll)
+  return _with_pixel_statistics(_config(_described(folder), folder, unroll), folder)
+
+
+def preprocessor(folder: pathlib.Path) -> dict:
+  """The image processor's settings, which newer checkpoints keep in processor_config.json."""
+  for name in ('preprocessor_config.json', 'processor_config.json'):
+    if (folder / name).exists():
+      settings = json.loads((folder / name).read_text())
+      settings = settings.get('image_processor', settings)
+      if 'image_mean' in settings:
+        return settings
+  raise UserError(f'{folder} has no preprocessor_config.json that says how images are normalised (image_mean): copy '
+                  'it there from the public checkpoint')
+
+
+def _with_pixel_statistics(made: Config, folder: pathlib.Path) -> Config:
+  """The configuration with the mean and std by which the folder's image processor normalises, where it has one."""
+  if not hasattr(made, 'vision') or not any((folder / f'{name}_config.json').exists()
+                                            for name in ('preprocessor', 'processor')):
+    return made
+  settings = preprocessor(folder)
+  mean, std = (tuple(settings[name]) for name in ('image_mean', 'image_std'))
+  return dataclasses.replace(made, vision=dataclasses.replace(made.vision, mean=mean, std=std))
 
 
 def abstract(made: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:

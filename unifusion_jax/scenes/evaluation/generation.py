@@ -21,11 +21,11 @@ def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
   ('all'). Both also get the VLM's own judgement, `vqascore.scores`, beside that of the true images. Sheets of the first
   examples are written into `folder`.
   """
-  layout = sampler.layout.in_tiles(sampler.settings.tiles)
+  layout = sampler.layout.with_tiles(sampler.settings.tiles)
   report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance,
                 eta=sampler.settings.eta)
   measures = []
-  tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
+  tasks = dict.fromkeys(task.name.partition('/')[0] for task in config.data.chosen)
   measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]
   for split in dict.fromkeys((config.eval.split, 'heldout')):
     for task, objects in measures:
