@@ -12,7 +12,7 @@ import jax
 from ml_collections import config_flags
 
 from unifusion_jax import sharding
-from unifusion_jax.data import loader
+from unifusion_jax.commands import train
 from unifusion_jax.training import step
 
 _CONFIG = config_flags.DEFINE_config_file('config')

@@ -15,17 +15,18 @@ import importlib.util
 import pathlib
 
 from unifusion_jax import config
+from unifusion_jax.data.loader import Task
 from unifusion_jax.training.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
   base = _t2i().get_config(scale)
-  base.data.tasks, base.data.weights = ('edit', 't2i', 'reconstruct'), (0.8, 0.15, 0.05)
+  base.data.tasks = (Task('edit', weight=0.8), Task('t2i', weight=0.15), Task('reconstruct', weight=0.05))
   if scale == 'tiny':
     # Alignment helps a DiT to begin and hinders it later (HASTE, arXiv 2505.16792), and its head would be new to this base.
     base.objective.repa_weight = 0.0
-    # One room for all tasks: few shapes, so little to compile for a run of minutes.
-    base.data.max_prompt_tokens, base.data.max_rewrite_tokens = (132,), (52,)
+    # One budget for all tasks: few shapes, so little to compile for a run of minutes.
+    base.data.max_prompt_tokens, base.data.max_rewrite_tokens = 132, 52
     base.init = str(config.ASSETS / 't2i')
     base.sample.weights = str(config.ASSETS / 'edit')
     base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)

@@ -11,6 +11,7 @@ Figures, machine and time: docs/embedded.md.
 """
 
 from unifusion_jax import config
+from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder, internvl
 from unifusion_jax.scenes import vlm
@@ -24,7 +25,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
   made = tiny()
   if scale == 'eye':
     made.objective.lm_weight = 0.0
-    made.data = config.DataConfig(tasks=('caption',), weights=(1.0,), max_prompt_tokens=(76,), batch_size=64)
+    made.data = DataConfig(tasks=(Task('caption'),), max_prompt_tokens=76, batch_size=64)
     made.optim = OptimConfig('muon', learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
     made.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
   return made
@@ -38,11 +39,16 @@ def tiny() -> config.Config:
           text=decoder.DecoderConfig(model_type='qwen2', vocab=1024, width=160, depth=6, heads=4, kv_heads=2,
                                      head_dim=40, hidden=432, tied=True, theta=1e4, max_positions=2048),
           image_token_id=5),
-      data=config.DataConfig(
-          tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
-                 'rewrite/3-4', 'multi'),
-          weights=(0.12, 0.30, 0.03, 0.05, 0.12, 0.22, 0.05, 0.06, 0.05),
-          max_prompt_tokens=(88, 108, 56, 72, 140, 150, 116, 132, 96), max_rewrite_tokens=(40, 52, 30, 52, 44, 48, 30, 52, 52),
+      data=DataConfig(
+          tasks=(Task('edit/1-2', weight=0.12, prompt=88, rewrite=40),
+                 Task('edit/3-4', weight=0.30, prompt=108, rewrite=52),
+                 Task('caption/1-2', weight=0.03, prompt=56, rewrite=30),
+                 Task('caption/3-4', weight=0.05, prompt=72, rewrite=52),
+                 Task('question/1-2', weight=0.12, prompt=140, rewrite=44),
+                 Task('question/3-4', weight=0.22, prompt=150, rewrite=48),
+                 Task('rewrite/1-2', weight=0.05, prompt=116, rewrite=30),
+                 Task('rewrite/3-4', weight=0.06, prompt=132, rewrite=52),
+                 Task('multi', weight=0.05, prompt=96, rewrite=52)),
           batch_size=64),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=10_000, log_every=20, save_every=500, preview_every=1000),

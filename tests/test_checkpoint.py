@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax import config, sharding
+from unifusion_jax.commands import train
 from unifusion_jax.data import loader
 from unifusion_jax.models import decoder, internvl, vae
 from unifusion_jax.scenes import autoencoder, vlm

@@ -14,6 +14,7 @@ import pytest
 from unifusion_jax import config, jobs, pipeline, sharding, verifi
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, transforms
+from unifusion_jax.data.loader import Task
 from unifusion_jax.models import causal_lm, decoder, text_generation, unifusion
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import builder, examples
@@ -135,16 +136,16 @@ def test_previews_of_your_own_images(recipe, tmp_path, mesh):
           dict(references=['0.png'], instruction='red ' * 200, target='1.png', caption='too long')]
   rows += [dict(references=[f'{i}.png'], instruction='make it lighter', target=f'{i + 1}.png', caption='whole') for i in range(3)]
   (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=('reconstruct', 'edit'),
-                             weights=(0.5, 0.5), skipped=0.5, rewrites='written for training alone')
+  data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=(Task('reconstruct'), Task('edit')),
+                             skipped=0.5, rewrites='written for training alone')
   made = recipe(data=data)
   chosen = jobs._preview_records(made.data, jobs.transforms.prompt_encoder(made))
   assert [record['caption'] for record in chosen] == ['too long', 'whole', 'whole', 'whole']  # asked to draw it again
-  edits = dataclasses.replace(made.data, tasks=('edit',), weights=(1.0,))
+  edits = dataclasses.replace(made.data, tasks=(Task('edit'),))
   chosen = jobs._preview_records(edits, jobs.transforms.prompt_encoder(made))
   assert [record['caption'] for record in chosen] == ['whole'] * 3
   builder.write(tmp_path / 'built', 't2i', 'train', 3)
-  built = dataclasses.replace(edits, path=str(tmp_path / 'built'), tasks=('t2i',))
+  built = dataclasses.replace(edits, path=str(tmp_path / 'built'), tasks=(Task('t2i'),))
   assert len(jobs._preview_records(built, jobs.transforms.prompt_encoder(made))) >= 1  # there is no test split
 
 
@@ -227,7 +228,7 @@ def test_a_request_whose_answer_is_no_use_is_trained_on_itself(recipe, monkeypat
   made = recipe(objective=flow_matching.FlowMatching(cond_dropout=0.3, rewrite_online=True))
   job, params = jobs.build(made), random_sampler(made).model
   frozen, layout = job.load_frozen(), jobs.transforms.prompt_encoder(made)
-  ids = dict(endless=layout.chat.text_ids('red ' * layout.written)[:layout.written], empty=layout.chat.stop_ids,
+  ids = dict(endless=layout.chat.text_ids('red ' * layout.max_rewrite)[:layout.max_rewrite], empty=layout.chat.stop_ids,
              image=(*layout.chat.text_ids('a red circle'), layout.chat.image_id, *layout.chat.stop_ids))
   monkeypatch.setattr(flow_matching.text_generation, 'generate', _dictated(list(ids[answer])))
   records = [examples.example('edit', 'train', i, objects=(1, 2)) for i in range(40)]
@@ -261,7 +262,7 @@ def test_without_verifi_the_request_itself_is_kept(sampler):
 
 def test_a_rewrite_that_is_no_use_falls_back(sampler, monkeypatch):
   """Without words, without an end, with an image token: only those rows do, and they say so."""
-  chat, room = sampler.layout.chat, sampler.layout.written
+  chat, room = sampler.layout.chat, sampler.layout.max_rewrite
   good, stop, endless = chat.text_ids('a small red circle'), chat.stop_ids, chat.text_ids('red ' * room)[:room]
   plain, _, _ = kept(changed(sampler, verifi=False), asked(4))
   monkeypatch.setattr(pipeline.text_generation, 'generate', _dictated([*good, *stop]))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from unifusion_jax import config, sharding, verifi
-from unifusion_jax.data import sources, vision_inputs
+from unifusion_jax.data import vision_inputs
 from unifusion_jax.models import decoder, internvl
 from unifusion_jax.models.layers import einsum, RESIDUAL
 from unifusion_jax.models.text_generation import generate
+from unifusion_jax.scenes import sources
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import encoders, quantize
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL against transformers' own classes (model, generation, image processor), and its invariants."""
+"""Qwen3-VL against transformers' own classes (model, generation), and its invariants."""
 
 import dataclasses
 import json
@@ -9,15 +9,12 @@ import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
 from test_internvl import one_device, relative
 import torch
 import transformers
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from unifusion_jax import sharding
-from unifusion_jax.data import qwen_patches
 from unifusion_jax.models import attention, qwen3_vl
 from unifusion_jax.models.qwen3_vl import PackedImages, Qwen3VL
 from unifusion_jax.models.text_generation import generate
@@ -285,41 +282,3 @@ def test_presets_type_check_at_full_size(mesh, name, billions):
   assert hidden.shape == (256, 700, 3, config.text.width) and hidden.sharding.spec[0] == BATCH
   assert hidden.dtype == jnp.bfloat16 and logits.shape == (256, 700, config.text.vocab)
   assert qwen3_vl.Qwen3VLConfig.from_json(config.to_json()) == config
-
-
-SIZES = [(64, 64), (20, 20), (33, 47), (100, 37), (37, 100), (31, 250), (300, 17), (224, 161), (97, 96), (480, 640),
-         (1, 150), (513, 129), (16, 24)]
-
-
-@pytest.mark.parametrize('limits', [(1024, 16384), (4096, 5000), (65536, 16777216)])
-def test_processor_parity(limits):
-  """The pixels to 1/255 (of the range that they are normalised to), the grids exactly."""
-  settings = dict(patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5, 0.4, 0.3],
-                  image_std=[0.5, 0.25, 0.5])
-  theirs = Qwen2VLImageProcessorPil(size=dict(shortest_edge=limits[0], longest_edge=limits[1]), **settings)
-  config = qwen_patches.PixelConfig.from_json(json.loads(theirs.to_json_string()))
-  rng = np.random.default_rng(0)
-  images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
-  wanted = theirs([Image.fromarray(image) for image in images], return_tensors='np')
-  cut = [qwen_patches.patches(image, config) for image in images]
-  np.testing.assert_array_equal([(1, *grid) for _, grid in cut], wanted['image_grid_thw'])
-  np.testing.assert_allclose(np.concatenate([each for each, _ in cut]), wanted['pixel_values'], rtol=0, atol=1e-5)
-
-
-def test_processor_errors_and_packing():
-  config = qwen_patches.PixelConfig(min_pixels=1024, max_pixels=16384)
-  assert config == qwen_patches.PixelConfig.from_json(dict(
-      min_pixels=1024, max_pixels=16384, patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3,
-      image_std=[0.5] * 3))
-  images = [np.full((64, 32, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)]
-  packed = qwen_patches.pack(images, config, 16, 3)
-  np.testing.assert_array_equal(packed.grids, [(4, 2), (2, 2), (0, 0)])
-  np.testing.assert_array_equal(packed.patches[:, 0], [1] * 8 + [-1] * 4 + [0] * 4)
-  assert not qwen_patches.pack([], config, 16, 3).grids.any()
-  for room, count in ((8, 3), (16, 1)):
-    with pytest.raises(ValueError, match='2 images of 12 patches do not fit'):
-      qwen_patches.pack(images, config, room, count)
-  with pytest.raises(ValueError, match='200 times'):
-    qwen_patches.patches(np.zeros((1, 201, 3), np.uint8), config)
-  with pytest.raises(ValueError, match='shortest_edge'):
-    qwen_patches.PixelConfig.from_json({'size': {'height': 3}})

@@ -16,6 +16,7 @@ from unifusion_jax import config, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import loader
 from unifusion_jax.models import layers
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.training import record, step
 from unifusion_jax.weights import encoders
 
@@ -93,7 +94,7 @@ def losses(recipe, shape, name):
 
 def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
   """References of other sizes than the target, in batches of one shape."""
-  data = dataclasses.replace(recipe().data, tasks=('edit',), max_prompt_tokens=(132,), max_rewrite_tokens=(52,))
+  data = dataclasses.replace(recipe().data, tasks=(loader.Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
   made = recipe(vlm=str(qwen), data=data, train=config.TrainConfig(steps=2, log_every=1, save_every=2))
   state = train.run(made, tmp_path)
   assert int(state.step) == 2
@@ -181,7 +182,7 @@ def test_accumulation_adds_up():
 
 def test_accumulated_edits_are_the_mean_of_their_parts(recipe, mesh):
   """The real loss, images in the batch: every other edit with its own key, as if each half were a batch."""
-  data = dataclasses.replace(recipe().data, tasks=('edit',), max_prompt_tokens=(132,), max_rewrite_tokens=(52,), batch_size=16)
+  data = dataclasses.replace(recipe().data, tasks=(loader.Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52, batch_size=16)
   made = recipe(data=data, optim=dataclasses.replace(recipe().optim, accumulate=2))
   frozen, tx = made.objective.frozen(made), step.optimizer(made.optim, 4)
   state = jax.jit(lambda: step.init(made.objective.random(made), tx))()
@@ -263,12 +264,12 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
     (lambda c: setattr(c.data, 'batch_size', 6), 'data.batch_size=6 must be a multiple of 4'),
     (lambda c: setattr(c, 'taps', (1,)), 'model.lap.taps=2'),
     (lambda c: setattr(c, 'taps', (2, 1)), 'must rise'),
-    (lambda c: setattr(c.data, 'weights', (1.0, 2.0)), 'one weight for each task'),
+    (lambda c: setattr(c.data, 'only', 'edit'), "there is no task 'edit' here; there are t2i/1-2"),
     (lambda c: setattr(c.data, 'size', 50), 'must be multiples of 8 pixels'),
     (lambda c: setattr(c.data, 'size', 48), 'sides of [36, 48, 60]'),
-    (lambda c: setattr(c.data, 'tasks', ('multi',)), "trains on t2i, edit, reconstruct, not on 'multi'"),
-    (lambda c: setattr(c.data, 'tasks', ('edit/1-1',)), 'as in edit/1-2'),
-    (lambda c: setattr(c.data, 'tasks', ('edit/2',)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', (loader.Task('multi'),)), "trains on t2i, edit, reconstruct, not on 'multi'"),
+    (lambda c: setattr(c.data, 'tasks', (loader.Task('edit/1-1'),)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', (loader.Task('edit/2'),)), 'as in edit/1-2'),
     (lambda c: setattr(c.train, 'save_every', 0), 'train.save_every=0'),
     (lambda c: setattr(c.optim, 'accumulate', 0), 'optim.accumulate=0'),
     (lambda c: setattr(c.optim, 'decay', 2.0), 'optim.decay=2.0'),

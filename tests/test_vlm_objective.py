@@ -1,7 +1,6 @@
 """The embedded VLM and autoencoder: their training goes on exactly, what is measured of them, what is exported."""
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -17,7 +16,6 @@ from unifusion_jax.models import internvl, vae
 from unifusion_jax.scenes import examples, vlm
 from unifusion_jax.scenes.evaluation import language as eval_writing
 from unifusion_jax.scenes.evaluation import settings
-
 
 EVALUATION = {'vlm': settings.LanguageEvaluation, 'autoencoder': settings.AutoencoderEvaluation}
 

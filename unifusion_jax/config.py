@@ -45,11 +45,12 @@ class Config:
   def problems(self, devices: int) -> list[str]:
     """Every combination of settings that cannot work on so many devices, a sentence each."""
     data, fsdp, _ = self.mesh.shape(devices)
+    kinds, unit = self.objective.tasks, self.objective.unit(self)
     dtypes = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
         f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
-    return [*dtypes, *self.data.problems(self.objective.tasks, self.objective.unit(self)), *self.optim.problems(),
-            *self.optim.batch_problems(self.data.batch_size, data * fsdp), *self.train.problems(),
-            *self.objective.problems(self, devices), *self.eval.problems(self)]
+    wrong = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
+    return [*dtypes, *wrong, *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
+            *self.eval.problems(self)]
 
 
 def check(config: Config, devices: int) -> None:

@@ -6,6 +6,7 @@ All are Explicit: an array's type says how it is sharded, and gradients, moments
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 
 import jax
 from jax.experimental import multihost_utils
@@ -77,6 +78,30 @@ def shard(batch):
 def gather(tree):
   """Sharded arrays as numpy, whole on every process; all processes call this together."""
   return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def tell_all(row: np.ndarray) -> jax.Array | np.ndarray:
+  """A row [n] of each process -> [processes n] on all of them, in the order of their numbers.
+
+  All processes call this together. It is on its way behind what the devices have to do before it: `local` waits for it.
+  """
+  if jax.process_count() == 1:
+    return row[None]
+  mesh = jax.sharding.get_mesh()
+  owners = [device.process_index for device in mesh.devices.flat]
+  spread = jax.sharding.NamedSharding(mesh, jax.P(AXES))
+  rows = jax.make_array_from_callback((len(owners), len(row)), spread, lambda _: row[None])
+  return _everywhere(rows, tuple(owners.index(process) for process in sorted(set(owners))))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _everywhere(rows: jax.Array, chosen: tuple[int, ...]) -> jax.Array:
+  return jax.sharding.reshard(rows, jax.P())[np.array(chosen)]
+
+
+def local(x: jax.Array | np.ndarray) -> np.ndarray:
+  """An array that every process holds whole, as numpy."""
+  return np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) else x
 
 
 def is_main_process() -> bool:

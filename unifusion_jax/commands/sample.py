@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 
 from unifusion_jax import pipeline, sharding
-from unifusion_jax.data import imaging, sources
-from unifusion_jax.errors import UserError
+from unifusion_jax.data import imaging
+from unifusion_jax.errors import BrokenRecord, UserError
 
 
 def requests(settings: pipeline.SampleConfig, size: int) -> tuple[list[pipeline.Request], int, int]:
@@ -66,7 +66,7 @@ def same_shape(source, count: int, wanted=lambda record: True) -> list[dict]:
       continue
     try:
       record = source[i]
-    except sources.BrokenRecord:
+    except BrokenRecord:
       continue
     if wanted(record):
       shape = bucket

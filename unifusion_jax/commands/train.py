@@ -63,14 +63,12 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   clock = Clock(config.train.minutes, float(state.progress))
   guard = DivergenceGuard(config.train.max_loss_ratio)
   key = jax.random.key(config.seed)
-  counter = loader.SkippedCounter(config.data.skipped, data)
   logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
   rate_clock, rate_step = time.monotonic(), start
   try:
     writer.note('compiling: the first step of each shape of batch takes its time')
     for done in range(start + 1, end + 1):
       batch = next(data)
-      counter.add(batch.pop('skipped'))
       progress = clock()
       state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key, progress)
       pending.append(scalars)
@@ -86,11 +84,10 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         writer.set_postfix(logged[-1])
       writer.step(done)
       if logs:
-        counter.check()
         now = time.monotonic()
         rate = (done - rate_step) * config.data.batch_size / (now - rate_clock)
         rate_clock, rate_step = now, done
-        writer.write(done, dict(_means(logged), images_per_second=rate, skipped=counter.skipped))
+        writer.write(done, dict(_means(logged), images_per_second=rate, skipped=data.skipped))
         logged = []
       if done % config.train.preview_every == 0 or last:
         grid = preview(state.ema, frozen)
@@ -112,13 +109,14 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   return state
 
 
-def batches(config) -> loader.Batches:
+def batches(config) -> loader.Feed:
   """The batches that a run trains on: this process's rows of each."""
   if config.data.rewrites:
     rewrite.check(config)
-  return loader.batches(
-      loader.mixture(config.data, seed=config.seed), config.objective.transform(config), config.data.batch_size,
-      config.seed, jax.process_index(), jax.process_count(), workers=config.data.workers)
+  batches = loader.batches(
+      loader.mix(config.data, seed=config.seed), config.objective.transform(config), config.data.batch_size,
+      config.seed, jax.process_index(), jax.process_count(), config.data.workers)
+  return loader.Feed(batches, config.data.skipped)
 
 
 def abstract(config):

@@ -114,7 +114,9 @@ class FlowMatching:
 
   def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch, as it reaches the train step."""
-    return sharding.batch_spec(self.transform(config).spec(references=1, size=config.data.size), config.data.batch_size)
+    encoder = transforms.abstract_prompt_encoder(config)
+    transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
+    return sharding.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """The pipeline of a model in training or just loaded."""

@@ -74,7 +74,7 @@ class AutoencoderObjective:
 
   def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as it reaches the train step."""
-    return sharding.batch_spec(self.transform(config).spec(config.data.size), config.data.batch_size)
+    return sharding.batch_spec(self.transform(config).spec(config.data.size, config.data.size), config.data.batch_size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid: test images and their reconstructions."""

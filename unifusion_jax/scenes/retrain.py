@@ -21,7 +21,6 @@ from configs import edit, t2i, vlm
 from unifusion_jax import config as configuration
 from unifusion_jax import sharding
 from unifusion_jax.commands import export, train
-from unifusion_jax.training import checkpoint
 
 SHARES = {'tower': 0.10, 'vlm': 0.42, 't2i': 0.30, 'edit': 0.18}
 RESERVE = 0.12  # share of the budget for starts, previews, checkpoints and exports

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax import sharding
-from unifusion_jax.data import transforms, vision_inputs
+from unifusion_jax.data import transforms
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.scenes import chat_examples, world
 from unifusion_jax.scenes.evaluation import language
@@ -89,12 +89,12 @@ class VLMObjective:
 
   def prompt_encoder(self, config) -> transforms.PromptEncoder:
     """The prompt encoder of the VLM in training: its configuration is the recipe's, its tokenizer `config.vlm`'s."""
-    processor = vision_inputs.for_model(config.model, max(config.data.tiles))
-    return transforms.PromptEncoder.of(config.data, config.vlm, processor, config.system)
+    return transforms.prompt_encoder(config, config.model)
 
   def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch, as it reaches the train step."""
-    return sharding.batch_spec(self.transform(config).spec(references=1), config.data.batch_size)
+    size, transform = config.data.size, self.transform(config)
+    return sharding.batch_spec(transform.spec(size, size, references=1, task='edit'), config.data.batch_size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid: images, requests, answers and the truth; None for a tower alone."""
@@ -121,9 +121,9 @@ class VLMObjective:
     half = params.vlm.config.text.depth // 2
     last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=(half, half + 1))
     grounding = 0.0
-    if self.grounding_weight and 'changes' in batch:
+    if self.grounding_weight and 'grounding' in batch:
       ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
-      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['changes'])
+      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['grounding'])
     logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
     mask = batch['target_mask'].astype(jnp.float32)
     targets = batch['targets'].astype(jnp.int32)

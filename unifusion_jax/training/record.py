@@ -46,14 +46,18 @@ def fingerprints(config) -> dict[str, str]:
   return {name: hub.fingerprint(folder) for name, folder in folders.items() if folder.is_dir()}
 
 
-def differences(old: dict, new: dict, prefix: str = ''):
-  """(dotted name, old value, new value) of each leaf in which two nested dicts differ."""
-  for name in sorted(old.keys() | new.keys()):
-    a, b = old.get(name), new.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from differences(a, b, f'{prefix}{name}.')
-    elif a != b:
-      yield prefix + name, a, b
+def differences(there: dict, now: dict, matters=lambda name: True) -> list[str]:
+  """A line for each setting that differs and matters, by its dotted name: 'optim.clip: 0.5 there, 1.0 now'."""
+  return [f'{name}: {old!r} there, {new!r} now' for name, old, new in _different(there, now) if matters(name)]
+
+
+def _different(there: dict, now: dict, prefix: str = ''):
+  for name in sorted(there.keys() | now.keys()):
+    old, new = there.get(name), now.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+      yield from _different(old, new, f'{prefix}{name}.')
+    elif old != new:
+      yield prefix + name, old, new
 
 
 def _compare(config, workdir: pathlib.Path, matters) -> None:
@@ -61,8 +65,8 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=fingerprints(config))
-  differ = [f'{name}: {old!r} there, {value!r} now' for name, old, value in differences(json.loads(path.read_text()), new)
-            if matters(name) and name.split('.')[-1] not in FORMER]
+  differ = differences(json.loads(path.read_text()), new,
+                       lambda name: matters(name) and name.split('.')[-1] not in FORMER)
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                     + '\n  '.join(differ))

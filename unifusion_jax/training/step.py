@@ -37,13 +37,6 @@ class OptimConfig:
         f'optim.clip={self.clip} must be above 0': self.clip > 0}
     return [text for text, holds in checks.items() if not holds]
 
-  def batch_problems(self, batch_size: int, shards: int) -> list[str]:
-    """Why a batch cannot be divided among the devices that share it and the micro-batches."""
-    micro = shards * max(1, self.accumulate)
-    if batch_size > 0 and batch_size % micro == 0:
-      return []
-    return [f'data.batch_size={batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {shards} devices '
-            f'share a batch, times optim.accumulate={self.accumulate}']
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
   examples are written into `folder`.
   """
   settings = pipe.settings
-  encoder = pipe.prompt_encoder.in_tiles(settings.tiles)
+  encoder = pipe.prompt_encoder.with_tiles(settings.tiles)
   report = dict(examples=config.eval.examples, steps=settings.steps, guidance=settings.guidance, eta=settings.eta)
   tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
   measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]

@@ -5,9 +5,9 @@ import collections
 import numpy as np
 
 from unifusion_jax import sharding, verifi
-from unifusion_jax.data import imaging, sources, transforms
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.models import text_generation
-from unifusion_jax.scenes import language
+from unifusion_jax.scenes import chat_examples, language, sources
 
 ATTRIBUTES = ('shape', 'colour', 'size', 'fill', 'place')
 
@@ -20,7 +20,7 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
     groups[len(record['references']), record['task']].append(i)
   written = [''] * len(records)
   for (_, task), members in groups.items():
-    system = transforms.system(task)
+    system = chat_examples.system(task)
     for part, filled in sharding.batched(members, sharding.padded_batch(batch_size)):
       rows, tiles = [], []
       for i in filled:
@@ -31,7 +31,7 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
         tiles.append(seen)
       batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in ('input_ids', 'attention_mask')})
       images = sharding.shard(np.stack(tiles)) if counts else None
-      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images, max_new=layout.written,
+      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images, max_new=layout.max_rewrite,
                                      stop_ids=chat.stop_ids)
       ids, lengths = sharding.gather(out[:2])
       for i, row, n in zip(part, ids, lengths):

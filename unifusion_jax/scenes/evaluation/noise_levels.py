@@ -24,7 +24,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
   `config.eval.examples` square images of one or two objects for the first task of the recipe, each sampled on from
   there under the words that are true of it.
   """
-  task = config.data.tasks[0].partition('/')[0]
+  task = config.data.chosen[0].name.partition('/')[0]
   plan = (i for i in range(100 * config.eval.examples) if examples.aspect(task, config.eval.split, i, SEED) == 'square')
   records = [examples.example(task, config.eval.split, i, SEED, config.data.size, (1, 2))
              for i, _ in zip(plan, range(config.eval.examples))]
