@@ -157,8 +157,8 @@ def test_every_form_of_every_version_is_kept_apart(folders, tmp_path):
   encoders.load(folder, jnp.float32, cache=cache)
   encoders.load(folder, quantized='int8', cache=cache)
   assert count() == 3
-  tensors = {name: tensor[:] + 1 for name, tensor in convert.read(folder).items()}
-  convert.write(folder / 'model.safetensors', tensors)
+  tensors = {name: tensor[:] + 1 for name, tensor in safetensors_io.read(folder).items()}
+  safetensors_io.write(folder / 'model.safetensors', tensors)
   os.utime(folder / 'model.safetensors', (1, 1))
   changed = encoders.load(folder, jnp.float32, cache=cache)
   assert count() == 4

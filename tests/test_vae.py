@@ -138,14 +138,14 @@ def test_bfloat16_computes_in_bfloat16(small, mesh, tmp_path):
 def test_attention_names_of_old_releases(small, tmp_path):
   vae.save(small, tmp_path)
   old = {new: old for old, new in vae.OLD_NAMES.items()}
-  tensors = {name: tensor[...] for name, tensor in convert.read(tmp_path).items()}
+  tensors = {name: tensor[...] for name, tensor in safetensors_io.read(tmp_path).items()}
   renamed = {}
   for name, x in tensors.items():
     for new, was in old.items():
       name = name.replace(f'attentions.0.{new}.', f'attentions.0.{was}.')
     renamed[name] = x
   assert renamed.keys() != tensors.keys()
-  convert.write(tmp_path / vae.WEIGHTS, renamed)
+  safetensors_io.write(tmp_path / vae.WEIGHTS, renamed)
   again = vae.load(tmp_path)
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), small, again)))
 

@@ -27,7 +27,7 @@ from unifusion_jax.scenes.evaluation import reconstruction as eval_reconstructio
 from unifusion_jax.scenes.evaluation import verifi_study as eval_verifi
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.training import checkpoint, step
-from unifusion_jax.weights import encoders
+from unifusion_jax.weights import autoencoders, encoders
 
 PREVIEWED = 8  # rows of a preview
 
@@ -51,11 +51,6 @@ def _abstract_batch(batch: int, example: dict) -> dict:
 def _abstract_state(job):
   tx = step.optimizer(job.config.optim, job.config.train.steps)
   return jax.eval_shape(lambda: step.init(job.draw_params(), tx))
-
-
-def _vae_config(name: str) -> autoencoder.VAEConfig:
-  path = pathlib.Path(name) / 'config.json'
-  return autoencoder.VAEConfig.from_json(json.loads(path.read_text())) if path.exists() else autoencoder.PRESETS[name]
 
 
 def _trained(job, workdir: pathlib.Path, mesh):
@@ -111,9 +106,9 @@ class Generation:
     if self.config.taps[-1] > vlm.config.text.depth or vlm.config.text.width != self.config.model.lap.width:
       raise UserError(f'{self.config.vlm} has {vlm.config.text.depth} layers of width {vlm.config.text.width}, but '
                        f'taps={self.config.taps} and model.lap.width={self.config.model.lap.width} ask for others')
-    vae = autoencoder.load(self.config.vae, jnp.dtype(self.config.frozen_dtype))
-    if vae.config.latent_channels != self.config.model.dit.channels:
-      raise UserError(f'{self.config.vae} has {vae.config.latent_channels} latent channels, but '
+    vae = autoencoders.load(self.config.vae, jnp.dtype(self.config.frozen_dtype))
+    if vae.channels != self.config.model.dit.channels:
+      raise UserError(f'{self.config.vae} has {vae.channels} latent channels, but '
                        f'model.dit.channels={self.config.model.dit.channels}')
     return flow_matching.Frozen(vlm, vae)
 
@@ -144,10 +139,10 @@ class Generation:
   def abstract(self):
     """(state, frozen, batch) as shapes on the abstract mesh in context: for checks without devices or weights."""
     c, data = self.config, self.config.data
-    vlm, vae = encoders.config(c.vlm), _vae_config(c.vae)
+    vlm, vae = encoders.config(c.vlm), autoencoders.config(c.vae)
     dtype = jnp.dtype(c.frozen_dtype)
     frozen = flow_matching.Frozen(encoders.abstract(vlm, dtype, c.vlm_quantized),
-                               jax.eval_shape(lambda: autoencoder.Autoencoder(vae, dtype, rngs=nnx.Rngs(0))))
+                               autoencoders.abstract(vae, dtype))
     image_processor = vision_inputs.for_model(vlm, max(data.tiles))
     s, q = max(data.max_prompt_tokens) + image_processor.max_tokens, max(data.max_rewrite_tokens) + image_processor.max_tokens
     size = data.size
@@ -174,9 +169,8 @@ class Generation:
     return functools.partial(flow_matching.loss, self.config.objective, self.config.taps, writing, pixels)
 
   def sampler(self, params, frozen) -> pipeline.Sampler:
-    vae = frozen.vae.config
     return pipeline.Sampler(_model(params), frozen, transforms.prompt_encoder(self.config), self.config.taps, self.config.sample,
-                          2 ** (len(vae.block_out_channels) - 1), vae.latent_channels)
+                          frozen.vae.downsampling, frozen.vae.channels)
 
   def preview(self, params, frozen, workdir: pathlib.Path, step: int) -> None:
     """A grid of test requests: references, what was asked, what was written, result, target."""

@@ -119,7 +119,7 @@ def tied_head(described: dict, head: bool, base: bool = False) -> bool:
 
 
 def resolve_lm_head(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
-  """Tensors under the names of the class with a head, and `tied_head`; a base class (LlamaModel) leaves out `model.`."""
+  """Tensors under the names of the class with a head, and `tied_head`; a base class (LlamaModel) has no `model.`."""
   base = not {'embed_tokens.weight', 'language_model.embed_tokens.weight'}.isdisjoint(tensors)
   head = 'lm_head.weight' in tensors
   tied = tied_head(described, head, base)

@@ -6,7 +6,7 @@ becomes one image embedding, which replaces an image token of the prompt, and on
 first decoder blocks, which joins that block's output at the same token. A token's rotary position has three parts
 (time, row, column), which differ at image tokens only; the text goes on after the longer side of an image.
 
-PackedImages vary in shape and arrays must not: the patches of all images of an example lie end to end in `PackedImages`,
+Images vary in shape and arrays must not: the patches of all images of an example lie end to end in `PackedImages`,
 padded at the end, beside their grids. What depends on a grid (positions, rotations, interpolation, masks) is computed
 from it on the device, so that one compiled program serves all images that fit, mixed within a batch as they like.
 """
@@ -37,7 +37,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 QUERIES = 1024  # patches that look at all others at a time: the logits of all at once grow with p^2
 
@@ -353,7 +353,7 @@ class Qwen3VL(nnx.Module):
     return self.decoder.logits(self.last(tokens, valid, tiles))
 
 
-def dims(config: Qwen3VLConfig) -> dict[str, int]:
+def axis_sizes(config: Qwen3VLConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules: h g k of the decoder, a c the tower's heads and head dim, n the three of
   its fused qkv, i t y x a patch's channels, frames, rows and columns."""
   text, vision = config.text, config.vision
@@ -361,25 +361,23 @@ def dims(config: Qwen3VLConfig) -> dict[str, int]:
           'n': 3, 'i': 3, 't': vision.frames, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> Qwen3VL:
+def load(folder, dtype=jnp.bfloat16, unroll: bool = False, on_leaf=None) -> Qwen3VL:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  `each`: see `convert.load`.
+  `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
   config = Qwen3VLConfig.from_json(described, unroll)
-  tensors, tied = resolve_lm_head(convert.read(folder), described, folder)
+  tensors, tied = resolve_lm_head(safetensors_io.read(folder), described, folder)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
-  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype, each=each)
+  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
+                      on_leaf=on_leaf)
 
 
 def save(vlm: Qwen3VL, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' Qwen3VLForConditionalGeneration loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
+  """Writes the folder that transformers' Qwen3VLForConditionalGeneration loads; all processes call it together."""
+  convert.save(vlm, RULES, axis_sizes(vlm.config), folder, vlm.config.to_json())
 
 
 _VISION = r'model\.visual\.blocks\.(\d+)\.'

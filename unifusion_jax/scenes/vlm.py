@@ -14,6 +14,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax import sharding
 from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.models.decoder import causal_mask
@@ -116,9 +117,11 @@ def _readout_loss(outputs: jax.Array, wanted: jax.Array):
 
 
 def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
-  """Writes a Hugging Face folder: weights, config.json, preprocessor_config.json and the tokenizer's files."""
+  """Writes a Hugging Face folder, tokenizer and preprocessor_config.json included; all processes call it together."""
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
+  if not sharding.is_main_process():
+    return
   tile = vlm.config.vision.tile
   pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(vision_inputs.TiledImages.mean),
                 image_std=list(vision_inputs.TiledImages.std), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)

@@ -32,13 +32,13 @@ def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', ca
   """The encoder in a folder or behind a hub id, in `dtype`, sharded over the mesh in context.
 
   Args:
-    name: as in `hub.resolve`.
+    name: as in `hub.resolve`: a folder (as `hub.pin` gave it: then no other revision can be met), or a hub id.
     unroll: unrolled layers run faster on a CPU, scanned ones compile faster.
     quantized: 'int8' for int8 weights, 'w8a8' for int8 activations as well, '' for neither.
     cache: a folder (one for all processes) that keeps the converted form: the next load reads its own slices of it.
 
   Raises:
-    ValueError: for a model that is not supported, and for everything that `hub`, `convert` and the model refuse.
+    UserError: for a model that is not supported, and for everything that `hub`, `convert` and the model refuse.
   """
   if quantized not in QUANTIZED:
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
@@ -67,9 +67,9 @@ def config(name, unroll: bool = False) -> Config:
   return _config(_described(folder), folder, unroll)
 
 
-def abstract(made: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
+def abstract(config: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
   """The shapes and shardings, on the mesh in context, of the model with that configuration."""
-  return sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_abstract_mesh())
+  return sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_abstract_mesh())
 
 
 def _described(folder: pathlib.Path) -> dict:
@@ -97,36 +97,36 @@ def _config(described: dict, folder: pathlib.Path, unroll: bool) -> Config:
                        '(the encoder of T5 v1.1 and Flan-T5)')
 
 
-def _draw(made: Config, dtype) -> Encoder:
-  """The model of a configuration, of random weights."""
+def _initialised(config: Config, dtype) -> Encoder:
+  """The model of a configuration, with random weights."""
   rngs = nnx.Rngs(0)
-  match made:
+  match config:
     case internvl.InternVLConfig():
-      return internvl.InternVL(made, dtype, rngs=rngs)
+      return internvl.InternVL(config, dtype, rngs=rngs)
     case qwen3_vl.Qwen3VLConfig():
-      return qwen3_vl.Qwen3VL(made, dtype, rngs=rngs)
+      return qwen3_vl.Qwen3VL(config, dtype, rngs=rngs)
     case causal_lm.TextConfig():
-      return causal_lm.TextModel(made, dtype, rngs=rngs)
+      return causal_lm.TextModel(config, dtype, rngs=rngs)
     case t5.T5Config():
-      return t5.T5Encoder(made, dtype, rngs=rngs)
+      return t5.T5Encoder(config, dtype, rngs=rngs)
 
 
-def _shapes(made: Config, dtype, quantized: str) -> Encoder:
-  shapes = jax.eval_shape(lambda: _draw(made, dtype))
+def _shapes(config: Config, dtype, quantized: str) -> Encoder:
+  shapes = jax.eval_shape(lambda: _initialised(config, dtype))
   return jax.eval_shape(lambda model: quantize.quantize(model, quantized == 'w8a8'), shapes) if quantized else shapes
 
 
 def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
-  def read(each=None):
+  def read(on_leaf=None):
     match _config(_described(folder), folder, unroll):
       case internvl.InternVLConfig():
-        return internvl.load(folder, dtype, unroll, each)
+        return internvl.load(folder, dtype, unroll, on_leaf)
       case qwen3_vl.Qwen3VLConfig():
-        return qwen3_vl.load(folder, dtype, unroll, each)
+        return qwen3_vl.load(folder, dtype, unroll, on_leaf)
       case causal_lm.TextConfig():
-        return causal_lm.load(folder, dtype, unroll, each)
+        return causal_lm.load(folder, dtype, unroll, on_leaf)
       case t5.T5Config():
-        return t5.load(folder, dtype, each)
+        return t5.load(folder, dtype, on_leaf)
 
   return quantize.load(read, activations=quantized == 'w8a8') if quantized else read()
 
@@ -135,9 +135,10 @@ def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
   """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the form that is kept."""
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-  how = FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES, t5.RULES
-  made = _config(_described(folder), folder, False).to_json()
-  return hashlib.sha256(repr((facts, how, made, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+  how = (FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES,
+         t5.RULES)
+  described = _config(_described(folder), folder, False).to_json()
+  return hashlib.sha256(repr((facts, how, described, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
 
 
 def _kept(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
@@ -164,8 +165,8 @@ def _keep(model: Encoder, path: pathlib.Path) -> None:
 
 def _restore(path: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
   from orbax.checkpoint.experimental import v1 as ocp
-  made = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path, unroll)
+  config = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path, unroll)
   try:
-    return ocp.load(path, sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_mesh()))
+    return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))
   except ValueError as error:
     raise UserError(f'{path} was kept by another version of this model: remove that folder and load again') from error
