@@ -1,5 +1,7 @@
 """int8 weights: exact products with the rounded matrix, states near those of the original, half the memory."""
 
+import re
+
 from flax import nnx
 import jax
 from jax import P
@@ -57,6 +59,17 @@ def test_product_is_that_of_the_rounded_matrix(equation, shape, spec, name, acti
   ours = rounded(np.asarray(x), tuple(range(2, x.ndim))) if activations else np.asarray(x)
   np.testing.assert_allclose(y, np.einsum(equation, ours, rounded(np.asarray(w), contracted)), rtol=1e-4, atol=1e-4)
   assert np.abs(np.asarray(y - exact)).max() > 1e-4  # it was rounded at all
+
+
+@pytest.mark.parametrize('activations', [False, True])
+@pytest.mark.parametrize('equation,shape,spec,name', PRODUCTS)
+def test_weights_travel_as_int8(equation, shape, spec, name, activations):
+  """What is gathered over fsdp: half the bytes of bfloat16."""
+  x, w = make(equation, shape, spec, jnp.bfloat16)
+  small = quantize.quantize(layer(w, spec, 2 if name == 'wo' else 1), activations).w
+  out = RESIDUAL if name in ('wo', 'down') else None
+  text = jax.jit(lambda x, w: einsum(equation, x, w, out)).lower(x, small).compile().as_text()
+  assert set(re.findall(r'= (\w+)\[[^=]* all-gather(?:-start)?\(', text)) == {'s8'}
 
 
 def test_a_zero_channel_stays_zero():

@@ -25,7 +25,7 @@ from unifusion_jax.weights import hub, quantize
 Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | causal_lm.TextConfig | t5.T5Config
 Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | causal_lm.TextModel | t5.T5Encoder
 QUANTIZED = ('', 'int8', 'w8a8')
-FORMAT = 1  # of what `cache` keeps: raise it when other numbers come out of the same files and tables of names
+FORMAT = 1  # of the cache: raise it when other numbers come out of the same files and tables of names
 
 
 def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', cache: str | None = None) -> Encoder:
@@ -45,11 +45,11 @@ def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', ca
   folder = hub.resolve(name)
   if not cache:
     return _read(folder, dtype, unroll, quantized)
-  kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
-  if whole:
-    return _restore(kept, dtype, unroll, quantized)
+  path, stored = _cache_entry(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
+  if stored:
+    return _restore(path, dtype, unroll, quantized)
   model = _read(folder, dtype, unroll, quantized)
-  _keep(model, kept)
+  _store(model, path)
   return model
 
 
@@ -132,7 +132,7 @@ def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
-  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the form that is kept."""
+  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the converted form."""
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
   how = (FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES,
@@ -141,15 +141,15 @@ def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
   return hashlib.sha256(repr((facts, how, described, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
 
 
-def _kept(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
-  """The kept form's folder, and whether it is there, as process 0 finds them: files have other times on each host."""
+def _cache_entry(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
+  """The folder of the converted form and whether it is there, by process 0: files have other times on each host."""
   facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([(cache / fingerprint).exists()]), np.uint8)
   if jax.process_count() > 1:
     facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
   return cache / facts[:-1].tobytes().hex(), bool(facts[-1])
 
 
-def _keep(model: Encoder, path: pathlib.Path) -> None:
+def _store(model: Encoder, path: pathlib.Path) -> None:
   from orbax.checkpoint.experimental import v1 as ocp  # seconds that loading without a cache need not spend
   context = ocp.Context()
   context.array.saving.use_compression = False
@@ -159,7 +159,7 @@ def _keep(model: Encoder, path: pathlib.Path) -> None:
     with context:
       ocp.save(path, model, custom_metadata={'config': json.dumps(model.config.to_json())})
   except ValueError:
-    if not path.exists():  # else another run kept the same in the meantime
+    if not path.exists():  # else another run stored the same in the meantime
       raise
 
 
@@ -169,4 +169,4 @@ def _restore(path: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder
   try:
     return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))
   except ValueError as error:
-    raise UserError(f'{path} was kept by another version of this model: remove that folder and load again') from error
+    raise UserError(f'{path} was stored by another version of this model: remove that folder and load again') from error

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.layers import contracted
+from unifusion_jax.sharding import BATCH
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +44,14 @@ class Int8:
       raise ValueError(f'{equation} contracts an axis that this matrix {self.shape} has scales {self.scale.shape} for: '
                        'its `weight` names other dims as contracted')
     scale = _aligned(self.scale, of_w, result)
+    # Gathered over the axes of the batch as int8: left to the compiler, it is cast first and travels at twice the bytes
+    values = jax.sharding.reshard(self.values, P(*(None if axis in BATCH else axis
+                                                   for axis in jax.typeof(self.values).sharding.spec)))
     if not self.activations:
-      y = jnp.einsum(equation, x, self.values.astype(x.dtype), out_sharding=out)
+      y = jnp.einsum(equation, x, values.astype(x.dtype), out_sharding=out)
       return (y.astype(jnp.float32) * scale).astype(x.dtype)
     rounded, of_tokens = _rounded(x, tuple(i for i, letter in enumerate(of_x) if letter not in result))
-    y = jnp.einsum(equation, rounded, self.values, preferred_element_type=jnp.int32, out_sharding=out)
+    y = jnp.einsum(equation, rounded, values, preferred_element_type=jnp.int32, out_sharding=out)
     return (y.astype(jnp.float32) * _aligned(of_tokens, of_x, result) * scale).astype(x.dtype)
 
 
