@@ -16,7 +16,7 @@ from unifusion_jax import sharding
 from unifusion_jax.models import causal_lm
 from unifusion_jax.models.text_generation import generate
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import safetensors_io
 
 KINDS = {
     'llama': (transformers.LlamaForCausalLM, transformers.LlamaConfig, dict(rope_parameters=dict(
@@ -95,12 +95,12 @@ def test_a_missing_head_is_tied_only_where_no_config_denies_it(tmp_path):
   model = torch_model('llama')
   model.save_pretrained(tmp_path)
   described = json.loads((tmp_path / 'config.json').read_text())
-  tensors = {name: tensor[:] for name, tensor in convert.read(tmp_path).items()}
+  tensors = {name: tensor[:] for name, tensor in safetensors_io.read(tmp_path).items()}
   assert described['tie_word_embeddings'] is False
   (tmp_path / 'config.json').write_text(json.dumps(described | dict(tie_word_embeddings=True)))
   assert not causal_lm.load(tmp_path).config.text.tied  # a head that is there is the head
   del tensors['lm_head.weight']
-  convert.write(tmp_path / 'model.safetensors', tensors)
+  safetensors_io.write(tmp_path / 'model.safetensors', tensors)
   assert causal_lm.load(tmp_path).config.text.tied
   (tmp_path / 'config.json').write_text(json.dumps(described))
   with pytest.raises(ValueError, match='missing: lm_head.weight, for our decoder/head'):
@@ -116,7 +116,7 @@ def test_a_class_without_a_head(kind, tmp_path):
   model = torch_model(kind)
   model.save_pretrained(tmp_path / 'whole')
   model.model.save_pretrained(tmp_path / 'base')
-  assert 'embed_tokens.weight' in convert.read(tmp_path / 'base')
+  assert 'embed_tokens.weight' in safetensors_io.read(tmp_path / 'base')
   if kind == 'llama':
     with pytest.raises(ValueError, match='saved from a class without a head'):
       causal_lm.load(tmp_path / 'base')

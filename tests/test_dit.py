@@ -16,7 +16,7 @@ from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.models.unifusion import UniFusion, UniFusionConfig
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import safetensors_io
 
 CONFIG = UniFusionConfig(
     LAPConfig(width=32, taps=3, heads=4, kv_heads=2, mlp=48),
@@ -107,7 +107,7 @@ def test_saved_folder_loads_in_diffusers_and_here(krea, tmp_path):
   theirs, folder = krea
   model = build()
   unifusion.save(model, tmp_path)
-  assert convert.read(tmp_path).keys() == convert.read(folder).keys()
+  assert safetensors_io.read(tmp_path).keys() == safetensors_io.read(folder).keys()
   hidden, mask, z, _, t = example()
   v = velocity(model, *put(hidden, mask, z, t))
   there, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)

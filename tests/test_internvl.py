@@ -15,7 +15,7 @@ import transformers
 from unifusion_jax import sharding
 from unifusion_jax.models import internvl
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import safetensors_io
 
 IMAGE, TILE, TILE_TOKENS = 60, 32, 4
 TEXTS = {
@@ -251,7 +251,7 @@ def original_layout(model, folder, internlm2=False):
       tensors[name.replace('.self_attn.q_proj.', '.attention.wqkv.')] = fused
   if internlm2:
     tensors['language_model.model.layers.0.attention.rotary_emb.inv_freq'] = np.ones(6, np.float32)
-  convert.write(folder / 'model.safetensors', tensors)
+  safetensors_io.write(folder / 'model.safetensors', tensors)
   llm = text.to_dict() | ({'model_type': 'internlm2', 'bias': False} if internlm2 else {})
   vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=TILE,
              patch_size=8, hidden_act='gelu', layer_norm_eps=1e-6, qkv_bias=vision.attention_bias,
@@ -298,9 +298,9 @@ def test_a_missing_head_is_tied_only_where_no_config_denies_it(level, tmp_path):
 
 def test_an_original_without_its_head(tmp_path):
   original_layout(torch_model('internlm2', attention_bias=True), tmp_path, internlm2=True)
-  tensors = {name: tensor[:] for name, tensor in convert.read(tmp_path).items()}
+  tensors = {name: tensor[:] for name, tensor in safetensors_io.read(tmp_path).items()}
   del tensors['language_model.output.weight']
-  convert.write(tmp_path / 'model.safetensors', tensors)
+  safetensors_io.write(tmp_path / 'model.safetensors', tensors)
   with pytest.raises(ValueError, match='missing: language_model.output.weight'):
     internvl.load(tmp_path)
 

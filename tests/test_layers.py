@@ -1,5 +1,6 @@
 """The product everything is made of, against what jax does by itself; taps, and pixels that come as uint8."""
 
+from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
@@ -26,3 +27,36 @@ def test_einsum_has_the_gradients_of_einsum_and_the_shardings_of_its_arguments(e
   for a, b, like in zip(ours, wanted, (x, w)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert jax.typeof(a) == jax.typeof(like)
+
+
+def test_the_gradient_of_a_weight_is_f32_where_the_compute_dtype_is_bfloat16():
+  """As exact as a sum in f32 of the same rounded numbers; the gradient of x stays in the compute dtype."""
+  x, w = normal(0, (8, 64, 32), P(BATCH), jnp.bfloat16), normal(1, (32, 48), P('fsdp', 'tp'))
+  loss = lambda x, w: jnp.sum(layers.einsum('bsd,df->bsf', x, w).astype(jnp.float32) ** 2)
+  of_x, of_w = jax.jit(jax.grad(loss, (0, 1)))(x, w)
+  assert of_x.dtype == jnp.bfloat16 and of_w.dtype == jnp.float32
+  wide = np.asarray(x, np.float64).reshape(-1, 32)
+  y = np.asarray(layers.einsum('bsd,df->bsf', x, w), np.float32)
+  coming = np.asarray(jnp.asarray(2 * y).astype(jnp.bfloat16), np.float64).reshape(-1, 48)
+  exact = wide.T @ coming
+  assert np.abs(of_w - exact).max() < 1e-5 * np.abs(exact).max()
+  assert (np.asarray(of_w) != np.asarray(of_w.astype(jnp.bfloat16), np.float32)).mean() > 0.9  # it was never rounded
+
+
+def test_a_weight_says_which_of_its_axes_a_product_sums_over():
+  """By what it was told, whatever its sizes; the same in a stack of layers, in its shapes and in its gradient."""
+  make = lambda rngs: nnx.Dict(
+      square=layers.weight(rngs, (64, 64, 64), (), contract=1, std=1 / 64), join=layers.weight(rngs, (8, 4, 16), (), 2),
+      table=layers.weight(rngs, (16, 16), (), contract=None, std=0.25), bias=layers.constant(0.0, (4,)))
+  wanted = {'square': (-3,), 'join': (-3, -2), 'table': None, 'bias': None}
+  one, stacked = make(nnx.Rngs(0)), layers.stack(make, 3, rngs=nnx.Rngs(0))
+  shapes = jax.eval_shape(lambda: layers.stack(make, 3, rngs=nnx.Rngs(0)))
+  layer = jax.tree.map(lambda x: x[1], stacked)
+  for module in (one, stacked, shapes, layer, jax.grad(lambda m: jnp.sum(m.join[...]))(one)):
+    assert {name: layers.contracted(module[name]) for name in wanted} == wanted
+  spread = {name: float(np.std(stacked[name])) for name in ('square', 'join', 'table')}
+  for name, std in dict(square=1 / 64, join=32 ** -0.5, table=0.25).items():
+    assert abs(spread[name] / std - 1) < 0.15, name
+  for contract, std in ((None, None), (0, None), (2, None), (2, 0.1)):
+    with pytest.raises(ValueError, match='cannot contract'):
+      layers.weight(nnx.Rngs(0), (4, 8), (), contract, std=std)

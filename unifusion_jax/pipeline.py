@@ -27,7 +27,7 @@ from PIL import Image
 
 from unifusion_jax import conditioning as states
 from unifusion_jax import flow, sharding, verifi
-from unifusion_jax.data import imaging, transforms, vision_inputs
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.models import vae as autoencoder

@@ -16,7 +16,7 @@ from unifusion_jax.models import decoder
 from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, Prompt, resolve_lm_head
 from unifusion_jax.models.internvl import TEXT_RULES
 from unifusion_jax.models.layers import RESIDUAL
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,31 +57,28 @@ class TextModel(nnx.Module):
   hidden, last, logits = decoder.hidden, decoder.last, decoder.logits
 
 
-def dims(config: TextConfig) -> dict[str, int]:
+def axis_sizes(config: TextConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules."""
   return {'h': config.text.heads, 'g': config.text.kv_heads, 'k': config.text.head_dim}
 
 
-def load(folder, dtype=jnp.bfloat16, each=None) -> TextModel:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> TextModel:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  `each`: see `convert.load`.
+  `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
   config = TextConfig.from_json(described)
-  tensors, tied = resolve_lm_head(convert.read(folder), described, folder)
+  tensors, tied = resolve_lm_head(safetensors_io.read(folder), described, folder)
   config = TextConfig(dataclasses.replace(config.text, tied=tied))
-  return convert.load(lambda: TextModel(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype,
-                      ignore=(r'.*rotary_emb\.inv_freq',), each=each)
+  return convert.load(lambda: TextModel(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
+                      ignore=(r'.*rotary_emb\.inv_freq',), on_leaf=on_leaf)
 
 
 def save(model: TextModel, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' AutoModelForCausalLM loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(model.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(model, RULES, dims(model.config)))
+  """Writes the folder that transformers' AutoModelForCausalLM loads; all processes call it together."""
+  convert.save(model, RULES, axis_sizes(model.config), folder, model.config.to_json())
 
 
 RULES = tuple((name.removeprefix(r'language_model\.'), *rest) for name, *rest in TEXT_RULES)

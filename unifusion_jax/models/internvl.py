@@ -29,7 +29,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +274,7 @@ class InternVL(nnx.Module):
   hidden, last, logits = decoder.hidden, decoder.last, decoder.logits
 
 
-def dims(config: InternVLConfig) -> dict[str, int]:
+def axis_sizes(config: InternVLConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules: h g k of the decoder, a c the ViT's heads and head dim, y x its patch,
   n the three of its fused qkv, r what one key head of InternLM2's fused wqkv has: its queries, itself, its value."""
   text, vision = config.text, config.vision
@@ -282,15 +282,15 @@ def dims(config: InternVLConfig) -> dict[str, int]:
           'a': vision.heads, 'c': vision.width // vision.heads, 'n': 3, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, each=None) -> InternVL:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> InternVL:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it; `each`: see
+  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it; `on_leaf`: see
   `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
-  tensors = convert.read(folder)
+  tensors = safetensors_io.read(folder)
   if 'llm_config' in described:
     config = InternVLConfig.from_original(described, image_token(folder))
     rules = INTERNLM2_RULES if described['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
@@ -298,8 +298,8 @@ def load(folder, dtype=jnp.bfloat16, each=None) -> InternVL:
     config, rules = InternVLConfig.from_json(described), RULES
   tied = tied_head(described, not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors))
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
-  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, dims(config), dtype,
-                      ignore=(r'.*rotary_emb\.inv_freq',), each=each)
+  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, axis_sizes(config), dtype,
+                      ignore=(r'.*rotary_emb\.inv_freq',), on_leaf=on_leaf)
 
 
 def image_token(folder: pathlib.Path) -> int:
@@ -317,11 +317,8 @@ def image_token(folder: pathlib.Path) -> int:
 
 
 def save(vlm: InternVL, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' InternVLForConditionalGeneration loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
+  """Writes the folder that transformers' InternVLForConditionalGeneration loads; all processes call it together."""
+  convert.save(vlm, RULES, axis_sizes(vlm.config), folder, vlm.config.to_json())
 
 
 _LAYER = r'language_model\.model\.layers\.(\d+)\.'

@@ -38,8 +38,8 @@ def weight(rngs: nnx.Rngs, shape, spec, contract: int | None, dtype=jnp.float32,
     int8: False for the few matrices that are never rounded: those of pixels, latents and times.
   """
   if contract is None and std is None or contract is not None and not 0 < contract < len(shape):
-    raise ValueError(f'a weight {shape} cannot contract {contract} of its dims: name from 1 to {len(shape) - 1} of them, '
-                     'or None and a std')
+    raise ValueError(f'a weight {shape} cannot contract {contract} of its dims: name from 1 to {len(shape) - 1} of '
+                     'them, or None and a std')
   std = math.prod(shape[:contract]) ** -0.5 if std is None else std
   value = nnx.initializers.normal(std)(rngs.params(), shape, dtype, out_sharding=P(*spec))
   # Counted from the end, an axis is the same in one layer and in a stack of them

@@ -39,7 +39,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 
 class PackedImages(NamedTuple):
@@ -322,7 +322,7 @@ class Qwen3VL(nnx.Module):
   hidden, last, logits = decoder.hidden, decoder.last, decoder.logits
 
 
-def dims(config: Qwen3VLConfig) -> dict[str, int]:
+def axis_sizes(config: Qwen3VLConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules: h g k of the decoder, a c the tower's heads and head dim, n the three of
   its fused qkv, i t y x a patch's channels, frames, rows and columns."""
   text, vision = config.text, config.vision
@@ -330,25 +330,23 @@ def dims(config: Qwen3VLConfig) -> dict[str, int]:
           'n': 3, 'i': 3, 't': vision.frames, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, each=None) -> Qwen3VL:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> Qwen3VL:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  `each`: see `convert.load`.
+  `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
   config = Qwen3VLConfig.from_json(described)
-  tensors, tied = resolve_lm_head(convert.read(folder), described, folder)
+  tensors, tied = resolve_lm_head(safetensors_io.read(folder), described, folder)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
-  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype, each=each)
+  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
+                      on_leaf=on_leaf)
 
 
 def save(vlm: Qwen3VL, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' Qwen3VLForConditionalGeneration loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
+  """Writes the folder that transformers' Qwen3VLForConditionalGeneration loads; all processes call it together."""
+  convert.save(vlm, RULES, axis_sizes(vlm.config), folder, vlm.config.to_json())
 
 
 _VISION = r'model\.visual\.blocks\.(\d+)\.'

@@ -27,7 +27,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,33 +143,30 @@ class T5Encoder(nnx.Module):
     return rms_norm(x, self.norm, self.config.eps)
 
 
-def dims(config: T5Config) -> dict[str, int]:
+def axis_sizes(config: T5Config) -> dict[str, int]:
   """The sizes behind the letters of the rules."""
   return {'h': config.heads, 'k': config.head_dim}
 
 
-def load(folder, dtype=jnp.bfloat16, each=None) -> T5Encoder:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> T5Encoder:
   """From a checkpoint folder (config.json and safetensors) of the encoder or of the whole T5, sharded over the mesh.
 
-  `each`: see `convert.load`.
+  `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
   config = T5Config.from_json(json.loads((folder / 'config.json').read_text()))
-  tensors = convert.read(folder)
+  tensors = safetensors_io.read(folder)
   # One table under two names, of which files have either or both
   if 'encoder.embed_tokens.weight' in tensors:
     table = tensors.pop('encoder.embed_tokens.weight')
     tensors.setdefault('shared.weight', table)
-  return convert.load(lambda: T5Encoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype,
-                      ignore=(r'decoder\..*', r'lm_head\.weight'), each=each)
+  return convert.load(lambda: T5Encoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
+                      ignore=(r'decoder\..*', r'lm_head\.weight'), on_leaf=on_leaf)
 
 
 def save(model: T5Encoder, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' T5EncoderModel loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(model.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(model, RULES, dims(model.config)))
+  """Writes the folder that transformers' T5EncoderModel loads; all processes call it together."""
+  convert.save(model, RULES, axis_sizes(model.config), folder, model.config.to_json())
 
 
 _ATTENTION = r'encoder\.block\.(\d+)\.layer\.0\.'

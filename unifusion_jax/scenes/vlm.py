@@ -176,7 +176,7 @@ def _attributes_loss(outputs: jax.Array, truth: jax.Array):
 
 
 def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
-  """Writes a Hugging Face folder: weights, config.json, preprocessor_config.json and the tokenizer's files."""
+  """Writes a Hugging Face folder, tokenizer and preprocessor_config.json included; all processes call it together."""
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
   if not sharding.is_main_process():
