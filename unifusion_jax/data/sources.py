@@ -20,8 +20,6 @@ from typing import ClassVar
 
 from absl import logging
 import numpy as np
-import pyarrow.parquet
-import tensorflow_datasets as tfds
 
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
@@ -93,6 +91,7 @@ class ArrayRecordSource:
       raise UserError(f'{path} is not there: write it with python -m unifusion_jax.scenes.builder '
                        f'--out={folder} --task={task} --split={split}')
     self.name = str(path)
+    import tensorflow_datasets as tfds  # a second that other sources need not spend
     builder = tfds.builder_from_directory(path)
     self._shapes = np.array(builder.info.metadata['shapes'], np.int32)
     self._records = builder.as_data_source(split)
@@ -256,6 +255,7 @@ class _Table:
   """The rows of a Parquet file, held as columns."""
 
   def __init__(self, path: pathlib.Path):
+    import pyarrow.parquet  # a slow import that other sources need not
     self._path = path
     try:
       self._table = pyarrow.parquet.read_table(path)
