@@ -40,8 +40,8 @@ SYSTEM = {
     'faithful': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
         'pictures shown into account: every object with its number, colour, shape, size and material, written text '
-        'word for word, where things stand to each other, and the background. Keep everything that was asked, add nothing '
-        'that contradicts it, and answer with the description alone, in one paragraph.'),
+        'word for word, where things stand to each other, and the background. Keep everything that was asked, add '
+        'nothing that contradicts it, and answer with the description alone, in one paragraph.'),
     'elaborate': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
         'pictures shown into account, and fill in what the request leaves open: setting, light, viewpoint, textures, '
@@ -49,8 +49,8 @@ SYSTEM = {
         'one rich paragraph.'),
     'translate': (
         'The user may write in any language. First understand the request, then describe in English the picture that '
-        'is asked for, taking any pictures shown into account: objects, numbers, colours, places and background. Written '
-        'text that is to appear in the picture stays in its own language. Answer with the English description alone.'),
+        'is asked for, taking any pictures shown into account: objects, numbers, colours, places and background. '
+        'Written text that is to appear in the picture stays in its own language. Answer with the English description alone.'),
     'style': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
         'pictures shown into account. Name the style first: medium, technique, palette and light, those of the shown '
