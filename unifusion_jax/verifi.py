@@ -1,11 +1,20 @@
-"""VERIFI: one place that lays out what the VLM reads and writes, and says which of it reaches the DiT.
+"""VERIFI prompt layout: builds the VLM's chat tokens and marks those that condition the DiT.
 
 The order is the paper's (arXiv 2510.12789, architecture figure): system prompt | images | instruction | written
 text, inside the VLM's own chat template. The DiT is conditioned on the image tokens and on the written text with the
 stop token that ends it; system prompt, instruction and every other token of the template are masked. The stop
 token stays so that the empty text, the null condition of classifier-free guidance, is one token and not none.
 
-Without VERIFI the request itself is kept in place of the written text, followed by an empty answer's stop token.
+Without VERIFI the instruction conditions in place of the written text, before an empty answer's stop token.
+
+Several references are several images in one user turn, in their order; the instruction names them by what they show or
+by that order. Their image tokens all condition the DiT, in the same order and with nothing between them. As one image
+instead (`SampleConfig.stitch`) they stand side by side, by `imaging.stitch`.
+
+Where the procedure itself happens: models/text_generation.py writes the text and keeps the states in which it was
+written; conditioning.py picks the states of the marked tokens; pipeline.py runs both for sampling and falls back on the
+instruction where the text is no use; commands/rewrite.py writes for a whole data set, and objectives/flow_matching.py
+during training.
 
 Ids are built span by span. Text of a user is tokenised as plain text, so a template token spelled inside it stays text.
 """
@@ -30,18 +39,18 @@ SYSTEM = {
     'answer': 'Answer.',
     'faithful': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
-        'pictures shown into account: every object with its number, colour, shape, size and material, written text word '
-        'for word, where things stand to each other, and the background. Keep everything that was asked, add nothing '
-        'that contradicts it, and answer with the description alone, in one paragraph.'),
+        'pictures shown into account: every object with its number, colour, shape, size and material, written text '
+        'word for word, where things stand to each other, and the background. Keep everything that was asked, add '
+        'nothing that contradicts it, and answer with the description alone, in one paragraph.'),
     'elaborate': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
         'pictures shown into account, and fill in what the request leaves open: setting, light, viewpoint, textures, '
-        'mood and small details that suit it. Keep everything that was asked. Answer with the description alone, in one '
-        'rich paragraph.'),
+        'mood and small details that suit it. Keep everything that was asked. Answer with the description alone, in '
+        'one rich paragraph.'),
     'translate': (
-        'The user may write in any language. First understand the request, then describe in English the picture that is '
-        'asked for, taking any pictures shown into account: objects, numbers, colours, places and background. Written '
-        'text that is to appear in the picture stays in its own language. Answer with the English description alone.'),
+        'The user may write in any language. First understand the request, then describe in English the picture that '
+        'is asked for, taking any pictures shown into account: objects, numbers, colours, places and background. '
+        'Written text that is to appear in the picture stays in its own language. Answer with the English description alone.'),
     'style': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
         'pictures shown into account. Name the style first: medium, technique, palette and light, those of the shown '
@@ -67,18 +76,18 @@ class TooLong(UserError):
 
 
 class Chat:
-  """The chat of one VLM: its tokenizer, its template taken apart, and how an image stands in it.
+  """Chat template of one VLM, taken apart: its tokenizer, its pieces, and the tokens around an image.
 
   Attributes:
     stop_ids: ids that end written text, the template's own first.
-    image_id: the id that each image token stands under until the vision tower's output replaces it; None for a
-      language model, which sees none.
+    image_id: the id of every image token, whose embedding the vision tower's output replaces; None for a language
+      model.
     image_ends: the template's ids before and after the tokens of an image.
   """
 
   def __init__(self, folder: str | pathlib.Path,
                image: tuple[str, str, str] | None = ('<img>', '<IMG_CONTEXT>', '</img>\n')):
-    """`image`: what stands before an image, for each of its tokens, and after it; None for a language model."""
+    """`image`: texts before an image, for each of its tokens, and after it; None for a language model."""
     self.folder = str(folder)
     self.tokenizer = tokenizers.load(self.folder)
     self._plain = tokenizers.plain(self.folder)
@@ -105,13 +114,13 @@ class Chat:
     try:
       return self.tokenizer.apply_chat_template(messages, tokenize=False)
     except (jinja2.TemplateError, ValueError) as error:
-      raise UserError(f'{self.folder}: no is_valid_generation chat template in its tokenizer: {error}') from error
+      raise UserError(f'{self.folder}: no usable chat template in its tokenizer: {error}') from error
 
   def _template_ids(self, text: str) -> tuple[int, ...]:
     return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
   def _other_stops(self) -> list[int]:
-    """What else ends an answer of this model, by its generation_config.json."""
+    """Further ids that end an answer, from the model's generation_config.json."""
     path = pathlib.Path(self.folder) / 'generation_config.json'
     stops = json.loads(path.read_text()).get('eos_token_id') if path.exists() else None
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
@@ -146,13 +155,12 @@ class Chat:
 
   def spans(self, instruction: str, images: tuple[int, ...] = (), written: str | Sequence[int] | None = None,
             system: str = 'rewrite') -> list[Span]:
-    """Everything the VLM reads, in order.
+    """Spans of a prompt, in order, with or without its answer.
 
     Args:
       instruction: what the user asks.
       images: the number of image tokens of each reference.
-      written: the answer, as text or as the ids that the VLM wrote (without the stop token); None leaves the prompt
-        open, for the VLM to write.
+      written: the answer, as text or as ids without the stop token; None leaves the prompt open, for the VLM to write.
       system: the system prompt, a name in SYSTEM or a text.
     """
     open_image, close_image = self.image_ends
@@ -168,16 +176,17 @@ class Chat:
     return spans
 
   def add_turn(self, instruction: str, written: str) -> list[Span]:
-    """One more turn, to stand after spans that end in a written answer."""
+    """Spans of one more turn, after spans that end in an answer."""
     return [Span('template', self._between), Span('instruction', self.text_ids(instruction)),
-            Span('template', self._template_pieces[2]), Span('written', self.text_ids(written)), Span('stop', self.stop_ids[:1])]
+            Span('template', self._template_pieces[2]), Span('written', self.text_ids(written)),
+            Span('stop', self.stop_ids[:1])]
 
   @functools.cached_property
   def _between(self) -> tuple[int, ...]:
-    """The template's ids from the stop token of one turn, which it does not include, to the next instruction."""
+    """The template's ids between the stop token of one turn and the next instruction."""
     turns = [*PLACEHOLDERS, *(slot + 'again' for slot in PLACEHOLDERS[1:])]
-    rendered = self.tokenizer.apply_chat_template(
-        [dict(role=role, content=turn) for role, turn in zip(('system', *('user', 'assistant') * 2), turns)], tokenize=False)
+    messages = [dict(role=role, content=turn) for role, turn in zip(('system', *('user', 'assistant') * 2), turns)]
+    rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
     _, found, rest = rendered.partition(turns[2])
     between, following, _ = rest.partition(turns[3])
     ids = self._template_ids(between)
@@ -186,37 +195,40 @@ class Chat:
     return ids[1:]
 
   def read(self, ids) -> str:
-    """Text of written ids, up to the first stop token."""
+    """Text of generated ids, up to the first stop token."""
     ids = list(ids)
     stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
     return self.tokenizer.decode(ids[:stops[0]] if stops else ids, skip_special_tokens=True).strip()
 
 
-def arrays(spans: list[Span], length: int, kept_length: int, kept: tuple[str, ...] = COND_VERIFI) -> dict[str, np.ndarray]:
+def arrays(spans: list[Span], length: int, cond_length: int,
+           kinds: tuple[str, ...] = COND_VERIFI) -> dict[str, np.ndarray]:
   """Spans as padded arrays.
 
   Args:
     spans: from `Chat.spans`.
-    length: s, tokens that an example is padded to.
-    kept_length: q, kept tokens that it is padded to.
-    kept: the kinds of span that reach the DiT.
+    length: s, tokens that the prompt is padded to.
+    cond_length: q, tokens that its conditioning is padded to.
+    kinds: of the spans that condition the DiT.
 
   Returns:
-    tokens [s] i32 and valid [s] bool; keep [q] i32, where in s each kept token stands, and cond_mask [q] bool;
-    written [s] bool, the tokens that the VLM has to write (text and stop).
+    input_ids [s] i32 and attention_mask [s] bool; cond_index [q] i32, the positions in s of the tokens that condition
+    the DiT, and cond_mask [q] bool; written [s] bool, the tokens that the VLM has to write (text and stop).
 
   Raises:
     TooLong: when the text does not fit; nothing is cut off.
   """
   ids = np.array([token for span in spans for token in span.ids], np.int32)
-  kinds = np.array([span.kind for span in spans for _ in span.ids])
-  cond_index = np.flatnonzero(np.isin(kinds, kept)).astype(np.int32)
-  if len(ids) > length or len(cond_index) > kept_length:
-    raise TooLong(f'a prompt of {len(ids)} tokens, {len(cond_index)} of them for the DiT, does not fit the {length} and '
-                     f'{kept_length} that are set: shorten the text or raise data.max_prompt_tokens / data.max_rewrite_tokens')
+  kind = np.array([span.kind for span in spans for _ in span.ids])
+  cond_index = np.flatnonzero(np.isin(kind, kinds)).astype(np.int32)
+  if len(ids) > length or len(cond_index) > cond_length:
+    raise TooLong(f'a prompt of {len(ids)} tokens, {len(cond_index)} of them for the DiT, does not fit the {length} '
+                  f'and {cond_length} that are set: shorten the text or raise data.max_prompt_tokens / '
+                  'data.max_rewrite_tokens')
 
   def pad(x, n):
     return np.pad(x, (0, n - len(x)))
-  return dict(input_ids=pad(ids, length), attention_mask=pad(np.ones(len(ids), bool), length), cond_index=pad(cond_index, kept_length),
-              cond_mask=pad(np.ones(len(cond_index), bool), kept_length),
-              written=pad(np.isin(kinds, ('written', 'stop')), length))
+  return dict(
+      input_ids=pad(ids, length), attention_mask=pad(np.ones(len(ids), bool), length),
+      cond_index=pad(cond_index, cond_length), cond_mask=pad(np.ones(len(cond_index), bool), cond_length),
+      written=pad(np.isin(kind, ('written', 'stop')), length))
