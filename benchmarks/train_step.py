@@ -11,7 +11,7 @@ from absl import app, flags
 import jax
 from ml_collections import config_flags
 
-from unifusion_jax import jobs, sharding
+from unifusion_jax import sharding
 from unifusion_jax.data import loader
 from unifusion_jax.training import step
 
@@ -25,11 +25,10 @@ def main(_):
   config = _CONFIG.value
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    job = jobs.build(config)
-    frozen, tx = job.load_frozen(), step.optimizer(config.optim, config.train.steps)
-    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(job.init_params())
-    train_step = step.make_train_step(job.loss, tx, config.optim)
-    data = loader.batches(*job.data(), config.data.batch_size, config.seed)
+    frozen, tx = config.objective.frozen(config), step.optimizer(config.optim, config.train.steps)
+    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(config.objective.init(config))
+    train_step = step.make_train_step(config.objective.loss, tx, config.optim)
+    data = train.batches(config)
     batch = next(data)
     data.close()
     batch.pop('skipped')

@@ -87,7 +87,7 @@ def ours(folder):
   import jax
 
   from unifusion_jax.weights import encoders
-  return jax.block_until_ready(encoders.load(folder, _DTYPE.value, unroll=jax.devices()[0].platform == 'cpu'))
+  return jax.block_until_ready(encoders.load(folder, _DTYPE.value))
 
 
 def theirs(folder):
@@ -168,7 +168,7 @@ def compare(folder: pathlib.Path) -> None:
         return synchronised(forward(**asked, output_hidden_states=True, use_cache=False).hidden_states)
 
     def our_words(count):
-      return jax.block_until_ready(generate(vlm, *inputs, max_new=count, stop_ids=()).tokens)
+      return jax.block_until_ready(generate(vlm, *inputs, max_new=count, stop_ids=()).ids)
 
     def their_words(count):
       with torch.inference_mode():

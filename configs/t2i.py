@@ -32,9 +32,9 @@ def tiny() -> config.Config:
       # and how sharp they get below that (scenes/evaluation/noise_levels.py): half of the training times lie above 0.71, one in six below 0.5.
       objective=flow_matching.FlowMatching(instruction_prob=0.1, noises_per_example=4, shift=2.5, repa_weight=0.5, repa_depth=3),
       model=unifusion.UniFusionConfig(
-          lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208, unroll=2),
+          lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208),
           dit.DiTConfig(channels=16, patch=1, depth=6, heads=6, kv_heads=2, head_dim=32, mlp=512, time_dim=128,
-                        rope_axes=(8, 12, 12), unroll=6),
+                        rope_axes=(8, 12, 12)),
           dtype='float32'),
       taps=(2, 4, 6),
       frozen_dtype='float32',

@@ -19,6 +19,16 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 jax.config.update('jax_disable_most_optimizations', True)  # compiles three times as fast; nothing here is timed
 
 from unifusion_jax import sharding
+from unifusion_jax.models import layers
+
+layers.UNROLL = False  # compiles faster, too
+
+
+@pytest.fixture
+def unrolled(monkeypatch):
+  """Layers one after another in the program, as a CPU has them."""
+  monkeypatch.setattr(layers, 'UNROLL', True)
+  jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

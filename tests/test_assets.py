@@ -57,7 +57,7 @@ def test_transformers_reads_the_vlm_and_writes_the_same():
                                             np.asarray(jax.jit(type(vlm).logits)(vlm, *batch))], wanted):
     assert np.abs(a - b.numpy())[valid].max() < 1e-4 * np.abs(b.numpy()[valid]).max(), name
   out = text_generation.generate(vlm, *batch, max_new=52, stop_ids=chat.stop_ids)
-  for ours, n, row in zip(np.asarray(out.tokens), np.asarray(out.lengths), words[:, tokens.shape[1]:].numpy()):
+  for ours, n, row in zip(np.asarray(out.ids), np.asarray(out.lengths), words[:, tokens.shape[1]:].numpy()):
     np.testing.assert_array_equal(ours[:n], row[:n])
 
 

@@ -56,7 +56,7 @@ def bare(folder, spans, tiles, stop_ids, **settings):
     vlm = encoders.load(folder, jnp.float32)
     out = text_generation.generate(vlm, ids, np.ones(ids.shape, bool), jax.tree.map(lambda x: x[None], tiles), max_new=WORDS,
                             stop_ids=stop_ids, **settings)
-    return np.asarray(out.tokens)[0, :int(out.lengths[0])]
+    return np.asarray(out.ids)[0, :int(out.lengths[0])]
 
 
 def test_says_what_the_model_says(recipe, images):

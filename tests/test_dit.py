@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax import flow, sharding
-from unifusion_jax.models import dit, unifusion
+from unifusion_jax.models import dit, layers, unifusion
 from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.models.unifusion import UniFusion, UniFusionConfig
@@ -172,9 +172,10 @@ def test_training_starts_from_velocity_zero():
   np.testing.assert_array_equal(velocity(model, *put(hidden, mask, z, t)), 0)
 
 
-def test_one_device_remat_and_unrolling_give_the_same_loss_and_gradients(mesh):
+def test_one_device_remat_and_unrolling_give_the_same_loss_and_gradients(mesh, monkeypatch):
   expected, gradients = jax.device_get(loss_and_gradient(build(), *put(*example())))
-  change = lambda c: dataclasses.replace(c, remat=True, unroll=2)
+  monkeypatch.setattr(layers, 'UNROLL', True)
+  change = lambda c: dataclasses.replace(c, remat=True)
   config = dataclasses.replace(CONFIG, lap=change(CONFIG.lap), dit=change(CONFIG.dit))
   with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=mesh.devices.flat[:1])):
     alone, alone_gradients = jax.device_get(loss_and_gradient(build(config), *put(*example())))

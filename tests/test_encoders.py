@@ -102,12 +102,6 @@ def test_original_layout_is_found(tmp_path):
   assert type(vlm) is internvl.InternVL and vlm.config == encoders.config(tmp_path)
 
 
-def test_layers_are_unrolled_where_it_is_asked(folders):
-  for kind in ('internvl', 'qwen3_vl', 'llama'):
-    assert encoders.load(folders[kind], unroll=True).config.text.unroll
-    assert encoders.config(folders[kind], unroll=True).text.unroll and not encoders.config(folders[kind]).text.unroll
-
-
 def test_public_names_need_no_weights():
   assert encoders.config('OpenGVLab/InternVL2_5-8B') is internvl.PRESETS['InternVL2_5-8B']
   assert encoders.config('Qwen/Qwen3-VL-4B-Instruct@main') is qwen3_vl.PRESETS['Qwen3-VL-4B-Instruct']
@@ -152,7 +146,7 @@ def test_every_form_of_every_version_is_kept_apart(folders, tmp_path):
     return len(list((tmp_path / 'kept').iterdir()))
   cache = str(tmp_path / 'kept')
   encoders.load(folder, cache=cache)
-  encoders.load(folder, cache=cache, unroll=True)  # the same weights
+  encoders.load(folder, cache=cache)  # the same weights
   assert count() == 1
   encoders.load(folder, jnp.float32, cache=cache)
   encoders.load(folder, quantized='int8', cache=cache)

@@ -71,7 +71,7 @@ def test_decoded_states_give_the_velocity_of_a_teacher_forced_pass(sampler):
 
   opened = rows(room, ('image',), [None] * 4)
   out = text_generation.generate(vlm, opened['input_ids'], opened['attention_mask'], images, max_new=more, stop_ids=(), taps=sampler.taps)
-  ids = np.asarray(out.tokens)
+  ids = np.asarray(out.ids)
   assert not np.isin(ids, [layout.chat.image_id, *layout.chat.stop_ids]).any()
   single = pipeline._condition_states(sampler.model, out.prompt_hidden, out.hidden, out.lengths, opened['cond_index'], opened['cond_mask'])
   whole = rows(room + more, ('image', 'written'), list(ids))

@@ -1,0 +1,8 @@
+"""UniFusion (arXiv 2510.12789): a diffusion transformer conditioned on a frozen vision-language model."""
+
+
+def __getattr__(name: str):
+  if name == 'UniFusionPipeline':  # here, so that other parts of the package start without it
+    from unifusion_jax.pipeline import UniFusionPipeline
+    return UniFusionPipeline
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

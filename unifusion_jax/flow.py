@@ -56,18 +56,20 @@ def guide(cond: jax.Array, uncond: jax.Array, scale) -> jax.Array:
 
 
 def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str = 'euler', eta=0.0,
-           keys: jax.Array | None = None) -> jax.Array:
-  """Integrates dx/dt = velocity from noise [b ...] along `times` [n + 1] to data [b ...], in one `lax.scan`.
+           keys: jax.Array | None = None, first=0) -> jax.Array:
+  """Integrates dx/dt = velocity from x [b ...] at times[0] along `times` [n + 1], in one `lax.scan`: x at times[n].
 
-  'euler' takes one velocity a step and has order 1; 'heun' takes two and has order 2. With `keys` [b], one for each row,
-  every Euler step draws part of the noise that it finds in x anew, as DDIM (arXiv 2010.02502, equations 12 and 16) does: at
-  eta 1 as much as the noising from the next time to this one adds (ancestral sampling), at 0 none. Any eta leads to the same
-  distribution in many steps; in few, with a velocity that errs, new noise lets errors of earlier steps fade.
+  'euler' takes one velocity a step and has order 1; 'heun' takes two and has order 2. With `keys` [b], one a row, every
+  Euler step replaces part of the noise in x by new noise, as DDIM (arXiv 2010.02502, equations 12 and 16) does: at
+  eta 1 as much as the noising from the next time to this one adds (ancestral sampling), at 0 none. Any eta leads to the
+  same distribution in many steps; in few, with a velocity that errs, new noise lets errors of earlier steps fade.
+
+  `first` is the number of the first step within the whole way: integrating the way in parts draws the same new noise.
   """
   if method not in ('euler', 'heun'):
     raise ValueError(f"method {method!r} is not a sampler: choose 'euler' or 'heun'")
   if keys is not None and method != 'euler':
-    raise ValueError(f'noise is drawn anew between Euler steps, not between those of {method!r}: leave keys out')
+    raise ValueError(f'noise is renewed between Euler steps, not between those of {method!r}: leave keys out')
   at = lambda x, t: velocity(x, jnp.full_like(x[(slice(None),) + (0,) * (x.ndim - 1)], t, dtype=jnp.float32))
 
   def step(x, interval):
@@ -77,9 +79,12 @@ def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str =
     if method == 'heun':
       end = x + (following - t) * (v + at(end, following)) / 2
     if keys is not None:
-      drawn = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
-      renewed = eta ** 2 * (1 - ((1 - t) / (1 - following) * following / t) ** 2)  # a share of the noise's variance
-      end += following * (jnp.sqrt(renewed) * drawn + (jnp.sqrt(1 - renewed) - 1) * (x + (1 - t) * v))
+      new = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
+      # At t = 0 there is no noise to renew: the inner `where` keeps 0 / 0 out of the value and of its gradient
+      left = jnp.where(t > 0, following / jnp.where(t > 0, t, 1), 0)
+      renewed = eta ** 2 * (1 - ((1 - t) / (1 - following) * left) ** 2)  # a share of the noise's variance
+      end += following * (jnp.sqrt(renewed) * new + (jnp.sqrt(1 - renewed) - 1) * (x + (1 - t) * v))
     return end.astype(x.dtype), None
 
-  return jax.lax.scan(step, noise, (times[:-1], times[1:], jnp.arange(len(times) - 1)))[0]
+  numbers = first + jnp.arange(len(times) - 1)
+  return jax.lax.scan(step, noise, (times[:-1], times[1:], numbers))[0]

@@ -1,8 +1,9 @@
-"""Entry: flags, configuration, mesh, one job.
+"""Entry: flags, configuration, mesh, one command.
 
   python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit
 """
 
+import importlib
 import math
 import os
 import pathlib
@@ -12,16 +13,20 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-from unifusion_jax import command_line, jobs, sharding
+from unifusion_jax import command_line, sharding
 from unifusion_jax import config as configuration
-from unifusion_jax.commands import describe, train
 from unifusion_jax.errors import UserError
 
+# --mode and the module of commands/ that does it; imported when asked for, because each brings libraries of its own.
+COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
+            'describe': 'describe'}
+
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'rewrite', 'eval', 'export'], 'What to do.')
+_MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<name of the recipe>.')
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of several processes that run together, as on the hosts '
-                                 'of a TPU pod; jax finds the others by itself on Cloud TPU, Slurm and Kubernetes.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
+    'others by itself on Cloud TPU, Slurm and Kubernetes.')
 _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                              'Folder that keeps compiled programs between runs; empty for none.')
 
@@ -39,30 +44,24 @@ def start(argv):
 
 
 def main(argv):
+  """Runs the command on the recipe's mesh."""
   del argv
   config = _CONFIG.value
-  if isinstance(config, describe.DescribeConfig):
-    with jax.set_mesh(sharding.make_mesh(config.mesh)):
-      return describe.run(config)
-  recipe = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0]).stem
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe)
-  configuration.check(config, jax.device_count())
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    if _MODE.value == 'train':
-      train.train(config, workdir, mesh)
-      where = dict(images=workdir / 'samples', metrics=workdir / 'metrics.jsonl', checkpoint=workdir / 'checkpoints')
-      print('\n'.join(['done.', *(f'  {name}: {path}' for name, path in where.items())]))
-    else:
-      configuration.check_run(config, workdir)
-      job = jobs.build(config)
-      run = dict(sample=job.sample, rewrite=job.rewrite, eval=job.evaluate, export=job.export)[_MODE.value]
-      run(workdir, mesh)
-      configuration.write(config, workdir, f'config_{_MODE.value}.json')
+  trains = isinstance(config, configuration.Config)
+  mode = _MODE.value or ('train' if trains else 'describe')
+  recipe = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0])
+  if trains == (mode == 'describe'):
+    wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
+    raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
+  if trains:
+    configuration.check(config, jax.device_count())
+  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+    command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
+    command.run(config, pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem))
 
 
 def run():
-  """The console entry: bad input ends in one sentence and not in a traceback."""
+  """The console entry: an error that a user can mend ends in its sentence and not in a traceback."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   flags.mark_flag_as_required('config')

@@ -1,30 +1,116 @@
-"""Requests in, images out: the one sampler behind the command line, previews, evaluation and notebooks.
+"""UniFusionPipeline: requests in, images out. The one path of the API, the command line, previews and evaluation.
 
-A request is laid out by VERIFI; the VLM reads it and writes; the states of the image tokens that it read and of the
-tokens that it wrote, as they were computed, condition the DiT; the flow is integrated and decoded.
+  pipe = UniFusionPipeline.from_pretrained('tiny')
+  result = pipe('make the circle blue', images='photo.png', num_images=4)
+  result.images[0].save('blue.png')
+
+A request is laid out as a VERIFI prompt (verifi.py). The VLM reads it and writes a rewrite; the states of the image
+tokens and of the written tokens, as they were computed, become the condition tokens of the DiT (`encode`); the flow is
+integrated (`denoise`) and the autoencoder decodes it (`decode`). `Conditioning` may be edited between these phases.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
+import difflib
 import functools
+import json
+import numbers
+import os
+import pathlib
+import posixpath
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from unifusion_jax import conditioning as states
 from unifusion_jax import flow, sharding, verifi
-from unifusion_jax.data import transforms
+from unifusion_jax.data import imaging, transforms, vision_inputs
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
-from unifusion_jax.objectives import flow_matching
+from unifusion_jax.models import vae as autoencoder
+from unifusion_jax.weights import encoders, hub
+
+ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
+DESCRIPTION = 'unifusion.json'
+TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key for sampled tokens; the steps of sampling fold 0, 1, ...
+SYSTEM_BUCKET = 64  # a system prompt longer than training's takes this many more tokens, or a power of 2 above
+
+
+@dataclasses.dataclass
+class SampleConfig:
+  """How images are sampled, and what --mode=sample samples."""
+  weights: str | None = None        # used where the workdir holds no run; None: those that training starts from
+  prompt: str = ''                  # one request a line; @file.txt reads them from a file
+  references: tuple[str, ...] = ()  # image files, the same for every request; give the flag once for each
+  rewrite: str | None = None        # text to condition on instead of what the VLM would write
+  num_images: int = 1               # of each request
+  seed: int = 0                     # of the first image; every further image takes the next number
+  width: int = 0                    # 0: the first reference's shape, else square
+  height: int = 0
+  batch_size: int = 32              # images sampled at a time
+  verifi: bool = True               # False: condition on the request itself
+  system: str | None = None         # another system prompt, a name in verifi.SYSTEM or a text
+  temperature: float = 0.0          # of the rewrites: 0, the most probable one; above 0 each seed samples its own
+  top_p: float = 1.0                # share of probability that they are sampled from
+  tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
+  image_tokens: bool = True         # False: the VLM reads the references, but their tokens do not condition the DiT
+  stitch: bool = False              # show all references as one image, side by side
+  steps: int = 24
+  guidance: float = 3.0             # 1: off
+  method: str = 'euler'             # or 'heun'
+  eta: float = 0.0                  # 0: an ODE. Up to 1: new noise between Euler steps (flow.sample)
+  shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
+
+  def settings(self) -> dict:
+    """How images are sampled, without what belongs to one request or to the command line."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_A_REQUEST}
+
+  def changed(self, **values) -> 'SampleConfig':
+    """With other values, None for those that stay; UserError for a name or a type that cannot be."""
+    values = {name: value for name, value in values.items() if value is not None}
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name, value in values.items():
+      if name not in defaults:
+        near = difflib.get_close_matches(name, defaults, 1)
+        hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(self.settings())}'
+        raise UserError(f'there is no setting {name!r}: {hint}')
+      kind, named = _KINDS.get(type(defaults[name]), (str, 'a text'))
+      if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f'{name}={value!r} must be {named}')
+    return dataclasses.replace(self, **values)
+
+  def problems(self, unit: int = 1, prefix: str = 'sample.') -> list[str]:
+    """Values that cannot be, a sentence each. `unit`: pixels that both sides must be multiples of."""
+    least = dict(steps=1, batch_size=1, num_images=1, seed=0, tiles=0, temperature=0, shift=0, width=0, height=0)
+    checks = {f'{prefix}{name}={getattr(self, name)} must be {limit} or more': getattr(self, name) >= limit
+              for name, limit in least.items()}
+    checks |= {f'{prefix}{name}={side} must be a multiple of {unit} pixels (a latent patch)': side % unit == 0
+               for name, side in (('width', self.width), ('height', self.height))}
+    checks |= {
+        f"{prefix}method={self.method!r} must be 'euler' or 'heun'": self.method in ('euler', 'heun'),
+        f'{prefix}eta={self.eta} must be between 0 and 1': 0 <= self.eta <= 1,
+        f'{prefix}eta={self.eta} renews noise between Euler steps only: set it to 0 with {prefix}method=heun, or take '
+        'euler': not (self.eta and self.method == 'heun'),
+        f'{prefix}top_p={self.top_p} must be above 0 and at most 1': 0 < self.top_p <= 1}
+    return [text for text, holds in checks.items() if not holds]
+
+
+# What a setting may be, by the type of its default
+_KINDS = {bool: (bool, 'True or False'), int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number')}
+_OF_A_REQUEST = ('weights', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height', 'batch_size')
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One image to make.
+  """One image to sample.
 
   Attributes:
-    instruction: what is asked.  references: images uint8 [y x 3], in the order they are shown to the VLM.
-    seed: of the noise.
+    instruction: what is asked for.
+    references: images in the order that the VLM is shown them: uint8 [y x 3], or all that `imaging.read` takes.
+    seed: of the noise and of sampled text.
     rewrite: text to condition on instead of what the VLM would write.
   """
   instruction: str
@@ -34,130 +120,508 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Sample:
+  """The image of one request."""
   image: np.ndarray  # uint8 [y x 3]
-  written: str         # what the DiT was conditioned on
-  warning: str = ''     # why that is not what was to be expected
+  rewrite: str       # text that conditioned it
+  warning: str = ''  # why that is not the VLM's rewrite, where it should have been
 
 
-@dataclasses.dataclass
-class Sampler:
-  """Samples from one model; every set of shapes and settings is compiled once.
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a call returns: one entry an image, those of the first prompt first."""
+  images: list[Image.Image]
+  rewrites: list[str]   # text that conditioned each
+  warnings: list[str]   # '' where there is nothing to say
+  metadata: list[dict]  # prompt, rewrite, warning, seed and settings of each
+
+  @property
+  def arrays(self) -> list[np.ndarray]:
+    """The images as uint8 [y x 3]."""
+    return [np.asarray(image) for image in self.images]
+
+
+class Conditioning(NamedTuple):
+  """What conditions the DiT; a pytree whose leaves all begin with the batch."""
+  tokens: jax.Array  # [b q d]
+  mask: jax.Array    # [b q], False on padding
+
+
+class Encoded(NamedTuple):
+  """Conditioning of requests, and of each the text behind it and a warning ('' for none)."""
+  conditioning: Conditioning
+  rewrites: list[str]
+  warnings: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """unifusion.json beside a transformer's config.json: the rest of its pipeline.
 
   Attributes:
-    settings: a config.SampleConfig; all but what a request says of itself and `weights` is read here.
-    factor: pixels of a side of a latent.  channels: c of the latents.
+    vlm, vae: a path relative to the folder ('./x', '../x') or absolute, a hub id, or 'tiny' for the embedded model.
+    taps: layers of the VLM that LAP pools.
+    size: side of a square image where no size is asked for.
+    max_prompt_tokens, max_rewrite_tokens: token budgets of a prompt without its images, and of a rewrite.
+    system: system prompt of training, a name in verifi.SYSTEM or a text.
+    tiles: most tiles of a reference in training.
+    sample: defaults of SampleConfig.
   """
-  model: unifusion.UniFusion
-  frozen: flow_matching.Frozen
-  layout: transforms.PromptEncoder
+  vlm: str
+  vae: str
   taps: tuple[int, ...]
-  settings: object
-  factor: int
-  channels: int
+  size: int
+  max_prompt_tokens: int
+  max_rewrite_tokens: int
+  system: str = 'rewrite'
+  tiles: int = 1
+  sample: dict = dataclasses.field(default_factory=dict)
 
-  def __call__(self, requests: list[Request], height: int, width: int, images=None, start: float = 1.0) -> list[Result]:
-    """All requests at one size, as one batch.
 
-    With `images`, uint8 [y x 3] for each request, drawing does not begin with noise but with these, noised to the time
-    `start`.
+def _in_mesh(method):
+  """Runs a method of the pipeline with its mesh in context."""
+  @functools.wraps(method)
+  def run(self, *args, **kwargs):
+    with jax.set_mesh(self.mesh):
+      return method(self, *args, **kwargs)
+  return run
 
-    Raises ValueError for a size that is no whole number of latents and patches, and for text that is too long.
+
+class UniFusionPipeline:
+  """One model with its frozen VLM and autoencoder, on the mesh in context or else on a mesh over all devices.
+
+  Programs are compiled once for every set of shapes. Rows are padded to a number that the devices share evenly, so `b`
+  may be larger than the number of requests; a row does not depend on the others.
+  """
+
+  def __init__(self, model: unifusion.UniFusion, frozen: states.Frozen, prompt_encoder: transforms.PromptEncoder,
+               settings: SampleConfig | None = None, size: int = 512):
+    """`frozen` has vlm, vae and taps; `settings` are the defaults of every call; `size` as in Description."""
+    self.mesh = _mesh()
+    self.model, self.frozen, self.prompt_encoder = model, frozen, prompt_encoder
+    self.settings, self.size = settings or SampleConfig(), size
+    self._null = None
+
+  @classmethod
+  def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, vlm: str | None = None, vae: str | None = None,
+                      dtype: str = 'float32', quantized: str = '', cache: str | None = None) -> 'UniFusionPipeline':
+    """The pipeline of a transformer's folder or hub id.
+
+    Args:
+      name: 'tiny' for the embedded editing model; else a folder with config.json, weights and unifusion.json, or the
+        hub id of one.
+      vlm, vae: a folder or hub id to use instead of those that unifusion.json names.
+      dtype: 'float32' or 'bfloat16', of all weights and of the computation.
+      quantized: '' or, of the VLM, 'int8' (weights) or 'w8a8' (activations too).
+      cache: a folder that keeps the converted VLM for the next start.
+
+    Raises:
+      UserError: for a folder without unifusion.json, and for parts that do not fit each other.
     """
-    unit = self.factor * self.model.config.dit.patch
-    if height % unit or width % unit or min(height, width) < unit:
-      raise UserError(f'an image of {width}x{height} cannot be made: both sides must be multiples of {unit}')
-    padded = requests + [requests[-1]] * (sharding.padded_batch(len(requests)) - len(requests))
-    condition, mask, written, warnings = self._condition(padded)
-    null, null_mask = self._null(len(padded), condition.shape[1])
-    noise = np.stack([_noise(request.seed, (height // self.factor, width // self.factor, self.channels))
-                      for request in padded])
-    begin = sharding.shard(noise)
-    if images is not None:
-      images = [*images, *[images[-1]] * (len(padded) - len(requests))]
-      begin = _noised(self.frozen.vae, sharding.shard(np.stack(images)), begin, jnp.float32(start))
+    if dtype not in ('float32', 'bfloat16'):
+      raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+    name = ASSETS / 'edit' if name == 'tiny' else name
+    with jax.set_mesh(_mesh()):
+      folder = hub.resolve(name)
+      description = read_description(folder)
+      vlm = hub.resolve(vlm or _part('vlm', description.vlm, name, folder))
+      vae = hub.resolve(vae or _part('vae', description.vae, name, folder))
+      config = dataclasses.replace(unifusion.read_config(folder), dtype=dtype)
+      prompt_encoder = _prompt_encoder(vlm, description)
+      _check_taps(folder, description.taps, config.lap, vlm, encoders.config(vlm).text)
+      decoder = autoencoder.load(vae, jnp.dtype(dtype))
+      if decoder.config.latent_channels != config.dit.channels:
+        raise UserError(f'{vae} has {decoder.config.latent_channels} latent channels and {folder} wants '
+                        f'{config.dit.channels}: give the autoencoder that it was trained with (vae=)')
+      frozen = states.Frozen(
+          encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache), decoder, description.taps)
+      model = unifusion.load(folder, config, jnp.dtype(dtype))
+      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**description.sample), description.size)
+
+  def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
+               rewrite: str | None = None, height: int | None = None, width: int | None = None,
+               callback: Callable[[int, int], None] | None = None, **settings) -> Result:
+    """Samples `num_images` of every prompt.
+
+    Args:
+      prompt: one or several.
+      images: the references of every prompt: a path, an array or a Pillow image, or several in the order shown.
+      seed: of the first image; every further image takes the next number.
+      rewrite: text to condition on instead of what the VLM would write.
+      height, width: in pixels; one alone keeps the proportions of the first reference (square without one), none is
+        that reference's shape at about `self.size` squared pixels.
+      callback: called as callback(done, all) after each sampling step.
+      **settings: of SampleConfig: steps, guidance, method, eta, shift, verifi, system, temperature, top_p, tiles,
+        image_tokens, stitch, batch_size. None, as for every argument here, is the pipeline's own default.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not all(isinstance(text, str) for text in prompts):
+      raise UserError(f'prompt={prompt!r} must be a text or a list of texts')
+    if rewrite is not None:
+      prompts = [text or rewrite for text in prompts]
+    if not prompts or not all(text.strip() for text in prompts):
+      raise UserError("nothing to generate: give a prompt, as in pipe('make the circle blue', images='photo.png')")
+    several = isinstance(images, (list, tuple))
+    references = tuple(imaging.read(image) for image in (images if several else () if images is None else (images,)))
+    s = self.settings.changed(num_images=num_images, seed=seed, height=height, width=width, **settings)
+    if problems := s.problems(self.unit, ''):
+      raise UserError('; '.join(problems))
+    height, width = shape_like(references[0] if references else None, self.size, s.height, s.width)
+    requests = requests_for(prompts, references, s.num_images, s.seed, rewrite)
+    size = min(s.batch_size, len(requests))
+    batches, samples = -(-len(requests) // size), []
+    for number, (part, rows) in enumerate(sharding.batched(requests, size)):
+      report = callback and (lambda done, steps, number=number: callback(number * steps + done, batches * steps))
+      samples += self.generate(rows, height, width, settings=s, callback=report)[:len(part)]
+    return Result([Image.fromarray(sample.image) for sample in samples], [sample.rewrite for sample in samples],
+                  [sample.warning for sample in samples],
+                  [self.metadata(request, sample, s) for request, sample in zip(requests, samples)])
+
+  @_in_mesh
+  def generate(self, requests: list[Request], height: int, width: int, *, settings: SampleConfig | None = None,
+               init_images=None, start: float = 1.0, callback: Callable[[int, int], None] | None = None
+               ) -> list[Sample]:
+    """Samples all requests as one batch of one size.
+
+    Args:
+      settings: instead of the pipeline's.
+      init_images: uint8 [y x 3], one a request: sampling begins with these, noised to the time `start`, instead of
+        with noise alone.
+      callback: called as callback(done, steps) after each step; steps are then dispatched one by one.
+
+    Raises:
+      UserError: for a size that is no whole number of patches, and for text that is too long.
+    """
+    s = settings or self.settings
+    self._check_size(height, width)
+    conditioning, rewrites, warnings = self.encode(requests, s)
+    seeds = [request.seed for request in requests]
+    latents = self.noise(seeds, height, width)
+    if init_images is not None:
+      latents = self.add_noise(init_images, latents, start)
+    times = self.times(height, width, steps=s.steps, shift=s.shift, start=start)
+    size = 1 if callback else s.steps
+    for first in range(0, s.steps, size):
+      latents = self.denoise(conditioning, latents, times[first:first + size + 1], guidance=s.guidance,
+                             method=s.method, eta=s.eta, seeds=seeds, first=first)
+      if callback:
+        callback(first + 1, s.steps)
+    return [Sample(*parts) for parts in zip(self.decode(latents)[:len(requests)], rewrites, warnings)]
+
+  @_in_mesh
+  def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
+    """Lays the requests out, lets the VLM write where it should, and reads what is known: their conditioning.
+
+    A rewrite that is no use (`read_rewrites`) is replaced by the request itself, with a warning.
+    """
+    s = settings or self.settings
+    rows = _padded(requests)
+    prompts = _Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
+    images = prompts.images and sharding.shard(stacked(prompts.images))
+    # What each row is known to be conditioned on: a text, or RAW, the request itself. None is for the VLM to write
+    known = [row.rewrite if row.rewrite is not None else None if s.verifi else RAW for row in rows]
+    written, failures = [None] * len(rows), {}
+    conditioning = None
+    if None in known:
+      conditioning, written, failures = self._write(prompts, images, s)
+      failures = {i: reason for i, reason in failures.items() if known[i] is None}
+      known = [RAW if i in failures else text for i, text in enumerate(known)]
+    if any(text is not None for text in known):
+      read = self._read(prompts.answered(known), images)
+      chosen = sharding.shard(np.array([text is not None for text in known]))
+      conditioning = read if conditioning is None else _choose(chosen, read, conditioning)
+    rewrites = [row.instruction if text is RAW else new if text is None else text
+                for row, text, new in zip(rows, known, written)]
+    warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else '' for i in range(len(rows))]
+    return Encoded(conditioning, rewrites[:len(requests)], warnings[:len(requests)])
+
+  @_in_mesh
+  def null(self) -> Conditioning:
+    """Conditioning of the empty text without images, one row on every device; computed once."""
+    if self._null is None:
+      encoder = self.prompt_encoder
+      spans = encoder.chat.spans('', (), '', encoder.system)
+      row = verifi.arrays(spans, encoder.lengths(0)[0], 1)  # its one token is the stop token
+      rows = sharding.shard(stacked([row] * sharding.padded_batch(1)))
+      first = jax.tree.map(lambda x: x[:1], sharding.gather(self._read(rows, None)))
+      self._null = jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
+    return self._null
+
+  @_in_mesh
+  def noise(self, seeds: Sequence[int], height: int, width: int) -> jax.Array:
+    """Latents [b y x c] of noise, each the same whatever else is in the batch."""
+    self._check_size(height, width)
+    vae = self.frozen.vae.config
+    shape = height // vae.downsampling, width // vae.downsampling, vae.latent_channels
+    return sharding.shard(np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32)
+                                    for seed in _padded(seeds)]))
+
+  @_in_mesh
+  def add_noise(self, images, noise: jax.Array, t: float) -> jax.Array:
+    """Latents [b y x c] of images uint8 [y x 3], noised to the time t (1 is noise)."""
+    return _noised(self.frozen.vae, sharding.shard(np.stack(_padded(list(images)))), noise, jnp.float32(t))
+
+  @_in_mesh
+  def times(self, height: int, width: int, *, steps: int | None = None, shift: float | None = None,
+            start: float = 1.0) -> jax.Array:
+    """Sampling times [steps + 1] from `start` to 0 for images of a size."""
+    steps, shift = (default if value is None else value
+                    for value, default in ((steps, self.settings.steps), (shift, self.settings.shift)))
+    return flow.timesteps(steps, shift or flow.shift_for((height // self.unit) * (width // self.unit)), start)
+
+  @_in_mesh
+  def denoise(self, conditioning: Conditioning, latents: jax.Array, times: jax.Array, *,
+              guidance: float | None = None, null: Conditioning | None = None, method: str | None = None,
+              eta: float | None = None, seeds: Sequence[int] | None = None, first: int = 0) -> jax.Array:
+    """Latents [b y x c] at times[0] integrated to times[-1].
+
+    The whole way, or any part of it: part after part gives what the whole gives.
+
+    Args:
+      guidance, method, eta: None takes the pipeline's.
+      null: instead of `self.null()`; neither is computed at guidance 1.
+      seeds: of the new noise where eta is above 0, one a request.
+      first: the number of the first of these steps within the whole way.
+    """
     s = self.settings
-    shift = s.shift or flow.shift_for((height // unit) * (width // unit))
-    keys = _keys([request.seed for request in padded]) if s.eta else None
-    drawn = _draw(self.model, self.frozen.vae, condition, mask, null, null_mask, begin, jnp.float32(s.guidance),
-                  jnp.float32(start), jnp.float32(s.eta), keys, steps=s.steps, method=s.method, shift=float(shift),
-                  guided=s.guidance != 1.0)
-    return [Result(*parts) for parts in zip(sharding.gather(drawn)[:len(requests)], written, warnings)]
+    guidance = s.guidance if guidance is None else guidance
+    method, eta = s.method if method is None else method, s.eta if eta is None else eta
+    if eta and seeds is None:
+      raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
+    null = None if guidance == 1 else null or self.null()
+    return _denoise(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
+                    _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
 
-  def _condition(self, requests):
-    """Condition tokens [b q d], their mask [b q], and of each request the text they stand for and a warning."""
-    s, layout = self.settings, self.layout.in_tiles(self.settings.tiles)
-    system = s.system or layout.system
-    count = max(len(request.references) for request in requests)
-    seen, counts = zip(*(layout.image_processor.preprocess(request.references, count) for request in requests))
-    images = sharding.shard(stacked(seen)) if count else None
-    longer = len(layout.chat.system_ids(system)) - len(layout.chat.system_ids(layout.system))
-    length = layout.lengths(count)[0] + max(0, longer)
-    forced = {i: (r.instruction if r.rewrite is None else r.rewrite, r.rewrite is None)
-              for i, r in enumerate(requests) if r.rewrite is not None or not s.verifi}
-    warnings = [''] * len(requests)
-    condition = mask = None
-    if len(forced) < len(requests):
-      rows = [verifi.arrays(layout.chat.spans(r.instruction, c, None, system), length, count * layout.image_processor.max_tokens,
-                            ('image',) if s.images else ()) for r, c in zip(requests, counts)]
-      out, condition, mask = self._condition_states(layout, sharding.shard(stacked(rows)), images, [r.seed for r in requests])
-      written, failed = read(layout.chat, *sharding.gather((out.tokens, out.lengths)))
-      for i, reason in failed.items():
-        if i not in forced:
-          forced[i] = requests[i].instruction, True
-          warnings[i] = f'{reason}: drawn from the request itself'
-    if forced:
-      rows, length = [], length + layout.written  # the prompt and a whole answer
-      for i, (request, c) in enumerate(zip(requests, counts)):
-        text, raw = forced.get(i, ('', False))
-        spans = layout.chat.spans(request.instruction, c, '' if raw else text, system)
-        room = count * layout.image_processor.max_tokens + (layout.text if any(raw for _, raw in forced.values()) else layout.written)
-        kinds = verifi.COND_RAW if raw else verifi.COND_VERIFI
-        rows.append(verifi.arrays(spans, length, room, kinds if s.images else tuple(k for k in kinds if k != 'image')))
-      rows = sharding.shard(stacked(rows))
-      told = _read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'], rows['cond_mask'], images,
-                   taps=self.taps)
-      if condition is None:
-        condition, mask = told, rows['cond_mask']
-      else:
-        condition, mask = _choose(sharding.shard(np.array([i in forced for i in range(len(requests))])),
-                                  (told, rows['cond_mask']), (condition, mask))
-    return condition, mask, [forced[i][0] if i in forced else written[i] for i in range(len(requests))], warnings
+  @_in_mesh
+  def decode(self, latents: jax.Array) -> np.ndarray:
+    """Latents [b y x c] -> images uint8 [b y x 3]."""
+    return sharding.gather(_decode(self.frozen.vae, latents))
 
-  def _condition_states(self, layout, rows, images, seeds):
-    """The VLM writes: its answer, and the condition tokens from the states in which it was written."""
-    s = self.settings
-    keys = _keys(seeds) if s.temperature else None
-    out = text_generation.generate(self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=layout.written,
-                            stop_ids=layout.chat.stop_ids, taps=self.taps, temperature=s.temperature, top_p=s.top_p,
-                            key=keys)
-    return out, *_condition_states(self.model, out.prompt_hidden, out.hidden, out.lengths, rows['cond_index'], rows['cond_mask'])
+  @property
+  def unit(self) -> int:
+    """Pixels that both sides of an image must be multiples of: one patch of latents."""
+    return self.frozen.vae.config.downsampling * self.model.config.dit.patch
 
-  def _null(self, batch: int, kept_length: int):
-    """The condition of the empty text without images, padded to `kept_length`."""
-    spans = self.layout.chat.spans('', (), '', self.layout.system)
-    row = verifi.arrays(spans, self.layout.lengths(0)[0], kept_length)
-    tiled = sharding.shard({name: np.broadcast_to(x, (batch, *x.shape)) for name, x in row.items()})
-    condition = _read(self.model, self.frozen.vlm, tiled['input_ids'], tiled['attention_mask'], tiled['cond_index'], tiled['cond_mask'],
-                      None, taps=self.taps)
-    return condition, tiled['cond_mask']
+  def metadata(self, request: Request, sample: Sample, settings: SampleConfig) -> dict:
+    """What an image was made from: prompt, rewrite, warning, seed and settings."""
+    height, width = sample.image.shape[:2]
+    system = settings.system or self.prompt_encoder.system
+    return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning, seed=request.seed,
+                settings=settings.settings() | dict(system=system, width=width, height=height))
+
+  def _check_size(self, height: int, width: int) -> None:
+    if height % self.unit or width % self.unit or min(height, width) < self.unit:
+      raise UserError(f'an image of {width}x{height} cannot be sampled: both sides must be multiples of {self.unit}')
+
+  @property
+  def _max_positions(self) -> int:
+    return self.frozen.vlm.decoder.config.max_positions
+
+  def _write(self, prompts: '_Prompts', images, s: SampleConfig):
+    """The VLM writes: conditioning from the states in which it wrote, texts, and why some rows are no use."""
+    chat, rows = prompts.encoder.chat, sharding.shard(stacked(prompts.unanswered()))
+    keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
+    ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
+        self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.written,
+        stop_ids=chat.stop_ids, taps=self.frozen.taps, temperature=s.temperature, top_p=s.top_p, key=keys)
+    conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_index'], rows['cond_mask'])
+    return conditioning, *read_rewrites(chat, *sharding.gather((ids, lengths)))
+
+  def _read(self, rows, images) -> Conditioning:
+    """Conditioning of prompts with known answers, from one teacher-forced pass."""
+    rows = sharding.shard(stacked(rows)) if isinstance(rows, list) else rows
+    return _condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'],
+                           rows['cond_mask'], images, taps=self.frozen.taps)
 
 
-def read(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
-  """Texts of written ids [b n], and of the rows that are no use why.
+RAW = object()  # conditioned on the request itself, before an empty answer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+  """Requests laid out for the VLM at shapes of few kinds: references and longer system prompts are bucketed.
+
+  Attributes:
+    images: of each request as the VLM takes them; None without references.
+    counts: image tokens of each reference of each request.
+    length: tokens of a prompt without its answer.  image_length: its most image tokens.
+    image_tokens: whether image tokens condition the DiT.
+  """
+  encoder: transforms.PromptEncoder
+  requests: list[Request]
+  images: list | None
+  counts: tuple
+  system: str
+  length: int
+  image_length: int
+  image_tokens: bool
+
+  @classmethod
+  def of(cls, encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig,
+         max_positions: int) -> '_Prompts':
+    encoder = encoder.in_tiles(s.tiles)
+    references = [[imaging.read(image) for image in request.references] for request in requests]
+    references = [(imaging.stitch(images),) if s.stitch and images else images for images in references]
+    most, system = max(map(len, references)), s.system or encoder.system
+    longer = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
+    count = 1 << (most - 1).bit_length() if most else 0
+    extra = max(SYSTEM_BUCKET, 1 << (longer - 1).bit_length()) if longer else 0
+    if encoder.lengths(count)[0] + extra + encoder.written > max_positions:
+      count, extra = most, longer  # no room for buckets
+    images, counts = zip(*(encoder.image_processor.preprocess(images, count) for images in references))
+    return cls(encoder, requests, list(images) if count else None, counts, system,
+               encoder.lengths(count)[0] + extra, count * encoder.image_processor.max_tokens, s.image_tokens)
+
+  def unanswered(self) -> list[dict[str, np.ndarray]]:
+    """Prompts that end where the VLM begins to write."""
+    return [verifi.arrays(self._spans(i, None), self.length, self.image_length, self._kinds(('image',)))
+            for i in range(len(self.requests))]
+
+  def answered(self, answers: list) -> list[dict[str, np.ndarray]]:
+    """Prompts with an answer each: a text, or RAW; None is a row that is not used."""
+    rows = [(self._spans(i, '' if answer in (None, RAW) else answer),
+             self._kinds(verifi.COND_RAW if answer is RAW else verifi.COND_VERIFI)) for i, answer in enumerate(answers)]
+    # The length of rewrites where all texts fit it, so that as a rule the DiT runs at one shape
+    most = max(sum(len(span.ids) for span in spans if span.kind in kinds and span.kind != 'image')
+               for spans, kinds in rows)
+    written, text = self.encoder.written, self.encoder.text
+    cond_length = self.image_length + (written if most <= written else max(written, text))
+    return [verifi.arrays(spans, self.length + written, cond_length, kinds) for spans, kinds in rows]
+
+  def _spans(self, i: int, answer: str | None):
+    return self.encoder.chat.spans(self.requests[i].instruction, self.counts[i], answer, self.system)
+
+  def _kinds(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    return kinds if self.image_tokens else tuple(kind for kind in kinds if kind != 'image')
+
+
+def requests_for(prompts: Sequence[str], references: tuple, num_images: int = 1, seed: int = 0,
+                 rewrite: str | None = None) -> list[Request]:
+  """`num_images` requests for every prompt, all with the same references, their seeds counting from `seed`."""
+  return [Request(prompt, references, seed + i * num_images + j, rewrite)
+          for i, prompt in enumerate(prompts) for j in range(num_images)]
+
+
+def shape_like(reference: np.ndarray | None, size: int, height: int = 0, width: int = 0) -> tuple[int, int]:
+  """(height, width): about size^2 pixels in a reference's proportions, multiples of 16; a side that is given stays."""
+  ratio = 1.0 if reference is None else reference.shape[1] / reference.shape[0]
+  if height or width:
+    wanted = (height, height * ratio) if height else (width / ratio, width)
+  else:
+    wanted = (size / ratio ** 0.5, size * ratio ** 0.5)
+  rounded = [max(16, round(side / 16) * 16) for side in wanted]
+  return height or rounded[0], width or rounded[1]
+
+
+def read_rewrites(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
+  """Texts of generated ids [b n], and of the rows that are no use the reason.
 
   Nothing was written, no end was found, or an image token was, which no later pass could tell from an image.
   """
   texts = [chat.read(row[:n]) for row, n in zip(ids, lengths)]
-  failed = {}
+  failures = {}
   for i, (row, n) in enumerate(zip(ids, lengths)):
     if row[n - 1] not in chat.stop_ids:
-      failed[i] = f'the VLM found no end within {len(row)} tokens'
+      failures[i] = f'the VLM found no end within {len(row)} tokens'
     elif chat.image_id in row[:n]:
-      failed[i] = 'the VLM wrote an image token'
+      failures[i] = 'the VLM wrote an image token'
     elif not texts[i]:
-      failed[i] = 'the VLM wrote nothing'
-  return texts, failed
+      failures[i] = 'the VLM wrote nothing'
+  return texts, failures
+
+
+def read_description(folder: pathlib.Path) -> Description:
+  """unifusion.json of a folder; UserError where it is missing or wrong."""
+  path = pathlib.Path(folder) / DESCRIPTION
+  if not path.exists():
+    raise UserError(f'{folder} has no {DESCRIPTION}, which names the VLM and the autoencoder of this model and how '
+                    'they are used: --mode=export and pipeline.save_description write it')
+  try:
+    values = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path} is no JSON: {error}') from error
+  fields = dataclasses.fields(Description)
+  required = [field.name for field in fields
+              if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+  kinds = dict(taps=list, sample=dict, size=int, tiles=int, max_prompt_tokens=int, max_rewrite_tokens=int)
+  wrong = [f'{name} is missing' for name in required if name not in values]
+  wrong += [f'{name} is not known' for name in values if name not in [field.name for field in fields]]
+  wrong += [f'{name}={value!r} must be {"a text" if name not in kinds else kinds[name].__name__}'
+            for name, value in values.items() if not isinstance(value, kinds.get(name, str)) or value in ('', [], 0)]
+  if not wrong:
+    try:
+      wrong = SampleConfig().changed(**values.get('sample', {})).problems()
+    except UserError as error:
+      wrong = [f'sample: {error}']
+  if wrong:
+    raise UserError(f'{path}: {"; ".join(wrong)}')
+  return Description(**values | dict(taps=tuple(values['taps'])))
+
+
+def save_description(folder: str | os.PathLike, config) -> None:
+  """Writes unifusion.json of a config.Config into the folder of its transformer."""
+  folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
+  description = Description(
+      _named(config.vlm, folder), _named(config.vae, folder), config.taps, config.data.size, encoder.text,
+      encoder.written, config.system, max(config.data.tiles), config.sample.settings())
+  if sharding.is_main_process():
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
+
+
+def _named(path: str, folder: pathlib.Path) -> str:
+  """A part's place as unifusion.json of `folder` names it: what lies beside the folder moves with it."""
+  place = pathlib.Path(path).expanduser()
+  if not place.is_dir():
+    return path  # a hub id
+  place, folder = place.resolve(), folder.resolve()
+  if place.parent == ASSETS.resolve():
+    return 'tiny'
+  return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else str(place)
+
+
+def _part(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path | str:
+  """The place of the VLM or autoencoder that unifusion.json of `folder`, which is behind `name`, calls `entry`."""
+  if entry == 'tiny':
+    return ASSETS / part
+  if (folder / entry).is_dir():
+    return folder / entry
+  if not entry.startswith('.'):
+    return entry
+  if pathlib.Path(name).expanduser().is_dir():
+    raise UserError(f'{folder / DESCRIPTION} says that the {part} is in {entry}, which is not there: put it there, or '
+                    f'give {part}=FOLDER')
+  repository, at, revision = str(name).partition('@')
+  return posixpath.normpath(posixpath.join(repository, entry)) + at + revision
+
+
+def _prompt_encoder(vlm: pathlib.Path, description: Description) -> transforms.PromptEncoder:
+  config = encoders.config(vlm)
+  image_processor = vision_inputs.for_model(config, description.tiles, vlm)
+  encoder = transforms.PromptEncoder(str(vlm), image_processor, description.max_prompt_tokens,
+                                     description.max_rewrite_tokens, system=description.system)
+  vision_inputs.check(config, encoder.chat)
+  return encoder
+
+
+def _check_taps(folder: pathlib.Path, taps: tuple[int, ...], lap, vlm: pathlib.Path, text) -> None:
+  if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
+    raise UserError(f'{folder / DESCRIPTION}: taps={list(taps)} must be {lap.taps} rising numbers of layers, as '
+                    'many as the model pools')
+  if taps[-1] > text.depth or text.width != lap.width:
+    raise UserError(f'{vlm} has {text.depth} layers of width {text.width}, but {folder} pools layers {list(taps)} of '
+                    f'width {lap.width}: give the VLM that it was trained with (vlm=)')
+
+
+def _mesh() -> jax.sharding.Mesh:
+  """The mesh in context, or else one over all devices that shares out the batch."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=1))
+  if mesh.axis_names != sharding.AXES:
+    raise UserError(f'the mesh in context has the axes {mesh.axis_names}: make it with sharding.make_mesh, which '
+                    f'gives it {sharding.AXES}')
+  return mesh
 
 
 def stacked(examples):
@@ -165,55 +629,66 @@ def stacked(examples):
   return jax.tree.map(lambda *x: np.stack(x), *examples)
 
 
-def _noise(seed: int, shape) -> np.ndarray:
-  """Noise of one image, the same whatever else is in the batch."""
-  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+def _padded(items: Sequence) -> list:
+  """Items, some of them again, so many that the devices share them evenly."""
+  return next(sharding.batched(items, sharding.padded_batch(len(items))))[1]
 
 
-def _keys(seeds: list[int]) -> jax.Array:
-  """Random keys [b], each of its own seed."""
-  words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)))
-  return jax.random.wrap_key_data(sharding.shard(words))
+def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
+  """Random keys [b], each of its own seed; another stream is another set of keys."""
+  keys = jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)
+  if stream is not None:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
+  return jax.random.wrap_key_data(sharding.shard(np.asarray(jax.random.key_data(keys))))
 
 
 @functools.partial(jax.jit, static_argnames='taps')
-def _read(model, vlm, tokens, valid, cond_index, cond_mask, tiles, *, taps):
-  """Condition tokens of a text that is known, from one teacher-forced pass."""
-  return model.condition(flow_matching.select_tokens(vlm.hidden(tokens, valid, taps, tiles), cond_index), cond_mask)
+def _condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
+  """Conditioning of prompts with known answers, from one teacher-forced pass."""
+  hidden = states.select_tokens(vlm.hidden(input_ids, attention_mask, taps, images), cond_index)
+  return Conditioning(model.condition(hidden, cond_mask), cond_mask)
 
 
 @jax.jit
-def _condition_states(model, prompt_hidden, hidden, lengths, cond_index, cond_mask):
-  """Condition tokens of what was read (images) and written, from the states of the pass that wrote it."""
-  states, mask = flow_matching.condition_states(prompt_hidden, hidden, lengths, cond_index, cond_mask)
-  return model.condition(states, mask), mask
+def _condition_written(model, prompt_hidden, hidden, lengths, cond_index, cond_mask) -> Conditioning:
+  """Conditioning from the states of the pass that wrote: of image tokens that were read, and of the written tokens."""
+  hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_index, cond_mask)
+  return Conditioning(model.condition(hidden, mask), mask)
 
 
 @jax.jit
-def _choose(first, a, b):
-  """Row by row (condition [b q d], mask [b q]) of a where `first` [b], else of b, padded to the longer of the two."""
-  longest = max(a[1].shape[1], b[1].shape[1])
+def _choose(first, a: Conditioning, b: Conditioning) -> Conditioning:
+  """Row by row a where `first` [b], else b, padded to the longer of the two."""
+  longest = max(a.mask.shape[1], b.mask.shape[1])
 
-  def pick(x, y):
+  def choose(x, y):
     x, y = (jnp.pad(z, [(0, 0), (0, longest - z.shape[1])] + [(0, 0)] * (z.ndim - 2)) for z in (x, y))
     return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-  return jax.tree.map(pick, a, b)
+  return jax.tree.map(choose, a, b)
 
 
 @jax.jit
 def _noised(vae, images, noise, t):
-  """Latents of images, uint8 [b y x 3], noised to the time t."""
+  """Latents of images uint8 [b y x 3], noised to the time t."""
   z = vae.encode(images.astype(jnp.float32) / 127.5 - 1.0).astype(jnp.float32)
   return (1 - t) * z + t * noise
 
 
-@functools.partial(jax.jit, static_argnames=('steps', 'method', 'shift', 'guided'))
-def _draw(model, vae, condition, mask, null, null_mask, noised, guidance, start, eta, keys, *, steps, method, shift, guided):
-  """Integrates the flow from latents noised to the time `start` and decodes: uint8 [b y x 3]."""
-  def velocity(z, t):
-    v = model.velocity(z, t, condition, mask)
-    return flow.guide(v, model.velocity(z, t, null, null_mask), guidance) if guided else v
+@functools.partial(jax.jit, static_argnames='method')
+def _denoise(model, conditioning, null, latents, times, guidance, eta, keys, first, *, method):
+  """Integrates the flow; guided where there is a null condition [1 q d]."""
+  if null is not None:
+    b = latents.shape[0]
+    null = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape[1:]), out_sharding=jax.P(sharding.BATCH)), null)
 
-  z = flow.sample(velocity, noised, flow.timesteps(steps, shift, start), method, eta, keys)
-  pixels = vae.decode(z).astype(jnp.float32)
+  def velocity(z, t):
+    v = model.velocity(z, t, *conditioning)
+    return v if null is None else flow.guide(v, model.velocity(z, t, *null), guidance)
+  return flow.sample(velocity, latents, times, method, eta, keys, first)
+
+
+@jax.jit
+def _decode(vae, latents):
+  """Latents [b y x c] -> uint8 [b y x 3]."""
+  pixels = vae.decode(latents).astype(jnp.float32)
   return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)

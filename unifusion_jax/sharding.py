@@ -4,6 +4,7 @@ Three axes: `data` (pure replication of parameters), `fsdp` (parameters and batc
 All are Explicit: an array's type says how it is sharded, and gradients, moments and EMA inherit it.
 """
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 
 import jax
@@ -41,6 +42,16 @@ def padded_batch(count: int) -> int:
   return -(-count // devices) * devices
 
 
+def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
+  """(items, rows) of one batch after another: at most `size` items, and exactly `size` rows.
+
+  The rows are the items again and again, so that every batch has one shape: `rows[:len(items)] == items`.
+  """
+  for start in range(0, len(items), size):
+    part = list(items[start:start + size])
+    yield part, [part[i % len(part)] for i in range(size)]
+
+
 def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
   """The mesh over all devices of all processes."""
   return jax.make_mesh(config.shape(jax.device_count()), AXES)
@@ -71,6 +82,17 @@ def gather(tree):
 def is_main_process() -> bool:
   """Whether this is the process that prints, and that writes what is written once."""
   return jax.process_index() == 0
+
+
+def from_main_process(x: np.ndarray) -> np.ndarray:
+  """The first process's value of a small numpy array, on every process; all call this together."""
+  return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def batch_spec(example: dict, batch: int) -> dict:
+  """The shapes of one example as a batch sharded over the mesh in context."""
+  by_rows = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype, sharding=by_rows), example)
 
 
 def abstract(tree, mesh):

@@ -122,8 +122,8 @@ def _rewritten(settings: RewriteConfig, layout: transforms.PromptEncoder, vlm, b
       keys = jax.random.wrap_key_data(sharding.shard_batch(words, mesh))
     out = text_generation.generate(vlm, arrays['input_ids'], arrays['attention_mask'], arrays.get('tiles'), max_new=layout.written,
                             stop_ids=layout.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
-    ids, lengths = _local(out.tokens), _local(out.lengths)
-    texts, failed = pipeline.read(layout.chat, ids, lengths)
+    ids, lengths = _local(out.ids), _local(out.lengths)
+    texts, failed = pipeline.read_rewrites(layout.chat, ids, lengths)
     for i, (name, _, _, room) in enumerate(part):
       kept = found.setdefault(name, ([], []))
       if i not in failed and lengths[i] <= room:

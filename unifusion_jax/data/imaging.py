@@ -22,13 +22,15 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Typ
 
 
 def read(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-  """The image of a path, of encoded bytes, or of an array, as uint8 RGB [y x 3].
+  """The image of a path, of encoded bytes, of an array, or of Pillow, as uint8 RGB [y x 3].
 
   The first frame, turned as its EXIF says, alpha over white, 16 bits scaled to 8; colour profiles are not applied.
   ValueError naming the file when it is missing, empty, damaged, no image, or has more than `max_pixels`.
   """
   if isinstance(source, np.ndarray):
     return _from_array(source)
+  if isinstance(source, Image.Image):
+    return _to_rgb(ImageOps.exif_transpose(source))
   name, file = _open(source)
   pil_image = _header(file, name, max_pixels)
   try:

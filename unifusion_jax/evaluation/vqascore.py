@@ -6,10 +6,12 @@ import numpy as np
 
 from unifusion_jax import sharding, verifi
 from unifusion_jax.data import transforms
+from unifusion_jax.models.decoder import last_valid
 from unifusion_jax.scenes import questions
 
 
-def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str], batch_size: int) -> np.ndarray:
+def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],
+           batch_size: int) -> np.ndarray:
   """The probability of yes to 'does this image show ...?', [n] f32, of images uint8 [y x 3] and descriptions."""
   chat, size = layout.chat, sharding.padded_batch(batch_size)
   yes = tuple(sorted({chat.text_ids(word)[0] for word in ('yes', 'Yes')}))
@@ -18,10 +20,10 @@ def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], desc
   length = max(sum(len(span.ids) for span in each) for each in spans)
   rows = [verifi.arrays(each, length, length) for each in spans]
   found = []
-  for start in range(0, len(rows), size):
-    chosen = np.resize(np.arange(start, min(start + size, len(rows))), size)
+  for _, chosen in sharding.batched(range(len(rows)), size):
     tokens, valid, tiles = (sharding.shard(jax.tree.map(lambda *x: np.stack(x), *part)) for part in (
-        [rows[i]['input_ids'] for i in chosen], [rows[i]['attention_mask'] for i in chosen], [shown[i] for i in chosen]))
+        [rows[i]['input_ids'] for i in chosen], [rows[i]['attention_mask'] for i in chosen],
+        [shown[i] for i in chosen]))
     found.append(sharding.gather(_of_yes(vlm, tokens, valid, tiles, yes)))
   return np.concatenate(found)[:len(rows)]
 
@@ -29,9 +31,6 @@ def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], desc
 @jax.jit(static_argnums=4)
 def _of_yes(vlm, tokens, valid, tiles, yes: tuple[int, ...]):
   """The probability that the next word is one of `yes`, [b] f32."""
-  last = vlm.last(tokens, valid, tiles)
-  # The state of the last token, as a sum over one-hot weights: a gather would have to name its sharding
-  ends = jnp.sum(valid, axis=1) - 1
-  state = jnp.sum(jnp.where((jnp.arange(last.shape[1]) == ends[:, None])[..., None], last, 0), axis=1, keepdims=True)
+  state = last_valid(vlm.last(tokens, valid, tiles), valid)
   words = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
   return jnp.sum(jnp.where(jnp.isin(jnp.arange(words.shape[-1]), jnp.array(yes)), words, 0), axis=-1)

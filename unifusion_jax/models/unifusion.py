@@ -94,7 +94,7 @@ def to_json(config: UniFusionConfig) -> dict:
 
 
 def from_json(fields: dict) -> UniFusionConfig:
-  """The configuration of a config.json; how to compute (dtype, remat, unroll) is left at its defaults."""
+  """The configuration of a config.json; how to compute (dtype, remat) is left at its defaults."""
   fields = to_json(krea2()) | {k: v for k, v in fields.items() if not k.startswith('_')}
   unknown = sorted(fields.keys() - to_json(krea2()).keys())
   if unknown:
@@ -127,7 +127,7 @@ def read_config(folder) -> UniFusionConfig:
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
   """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
 
-  `config` chooses how to compute (dtype, remat, unroll); ValueError where its sizes are not the checkpoint's.
+  `config` chooses how to compute (dtype, remat); ValueError where its sizes are not the checkpoint's.
   """
   stored = read_config(folder)
   config = config or stored

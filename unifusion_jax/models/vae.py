@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
+from unifusion_jax.models.attention import attention
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import convert, hub
 
@@ -74,7 +75,8 @@ class Conv(nnx.Module):
   """A square convolution with bias; `padding` is (before, after) along y and x alike."""
 
   def __init__(self, inputs: int, outputs: int, size: int, dtype, *, rngs: nnx.Rngs):
-    self.kernel = layers.weight(rngs, (size, size, inputs, outputs), (), size * size * inputs, dtype)
+    self.kernel = layers.weight(rngs, (size, size, inputs, outputs), (), contract=None, dtype=dtype,
+                                std=(size * size * inputs) ** -0.5)
     self.bias = layers.constant(0.0, (outputs,), dtype=dtype)
 
   def __call__(self, x: jax.Array, stride: int = 1, padding: tuple[int, int] | None = None) -> jax.Array:
@@ -127,7 +129,7 @@ class ResBlock(nnx.Module):
 class Linear(nnx.Module):
 
   def __init__(self, width: int, dtype, *, rngs: nnx.Rngs):
-    self.kernel = layers.weight(rngs, (width, width), (), width, dtype)
+    self.kernel = layers.weight(rngs, (width, width), (), contract=1, dtype=dtype)
     self.bias = layers.constant(0.0, (width,), dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -144,7 +146,7 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
     q, k, v = (part(y)[:, :, None] for part in (self.q, self.k, self.v))
-    return x + self.out(layers.attention(q, k, v)[:, :, 0]).reshape(x.shape)
+    return x + self.out(attention(q, k, v)[:, :, 0]).reshape(x.shape)
 
 
 class Middle(nnx.Module):

@@ -66,6 +66,27 @@ class Checkpoints:
     self._writer.close()
 
 
+def trained(config, workdir: pathlib.Path):
+  """Parameters to sample, measure or export, and where they are from; the mesh must be in context.
+
+  They are the EMA of the workdir's last checkpoint; without a run there, what `sample.weights` or `init` names.
+  """
+  objective = config.objective
+  if (workdir / 'checkpoints').exists():
+    checkpoints = Checkpoints(workdir)
+    try:
+      if (step := checkpoints.latest()) is not None:
+        params = checkpoints.restore_ema(jax.eval_shape(lambda: objective.random(config)), jax.sharding.get_mesh())
+        return params, f'{workdir} at step {step}'
+    finally:
+      checkpoints.close()
+  weights = config.sample.weights or config.init
+  if weights is None:
+    raise UserError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), or '
+                    'give --config.sample.weights=FOLDER')
+  return objective.load(config, weights), str(weights)
+
+
 def _named(tree) -> dict[str, object]:
   """{path: leaf}."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from unifusion_jax.models.layers import contracted
 from unifusion_jax.sharding import BATCH
 
 
@@ -25,55 +26,82 @@ class OptimConfig:
   ema: float = 0.999
   accumulate: int = 1           # micro-batches a step
 
+  def problems(self) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    checks = {
+        f'optim.name={self.name!r} must be adamw or muon': self.name in ('adamw', 'muon'),
+        f'optim.learning_rate={self.learning_rate} must be above 0': self.learning_rate > 0,
+        f'optim.ema={self.ema} must be in [0, 1)': 0 <= self.ema < 1,
+        f'optim.accumulate={self.accumulate} must be 1 or more': self.accumulate >= 1,
+        f'optim.decay={self.decay} is a share of the run: between 0 and 1': 0 <= self.decay <= 1,
+        f'optim.clip={self.clip} must be above 0': self.clip > 0}
+    return [text for text, holds in checks.items() if not holds]
+
+  def batch_problems(self, batch_size: int, shards: int) -> list[str]:
+    """Why a batch cannot be divided among the devices that share it and the micro-batches."""
+    micro = shards * max(1, self.accumulate)
+    if batch_size > 0 and batch_size % micro == 0:
+      return []
+    return [f'data.batch_size={batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {shards} devices '
+            f'share a batch, times optim.accumulate={self.accumulate}']
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
   """What training changes. `ema` is the average that is sampled from and exported."""
   step: jax.Array
+  progress: jax.Array  # share of a wall-clock budget that was used; 0 without one
   params: object
   ema: object
   opt: optax.OptState
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-  """Warm-up, stable, decay (WSD): linear up, flat, linear down over the last `decay` share of `steps`."""
-  falling = int(config.decay * steps)
-  flat = steps - falling
-  warmup = min(config.warmup, flat)
-  return optax.join_schedules(
-      [optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1)),
-       optax.constant_schedule(config.learning_rate),
-       optax.linear_schedule(config.learning_rate, config.learning_rate / 100, max(falling, 1))],
-      [warmup, flat])
+def schedule(config: OptimConfig, steps: int):
+  """Warm-up, stable, decay (WSD): `rate(step, progress=None)`, linear up, flat, linear down over the last `decay` share.
+
+  progress: share of the run that is behind, where the clock and not the number of steps says when it ends.
+  """
+  def rate(step, progress=None):
+    progress = step / steps if progress is None else progress
+    rising = jnp.minimum(step / max(min(config.warmup, (1 - config.decay) * steps), 1), 1)
+    falling = jnp.clip((progress - (1 - config.decay)) / max(config.decay, 1 / steps), 0, 1)
+    return config.learning_rate * rising * (1 - 0.99 * falling)
+  return rate
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
   """AdamW or Muon, after clipping by the global norm; matrices and tables decay, as norms do (Krea 2's report).
 
   Muon (with Nesterov momentum) takes the matrices that `layers.weight` marks, layer by layer, and scales its updates
   to 0.2 rms, about what AdamW's have (arXiv 2502.16982), so one learning rate serves them and the rest, which is left
-  to AdamW with the same momentum.
+  to AdamW with the same momentum. `update(..., progress=)` as in `schedule`.
   """
-  rate = schedule(config, steps)
   if config.name == 'adamw':
-    update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    update = optax.adamw(1.0, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
   else:
     update = _auto_sharded(optax.contrib.muon(
-        rate, weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
+        1.0, weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
         adam_weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_dims, consistent_rms=0.2))
-  return optax.chain(optax.clip_by_global_norm(config.clip), update)
+  return optax.chain(optax.clip_by_global_norm(config.clip), update, _scale_by(schedule(config, steps)))
+
+
+def _scale_by(rate) -> optax.GradientTransformationExtraArgs:
+  """Updates times the learning rate `rate(step, progress)`; counts the steps."""
+  def update(updates, count, params=None, *, progress=None, **others):
+    del params, others
+    factor = rate(count, progress)
+    return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), count + 1
+
+  return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def _muon_dims(params):
-  """What of `params` is a matrix: its dims as Muon wants them, in place of each Param; None for the others."""
+  """Muon dimension numbers for each matrix Param; None for every other leaf."""
   def dims(param):
-    if not (isinstance(param, nnx.Param) and param.get_metadata().get('matrix')):
-      return None
-    summed, made = param.get_metadata()['matrix']
-    layers = param.ndim - summed - made
-    return optax.contrib.MuonDimensionNumbers(tuple(range(layers, layers + summed)),
-                                              tuple(range(layers + summed, param.ndim)))
+    axes = contracted(param)
+    return axes and optax.contrib.MuonDimensionNumbers(tuple(param.ndim + axis for axis in axes),
+                                                       tuple(range(param.ndim + axes[-1] + 1, param.ndim)))
   return jax.tree.map(dims, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
@@ -88,14 +116,14 @@ def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 def init(params, tx: optax.GradientTransformation) -> State:
   """State around freshly drawn or loaded parameters."""
-  return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
+  return State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 
 def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig):
-  """A jitted `train_step(state, frozen, batch, key) -> (state, metrics)`; `state` is donated.
+  """A jitted `train_step(state, frozen, batch, key, progress=None) -> (state, metrics)`; `state` is donated.
 
   Args:
-    loss: `loss(params, frozen, batch, key) -> (scalar f32, dict of scalars)`.
+    loss: `loss(params, frozen, batch, key) -> (scalar f32, dict of scalars or pairs of them)`.
     tx: the optimizer that `state.opt` belongs to.
     config: its settings. With `accumulate` > 1 the batch [b ...] is cut into that many micro-batches, one after
       another, and their gradients are averaged.
@@ -120,16 +148,17 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
     return jax.lax.scan(add, zeros, parts)[0]
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state, frozen, batch, key):
+  def train_step(state, frozen, batch, key, progress=None):
     key = jax.random.fold_in(key, state.step)
     run = gradient if config.accumulate == 1 else accumulated
     (_, metrics), gradients = run(state.params, frozen, batch, key)
-    updates, opt = tx.update(gradients, state.opt, state.params)
+    updates, opt = tx.update(gradients, state.opt, state.params, progress=progress)
     params = optax.apply_updates(state.params, updates)
     # Early on the average would be of the initial noise: shorten its memory until enough steps are behind.
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     metrics = dict(metrics, gradient_norm=optax.tree.norm(gradients))
-    return State(state.step + 1, params, ema, opt), metrics
+    progress = state.progress if progress is None else progress
+    return State(state.step + 1, progress, params, ema, opt), metrics
 
   return train_step

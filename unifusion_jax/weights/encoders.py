@@ -28,12 +28,11 @@ QUANTIZED = ('', 'int8', 'w8a8')
 FORMAT = 1  # of what `cache` keeps: raise it when other numbers come out of the same files and tables of names
 
 
-def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', cache: str | None = None) -> Encoder:
+def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None) -> Encoder:
   """The encoder in a folder or behind a hub id, in `dtype`, sharded over the mesh in context.
 
   Args:
     name: as in `hub.resolve`.
-    unroll: unrolled layers run faster on a CPU, scanned ones compile faster.
     quantized: 'int8' for int8 weights, 'w8a8' for int8 activations as well, '' for neither.
     cache: a folder (one for all processes) that keeps the converted form: the next load reads its own slices of it.
 
@@ -44,16 +43,16 @@ def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', ca
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
   folder = hub.resolve(name)
   if not cache:
-    return _read(folder, dtype, unroll, quantized)
+    return _read(folder, dtype, quantized)
   kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
   if whole:
-    return _restore(kept, dtype, unroll, quantized)
-  model = _read(folder, dtype, unroll, quantized)
+    return _restore(kept, dtype, quantized)
+  model = _read(folder, dtype, quantized)
   _keep(model, kept)
   return model
 
 
-def config(name, unroll: bool = False) -> Config:
+def config(name) -> Config:
   """What config.json says of a folder, of a hub id, or of a public name in a model's PRESETS; reads no weights.
 
   Whether a head is tied, on which files and their configs may disagree, is only sure once `load` has seen the file.
@@ -64,7 +63,7 @@ def config(name, unroll: bool = False) -> Config:
   if short in presets and not pathlib.Path(name).expanduser().is_dir():
     return presets[short]
   folder = hub.resolve(name, weights=False)
-  return _config(_described(folder), folder, unroll)
+  return _config(_described(folder), folder)
 
 
 def abstract(made: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
@@ -79,16 +78,16 @@ def _described(folder: pathlib.Path) -> dict:
   return json.loads(path.read_text())
 
 
-def _config(described: dict, folder: pathlib.Path, unroll: bool) -> Config:
+def _config(described: dict, folder: pathlib.Path) -> Config:
   match described.get('model_type'):
     case 'internvl':
-      return internvl.InternVLConfig.from_json(described, unroll)
+      return internvl.InternVLConfig.from_json(described)
     case 'internvl_chat':
-      return internvl.InternVLConfig.from_original(described, internvl.image_token(folder), unroll)
+      return internvl.InternVLConfig.from_original(described, internvl.image_token(folder))
     case 'qwen3_vl':
-      return qwen3_vl.Qwen3VLConfig.from_json(described, unroll)
+      return qwen3_vl.Qwen3VLConfig.from_json(described)
     case 'llama' | 'qwen2' | 'qwen3':
-      return causal_lm.TextConfig.from_json(described, unroll)
+      return causal_lm.TextConfig.from_json(described)
     case 't5':
       return t5.T5Config.from_json(described)
     case other:
@@ -116,15 +115,15 @@ def _shapes(made: Config, dtype, quantized: str) -> Encoder:
   return jax.eval_shape(lambda model: quantize.quantize(model, quantized == 'w8a8'), shapes) if quantized else shapes
 
 
-def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
+def _read(folder: pathlib.Path, dtype, quantized: str) -> Encoder:
   def read(each=None):
-    match _config(_described(folder), folder, unroll):
+    match _config(_described(folder), folder):
       case internvl.InternVLConfig():
-        return internvl.load(folder, dtype, unroll, each)
+        return internvl.load(folder, dtype, each)
       case qwen3_vl.Qwen3VLConfig():
-        return qwen3_vl.load(folder, dtype, unroll, each)
+        return qwen3_vl.load(folder, dtype, each)
       case causal_lm.TextConfig():
-        return causal_lm.load(folder, dtype, unroll, each)
+        return causal_lm.load(folder, dtype, each)
       case t5.T5Config():
         return t5.load(folder, dtype, each)
 
@@ -136,7 +135,7 @@ def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
   how = FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES, t5.RULES
-  made = _config(_described(folder), folder, False).to_json()
+  made = _config(_described(folder), folder).to_json()
   return hashlib.sha256(repr((facts, how, made, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
 
 
@@ -162,9 +161,9 @@ def _keep(model: Encoder, path: pathlib.Path) -> None:
       raise
 
 
-def _restore(path: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
+def _restore(path: pathlib.Path, dtype, quantized: str) -> Encoder:
   from orbax.checkpoint.experimental import v1 as ocp
-  made = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path, unroll)
+  made = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path)
   try:
     return ocp.load(path, sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_mesh()))
   except ValueError as error:

@@ -13,63 +13,60 @@ from unifusion_jax.scenes import examples, judge, language, world
 SHOWN = 12  # rows of the sheet that goes with each measurement
 
 
-def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
+def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
   """Rates on `config.eval.examples` examples of each task, on the split that is asked for and on the hold-outs.
 
   t2i: one or two objects, every demanded attribute, place, count, relation and background met ('all'), and three or
-  four objects apart. edit: what should change did ('fallback_index'), what should stay did ('kept'), both and nothing else
+  four objects apart. edit: what should change did ('asked'), what should stay did ('kept'), both and nothing else
   ('all'). Both also get the VLM's own judgement, `vqascore.scores`, beside that of the true images. Sheets of the first
   examples are written into `folder`.
   """
-  layout = sampler.layout.in_tiles(sampler.settings.tiles)
-  report = dict(examples=config.eval.examples, steps=sampler.settings.steps, guidance=sampler.settings.guidance,
-                eta=sampler.settings.eta)
-  measures = []
+  settings = pipe.settings
+  encoder = pipe.prompt_encoder.in_tiles(settings.tiles)
+  report = dict(examples=config.eval.examples, steps=settings.steps, guidance=settings.guidance, eta=settings.eta)
   tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
   measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]
   for split in dict.fromkeys((config.eval.split, 'heldout')):
     for task, objects in measures:
       records = [examples.example(task, split, i, size=config.data.size, objects=objects)
                  for i in range(config.eval.examples)]
-      results = draw(sampler, records, config.eval.batch_size)
+      samples = generate(pipe, records, config.eval.batch_size)
       name = f'{split}_{task}_{objects[0]}-{objects[1]}'
-      report[name] = score(records, results)
-      if layout.image_processor.max_tokens:  # the VLM judges what was drawn, and what should have been
+      report[name] = score(records, samples)
+      if encoder.image_processor.max_tokens:  # the VLM judges what was sampled, and what should have been
         described = [record['caption'] for record in records]
-        for whose, images in (('', [result.image for result in results]), ('_truth', [r['target'] for r in records])):
-          sure = vqascore.scores(sampler.frozen.vlm, layout, images, described, config.eval.batch_size)
+        for whose, images in (('', [sample.image for sample in samples]), ('_truth', [r['target'] for r in records])):
+          sure = vqascore.scores(pipe.frozen.vlm, encoder, images, described, config.eval.batch_size)
           report[name][f'vqascore{whose}'] = round(float(np.mean(sure)), 4)
       if sharding.is_main_process():
-        imaging.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], results[:SHOWN]))
+        imaging.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], samples[:SHOWN]))
   return report
 
 
-def draw(sampler: pipeline.Sampler, records: list[dict], batch_size: int, seed: int = 0) -> list[pipeline.Result]:
+def generate(pipe: pipeline.UniFusionPipeline, records: list[dict], batch_size: int, seed: int = 0,
+             settings: pipeline.SampleConfig | None = None) -> list[pipeline.Sample]:
   """One image for each record, seeds counting from `seed`; batches hold one shape."""
   groups = collections.defaultdict(list)
   for i, record in enumerate(records):
     groups[(*record['target'].shape[:2], len(record['references']))].append(i)
-  results = [None] * len(records)
+  samples = [None] * len(records)
   for (height, width, _), members in groups.items():
-    for start in range(0, len(members), batch_size):
-      part = members[start:start + batch_size]
-      asked = [records[i] for i in np.resize(part, batch_size)]
-      seeds = seed + np.resize(part, batch_size)
-      made = sampler([pipeline.Request(r['instruction'], tuple(r['references']), int(n), r.get('rewrite'))
-                      for r, n in zip(asked, seeds)], height, width)
-      for i, result in zip(part, made):
-        results[i] = result
-  return results
+    for part, rows in sharding.batched(members, batch_size):
+      requests = [pipeline.Request(records[i]['instruction'], tuple(records[i]['references']), seed + i,
+                                   records[i].get('rewrite')) for i in rows]
+      for i, sample in zip(part, pipe.generate(requests, height, width, settings=settings)):
+        samples[i] = sample
+  return samples
 
 
-def score(records: list[dict], results: list[pipeline.Result]) -> dict:
+def score(records: list[dict], samples: list[pipeline.Sample]) -> dict:
   """Rates of each of the judge's verdicts, of each kind of edit, of texts written exactly and of fall-backs.
 
   What several references make is judged whole, for no one of them is what should stay as it was.
   """
   verdicts = collections.defaultdict(list)
-  for record, result in zip(records, results):
-    reading = judge.read(result.image)
+  for record, sample in zip(records, samples):
+    reading = judge.read(sample.image)
     if len(record['references']) > 1:
       verdict = {'all': judge.exact(reading, world.Scene.from_json(record['scene']))}
     elif record['references']:
@@ -80,14 +77,14 @@ def score(records: list[dict], results: list[pipeline.Result]) -> dict:
     for name, met in verdict.items():
       verdicts[name].append(met)
     verdicts[f'all/{record["kind"]}'].append(verdict['all'])
-    verdicts['written_exact'].append(result.rewrite == record['caption'])
-    verdicts['fallback_rate'].append(bool(result.warning))
+    verdicts['written_exact'].append(sample.rewrite == record['caption'])
+    verdicts['fallback_rate'].append(bool(sample.warning))
   return {name: round(float(np.mean(values)), 4) for name, values in sorted(verdicts.items())}
 
 
-def _sheet(records, results) -> np.ndarray:
-  rows = [[*(imaging.read(p) for p in r['references']), result.image, imaging.read(r['target'])]
-          for r, result in zip(records, results)]
-  captions = [[*([r['instruction']] * len(r['references'])), result.rewrite,
-               r['caption'] if r['references'] else r['instruction']] for r, result in zip(records, results)]
+def _sheet(records, samples) -> np.ndarray:
+  rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]
+          for r, sample in zip(records, samples)]
+  captions = [[*([r['instruction']] * len(r['references'])), sample.rewrite,
+               r['caption'] if r['references'] else r['instruction']] for r, sample in zip(records, samples)]
   return imaging.grid(rows, captions, cell=192)

@@ -21,19 +21,19 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
   written = [''] * len(records)
   for (_, task), members in groups.items():
     system = transforms.system(task)
-    for start in range(0, len(members), batch_size):
-      part = members[start:start + batch_size]
+    for part, filled in sharding.batched(members, sharding.padded_batch(batch_size)):
       rows, tiles = [], []
-      for i in np.resize(part, sharding.padded_batch(batch_size)):
+      for i in filled:
         references = records[i]['references']
         seen, counts = layout.image_processor.preprocess(references, len(references))
         spans = chat.spans(records[i]['instruction'], counts, None, system)
         rows.append(verifi.arrays(spans, layout.lengths(len(counts))[0], sum(counts)))
         tiles.append(seen)
       batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in ('input_ids', 'attention_mask')})
-      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], sharding.shard(np.stack(tiles)) if counts else None,
-                              max_new=layout.written, stop_ids=chat.stop_ids)
-      ids, lengths = sharding.gather((out.tokens, out.lengths))
+      images = sharding.shard(np.stack(tiles)) if counts else None
+      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images, max_new=layout.written,
+                                     stop_ids=chat.stop_ids)
+      ids, lengths = sharding.gather(out[:2])
       for i, row, n in zip(part, ids, lengths):
         written[i] = chat.read(row[:n])
   return written

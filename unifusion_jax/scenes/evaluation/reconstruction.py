@@ -36,11 +36,9 @@ def evaluate(vae, config) -> dict:
     shapes.setdefault(source.bucket(i), []).append(i)
   exact, drawn_exact, errors = [], [], []
   for members in shapes.values():
-    for start in range(0, len(members), config.eval.batch_size):
-      records = [source[i] for i in members[start:start + config.eval.batch_size]]
-      images = np.stack([record['target'] for record in records])
-      padded = np.resize(images, (config.eval.batch_size, *images.shape[1:]))
-      for record, image, back in zip(records, images, round_trip(vae, padded)):
+    for part, filled in sharding.batched([source[i] for i in members], config.eval.batch_size):
+      images = np.stack([record['target'] for record in filled])
+      for record, image, back in zip(part, images, round_trip(vae, images)):
         scene = world.Scene.from_json(record['scene'])
         exact.append(judge.exact(judge.read(back), scene))
         drawn_exact.append(judge.exact(judge.read(image), scene))
@@ -59,9 +57,9 @@ def _encode(vae, x):
 def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0) -> dict[str, float]:
   """Times t up to which an observer of noised latents can tell an object's attribute; beyond, only its text can.
 
-  Two latents at distance D stay apart by D (1 - t) / t standard deviations of the noise in (1 - t) z + t noise; a choice
-  between an object and its nearest alternative is made well (wrong in 7 of 100) down to `errors` = 3 of them. What a
-  text decides is learned above these times, so they say where training times belong (`objective.shift`).
+  Two latents at distance D stay apart by D (1 - t) / t standard deviations of the noise in (1 - t) z + t noise; a
+  choice between an object and its nearest alternative is made well (wrong in 7 of 100) down to `errors` = 3 of them.
+  What a text decides is learned above these times, so they say where training times belong (`objective.shift`).
   """
   rng = np.random.default_rng(seed)
   values = {'shape': world.SHAPES, 'colour': tuple(world.COLOURS), 'size': tuple(world.SIZES), 'fill': world.FILLS,

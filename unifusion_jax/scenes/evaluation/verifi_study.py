@@ -20,7 +20,7 @@ TILES = (1, 4, 9)  # with the thumbnail 1, 5 and 10, the paper's
 SIDE = 3          # references of the tiles' study are this many times as large as those of training
 
 
-def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
+def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
   """Success ('all' of the judge), texts written exactly and requests drawn from themselves because their rewrite was no
   use, of `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
 
@@ -28,12 +28,12 @@ def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
     VERIFI and on the request itself.
   edits: conditioned on images and written text, on either alone, and on images with the request itself.
   system: under the system prompt of training, and under another one that the embedded VLM knows.
-  references: two and three of them, which the VLM was trained to describe and the DiT was never trained on, named by what
-    they show; each by itself, and stitched into one. `copy` is the best that copying one reference would do.
+  references: two and three of them, which the VLM was trained to describe and the DiT was never trained on, named by
+    what they show; each by itself, and stitched into one. `copy` is the best that copying one reference would do.
   tiles: the error of images drawn again from references shown in 1, 4 and 9 tiles.
   Each rate is {'mean', 'least', 'most'} over the seeds. All targets are square.
   """
-  study = _Study(sampler, config, folder)
+  study = _Study(pipe, config, folder)
   on, raw = {}, dict(verifi=False)
   report = dict(examples=config.eval.examples, seeds=config.eval.seeds, split=config.eval.split)
   report['prompts'] = {}
@@ -41,7 +41,8 @@ def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
     records = study.records('t2i', (1, 2), lambda record, style=style: record['style'] == style)
     report['prompts'][name] = study.compare(f'prompts_{name}', records, verifi=on, raw=raw)
   edits = study.records('edit', (1, 4))
-  report['edits'] = study.compare('edits', edits, both=on, written=dict(images=False), images=dict(rewrite=''), raw=raw)
+  report['edits'] = study.compare('edits', edits, both=on, written=dict(image_tokens=False), images=dict(rewrite=''),
+                                  raw=raw)
   prompts = study.records('t2i', (1, 2))
   report['system'] = {
       name: study.compare(f'system_{name}', records, trained=on, swapped=dict(system='answer'))
@@ -51,7 +52,7 @@ def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
     records = study.records('multi', (1, 4), lambda record, count=count: len(record['references']) == count and not any(
         number in record['instruction'] for numbers in multi.ORDINALS for number in numbers))
     made = study.compare(f'references_{count}', records, verifi=on, stitched=dict(stitch=True, tiles=count))
-    copies = [generation.score(records, [pipeline.Result(r['references'][k], '') for r in records])['all']
+    copies = [generation.score(records, [pipeline.Sample(r['references'][k], '') for r in records])['all']
               for k in range(count)]
     report['references'][str(count)] = dict(made, copy=max(copies))
   report['tiles'] = study.tiles()
@@ -60,7 +61,7 @@ def evaluate(sampler: pipeline.Sampler, config, folder: pathlib.Path) -> dict:
 
 @dataclasses.dataclass
 class _Study:
-  sampler: pipeline.Sampler
+  pipe: pipeline.UniFusionPipeline
   config: object
   folder: pathlib.Path
 
@@ -71,33 +72,31 @@ class _Study:
     square = (record for record in made if record['target'].shape[0] == record['target'].shape[1])
     return list(itertools.islice(filter(wanted, square), self.config.eval.examples))
 
-  def draw(self, records: list[dict], seed: int, rewrite: str | None = None, stitch: bool = False, **settings):
-    """One image of each record, under other settings of the sampler and of the requests."""
-    sampler = dataclasses.replace(self.sampler, settings=dataclasses.replace(self.sampler.settings, **settings))
-    if stitch:
-      records = [dict(record, references=[imaging.stitch(record['references'])]) for record in records]
+  def generate(self, records: list[dict], seed: int, rewrite: str | None = None, **settings) -> list[pipeline.Sample]:
+    """One image of each record, under other settings of sampling."""
     records = [dict(record, rewrite=rewrite) for record in records]
-    return generation.draw(sampler, records, self.config.eval.batch_size, seed)
+    return generation.generate(self.pipe, records, self.config.eval.batch_size, seed,
+                               self.pipe.settings.changed(**settings))
 
   def compare(self, name: str, records: list[dict], **ways) -> dict:
     """The success of each way of asking; writes a sheet with a column for each."""
-    rates, drawn = {}, {}
+    rates, samples = {}, {}
     for way, settings in ways.items():
       found = {measure: [] for measure in MEASURED}
       for seed in range(self.config.eval.seeds):
-        results = self.draw(records, 1_000_003 * seed, **settings)
-        verdicts = generation.score(records, results)
+        of_seed = self.generate(records, 1_000_003 * seed, **settings)
+        verdicts = generation.score(records, of_seed)
         for measure in found:
           found[measure].append(verdicts[measure])
-        drawn.setdefault(way, results)
+        samples.setdefault(way, of_seed)
       rates[way] = {measure: _spread(values) for measure, values in found.items()}
     most = max(len(record['references']) for record in records[:SHOWN])
     rows, captions = [], []
     for i, record in enumerate(records[:SHOWN]):
       rows.append([*record['references'], *[None] * (most - len(record['references'])),
-                   *(results[i].image for results in drawn.values()), record['target']])
-      captions.append([''] * most + [results[i].written for results in drawn.values()] + [record['instruction']])
-    self._write(name, imaging.grid(rows, captions, ['reference'] * most + list(drawn) + ['target'], cell=160))
+                   *(column[i].image for column in samples.values()), record['target']])
+      captions.append([''] * most + [column[i].rewrite for column in samples.values()] + [record['instruction']])
+    self._write(name, imaging.grid(rows, captions, ['reference'] * most + list(samples) + ['target'], cell=160))
     return rates
 
   def _write(self, name: str, sheet: np.ndarray) -> None:
@@ -113,13 +112,13 @@ class _Study:
     for tiles in TILES:
       errors = []
       for seed in range(self.config.eval.seeds):
-        results = self.draw(shown, 1_000_003 * seed, tiles=tiles)
-        squares = [np.mean((result.image.astype(np.float32) - record['target']) ** 2)
-                   for result, record in zip(results, small)]
+        samples = self.generate(shown, 1_000_003 * seed, tiles=tiles)
+        squares = [np.mean((sample.image.astype(np.float32) - record['target']) ** 2)
+                   for sample, record in zip(samples, small)]
         errors.append(float(np.sqrt(np.mean(squares))))
       report[str(tiles)] = _spread(errors)
-      for row, result in zip(rows, results):
-        row.insert(-1, result.image)
+      for row, sample in zip(rows, samples):
+        row.insert(-1, sample.image)
     titles = ['reference', *(f'{tiles} tiles' for tiles in TILES), 'target']
     self._write('tiles', imaging.grid(rows, None, titles, cell=160))
     return report
