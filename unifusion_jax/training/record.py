@@ -9,8 +9,8 @@ from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.weights import hub
 
-COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
-FORMER = ('unroll',)  # fields that older runs have written and that made no other model
+COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed and not the result
+FORMER = ('unroll',)  # fields of COMPUTING in the files of older runs
 
 
 def claim(config, workdir: pathlib.Path) -> None:
@@ -24,7 +24,7 @@ def claim(config, workdir: pathlib.Path) -> None:
 
 
 def check_same_model(config, workdir: pathlib.Path) -> None:
-  """UserError when the workdir's run trained another model, or beside another VLM or autoencoder, than `config` has."""
+  """UserError when the workdir's run trained another model than `config`'s, or under another VLM or autoencoder."""
   def matters(name):
     model = name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and name.split('.')[-1] not in COMPUTING
     return model or name == 'objective.repa_weight'
@@ -32,7 +32,7 @@ def check_same_model(config, workdir: pathlib.Path) -> None:
 
 
 def write(config, workdir: pathlib.Path, name: str, **more) -> None:
-  """The configuration as a JSON file of the workdir, whole or not at all; the first of several processes writes it."""
+  """Writes the configuration as a JSON file of the workdir, whole or not at all, on the first process only."""
   if sharding.is_main_process():
     workdir.mkdir(parents=True, exist_ok=True)
     part = workdir / f'{name}.part'
@@ -61,7 +61,8 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
   new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=fingerprints(config))
-  differ = [f'{name}: {old!r} there, {value!r} now' for name, old, value in differences(json.loads(path.read_text()), new)
+  old = json.loads(path.read_text())
+  differ = [f'{name}: {before!r} there, {now!r} now' for name, before, now in differences(old, new)
             if matters(name) and name.split('.')[-1] not in FORMER]
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '

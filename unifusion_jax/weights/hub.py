@@ -15,7 +15,7 @@ from unifusion_jax.errors import UserError
 TEXTS = ('*.json', '*.jinja', '*.txt', '*.model')  # configs, chat templates and all kinds of tokenizer files
 WEIGHTS = ('*.safetensors',)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-_TAIL = 1 << 20  # bytes of a file of weights that tell it from others
+_TAIL = 1 << 20  # bytes at the end of a weights file that go into its fingerprint
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 
 
@@ -60,7 +60,7 @@ def resolve(name: str | os.PathLike, revision: str | None = None, weights: bool 
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-  """A model is known by its sizes, its tokenizer and the end of its weights: a folder may have moved."""
+  """Hash of config.json, tokenizer and the ends of the weights files: the same wherever the folder lies."""
   digest = hashlib.sha256()
   for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
     if (folder / name).exists():
@@ -73,7 +73,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
-  import huggingface_hub  # half a second that local folders need not spend
+  import huggingface_hub  # takes half a second
   from huggingface_hub import errors
   place = f'{subfolder}/' if subfolder else ''
   asked = f'{repository}{f" at {revision}" if revision else ""}'
