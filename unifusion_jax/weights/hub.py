@@ -15,7 +15,7 @@ from unifusion_jax.errors import UserError
 TEXTS = ('*.json', '*.jinja', '*.txt', '*.model')  # configs, chat templates and all kinds of tokenizer files
 WEIGHTS = ('*.safetensors',)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-_TAIL = 1 << 20  # bytes at the end of a weights file that go into its fingerprint
+_TAIL = 1 << 20  # bytes of a file of weights that tell it from others
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 
 
