@@ -17,19 +17,19 @@ def _round_trip(vae, x):
 
 
 def round_trip(vae, images: np.ndarray) -> np.ndarray:
-  """uint8 [b y x 3] -> encoded and decoded, uint8 [b y x 3]."""
+  """uint8 [b y x 3] -> what comes back, uint8 [b y x 3]."""
   back = _round_trip(vae, _pixels(images, len(images)))
   return sharding.gather(jnp.round(jnp.clip((back + 1.0) * 127.5, 0, 255)).astype(jnp.uint8))[:len(images)]
 
 
 def _pixels(images: np.ndarray, rows: int) -> jax.Array:
-  """uint8 [b y x 3] -> [-1, 1] on the devices, repeated up to at least `rows` rows, a multiple of the mesh's."""
+  """uint8 [b y x 3] -> [-1, 1] on the devices, filled up to so many rows and to what the devices share evenly."""
   padded = np.resize(images, (sharding.padded_batch(rows), *images.shape[1:]))
   return sharding.shard(padded.astype(np.float32) / 127.5 - 1.0)
 
 
 def evaluate(vae, config) -> dict:
-  """Rates over `config.eval.examples` scenes of the split, of all canvas shapes."""
+  """Rates over `config.eval.examples` scenes of the split, all shapes of canvas."""
   source, _ = mix.mix(config.data, split=config.eval.split)[0]
   shapes: dict[tuple, list[int]] = {}
   for i in range(config.eval.examples):
