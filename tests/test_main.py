@@ -72,7 +72,7 @@ def test_from_training_to_images(run, tmp_path):
 
 @pytest.mark.parametrize('arguments, sentence', [
     (['--config=configs/edit.py', '--mode=dance'], 'train|sample|rewrite|eval'),
-    (['--config=configs/edit.py', '--mode=sample'], 'nothing to draw'),
+    (['--config=configs/edit.py', '--mode=sample'], 'nothing to sample'),
     (['--config=configs/edit.py', '--mode=sample', '--config.sample.prompt=x', '--config.sample.references=no.png'],
      'no.png'),
     (['--config=configs/vlm.py', '--mode=sample'], 'draws nothing'),
