@@ -41,10 +41,8 @@ def started(*arguments, **environment):
 def test_from_training_to_images(run, tmp_path):
   """Every mode on one workdir, and what each leaves there."""
   workdir = tmp_path / 'run'
-  small = ['--config=configs/t2i.py', f'--workdir={workdir}', '--config.model.dit.depth=1',
-           '--config.model.dit.unroll=1', '--config.objective.repa_depth=1', "--config.data.tasks=('edit/1-2',)",
-           '--config.data.weights=(1.0,)', '--config.data.max_prompt_tokens=(132,)',
-           '--config.data.max_rewrite_tokens=(52,)', '--config.data.batch_size=8', '--config.train.steps=2',
+  small = ['--config=configs/edit.py', f'--workdir={workdir}', '--config.init=', '--config.model.dit.depth=1',
+           '--config.data.only=edit', '--config.data.batch_size=8', '--config.train.steps=2',
            '--config.train.log_every=1', '--config.sample.steps=2', '--config.eval.examples=2',
            '--config.eval.batch_size=2']
   Image.new('RGB', (90, 90), 'white').save(tmp_path / 'my photo, white.png')
@@ -74,7 +72,7 @@ def test_from_training_to_images(run, tmp_path):
 
 @pytest.mark.parametrize('arguments, sentence', [
     (['--config=configs/edit.py', '--mode=dance'], 'train|sample|rewrite|eval'),
-    (['--config=configs/edit.py', '--mode=sample'], 'nothing to draw'),
+    (['--config=configs/edit.py', '--mode=sample'], 'nothing to sample'),
     (['--config=configs/edit.py', '--mode=sample', '--config.sample.prompt=x', '--config.sample.references=no.png'],
      'no.png'),
     (['--config=configs/vlm.py', '--mode=sample'], 'draws nothing'),

@@ -125,7 +125,7 @@ def test_micro_batches_of_sharded_parameters_stay_sharded():
 def test_muon_takes_each_layers_matrix_by_itself():
   """Stacked layers give what each layer gives alone; a matrix with more output dims is seen flattened."""
   config = step.OptimConfig('muon', learning_rate=0.1, warmup=0, clip=1e9)
-  make = lambda rngs: nnx.Dict(w=layers.weight(rngs, (16, 2, 4), ('fsdp', 'tp', None), 16))
+  make = lambda rngs: nnx.Dict(w=layers.weight(rngs, (16, 2, 4), ('fsdp', 'tp', None), contract=1))
   params = layers.stack(make, 3, rngs=nnx.Rngs(0))
   gradients = jax.tree.map(lambda x: jax.device_put(
       np.random.default_rng(0).normal(size=x.shape).astype(np.float32), x.sharding), params)

@@ -1,4 +1,4 @@
-"""VQAScore (arXiv 2404.01291): how sure a VLM is that an image shows what was asked for."""
+"""VQAScore (arXiv 2404.01291): a VLM's probability that an image shows a description."""
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,26 @@ from unifusion_jax.scenes import questions
 
 def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],
            batch_size: int) -> np.ndarray:
-  """The probability of yes to 'does this image show ...?', [n] f32, of images uint8 [y x 3] and descriptions."""
+  """Probabilities of "yes" to 'does this image show ...?', [n] f32; images are uint8 [y x 3]."""
   chat, size = layout.chat, sharding.padded_batch(batch_size)
   yes = tuple(sorted({chat.text_ids(word)[0] for word in ('yes', 'Yes')}))
-  shown, prompts = zip(*(layout.image_processor.preprocess((image,), 1) for image in images))
-  spans = [chat.spans(questions.shows(text), counts, None, 'answer') for text, counts in zip(descriptions, prompts)]
+  inputs, image_tokens = zip(*(layout.image_processor.preprocess((image,), 1) for image in images))
+  spans = [chat.spans(questions.shows(text), counts, None, 'answer')
+           for text, counts in zip(descriptions, image_tokens)]
   length = max(sum(len(span.ids) for span in each) for each in spans)
   rows = [verifi.arrays(each, length, length) for each in spans]
-  found = []
+  probabilities = []
   for _, chosen in sharding.batched(range(len(rows)), size):
     tokens, valid, tiles = (sharding.shard(jax.tree.map(lambda *x: np.stack(x), *part)) for part in (
         [rows[i]['input_ids'] for i in chosen], [rows[i]['attention_mask'] for i in chosen],
-        [shown[i] for i in chosen]))
-    found.append(sharding.gather(_of_yes(vlm, tokens, valid, tiles, yes)))
-  return np.concatenate(found)[:len(rows)]
+        [inputs[i] for i in chosen]))
+    probabilities.append(sharding.gather(_probability_of(vlm, tokens, valid, tiles, yes)))
+  return np.concatenate(probabilities)[:len(rows)]
 
 
 @jax.jit(static_argnums=4)
-def _of_yes(vlm, tokens, valid, tiles, yes: tuple[int, ...]):
-  """The probability that the next word is one of `yes`, [b] f32."""
+def _probability_of(vlm, tokens, valid, tiles, ids: tuple[int, ...]):
+  """The probability that the next token is one of `ids`, [b] f32."""
   state = last_valid(vlm.last(tokens, valid, tiles), valid)
-  words = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
-  return jnp.sum(jnp.where(jnp.isin(jnp.arange(words.shape[-1]), jnp.array(yes)), words, 0), axis=-1)
+  probabilities = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
+  return jnp.sum(jnp.where(jnp.isin(jnp.arange(probabilities.shape[-1]), jnp.array(ids)), probabilities, 0), axis=-1)

@@ -1,8 +1,8 @@
 """Training the embedded VLM: next-token loss on its answers, and two heads that teach it to see and to find.
 
-The attributes head is linear on the projected image tokens and predicts what of the scene each of them covers. The
-grounding head predicts, half-way up the decoder at the end of an edit's instruction, which image tokens show what the
-edit changes. Both are dropped when the VLM is exported.
+The attributes head, linear on the projected image tokens, predicts the object or background that each of them covers.
+The grounding head predicts, half-way up the decoder at the end of an edit's instruction, which image tokens show what
+the edit changes. Both are dropped when the VLM is exported.
 """
 
 import dataclasses

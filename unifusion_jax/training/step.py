@@ -1,4 +1,4 @@
-"""The train step, and what it carries: one pure function for every objective."""
+"""Train step, optimizer and training state: pure functions, the same for every objective."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ class OptimConfig:
   name: str = 'adamw'           # adamw | muon (matrices by Muon, the rest by NAdamW)
   learning_rate: float = 1e-3
   warmup: int = 200             # steps from 0 to learning_rate
-  decay: float = 0.2            # last share of the run over which it falls to a hundredth (warm-up, stable, decay)
+  decay: float = 0.2            # last share of the run, over which learning_rate falls to a hundredth
   b1: float = 0.9
   b2: float = 0.95
   weight_decay: float = 0.0
@@ -42,7 +42,7 @@ class OptimConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-  """What training changes. `ema` is the average that is sampled from and exported."""
+  """Training state. `ema` is the average of `params` that is sampled from and exported."""
   step: jax.Array
   progress: jax.Array  # share of a wall-clock budget that was used; 0 without one
   params: object
@@ -51,24 +51,26 @@ class State:
 
 
 def schedule(config: OptimConfig, steps: int):
-  """Warm-up, stable, decay (WSD): `rate(step, progress=None)`, linear up, flat, linear down over the last `decay` share.
+  """Learning rate `rate(step, progress=None)`: linear warm-up, flat, linear down over the last `decay` share.
 
-  progress: share of the run that is behind, where the clock and not the number of steps says when it ends.
+  progress: share of the run that is done, for runs that end by the clock; None: step / steps.
   """
+  warmup = min(config.warmup, (1 - config.decay) * steps)
+
   def rate(step, progress=None):
     progress = step / steps if progress is None else progress
-    rising = jnp.minimum(step / max(min(config.warmup, (1 - config.decay) * steps), 1), 1)
+    rising = jnp.minimum(step / warmup, 1) if warmup >= 1 else 1.0
     falling = jnp.clip((progress - (1 - config.decay)) / max(config.decay, 1 / steps), 0, 1)
     return config.learning_rate * rising * (1 - 0.99 * falling)
   return rate
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-  """AdamW or Muon, after clipping by the global norm; matrices and tables decay, as norms do (Krea 2's report).
+  """AdamW or Muon after clipping by the global norm; weight decay is for all parameters, norms too (Krea 2's report).
 
-  Muon (with Nesterov momentum) takes the matrices that `layers.weight` marks, layer by layer, and scales its updates
-  to 0.2 rms, about what AdamW's have (arXiv 2502.16982), so one learning rate serves them and the rest, which is left
-  to AdamW with the same momentum. `update(..., progress=)` as in `schedule`.
+  Muon (with Nesterov momentum) updates the matrices that `layers.weight` marks, layer by layer; NAdamW with the same
+  momentum updates the rest. Muon's updates are scaled to 0.2 rms, about that of AdamW's (arXiv 2502.16982), so both
+  share one learning rate. `update(..., progress=)` as in `schedule`.
   """
   if config.name == 'adamw':
     update = optax.adamw(1.0, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
@@ -99,7 +101,7 @@ def _muon_dims(params):
 
 
 def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """tx with its products of sharded matrices left to the compiler, which explicit sharding would refuse."""
+  """tx with shardings inside it left to the compiler: explicit sharding would refuse its products of matrices."""
   def update(updates, state, params=None):
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
     return jax.sharding.auto_axes(tx.update, out_sharding=specs)(updates, state, params)
@@ -108,7 +110,7 @@ def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def init(params, tx: optax.GradientTransformation) -> State:
-  """State around freshly drawn or loaded parameters."""
+  """State of step 0 around parameters."""
   return State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 
@@ -117,9 +119,9 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
 
   Args:
     loss: `loss(params, frozen, batch, key) -> (scalar f32, dict of scalars or pairs of them)`.
-    tx: the optimizer that `state.opt` belongs to.
-    config: its settings. With `accumulate` > 1 the batch [b ...] is cut into that many micro-batches, one after
-      another, and their gradients are averaged.
+    tx: the optimizer of `state.opt`.
+    config: its settings. With `accumulate` = n the batch [b ...] is split into n micro-batches [b/n ...], which run one
+      after another; gradients and metrics are averaged.
   """
   gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -127,7 +129,7 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
     n = config.accumulate
 
     def cut(x):
-      # The outer factor keeps the sharding of the batch, so every micro-batch is spread over all devices.
+      # The outer factor keeps the batch's sharding, so every micro-batch is spread over all devices.
       x = jnp.reshape(x, (x.shape[0] // n, n, *x.shape[1:]), out_sharding=jax.P(BATCH))
       return jnp.moveaxis(x, 1, 0)
 
@@ -147,7 +149,7 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
     (_, metrics), gradients = run(state.params, frozen, batch, key)
     updates, opt = tx.update(gradients, state.opt, state.params, progress=progress)
     params = optax.apply_updates(state.params, updates)
-    # Early on the average would be of the initial noise: shorten its memory until enough steps are behind.
+    # A short memory at first, or the average would hold the initial weights for thousands of steps.
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     metrics = dict(metrics, gradient_norm=optax.tree.norm(gradients))

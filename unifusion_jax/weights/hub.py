@@ -103,7 +103,7 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-  """A model is known by its sizes, its tokenizer and the end of its weights: a folder may have moved."""
+  """Hash of config.json, tokenizer and the ends of the weights files: the same wherever the folder lies."""
   digest = hashlib.sha256()
   for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
     if (folder / name).exists():
@@ -116,7 +116,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
-  import huggingface_hub  # half a second that local folders need not spend
+  import huggingface_hub  # takes half a second
   from huggingface_hub import errors
   place = f'{subfolder}/' if subfolder else ''
   here = f'{repository}{f" at {revision}" if revision else ""}'

@@ -11,16 +11,16 @@ import pathlib
 
 from unifusion_jax.errors import UserError
 
-_PLACEHOLDER = '[UNUSED_TOKEN_'  # of a piece in whose place added tokens may be listed
+_PLACEHOLDER = '[UNUSED_TOKEN_'  # start of the pieces that added tokens may replace
 _ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
 @functools.cache
 def plain(folder: str):
-  """A tokenizer of its own for text in which special tokens are text (`encode(text, split_special_tokens=True)`).
+  """A second tokenizer, for text whose special tokens are plain text (`encode(text, split_special_tokens=True)`).
 
-  That flag is a state of the tokenizer, which the threads that read data share: one object for both would tokenise a
-  template as text, or a user's text as template, whenever two threads meet.
+  The flag sets a state of the tokenizer, and data threads share it: with one object for both uses, two threads would
+  now and then tokenise a template as text or a user's text as template.
   """
   return copy.deepcopy(load(folder))
 

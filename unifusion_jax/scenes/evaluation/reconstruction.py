@@ -1,4 +1,4 @@
-"""How much of an image the autoencoder gives back, and at which noise its latents stop telling images apart."""
+"""Fidelity of the autoencoder, and the noise at which its latents stop telling objects apart."""
 
 import dataclasses
 
@@ -54,11 +54,11 @@ def _encode(vae, x):
 
 
 def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0) -> dict[str, float]:
-  """Times t up to which an observer of noised latents can tell an object's attribute; beyond, only its text can.
+  """{attribute: time t} up to which noised latents tell an object from its nearest alternative; beyond, the text must.
 
-  Two latents at distance D stay apart by D (1 - t) / t standard deviations of the noise in (1 - t) z + t noise; a
-  choice between an object and its nearest alternative is made well (wrong in 7 of 100) down to `errors` = 3 of them.
-  What a text decides is learned above these times, so they say where training times belong (`objective.shift`).
+  Two latents at distance D, noised to (1 - t) z + t noise, are D (1 - t) / t standard deviations of the noise apart;
+  an observer chooses between them well (wrong in 7 of 100) down to `errors` = 3 of these. A text is learned above these
+  times, so they say where training times belong (`objective.shift`).
   """
   rng = np.random.default_rng(seed)
   values = {'shape': world.SHAPES, 'colour': tuple(world.COLOURS), 'size': tuple(world.SIZES), 'fill': world.FILLS,
@@ -68,12 +68,12 @@ def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0
     scene = composition.random_scene(rng, 1)
     (obj,) = scene.objects
     for name, options in values.items():
-      made = [dataclasses.replace(obj, **(_at(option) if name == 'place' else {name: option})) for option in options]
-      images = np.stack([render.render(dataclasses.replace(scene, objects=(o,)), size) for o in made])
-      z = sharding.gather(_encode(vae, _pixels(images, most)))[:len(made)]
-      z = np.asarray(z, np.float64).reshape(len(made), -1)
+      objects = [dataclasses.replace(obj, **(_at(option) if name == 'place' else {name: option})) for option in options]
+      images = np.stack([render.render(dataclasses.replace(scene, objects=(o,)), size) for o in objects])
+      z = sharding.gather(_encode(vae, _pixels(images, most)))[:len(objects)]
+      z = np.asarray(z, np.float64).reshape(len(objects), -1)
       distance = np.linalg.norm(z[:, None] - z, axis=-1)
-      nearest[name] += list(np.min(distance + np.diag([np.inf] * len(made)), axis=1))
+      nearest[name] += list(np.min(distance + np.diag([np.inf] * len(objects)), axis=1))
   return {name: round(float(np.median(d) / (np.median(d) + errors)), 3) for name, d in nearest.items()}
 
 
