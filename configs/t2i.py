@@ -16,6 +16,7 @@ from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap, unifusion
 from unifusion_jax.objectives import flow_matching
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 
@@ -46,7 +47,8 @@ def tiny() -> config.Config:
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
       train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000),
       sample=config.SampleConfig(weights=str(config.ASSETS / 't2i'), shift=4.0, eta=1.0),
-      mesh=MeshConfig(data=-1, fsdp=1))
+      mesh=MeshConfig(data=-1, fsdp=1),
+      eval=settings.GenerationEvaluation())
 
 
 def base_8b() -> config.Config:

@@ -12,6 +12,7 @@ from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import vae
 from unifusion_jax.scenes import autoencoder
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 
@@ -27,4 +28,4 @@ def get_config(scale: str = 'tiny') -> config.Config:
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=2600, log_every=20, save_every=500, preview_every=1000),
       mesh=MeshConfig(data=-1, fsdp=1),
-      eval=config.EvalConfig(examples=500))
+      eval=settings.AutoencoderEvaluation(examples=500))

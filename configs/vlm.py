@@ -1,9 +1,9 @@
 """The embedded VLM: InternVL's architecture at 2.8M parameters, its own tokenizer, on scenes at 64 px.
 
   python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
-  python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye          # the vision tower alone, first
-  python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye --mode=export
-  python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/eye/export   # then all of it
+  python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower          # the vision tower alone, first
+  python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower --mode=export
+  python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/tower/export   # then all of it
   python -m unifusion_jax.main --config=configs/vlm.py --mode=eval
   python -m unifusion_jax.main --config=configs/vlm.py --mode=export   # then copy runs/vlm/export to the assets
 
@@ -15,20 +15,21 @@ from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder, internvl
 from unifusion_jax.scenes import vlm
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
-  if scale not in ('tiny', 'eye'):
-    raise UserError(f'configs/vlm.py has the scales tiny and eye, not {scale!r}')
-  made = tiny()
-  if scale == 'eye':
-    made.objective.lm_weight = 0.0
-    made.data = DataConfig(tasks=(Task('caption'),), max_prompt_tokens=76, batch_size=64)
-    made.optim = OptimConfig('muon', learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
-    made.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
-  return made
+  if scale not in ('tiny', 'tower'):
+    raise UserError(f'configs/vlm.py has the scales tiny and tower, not {scale!r}')
+  base = tiny()
+  if scale == 'tower':
+    base.objective.lm_weight = 0.0
+    base.data = DataConfig(tasks=(Task('caption'),), max_prompt_tokens=76, batch_size=64)
+    base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
+    base.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
+  return base
 
 
 def tiny() -> config.Config:
@@ -53,4 +54,4 @@ def tiny() -> config.Config:
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=10_000, log_every=20, save_every=500, preview_every=1000),
       mesh=MeshConfig(data=-1, fsdp=1),
-      eval=config.EvalConfig(examples=500, batch_size=100))
+      eval=settings.LanguageEvaluation(examples=500, batch_size=100))

@@ -59,6 +59,7 @@ def recipe(tmp_path_factory):
   from unifusion_jax.models import decoder, dit, internvl, lap, unifusion, vae
   from unifusion_jax.objectives import flow_matching
   from unifusion_jax.scenes import vlm
+  from unifusion_jax.scenes.evaluation import settings
   from unifusion_jax.training.step import OptimConfig
 
   folder = tmp_path_factory.mktemp('models')
@@ -84,7 +85,7 @@ def recipe(tmp_path_factory):
         data=config.DataConfig(tasks=(Task('t2i/1-2'),), max_prompt_tokens=112, max_rewrite_tokens=32, batch_size=8),
         optim=OptimConfig(learning_rate=1e-2, warmup=1, ema=0.5),
         train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=100),
-        sample=config.SampleConfig(steps=2), eval=config.EvalConfig(examples=4, batch_size=4))
+        sample=config.SampleConfig(steps=2), eval=settings.GenerationEvaluation(examples=4, batch_size=4))
     return dataclasses.replace(made, **changes)
   return make
 

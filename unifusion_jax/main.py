@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from unifusion_jax import command_line, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
+from unifusion_jax.training import record
 
 # --mode and the module of commands/ that does it; imported when asked for, because each brings libraries of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
@@ -55,6 +56,7 @@ def main(argv):
     raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
   if trains:
     configuration.check(config, jax.device_count())
+    record.pin(config, *config.objective.pretrained)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
     command.run(config, pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem))

@@ -30,8 +30,7 @@ from unifusion_jax import flow, sharding, verifi
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
-from unifusion_jax.models import vae as autoencoder
-from unifusion_jax.weights import encoders, hub
+from unifusion_jax.weights import autoencoders, encoders, hub
 
 ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 DESCRIPTION = 'unifusion.json'
@@ -231,7 +230,7 @@ class UniFusionPipeline:
           vlm, description.tiles, description.max_prompt_tokens, description.max_rewrite_tokens,
           system=description.system)
       _check_taps(folder, description.taps, config.lap, vlm, encoders.config(vlm).text)
-      decoder = autoencoder.load(vae, jnp.dtype(dtype))
+      decoder = autoencoders.load(vae, jnp.dtype(dtype))
       if decoder.config.latent_channels != config.dit.channels:
         raise UserError(f'{vae} has {decoder.config.latent_channels} latent channels and {folder} wants '
                         f'{config.dit.channels}: give the autoencoder that it was trained with (vae=)')
@@ -502,6 +501,12 @@ def requests_for(prompts: Sequence[str], references: tuple, num_images: int = 1,
   """`num_images` requests for every prompt, all with the same references, their seeds counting from `seed`."""
   return [Request(prompt, references, seed + i * num_images + j, rewrite)
           for i, prompt in enumerate(prompts) for j in range(num_images)]
+
+
+def requests_of(records: Sequence[dict]) -> list[Request]:
+  """Requests of a source's records, their seeds counting from 0."""
+  return [Request(record['instruction'] or record['caption'], tuple(record['references']), seed)
+          for seed, record in enumerate(records)]
 
 
 def shape_like(reference: np.ndarray | None, size: int, height: int = 0, width: int = 0) -> tuple[int, int]:

@@ -28,8 +28,9 @@ import tqdm
 
 from unifusion_jax import pipeline, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
-from unifusion_jax.errors import BrokenRecord, differences, UserError
+from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
+from unifusion_jax.training.record import differences
 from unifusion_jax.weights import encoders, hub
 
 SAMPLING = ('count', 'temperature', 'top_p')  # settings that training on the rewrites does not depend on
@@ -65,13 +66,14 @@ def run(config, workdir: pathlib.Path) -> None:
 
   UserError for settings that cannot work, and for a folder that was written under others.
   """
+  if 'vlm' not in config.objective.pretrained:
+    raise UserError('requests are rewritten for a DiT to train on: use configs/t2i.py or configs/edit.py')
   mesh = jax.sharding.get_mesh()
   wrong = config.rewrite.problems(path=config.data.path, shards=mesh.shape['data'] * mesh.shape['fsdp'])
   if wrong:
     raise UserError('this cannot be rewritten:\n  ' + '\n  '.join(wrong))
   mixture = loader.mix(dataclasses.replace(config.data, rewrites=None, tiles=config.data.tiles[-1:]))
-  on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  vlm = encoders.load(config.vlm, jnp.dtype(config.frozen_dtype), on_cpu, config.vlm_quantized, config.vlm_cache)
+  vlm = encoders.load(config.vlm, jnp.dtype(config.frozen_dtype), config.vlm_quantized, config.vlm_cache)
   write(config, [source for source, _ in mixture], workdir / 'rewrites',
         functools.partial(text_generation.generate, vlm))
 

@@ -45,11 +45,13 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   Returns the final State. The mesh must be in context.
   """
   mesh, objective = jax.sharding.get_mesh(), config.objective
+  checkpoints = checkpoint.Checkpoints(workdir, tidy=True)
+  if config.init and checkpoints.latest() is None:
+    record.pin(config, 'init')
   record.claim(config, workdir)
   frozen = objective.frozen(config)
   tx = step.optimizer(config.optim, config.train.steps)
   data = batches(config)
-  checkpoints = checkpoint.Checkpoints(workdir, tidy=True)
   if checkpoints.latest() is None:
     state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
   else:

@@ -211,6 +211,41 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
   return Batches(grain.MapDataset.mix(datasets, weights), made_of, workers)
 
 
+def whole_records(source, count: int, wanted=lambda record: True):
+  """The first `count` records of a source that can be used and are wanted; fewer where it ends."""
+  for i in range(len(source)):
+    if count < 1:
+      return
+    if source.bucket(i) is None:
+      continue
+    try:
+      record = source[i]
+    except BrokenRecord:
+      continue
+    if wanted(record):
+      count -= 1
+      yield record
+
+
+def preview_records(data: DataConfig, count: int, wanted=lambda record: True) -> list[dict]:
+  """Records of one shape of the first task: of the test split, or of what there is where none was written."""
+  data = dataclasses.replace(data, only=data.chosen[0].name, rewrites=None, tiles=(max(data.tiles),))
+  try:
+    (source, _), *_ = mix(data, split='test')
+  except UserError:
+    (source, _), *_ = mix(data)
+  shape = None
+
+  def of_one_shape(record):
+    nonlocal shape
+    bucket = (record['target'].shape[:2], len(record['references']))
+    if shape not in (None, bucket) or not wanted(record):
+      return False
+    shape = bucket
+    return True
+  return list(whole_records(source, count, of_one_shape))
+
+
 class Batches(grain.DatasetIterator):
   """Iterator over a MapDataset of batches; its state is the number of the next one, whoever makes it.
 

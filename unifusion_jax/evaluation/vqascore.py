@@ -1,13 +1,51 @@
 """VQAScore (arXiv 2404.01291): a VLM's probability that an image shows a description."""
 
+import collections
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import sharding, verifi
-from unifusion_jax.data import transforms
+from unifusion_jax import pipeline, sharding, verifi
+from unifusion_jax.data import loader, transforms
 from unifusion_jax.models.decoder import last_valid
-from unifusion_jax.scenes import questions
+
+QUESTION = 'does this picture show {}?'
+
+
+@dataclasses.dataclass
+class VQAScore:
+  """Mean VQAScore of images sampled for the first records of `data.path`, beside that of their targets."""
+  examples: int = 200
+  batch_size: int = 32
+
+  report = 'eval'
+
+  def problems(self, config) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    del config
+    return [f'eval.{name}={getattr(self, name)} must be 1 or more' for name in ('examples', 'batch_size')
+            if getattr(self, name) < 1]
+
+  def run(self, config, params, folder: pathlib.Path) -> dict:
+    """The report; nothing is written into `folder`."""
+    del folder
+    pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
+    (source, _), *_ = loader.mix(dataclasses.replace(config.data, rewrites=None))
+    groups = collections.defaultdict(list)  # by shape: a batch has one
+    for record in loader.whole_records(source, self.examples):
+      groups[(*record['target'].shape[:2], len(record['references']))].append(record)
+    images, targets, captions = [], [], []
+    for (height, width, _), records in groups.items():
+      for part, rows in sharding.batched(records, self.batch_size):
+        images += [sample.image for sample in pipe.generate(pipeline.requests_of(rows), height, width)][:len(part)]
+      targets += [record['target'] for record in records]
+      captions += [record['caption'] for record in records]
+    probabilities = {name: scores(pipe.frozen.vlm, pipe.prompt_encoder, shown, captions, self.batch_size)
+                     for name, shown in (('vqascore', images), ('vqascore_truth', targets))}
+    return dict(examples=len(captions), **{name: round(float(np.mean(p)), 4) for name, p in probabilities.items()})
 
 
 def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],
@@ -16,7 +54,7 @@ def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], desc
   chat, size = layout.chat, sharding.padded_batch(batch_size)
   yes = tuple(sorted({chat.text_ids(word)[0] for word in ('yes', 'Yes')}))
   inputs, image_tokens = zip(*(layout.image_processor.preprocess((image,), 1) for image in images))
-  spans = [chat.spans(questions.shows(text), counts, None, 'answer')
+  spans = [chat.spans(QUESTION.format(text), counts, None, 'answer')
            for text, counts in zip(descriptions, image_tokens)]
   length = max(sum(len(span.ids) for span in each) for each in spans)
   rows = [verifi.arrays(each, length, length) for each in spans]

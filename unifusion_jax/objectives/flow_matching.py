@@ -120,7 +120,8 @@ class FlowMatching:
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """The pipeline of a model in training or just loaded."""
-    return pipeline.UniFusionPipeline(model_of(params), frozen, transforms.prompt_encoder(config), config.sample)
+    return pipeline.UniFusionPipeline(model_of(params), frozen, transforms.prompt_encoder(config), config.sample,
+                                     config.data.size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of test requests: references, request, rewrite, result, target."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unifusion_jax.evaluation import vqascore
 from unifusion_jax.scenes import splits, words
 from unifusion_jax.scenes.composition import random_background
 from unifusion_jax.scenes.constraints import Constraints, PAIRWISE, Wanted
@@ -39,11 +40,6 @@ class Question(NamedTuple):
   text: str
   answer: str
   kind: str
-
-
-def shows(description: str) -> str:
-  """The yes/no question that VQAScore asks about a description."""
-  return f'does this picture show {description}?'
 
 
 def _satisfied(wanted: Wanted, obj: Object) -> bool:
@@ -125,7 +121,7 @@ def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
 def _shows(rng, scene, split):
   """Whether a description is true."""
   claim = _claim(rng, scene, split)
-  return claim and (shows(describe(claim[0])), 'no' if claim[1] else 'yes')
+  return claim and (vqascore.QUESTION.format(describe(claim[0])), 'no' if claim[1] else 'yes')
 
 
 def _wrong(rng, scene, split):

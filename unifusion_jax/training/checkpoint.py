@@ -12,6 +12,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.training.step import State
+from unifusion_jax.weights import hub
 
 
 class Checkpoints:
@@ -83,7 +84,7 @@ def trained(config, workdir: pathlib.Path):
   if weights is None:
     raise UserError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), or '
                     'give --config.sample.weights=FOLDER')
-  return objective.load(config, weights), str(weights)
+  return objective.load(config, str(hub.resolve(weights))), str(weights)
 
 
 def _named(tree) -> dict[str, object]:

@@ -13,6 +13,15 @@ COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is comput
 FORMER = ('unroll',)  # fields that older runs have written and that made no other model
 
 
+def pin(config, *names: str) -> None:
+  """Puts the folder of one commit in the place of each hub id, for all processes; they call this together, once."""
+  for name in names:
+    pinned = hub.pin(getattr(config, name))
+    setattr(config, name, str(pinned.folder))
+    if pinned.commit:
+      config.hub[name] = pinned.name
+
+
 def claim(config, workdir: pathlib.Path) -> None:
   """Writes config.json into the workdir; UserError when a run with another configuration lives there.
 
@@ -36,14 +45,19 @@ def write(config, workdir: pathlib.Path, name: str, **more) -> None:
   if sharding.is_main_process():
     workdir.mkdir(parents=True, exist_ok=True)
     part = workdir / f'{name}.part'
-    part.write_text(json.dumps(dataclasses.asdict(config) | more, indent=2, sort_keys=True) + '\n')
+    part.write_text(json.dumps(_described(config) | more, indent=2, sort_keys=True) + '\n')
     os.replace(part, workdir / name)
 
 
 def fingerprints(config) -> dict[str, str]:
   """{name: fingerprint} of the folders that the objective reads, so that other weights at the same path are noticed."""
-  folders = {name: pathlib.Path(getattr(config, name)) for name in config.objective.pretrained}
-  return {name: hub.fingerprint(folder) for name, folder in folders.items() if folder.is_dir()}
+  return {name: hub.fingerprint(hub.resolve(getattr(config, name))) for name in config.objective.pretrained}
+
+
+def _described(config) -> dict:
+  """The configuration as nested dicts; a folder that came from the hub goes by its id and commit, as on any host."""
+  settings = dataclasses.asdict(config)
+  return settings | settings.pop('hub')
 
 
 def differences(there: dict, now: dict, matters=lambda name: True) -> list[str]:
@@ -64,8 +78,10 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
   path = workdir / 'config.json'
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
-  new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=fingerprints(config))
-  differ = differences(json.loads(path.read_text()), new,
+  old, new = json.loads(path.read_text()), json.loads(json.dumps(_described(config))) | dict(files=fingerprints(config))
+  if str(old.get('init')).partition('@')[0] == new['init']:
+    new['init'] = old['init']  # the same name, of which a run that goes on looks up no commit
+  differ = differences(old, new,
                        lambda name: matters(name) and name.split('.')[-1] not in FORMER)
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
