@@ -326,7 +326,7 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
       assert sorted(attributes(answer)) == sorted(map(attributes_of, there)), (text, scene)
       spoken.add(relation)
     if kind == 'wrong':
-      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the image shows (.*): what is wrong\?|what should be different in this: (.*)\?', text)
+      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the picture shows (.*): what is wrong\?|what should be different in this: (.*)\?', text)
       claimed, = filter(None, claimed.groups())
       assert shown(claimed, scene) == (answer == 'nothing'), (text, scene)
       if answer != 'nothing' and language.parse(answer):  # what should have been said is true, and was not said
