@@ -9,10 +9,10 @@ import dataclasses
 import numpy as np
 
 from unifusion_jax.scenes import splits, words
-from unifusion_jax.scenes.composition import fits, place_object, random_background
+from unifusion_jax.scenes.composition import fits, pick, place_object, random_background, weighted
 from unifusion_jax.scenes.constraints import Wanted
 from unifusion_jax.scenes.pointing import phrase, random_pointer
-from unifusion_jax.scenes.prompts import ground, pick, thing
+from unifusion_jax.scenes.prompts import ground, thing
 from unifusion_jax.scenes.world import ASPECTS, COLOURS, FILLS, PLACES, Scene, SHAPES, SIZES
 
 EDIT_KINDS = ('recolour', 'resize', 'move', 'add', 'remove', 'replace', 'refill', 'background', 'swap', 'mirror',
@@ -153,7 +153,7 @@ def _shape_words(rng: np.random.Generator, shape: str, colour: str | None) -> st
   return thing(rng, Wanted(shape, colour), kind=kind, first=True, commas=False)
 
 
-def _auto_sharded(rng: np.random.Generator, kind: str, source: Scene, aspect: str | None):
+def _whole(rng: np.random.Generator, kind: str, source: Scene, aspect: str | None):
   """A change of the whole image: (target, slots)."""
   if kind == 'background':
     new = random_background(rng)
@@ -223,7 +223,7 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, hel
   if kind == 'add':
     proposal = _addition(rng, source, split, shape)
   elif kind in ('background', 'mirror', 'aspect'):
-    proposal = _auto_sharded(rng, kind, source, aspect)
+    proposal = _whole(rng, kind, source, aspect)
   else:
     able = [i for i, o in enumerate(source.objects)
             if splits.edit_allowed(split)(kind, o.shape) and shape in (None, o.shape)]
@@ -258,7 +258,7 @@ def random_edit(rng: np.random.Generator, source: Scene, kind: str | None = None
   split: whose objects, relations and pairs of edit and shape may occur. shape: of the object to be edited (or added).
   aspect: the new canvas of an 'aspect' edit. heldout_language: use the instructions kept for tests.
   """
-  kind = kind or str(rng.choice(EDIT_KINDS, p=EDIT_WEIGHTS))
+  kind = kind or weighted(rng, EDIT_KINDS, EDIT_WEIGHTS)
   for _ in range(TRIES):
     if edit := _propose(rng, kind, source, split, heldout_language, shape, aspect):
       return edit

@@ -10,18 +10,19 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import splits
-from unifusion_jax.scenes.composition import random_scene
+from unifusion_jax.scenes.composition import pick, random_scene, weighted
 from unifusion_jax.scenes.constraints import Constraints, Wanted
 from unifusion_jax.scenes.edits import Edit, EDIT_KINDS, EDIT_WEIGHTS, random_edit
 from unifusion_jax.scenes.language import caption, constraints_of, constraints_to_json, describe, full_description
 from unifusion_jax.scenes.multi import random_multi
-from unifusion_jax.scenes.prompts import pick, prompt
+from unifusion_jax.scenes.prompts import prompt
 from unifusion_jax.scenes.questions import random_question
 from unifusion_jax.scenes.render import render
 from unifusion_jax.scenes.world import ASPECTS, Scene
 
 TASKS = {'t2i': 0, 'edit': 1, 'reconstruct': 2, 'multi': 3, 'caption': 4, 'question': 5, 'rewrite': 6}
 ASPECT_WEIGHTS = {'square': 0.8, 'wide': 0.1, 'tall': 0.1}
+_ASPECT_WEIGHTS, _EVEN = tuple(ASPECT_WEIGHTS[a] for a in ASPECTS), (1 / 3,) * 3
 STYLE_WEIGHTS = {'plain': 0.35, 'paraphrase': 0.4, 'knowledge': 0.25}
 ALIKE = 0.2  # how often some of the objects of a t2i scene are alike, so that prompts count
 MORE = 4  # further questions about an image of the train split, which are answered at the price of their words alone
@@ -37,10 +38,9 @@ def _start(task: str, split: str, i: int, seed: int) -> tuple[np.random.Generato
     raise UserError(f'There is no task {task!r} in split {split!r}; tasks are {", ".join(TASKS)} and splits '
                      f'{", ".join(splits.SPLITS)}.')
   rng = np.random.default_rng([seed, splits.SPLITS[split], TASKS[task], i])
-  kind = str(rng.choice(EDIT_KINDS, p=EDIT_WEIGHTS)) if task == 'edit' else ''
-  even = kind == 'aspect'
-  weights = [1 / len(ASPECTS)] * len(ASPECTS) if even else [ASPECT_WEIGHTS[a] for a in ASPECTS]
-  return rng, str(rng.choice(list(ASPECTS), p=weights)), kind
+  kind = weighted(rng, EDIT_KINDS, EDIT_WEIGHTS) if task == 'edit' else ''
+  weights = _EVEN if kind == 'aspect' else _ASPECT_WEIGHTS
+  return rng, weighted(rng, tuple(ASPECTS), weights), kind
 
 
 def aspect(task: str, split: str, i: int, seed: int = 0) -> str:
@@ -106,7 +106,7 @@ def _prompted(rng: np.random.Generator, split: str, canvas: str, objects) -> tup
 def _style(rng: np.random.Generator, split: str, weights=STYLE_WEIGHTS) -> str:
   if split == 'test' and rng.random() < 0.5:
     return 'heldout'
-  return str(rng.choice(list(weights), p=list(weights.values())))
+  return weighted(rng, tuple(weights), tuple(weights.values()))
 
 
 def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, heldout_language: bool, objects) -> Edit:

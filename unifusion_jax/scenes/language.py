@@ -173,8 +173,15 @@ def parse(text: str) -> Constraints | None:
   return Constraints(tuple(objects), background, relations=tuple(relations)) if objects else None
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(Wanted))
+
+
 def constraints_to_json(constraints: Constraints) -> str:
-  return json.dumps(dataclasses.asdict(constraints))
+  background = constraints.background
+  return json.dumps({
+      'objects': [{name: getattr(w, name) for name in _FIELDS} for w in constraints.objects],
+      'background': background and {'kind': background.kind, 'colours': background.colours},
+      'exact_count': constraints.exact_count, 'relations': constraints.relations})
 
 
 def constraints_from_json(text: str) -> Constraints:

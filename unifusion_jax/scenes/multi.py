@@ -9,9 +9,8 @@ import dataclasses
 import numpy as np
 
 from unifusion_jax.scenes import splits, words
-from unifusion_jax.scenes.composition import fits, place_object, random_scene
+from unifusion_jax.scenes.composition import fits, pick, place_object, random_scene
 from unifusion_jax.scenes.pointing import matches, phrase, random_pointer
-from unifusion_jax.scenes.prompts import pick
 from unifusion_jax.scenes.world import Background, Object, PLACES, Scene
 
 MULTI_KINDS = {2: ('insert', 'insert at', 'exchange', 'colours', 'ground'), 3: ('collage', 'insert two', 'restyle')}

@@ -12,6 +12,7 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import words
+from unifusion_jax.scenes.composition import pick
 from unifusion_jax.scenes.constraints import Constraints, Wanted
 from unifusion_jax.scenes.language import describe, grouped, in_canonical_order
 from unifusion_jax.scenes.world import Background
@@ -82,10 +83,6 @@ GROUNDS = {
 _STARTS = ('{things}', 'now {things}', 'draw {things}')  # frames in which a place may come first
 COUNTED = {2: ('two', '2', 'a pair of'), 3: ('three', '3'), 4: ('four', '4')}
 _SLOT, _OPTIONAL = re.compile(r'{(\w+)}'), re.compile(r'\[([^\[\]]*)\]')
-
-
-def pick(rng: np.random.Generator, options):
-  return options[rng.integers(len(options))]
 
 
 @functools.lru_cache(maxsize=None)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unifusion_jax.scenes import splits, words
-from unifusion_jax.scenes.composition import random_background
+from unifusion_jax.scenes.composition import pick, random_background, weighted
 from unifusion_jax.scenes.constraints import Constraints, PAIRWISE, Wanted
 from unifusion_jax.scenes.language import (
   background_phrase,
@@ -18,7 +18,6 @@ from unifusion_jax.scenes.language import (
   plural,
 )
 from unifusion_jax.scenes.pointing import phrase, random_pointer
-from unifusion_jax.scenes.prompts import pick
 from unifusion_jax.scenes.world import BACKGROUND_KINDS, COLOURS, FILLS, Object, PLACES, Scene, SHAPES, SIZES
 
 # How often each kind is asked: in tests, and in training. Training asks at length too (kinds that no test has): which object
@@ -336,7 +335,7 @@ def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = N
   """A question about the scene with its answer. kind: asked for if the scene allows it (None: any)."""
   weights = TRAIN_WEIGHTS if split == 'train' else QUESTION_WEIGHTS
   for _ in range(12):
-    asked = kind or str(rng.choice(QUESTION_KINDS, p=weights))
+    asked = kind or weighted(rng, QUESTION_KINDS, weights)
     if found := _ASK[asked](rng, scene, split):
       return Question(*found, asked)
   return Question(*_count(rng, scene, split), 'count')
