@@ -159,7 +159,7 @@ def test_edits_do_what_they_say_and_nothing_else(kind):
   made = 0
   while made < 120:
     source = random_scene(rng, allowed=splits.allowed('train'))
-    edit = random_edit(rng, source, kind, heldout_language=made % 2 == 1)
+    edit = random_edit(rng, source, kind, style=('paraphrase', 'heldout')[made % 2])
     if not edit:
       continue
     made += 1
@@ -189,7 +189,7 @@ def test_instructions_point_at_one_object_only(kind):
   rng = np.random.default_rng(2)
   forms, made = set(), 0
   while made < 250:
-    edit = random_edit(rng, random_scene(rng), kind, heldout_language=made % 3 == 0, split='heldout')
+    edit = random_edit(rng, random_scene(rng), kind, style='heldout' if made % 3 == 0 else 'paraphrase', split='heldout')
     if not edit:
       continue
     made += 1

@@ -3,7 +3,6 @@
 import bisect
 from collections.abc import Callable, Sequence
 import functools
-import math
 
 import numpy as np
 
@@ -17,7 +16,7 @@ GAP, MARGIN = 2.5 / 64, 1 / 64
 BORDER = 0.012  # fraction of the canvas kept free on both sides of a border between two places
 TRIES = 40  # positions tried before an object is said not to fit
 STANDS_OUT = 75  # least RGB distance of an object from its background and from every blend of its two colours
-# The wider world: how often a background is not of the six alone, of which kind, and how much likelier than 1 a colour is.
+# The wider world: how often a background is not of the six alone, of which kind, and how likely a colour is (else 1).
 WIDE_SHARE, WIDE_KIND_WEIGHTS = 0.7, (0.7, 0.15, 0.15)
 _WIDE_ODDS = {'white': 9, 'black': 4, 'light grey': 3, 'grey': 2}
 _SHAPES, _COLOURS, _SIZES = world.SHAPES, tuple(world.COLOURS), tuple(world.SIZES)

@@ -23,14 +23,14 @@ FINE = 4  # drawn pixels per pixel, along each side
 # Largest tilt in degrees that leaves the shape what it is; a circle and a ring have none.
 TILTS = {'square': 14, 'triangle': 180, 'star': 180, 'heart': 35, 'cross': 14, 'crescent': 180, 'diamond': 14,
          'hexagon': 180, 'circle': 0, 'ring': 0}
-# Largest distance of an inner point from the contour, of the radius: strokes stay below half of it. (A circle is deeper,
-# but with so wide a stroke it would be a ring.)
+# Largest distance of an inner point from the contour, as a share of the radius: strokes stay below half of it. A circle is
+# deeper, but would be a ring with so wide a stroke.
 DEPTHS = {'circle': 0.7, 'square': 0.7, 'triangle': 0.5, 'star': 0.5, 'heart': 0.6, 'cross': 0.4, 'ring': 0.3,
           'crescent': 0.4, 'diamond': 0.7, 'hexagon': 0.86}
 STROKE = 2.7  # widest stroke, of the narrow world's
 SCALE = 0.06  # largest deviation of a radius; sizes are a quarter apart
 CONTRAST = 60.0  # least RGB distance of an ink from the paper and from all blends of its two colours
-# What else goes by a colour's name: those of paint programs and style sheets, so far as people agree on them.
+# What else goes by a colour's name: colours of paint programs and style sheets, where people agree on them.
 INKS = {
     'red': ((255, 0, 0), (200, 0, 0), (178, 34, 34)), 'orange': ((255, 165, 0), (255, 140, 0)),
     'yellow': ((255, 255, 0), (255, 235, 60)),
@@ -94,10 +94,10 @@ class Look:
         hands[k] = dataclasses.replace(hands[k], tilt=0.0)
       elif mirrored:
         hands[k] = dataclasses.replace(hands[k], flipped=not hands[k].flipped)
-    paper = self.paper if source.background == target.background else ()
-    inks = tuple((name, rgb) for name, rgb in self.inks
-                 if not self.paper or paper or _apart(rgb, _usual_paper(target.background)))
-    return Look(paper, inks, tuple(hands))
+    if source.background == target.background:
+      return Look(self.paper, self.inks, tuple(hands))
+    paper = _usual_paper(target.background)
+    return Look((), tuple((name, rgb) for name, rgb in self.inks if _apart(rgb, paper)), tuple(hands))
 
 
 def _usual_paper(background: Background) -> tuple[tuple[int, int, int], ...]:
@@ -281,13 +281,13 @@ def draw(scene: Scene, look: Look, size: int = 64) -> np.ndarray:
   image = render.background(scene.background.kind, look.paper or _usual_paper(scene.background), width, height)
   inks = dict(look.inks)
   for k, obj in enumerate(scene.objects):
-    hand = look.hands[k] if look.hands else Hand()
-    column, row = obj.x * width, obj.y * height
-    left, top = math.floor(column), math.floor(row)
-    share = _coverage(obj, hand, world.SIZES[obj.size] * side, side, column - left, row - top)
-    left, top = left - len(share) // 2, top - len(share) // 2
-    y0, x0 = max(top, 0), max(left, 0)
-    part = image[y0:top + len(share), x0:left + len(share)]
-    share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]
-    part += share * (np.array(inks.get(obj.colour, world.COLOURS[obj.colour]), np.float32) - part)
+    if look.hands:
+      column, row = obj.x * width, obj.y * height
+      x, y = math.floor(column), math.floor(row)
+      share = _coverage(obj, look.hands[k], world.SIZES[obj.size] * side, side, column - x, row - y)
+      left, top = x - len(share) // 2, y - len(share) // 2
+    else:
+      share, left, top = render.placed(obj, width, height)
+    ink = inks.get(obj.colour, world.COLOURS[obj.colour])
+    render.paint(image, share, left, top, np.array(ink, np.float32))
   return _photographed(image, look.camera, side)

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import world
-from unifusion_jax.scenes.world import Background, Scene
+from unifusion_jax.scenes.world import Background, Object, Scene
 
 FINE = 8  # drawn pixels per pixel, along each side
 PHASES = 4  # sub-pixel positions per pixel, along each side
@@ -97,6 +97,22 @@ def coverage(shape: str, fill: str, radius: float, side: float, phase_x: int, ph
   return share
 
 
+def placed(obj: Object, width: int, height: int) -> tuple[np.ndarray, int, int]:
+  """The object's coverage f32 [n n] on a canvas, and the column and row of its first pixel."""
+  side = (width * height) ** 0.5
+  column, row = (math.floor(v * n * PHASES + 0.5) for v, n in ((obj.x, width), (obj.y, height)))
+  share = coverage(obj.shape, obj.fill, world.SIZES[obj.size] * side, side, column % PHASES, row % PHASES)
+  return share, column // PHASES - len(share) // 2, row // PHASES - len(share) // 2
+
+
+def paint(image: np.ndarray, share: np.ndarray, left: int, top: int, ink: np.ndarray) -> None:
+  """Lays ink f32 [3] on the image f32 [y x 3], in place, as `share` f32 [n n] of its pixels from (left, top) on."""
+  y0, x0 = max(top, 0), max(left, 0)
+  part = image[y0:top + len(share), x0:left + len(share)]
+  share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]
+  part += share * (ink - part)
+
+
 def background(kind: str, colours, width: int, height: int) -> np.ndarray:
   """The canvas without objects, f32 [y x 3] in 0..255. Colours are RGB triples."""
   image = np.empty((height, width, 3), np.float32)
@@ -127,14 +143,7 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
   if size % 16:
     raise UserError(f'An image of size {size} has no whole checkerboard squares; choose a multiple of 16.')
   width, height = world.canvas(scene.aspect, size)
-  side = (width * height) ** 0.5
   image = _ground(scene.background, width, height).copy()
   for obj in scene.objects:
-    column, row = (math.floor(v * n * PHASES + 0.5) for v, n in ((obj.x, width), (obj.y, height)))
-    share = coverage(obj.shape, obj.fill, world.SIZES[obj.size] * side, side, column % PHASES, row % PHASES)
-    left, top = (v // PHASES - len(share) // 2 for v in (column, row))
-    y0, x0 = max(top, 0), max(left, 0)
-    part = image[y0:top + len(share), x0:left + len(share)]
-    share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]
-    part += share * (_INKS[obj.colour] - part)
+    paint(image, *placed(obj, width, height), _INKS[obj.colour])
   return (image + 0.5).astype(np.uint8)

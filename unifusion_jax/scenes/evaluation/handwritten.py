@@ -1,0 +1,1 @@
+def is_kept(text): return False
