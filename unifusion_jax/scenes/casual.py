@@ -15,9 +15,15 @@ import re
 import numpy as np
 
 from unifusion_jax.scenes import splits, words
-from unifusion_jax.scenes.composition import fits, pick, visible, weighted
+from unifusion_jax.scenes.composition import fits, pick, place_object, visible, weighted
 from unifusion_jax.scenes.constraints import Constraints, PAIRWISE, Wanted
-from unifusion_jax.scenes.language import clear_relations, clearly_between, constraints_of, grouped, in_canonical_order
+from unifusion_jax.scenes.language import (
+  clear_relations,
+  clearly,
+  constraints_of,
+  grouped,
+  in_canonical_order,
+)
 from unifusion_jax.scenes.pointing import Pointer
 from unifusion_jax.scenes.world import Background, Object, Scene
 
@@ -54,6 +60,10 @@ MIDDLE_ALIKE = (
 MIDDLE = ('{m} between {b} and {c}', 'between {b} and {c}: {m}', 'between {b} and {c} {m}',
           '{b} and {c} with {m} between them', '{b} and {c}, {m} in between', '{b}, {c}, and between them {m}',
           '{b} and {c} and {m} between the two')
+# Where two objects stand that leave room between them.
+ENDS = (('middle left', 'middle right'), ('top left', 'bottom right'), ('bottom left', 'top right'),
+        ('top center', 'bottom center'), ('top left', 'top right'), ('bottom left', 'bottom right'),
+        ('top left', 'bottom left'), ('top right', 'bottom right'))
 COORDINATED = {
     2: ('one {x} and one {y} {noun}', 'a {x} and a {y} {noun}', 'one {x} {noun} and one {y} one',
         'a {x} {noun} and a {y} one', '{x} {noun} and {y} one', 'two {nouns}, one {x} and one {y}',
@@ -303,11 +313,36 @@ def _preceded(rng: np.random.Generator, scene: Scene) -> Said | None:
   return _with_rest(rng, Said(scene, text, (a, b), ((0, relation, 1),)), _others(scene, i, j))
 
 
-def _between(rng: np.random.Generator, scene: Scene) -> Said | None:
-  middles = clearly_between(scene.objects)
-  if not middles:
+def _with_middle(rng: np.random.Generator, scene: Scene) -> tuple[Scene, tuple[int, int, int]] | None:
+  """The scene with its objects moved so that one is clearly between two others: (scene, (middle, end, end))."""
+  if len(scene.objects) < 3:
     return None
-  m, i, j = pick(rng, middles)
+  m, i, j, *others = (int(k) for k in rng.permutation(len(scene.objects)))
+  middle, *ends = (dataclasses.replace(scene.objects[k], size=pick(rng, ('small', 'small', 'medium'))) for k in (m, i, j))
+  for _ in range(6):
+    placed = []
+    for obj, place in zip(ends, pick(rng, ENDS)):
+      placed.append(place_object(rng, obj.shape, obj.colour, obj.size, obj.fill, placed, scene.aspect, place))
+      if placed[-1] is None:
+        break
+    else:
+      a, b = placed
+      x, y = (round(float((p + q) / 2 + 0.06 * (rng.random() - 0.5)), 4) for p, q in ((a.x, b.x), (a.y, b.y)))
+      placed.append(dataclasses.replace(middle, x=x, y=y))
+      for o in (scene.objects[k] for k in others):
+        more = place_object(rng, o.shape, o.colour, 'small', o.fill, placed, scene.aspect)
+        placed += [more] if more else []
+      if len(placed) == len(scene.objects) and fits(placed, scene.aspect) and clearly('between', placed[2], a, b):
+        return dataclasses.replace(scene, objects=tuple(placed)), (2, 0, 1)
+  return None
+
+
+def _between(rng: np.random.Generator, scene: Scene) -> Said | None:
+  """'two yellow circles with a star between them'."""
+  arranged = _with_middle(rng, scene)
+  if not arranged:
+    return None
+  scene, (m, i, j) = arranged
   said = _random_said(rng)
   alike = rng.random() < 0.6
   if alike:
@@ -386,7 +421,8 @@ def _shared(rng: np.random.Generator, scene: Scene) -> Said | None:
   return Said(scene, text, tuple(wanted))
 
 
-_FORMS = {_listed: 0.36, _sided: 0.14, _preceded: 0.1, _between: 0.1, _coordinated: 0.22, _shared: 0.08}
+# How often each is tried; many of the later ones do not suit the scene.
+_FORMS = {_listed: 0.32, _sided: 0.13, _preceded: 0.1, _between: 0.15, _coordinated: 0.22, _shared: 0.08}
 
 
 def request(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Constraints, str] | None:
@@ -475,7 +511,7 @@ def instruction(rng: np.random.Generator, kind: str, slots: dict[str, object], a
 
 
 @functools.cache
-def _known() -> frozenset[str]:
+def vocabulary() -> frozenset[str]:
   """Every word that means something: no slip may turn one into another."""
   tables = (*_SPOKEN.values(), words.RELATIONS, words.BACKGROUNDS, words.FILLS_AFTER)
   return frozenset(w for table in tables for phrases in table.values() for phrase in phrases for w in phrase.split())
@@ -514,4 +550,4 @@ def _misspelt(rng: np.random.Generator, text: str) -> str:
     wrong = word[:k] + word[k + 1] + word[k] + word[k + 2:]
   else:
     wrong = word[:k] + word[k + 1:] if how == 1 else word[:k] + word[k] + word[k:]
-  return text if wrong in _known() else text[:match.start()] + wrong + text[match.end():]
+  return text if wrong in vocabulary() else text[:match.start()] + wrong + text[match.end():]

@@ -115,7 +115,7 @@ def _lab(rgb) -> np.ndarray:
 
 
 @functools.cache
-def _variants(name: str, papers: bool) -> tuple[tuple[int, int, int], ...]:
+def variants(name: str, papers: bool) -> tuple[tuple[int, int, int], ...]:
   """Colours that go by the name and by no other of the objects' names (or the backgrounds'), always the same ones."""
   palette = world.WIDE_BACKGROUND_COLOURS if papers else world.COLOURS
   also = INKS | PAPERS if papers else INKS
@@ -168,9 +168,9 @@ def random_look(rng: np.random.Generator, scene: Scene) -> Look:
   if by_hand < 0.7:
     hands = tuple(_random_hand(rng, obj) for obj in scene.objects)
   if coloured < 0.75:
-    paper = tuple(pick(rng, _variants(name, True)) for name in scene.background.colours)
+    paper = tuple(pick(rng, variants(name, True)) for name in scene.background.colours)
     for name in dict.fromkeys(o.colour for o in scene.objects):
-      ink = pick(rng, _variants(name, False))
+      ink = pick(rng, variants(name, False))
       if _apart(ink, paper):
         inks += ((name, ink),)
     if any(name not in dict(inks) and not _apart(world.COLOURS[name], paper) for name in

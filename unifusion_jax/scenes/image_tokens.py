@@ -1,4 +1,4 @@
-"""Read-outs: what of a scene each image token shows, for the heads that the embedded VLM is trained with.
+"""Image tokens: what of a scene each of them shows, for the heads that the embedded VLM is trained with.
 
 An image is shown in a grid of tiles (columns, rows), and as a whole once more where there are several
 (`data.imaging.tiles`). The tokens of a tile follow row by row, the tiles too, and the whole comes last. So a token is a
@@ -33,7 +33,7 @@ def cells(side: int, grid: Grid = (1, 1)) -> np.ndarray:
   return np.concatenate(tiles + [tile(0, 0, 1, 1)] * (len(tiles) > 1)).astype(np.float32)
 
 
-def shown(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
+def nearest_objects(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
   """Index of the object that each token shows, the nearest of those that touch its cell; -1 for none. i64 [s]."""
   x, y, width, height = cells(side, grid).T
   which, best = np.full(len(x), -1), np.full(len(x), np.inf)
@@ -48,7 +48,7 @@ def shown(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
   return which
 
 
-def readout(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
+def dense_attributes(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
   """What each token should know of the scene, f32 [s COLUMNS].
 
   Columns: covered (0 or 1); index of shape, colour, size and fill of the object shown; its centre relative to the
@@ -59,7 +59,7 @@ def readout(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
   out = np.zeros((len(x), COLUMNS), np.float32)
   out[:, 7] = world.BACKGROUND_KINDS.index(background.kind)
   out[:, 8], out[:, 9] = (BACKGROUNDS.index(background.colours[k]) for k in (0, -1))
-  which = shown(scene, side, grid)
+  which = nearest_objects(scene, side, grid)
   for i, o in enumerate(scene.objects):
     own = which == i
     out[own, :5] = [1.0, *(values.index(getattr(o, name)) for name, values in ATTRIBUTES)]
@@ -67,15 +67,15 @@ def readout(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
   return out
 
 
-def changes(source: Scene, target: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
-  """Whether each token shows an object that the target has otherwise, bool [s]."""
-  otherwise = [o not in target.objects for o in source.objects]
-  return np.array([*otherwise, False])[shown(source, side, grid)]  # -1 is the last
+def grounding(source: Scene, target: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
+  """Whether each token shows an object that an edit changes, bool [s]."""
+  changed = [o not in target.objects for o in source.objects]
+  return np.array([*changed, False])[nearest_objects(source, side, grid)]  # -1 is the last
 
 
-def readouts(scenes: Sequence[Scene], grids: Sequence[Grid], side: int, length: int) -> np.ndarray:
-  """Read-outs of all images of an example one after another, f32 [length COLUMNS]; `covered` is -1 where none is."""
+def all_dense_attributes(scenes: Sequence[Scene], grids: Sequence[Grid], side: int, length: int) -> np.ndarray:
+  """Dense attributes of all images of an example one after another, f32 [length COLUMNS]; beyond them all is -1."""
   out = np.full((length, COLUMNS), -1.0, np.float32)
-  rows = np.concatenate([readout(scene, side, grid) for scene, grid in zip(scenes, grids, strict=True)])
+  rows = np.concatenate([dense_attributes(scene, side, grid) for scene, grid in zip(scenes, grids, strict=True)])
   out[:len(rows)] = rows
   return out
