@@ -112,6 +112,12 @@ def read(text):
   return [LEXICON[m[0]] for m in READER.finditer(text)]
 
 
+def met(constraints, objects):
+  """Whether the objects, in this order, are as wanted and clearly stand to each other as they should."""
+  return (all(v in (None, getattr(o, k)) for w, o in zip(constraints.objects, objects) for k, v in vars(w).items()) and
+          all(language.clearly(r, *(objects[k] for k in (i, *others))) for i, r, *others in constraints.relations))
+
+
 def test_casual_requests_say_exactly_their_constraints():
   """Each value is named, nothing else is, shapes are counted, and the scene meets what is said."""
   rng = np.random.default_rng(2)
@@ -132,9 +138,7 @@ def test_casual_requests_say_exactly_their_constraints():
     assert set(found) == wanted, (text, constraints)
     assert all(re.search(rf'\b{ground}\b', text) for ground in grounds)
     assert language.parse(language.describe(constraints)) == language.in_canonical_order(constraints)
-    assert any(all(v in (None, getattr(o, k)) for w, o in zip(constraints.objects, order) for k, v in vars(w).items())
-               and all(language.clearly(r, *(order[k] for k in (i, *others))) for i, r, *others in constraints.relations)
-               for order in itertools.permutations(scene.objects)), (text, scene)
+    assert any(met(constraints, order) for order in itertools.permutations(scene.objects)), (text, scene)
     assert len(constraints.objects) == len(scene.objects)
     forms['relation'] += bool(constraints.relations)
     forms['between'] += any(r[1] == 'between' for r in constraints.relations)
@@ -145,10 +149,11 @@ def test_casual_requests_say_exactly_their_constraints():
 
 
 HELDOUT = [re.compile(pattern) for pattern in (
-    r' of \S+ size\b', r'\b(?:in the colou?r) (?!of)', r'there should be an? .* at', r'all in front of', r'drawn on top of',
-    r'^with an? .* background, ', r'^now ', r'^i would like', r'^a drawing that shows', r'could i get an image', r'what i need',
+    r' of \S+ size\b', r'\b(?:in the colou?r) (?!of)', r'there should be an? .* at', r'all in front of',
+    r'drawn on top of', r'^with an? .* background, ', r'^now ', r'^i would like', r'^a drawing that shows',
+    r'could i get an image', r'what i need',
     r'picture should have', r'nothing else', r'^let (?:it|the) .*become', r'^the new (?:size|colou?r) of',
-    r'trade their', r'and put it', r'^let there be', r'what is missing', r'everything except', r'there should be .* instead of',
+    r'trade their', r'and put it', r'^let there be', r'what is missing', r'everything except',
     r'^set it all', r'to the place of', r'left and right change sides')]
 
 
@@ -196,7 +201,8 @@ def test_slips_change_letters_and_not_words():
   assert 0.93 < np.mean(same) < 0.97
   changed = {w for t in outcomes for w in t.lower().rstrip('.! ').split()} - set(text.split())
   assert changed and not changed & casual.vocabulary()
-  assert any(t.isupper() for t in outcomes) and any(t[0].isupper() and not t.isupper() for t in outcomes)
+  assert any(t[0].isupper() for t in outcomes) and not any(t.isupper() for t in outcomes)
+  assert any(casual.slips(rng, 'two yellow circles').isupper() for _ in range(200))
 
 
 @pytest.mark.parametrize('kind', [k for kinds in WIDE_KINDS.values() for k in kinds])
@@ -288,7 +294,7 @@ def test_only_references_are_photographed():
       assert (corner == corner[0]).all()
       reference = e['references'][0][:3].reshape(-1, 3).astype(int)
       grainy += bool((reference != reference[0]).any())
-  assert grainy > 5
+  assert grainy > 2
 
 
 # --- the judge, and what image tokens show

@@ -127,7 +127,8 @@ TURNS = {'solid': ('fill in {it}', 'fill {it}', 'colour in {it}'),
          'outlined': ('only the outline of {it}', 'just the outline of {it}', 'make {it} an outline')}
 GROW = {'bigger': ('enlarge {it}', 'grow {it}', '{it} up a size'), 'smaller': ('shrink {it}', '{it} down a size')}
 CANVASES = {'square': ('square',), 'wide': ('landscape', 'widescreen'), 'tall': ('portrait', 'upright')}
-TYPOS, CAPITALS = 0.05, 0.03  # how often a word is misspelt, and all is in capitals
+TYPOS, CAPITALS = 0.05, 0.04  # how often a word is misspelt, and a short text is all in capitals
+SHORT = 32  # letters
 
 
 def _word(rng: np.random.Generator, name: str, value: str) -> str:
@@ -318,7 +319,8 @@ def _with_middle(rng: np.random.Generator, scene: Scene) -> tuple[Scene, tuple[i
   if len(scene.objects) < 3:
     return None
   m, i, j, *others = (int(k) for k in rng.permutation(len(scene.objects)))
-  middle, *ends = (dataclasses.replace(scene.objects[k], size=pick(rng, ('small', 'small', 'medium'))) for k in (m, i, j))
+  middle, *ends = (dataclasses.replace(scene.objects[k], size=pick(rng, ('small', 'small', 'medium')))
+                   for k in (m, i, j))
   for _ in range(6):
     placed = []
     for obj, place in zip(ends, pick(rng, ENDS)):
@@ -526,12 +528,13 @@ def slips(rng: np.random.Generator, text: str) -> str:
     text = text.replace('center', 'centre')
   if wrong < TYPOS:
     text = _misspelt(rng, text)
-  if case < CAPITALS:
+  # The embedded VLM's tokenizer spells capitals letter by letter, so only short texts have many.
+  if case < CAPITALS and len(text) <= SHORT:
     text = text.upper()
+  elif 0.4 < case < 0.44 and len(text) <= 2 * SHORT:
+    text = ' '.join(w[:1].upper() + w[1:] for w in text.split(' '))
   elif case < 0.4:
     text = text[0].upper() + text[1:]
-  elif case < 0.44:
-    text = ' '.join(w[:1].upper() + w[1:] for w in text.split(' '))
   if text[-1] not in '?.!':
     text += '.' if end < 0.25 else '!' if end < 0.32 else '...' if end < 0.34 else ' .' if end < 0.35 else ''
   elif text[-1] == '?' and end < 0.4:

@@ -41,7 +41,8 @@ AGAIN = ('draw this picture again', 'repeat the picture', 'the same picture, ple
 CAPTION = ('describe the picture', 'what does the picture show?', 'describe this image', 'caption this picture')
 # The wider world: shares of casual requests and of references with a look, and more ways to ask.
 CASUAL, LOOKED = 0.5, 0.6
-MORE_AGAIN = ('again please', 'same again', 'the same picture once more', 'no changes', 'leave it as it is', 'just copy it')
+MORE_AGAIN = ('again please', 'same again', 'the same picture once more', 'no changes', 'leave it as it is',
+              'just copy it')
 MORE_CAPTION = ('what is in the picture?', 'what do you see?', 'what is this?', 'say what is in it', 'describe it')
 
 
@@ -150,11 +151,6 @@ def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, style:
       return edit
 
 
-def _asked_of(rng: np.random.Generator, options, wide: tuple[str, ...]) -> str:
-  """One of the ways to ask; with further ones, as it may be typed."""
-  return casual.slips(rng, pick(rng, (*options, *wide))) if wide else pick(rng, options)
-
-
 def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, objects: int | tuple[int, int] = (1, 4),
             images: bool = True, wide: bool = False, reference_size: int | None = None) -> dict:
   """Example i of a task in a split ('train', 'test' or 'heldout').
@@ -202,13 +198,13 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
     text, constraints = caption(target), full_description(target)
   elif task == 'reconstruct':
     target = _scene(rng, split, canvas, objects, wide)
-    references, instruction, kind = (target,), _asked_of(rng, AGAIN, MORE_AGAIN * wide), 'reconstruct'
+    references, instruction, kind = (target,), pick(rng, AGAIN + MORE_AGAIN * wide), 'reconstruct'
     text, constraints = caption(target), full_description(target)
   else:
     seen = _scene(rng, split, canvas, objects, wide)
     references = (seen,)
     if task == 'caption':
-      instruction, text, kind = _asked_of(rng, CAPTION, MORE_CAPTION * wide), caption(seen), 'caption'
+      instruction, text, kind = pick(rng, CAPTION + MORE_CAPTION * wide), caption(seen), 'caption'
     else:
       instruction, text, kind = random_question(rng, seen, split=split)
       more = [random_question(rng, seen, split=split)[:2] for _ in range(MORE if split == 'train' else 0)]

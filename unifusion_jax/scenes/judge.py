@@ -1,8 +1,9 @@
-"""Reading an image back into a scene by analysis through synthesis, without a neural network, and scoring it.
+"""The judge: it reads an image back into a scene by analysis through synthesis, with no neural network, and scores it.
 
-The background is the best of all that can be drawn: of the six colours, or of all (`wide`). What differs from it falls into connected pieces; each piece is
-compared with every shape, size and fill in every colour, laid with its centre of mass on the piece's, and takes the
-one that leaves the least squared difference. Images are read at 64 px whatever their size.
+The background is the best of all that can be drawn: of the six colours, or of all (`wide`). What differs from it falls
+into connected pieces; each piece is compared with every shape, size and fill in every colour, laid with its centre of
+mass on the piece's, and takes the one that leaves the least squared difference. Images are read at 64 px whatever their
+size.
 """
 
 from collections.abc import Iterator

@@ -37,7 +37,7 @@ COUNTS = {2: 'two', 3: 'three', 4: 'four'}
 # Objects closer than this along an axis (a fraction of the canvas) are neither left of nor right of each other in
 # anything that is said; the judge may be more generous.
 CLEAR = 0.15
-# 'Between' two others is what stands in the middle half of the way from one to the other, this close to the line at most.
+# 'Between' two others is what stands in the middle half of the way from one to the other, at most so far beside it.
 ASIDE = 0.12
 
 
@@ -93,7 +93,8 @@ def describe(constraints: Constraints) -> str:
     joined = {i, *others}
     if others != list(range(i + 1, i + 2 + (relation == 'between'))) or joined & related:
       raise UserError(f'The relation {(i, relation, *others)} cannot be said: relations must join neighbours, each '
-                      "object in at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2); reorder the objects.")
+                      "object in at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2); "
+                      'reorder the objects.')
     related |= joined
     joints.update(zip(others, (f' {relation} ', ' and ')))
   constraints = in_canonical_order(constraints)

@@ -23,8 +23,8 @@ FINE = 4  # drawn pixels per pixel, along each side
 # Largest tilt in degrees that leaves the shape what it is; a circle and a ring have none.
 TILTS = {'square': 14, 'triangle': 180, 'star': 180, 'heart': 35, 'cross': 14, 'crescent': 180, 'diamond': 14,
          'hexagon': 180, 'circle': 0, 'ring': 0}
-# Largest distance of an inner point from the contour, as a share of the radius: strokes stay below half of it. A circle is
-# deeper, but would be a ring with so wide a stroke.
+# Largest distance of an inner point from the contour, as a share of the radius: strokes stay below half of it. A circle
+# is deeper, but would be a ring with so wide a stroke.
 DEPTHS = {'circle': 0.7, 'square': 0.7, 'triangle': 0.5, 'star': 0.5, 'heart': 0.6, 'cross': 0.4, 'ring': 0.3,
           'crescent': 0.4, 'diamond': 0.7, 'hexagon': 0.86}
 STROKE = 2.7  # widest stroke, of the narrow world's

@@ -68,7 +68,7 @@ def _silhouette(shape: str, radius: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=512)
 def _fine(shape: str, fill: str, radius: float, side: float) -> np.ndarray:
-  """The places that the object's colour covers, FINE times as fine as the image; bool [n n]. radius and side in pixels."""
+  """The places that the object's colour covers, FINE times as fine as the image: bool [n n]. Lengths are in pixels."""
   inside = _silhouette(shape, radius * FINE)
   if fill == 'solid':
     return inside

@@ -80,6 +80,11 @@ class Mark:
   tilt: float = 0.0
   pen: float = 0.34
 
+  @property
+  def size(self) -> str:
+    """The size by name that is nearest to the radius."""
+    return min(world.SIZES, key=lambda name: abs(world.SIZES[name] - self.radius))
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
@@ -91,9 +96,8 @@ class Drawing:
   grain: float = 0.0
 
   def scene(self) -> world.Scene:
-    return world.Scene(
-        tuple(world.Object(m.shape, m.colour, min(world.SIZES, key=lambda s: abs(world.SIZES[s] - m.radius)), m.fill, m.x,
-                           m.y) for m in self.marks), world.Background('plain', (self.paper,)))
+    objects = tuple(world.Object(m.shape, m.colour, m.size, m.fill, m.x, m.y) for m in self.marks)
+    return world.Scene(objects, world.Background('plain', (self.paper,)))
 
 
 DRAWINGS = (
