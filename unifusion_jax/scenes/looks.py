@@ -218,6 +218,7 @@ def _turned(points: np.ndarray, hand: Hand) -> np.ndarray:
   return points * (-1, 1) if hand.flipped else points
 
 
+@functools.lru_cache(maxsize=16)  # an edit's target has most of its reference's objects
 def _coverage(obj: Object, hand: Hand, radius: float, side: float, x: float, y: float) -> np.ndarray:
   """The object's share of every pixel, f32 [n n], with its centre (x, y) pixels right of and below n / 2."""
   half = math.ceil(radius * (1 + hand.wobble)) + 2
@@ -250,7 +251,9 @@ def _coverage(obj: Object, hand: Hand, radius: float, side: float, x: float, y: 
         middle = centre + k * period * across
         pen.line([*(middle - along), *(middle + along)], fill=255, width=max(1, round(period / 2)))
     inside = ImageChops.darker(inside, marked)
-  return np.asarray(inside.reduce(FINE), np.float32) * (1 / 255)
+  share = np.asarray(inside.reduce(FINE), np.float32) * (1 / 255)
+  share.flags.writeable = False
+  return share
 
 
 def _photographed(image: np.ndarray, camera: Camera, side: float) -> np.ndarray:

@@ -89,10 +89,11 @@ def coverage(shape: str, fill: str, radius: float, side: float, phase_x: int, ph
   """
   drawn = _fine(shape, fill, radius, side)
   half = math.ceil(len(drawn) / 2 / FINE) + 1
-  fine = np.zeros((2 * half * FINE, 2 * half * FINE), np.float32)
+  fine = np.zeros((2 * half * FINE, 2 * half * FINE), np.uint8)
   y, x = (half * FINE - len(drawn) // 2 + p * FINE // PHASES for p in (phase_y, phase_x))
   fine[y:y + len(drawn), x:x + len(drawn)] = drawn
-  share = fine.reshape(2 * half, FINE, 2 * half, FINE).mean((1, 3))
+  rows = fine.reshape(2 * half, FINE, 2 * half * FINE).sum(1, dtype=np.uint8)
+  share = rows.reshape(2 * half, 2 * half, FINE).sum(2, dtype=np.uint8).astype(np.float32) / FINE ** 2
   share.flags.writeable = False
   return share
 
