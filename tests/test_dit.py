@@ -161,9 +161,13 @@ def test_masked_tokens_change_nothing():
   assert (np.abs(velocity(model, *put(seen, mask, z, t)) - v).max((1, 2, 3)) > 1e-3).all()
 
 
-def test_no_condition_at_all_is_finite():
+def test_no_condition_at_all_is_that_of_the_image_alone():
+  """Finite, and the same for any number of masked tokens."""
   hidden, mask, z, _, t = example()
-  assert np.isfinite(velocity(build(), *put(hidden, mask & False, z, t))).all()
+  model = build()
+  many, one = (velocity(model, *put(hidden[:, :n], mask[:, :n] & False, z, t)) for n in (5, 1))
+  np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
+  assert np.isfinite(many).all() and np.abs(many).max() > 0.1
 
 
 def test_training_starts_from_velocity_zero():

@@ -112,7 +112,8 @@ def test_parity_text_only(folder):
   """Without images at all, the padding on the left."""
   tokens, valid, _ = (np.asarray(x) for x in batch((0, 0, 0, 0)))
   lengths = valid.sum(1)
-  tokens, valid = (np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(lengths)]) for x in (tokens, valid))
+  tokens, valid = (np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(lengths)])
+                   for x in (tokens, valid))
   positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
   with torch.no_grad():
     theirs = torch_model('qwen2', attention_bias=True)(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unifusion_jax import sharding
 from unifusion_jax.models import layers
 from unifusion_jax.sharding import BATCH
 
@@ -60,3 +61,39 @@ def test_a_weight_says_which_of_its_axes_a_product_sums_over():
   for contract, std in ((None, None), (0, None), (2, None), (2, 0.1)):
     with pytest.raises(ValueError, match='cannot contract'):
       layers.weight(nnx.Rngs(0), (4, 8), (), contract, std=std)
+
+
+def test_taps_come_before_what_is_done_after_a_layer():
+  """Layer i adds i to x; after it x doubles; the carry tells in which order the layers came."""
+  x, stacked = jax.device_put(np.ones((4, 3, 2), np.float32), P(BATCH)), jnp.arange(4.0)
+  block = lambda x, layer, index, carry: (x + layer, 10 * carry + index)
+  after = lambda x, index: 2 * x
+  run = jax.jit(lambda x: layers.scan_taps(block, x, stacked, (0, 2, 3), 3, carry=jnp.int32(0), after=after))
+  x, tapped, carry = run(x)
+  np.testing.assert_array_equal(np.asarray(tapped)[0, 0, :, 0], [1, 3, 8])  # 1; 2 (1 + 0) + 1; 2 * 3 + 2
+  assert (np.asarray(x) == 16).all() and carry == 12
+  x, tapped, carry = layers.scan_taps(lambda x, layer, *_: (x + layer, None), jnp.ones((4, 3, 2)), stacked)
+  assert (np.asarray(x) == 7).all() and tapped is carry is None
+  for taps, depth in (((2, 1), None), ((-1,), None), ((4,), 3), ((), 5)):
+    with pytest.raises(ValueError, match='taps must increase'):
+      layers.scan_taps(block, x, stacked, taps, depth)
+
+
+def test_layers_are_unrolled_over_cpus_and_scanned_over_devices_that_are_not_here(monkeypatch):
+  def program():
+    return str(jax.make_jaxpr(lambda x: layers.scan(lambda x, layer: (x + layer, None), x, jnp.arange(4.0)))(1.0))
+  monkeypatch.setattr(layers, 'UNROLL', None)
+  assert 'unroll=4' in program()
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tp=2), 8)):
+    assert 'unroll=1' in program()
+  monkeypatch.setattr(layers, 'UNROLL', False)
+  assert 'unroll=1' in program()
+
+
+def test_attention_that_is_repeated_over_tp_is_told_once(caplog):
+  assert layers.heads_axis(14, 2) == 'tp' and not caplog.records
+  for _ in range(2):
+    assert layers.heads_axis(15, 5) is None
+  assert [record.getMessage() for record in caplog.records] == [
+      'mesh.tp=2 does not divide 15 heads over 5 key/value heads: that attention is computed whole on each of the 2 '
+      'devices']

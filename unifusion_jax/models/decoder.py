@@ -113,8 +113,8 @@ def tied_head(described: dict, head: bool, base: bool = False) -> bool:
   A `base` class never writes one: there, a single level that says so is enough.
   """
   levels = (described, *(described.get(key) or {} for key in ('text_config', 'llm_config')))
-  said = [level.get('tie_word_embeddings') for level in levels]
-  return not head and (False not in said or base and True in said)
+  tied = [level.get('tie_word_embeddings') for level in levels]
+  return not head and (False not in tied or base and True in tied)
 
 
 def resolve_lm_head(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
@@ -124,7 +124,7 @@ def resolve_lm_head(tensors: dict, described: dict, folder) -> tuple[dict, bool]
   tied = tied_head(described, head, base)
   if base and not head and not tied:
     raise UserError(f'{folder} was saved from a class without a head, and its config.json says that the head is not '
-                     'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
+                    'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
   if base:
     tensors = {name if name == 'lm_head.weight' else f'model.{name}': tensor for name, tensor in tensors.items()}
   return tensors, tied
@@ -137,7 +137,7 @@ class Cache(NamedTuple):
 
 
 class Prompt(NamedTuple):
-  """What a VLM hands to its decoder for one batch of prompts."""
+  """A batch of prompts as the decoder reads it."""
   x: jax.Array  # [b s d] embeddings, images in place
   angles: jax.Array  # [b s k/2]
   attention_mask: jax.Array  # [b s] False on padding
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
   def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     if config.heads % config.kv_heads:
       raise UserError(f'{config.heads} query heads cannot share {config.kv_heads} key/value heads: '
-                       'the second must divide the first')
+                      'the second must divide the first')
     self.config = config
     # Split over the width alone: public vocabularies (151674, 92553) divide by nothing
     self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), contract=None, dtype=dtype,
@@ -210,12 +210,12 @@ class Decoder(nnx.Module):
     config = self.config
     if positions.shape[-1] > config.max_positions:
       raise UserError(f'{positions.shape[-1]} positions are more than the {config.max_positions} this model was '
-                       'trained for: shorten the sequence')
+                      'trained for: shorten the sequence')
     frequencies = config.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.llama3:
       factor, low, high, original = config.llama3
-      kept = np.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
-      frequencies = frequencies * (kept + (1 - kept) / factor)
+      unscaled = np.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+      frequencies = frequencies * (unscaled + (1 - unscaled) / factor)
     return positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
 
   def cache(self, batch: int, slots: int) -> Cache:
@@ -281,7 +281,7 @@ def last_valid(x: jax.Array, attention_mask: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where((jnp.arange(s) == ends[:, None])[..., None], x, 0), axis=1, keepdims=True)
 
 
-# What every model over this decoder answers, each by its own `prompt(input_ids, attention_mask, images)`:
+# The verbs of every model over this decoder, each of which has its own `prompt(input_ids, attention_mask, images)`:
 
 
 def hidden(vlm, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...], images=None) -> jax.Array:

@@ -67,10 +67,10 @@ class DiT(nnx.Module):
   def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
     if sum(config.rope_axes) != config.head_dim or any(a % 2 for a in config.rope_axes):
       raise UserError(f'rope_axes {config.rope_axes} must be three even numbers that add up to the head dim '
-                       f'{config.head_dim}')
+                      f'{config.head_dim}')
     if config.heads % config.kv_heads:
       raise UserError(f'{config.heads} heads cannot share {config.kv_heads} key/value heads evenly: '
-                       'kv_heads must divide heads')
+                      'kv_heads must divide heads')
     c = self.config = dataclasses.replace(config)
     d, p = c.width, c.channels * c.patch ** 2
     self.image_w = weight(rngs, (p, d), (None, 'fsdp'), contract=1, int8=False)
@@ -97,7 +97,7 @@ class DiT(nnx.Module):
     b, height, width, channels = z.shape
     if channels != c.channels or height % c.patch or width % c.patch:
       raise UserError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
-                       f'multiples of the patch {c.patch}')
+                      f'multiples of the patch {c.patch}')
     rows, columns = height // c.patch, width // c.patch
     image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)
     x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)

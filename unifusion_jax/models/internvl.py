@@ -312,7 +312,7 @@ def image_token(folder: pathlib.Path) -> int:
   ids |= {token['content']: token['id'] for token in parse('tokenizer.json').get('added_tokens', [])}
   if '<IMG_CONTEXT>' not in ids:
     raise UserError(f'{folder}: no added_tokens.json, tokenizer_config.json or tokenizer.json gives the id of '
-                     "<IMG_CONTEXT>; copy the checkpoint's tokenizer files next to its config.json")
+                    "<IMG_CONTEXT>; copy the checkpoint's tokenizer files next to its config.json")
   return ids['<IMG_CONTEXT>']
 
 

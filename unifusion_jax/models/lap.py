@@ -69,7 +69,7 @@ class LAP(nnx.Module):
     c = self.config
     if (l, e) != (c.taps, c.width):
       raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
-                       "set the config's taps and width to those of the vision-language model")
+                      "set the config's taps and width to those of the vision-language model")
     run = lambda x, blocks, segments=None: layers.scan(
         lambda x, block: (block(x, segments), None), x, blocks, remat=c.remat)[0]
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.

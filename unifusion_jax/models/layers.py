@@ -11,6 +11,7 @@ Modules hold Params only and are plain pytrees. A parameter's sharding is an arg
 import functools
 import math
 
+from absl import logging
 from flax import nnx
 import jax
 from jax import P
@@ -19,10 +20,10 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.attention import attention
-from unifusion_jax.sharding import BATCH
+from unifusion_jax.sharding import BATCH, is_main_process
 
 RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
-# Whether layers are unrolled. None: by the devices of the mesh in context. Unrolled, a step takes a sixth less on a CPU
+# Whether layers are unrolled. None: by the devices of the mesh in context. Unrolled, a step takes a fifth less on a CPU
 # and a quarter longer to compile; elsewhere scanned layers run as fast and compile many times faster.
 UNROLL: bool | None = None
 
@@ -60,7 +61,17 @@ def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
 def heads_axis(heads: int, kv_heads: int) -> str | None:
   """The mesh axis of attention heads: tp if it divides both counts, else None (attention is then repeated over tp)."""
   tp = jax.sharding.get_abstract_mesh().shape['tp']
-  return 'tp' if heads % tp == 0 and kv_heads % tp == 0 else None
+  if heads % tp or kv_heads % tp:
+    _warn_of_repeated_heads(heads, kv_heads, tp)
+    return None
+  return 'tp'
+
+
+@functools.cache  # once for each
+def _warn_of_repeated_heads(heads: int, kv_heads: int, tp: int) -> None:
+  if is_main_process():
+    logging.warning('mesh.tp=%d does not divide %d heads over %d key/value heads: that attention is computed whole on '
+                    'each of the %d devices', tp, heads, kv_heads, tp)
 
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:

@@ -136,9 +136,9 @@ class Qwen3VLConfig:
 
 
 def grid_position(index: jax.Array, grids: jax.Array):
-  """Which image and which of its cells are number `index` [b s] of images laid end to end, grids [b r 2].
+  """The place of cell `index` [b s] in images laid end to end, grids [b r 2]: (image, cell, rows, columns), [b s] each.
 
-  Returns (image, cell, rows, columns), [b s] each; past the last image: the number of images, and no rows.
+  `cell` counts within the image, of that many rows and columns. Past the last image: the number of images, and no rows.
   """
   sizes = grids[..., 0] * grids[..., 1]
   past = index[..., None] >= jnp.cumsum(sizes, axis=1)[:, None]

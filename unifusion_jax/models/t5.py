@@ -50,7 +50,7 @@ class T5Config:
       raise UserError(f'the model is {config.get("model_type")!r}; this encoder is t5')
     if config.get('feed_forward_proj') != 'gated-gelu':
       raise UserError(f'feed_forward_proj is {config.get("feed_forward_proj", "relu")!r}, as in the first T5; this '
-                       'encoder is that of T5 v1.1 and Flan-T5, with gated-gelu')
+                      'encoder is that of T5 v1.1 and Flan-T5, with gated-gelu')
     return cls(vocab=config['vocab_size'], width=config['d_model'], depth=config['num_layers'],
                heads=config['num_heads'], head_dim=config['d_kv'], hidden=config['d_ff'],
                buckets=config.get('relative_attention_num_buckets', 32),
@@ -84,7 +84,7 @@ class Block(nnx.Module):
     self.eps = config.eps
     axis = heads_axis(h, h)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
-    # What would be scaled elsewhere starts smaller here
+    # Logits are not scaled by k^-0.5 here: the weight starts smaller instead
     self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype, std=(d * k) ** -0.5)
     self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
     self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)

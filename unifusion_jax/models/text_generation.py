@@ -31,7 +31,7 @@ def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, 
   """Continues prompts [b s] (padding where `attention_mask` is False) by up to `max_new` tokens, each to a stop id.
 
   temperature 0 takes the most probable token; above 0 one is drawn with `key` from the smallest set of tokens whose
-  probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b]: what a row draws then
+  probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b], whose text then
   depends on its own key alone. Arguments as in `vlm.prompt`.
   """
   if max_new < 1:

@@ -118,7 +118,7 @@ def read_config(folder) -> UniFusionConfig:
   path = pathlib.Path(folder) / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
-                     'of a Krea 2 pipeline')
+                    'of a Krea 2 pipeline')
   return from_json(json.loads(path.read_text()))
 
 
