@@ -153,6 +153,9 @@ def test_config_round_trip_and_refusals(tmp_path):
   config = vae.VAEConfig(block_out_channels=(8, 16), norm_num_groups=4, shift_factor=0.1)
   assert vae.VAEConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
   assert config.downsampling == 2
+  module = vae.Autoencoder(config, rngs=nnx.Rngs(0))
+  config.scaling_factor = 9.0  # as a flag would
+  assert module.config.scaling_factor == 0.18215
   for change, message in (({'act_fn': 'relu'}, 'act_fn is relu; only silu'),
                           ({'down_block_types': ['AttnDownEncoderBlock2D', 'DownEncoderBlock2D']}, 'down_block_types'),
                           ({'latents_mean': [0.0]}, 'latents_mean'), ({'base_dim': 96}, "'base_dim'")):

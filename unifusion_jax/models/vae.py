@@ -30,7 +30,7 @@ UNREAD = ('sample_size', 'force_upcast')  # diffusers' own tiling and precision
 OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}  # of attention before 2023
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)  # not frozen: flags set the fields of a recipe's model; modules hold a copy
 class VAEConfig:
   in_channels: int = 3
   out_channels: int = 3
@@ -236,7 +236,7 @@ class Autoencoder(nnx.Module):
     if bad:
       raise UserError(f'VAE config: block_out_channels {bad} do not divide into norm_num_groups='
                        f'{config.norm_num_groups} groups')
-    self.config = config
+    self.config = dataclasses.replace(config)
     self.encoder = Encoder(config, dtype, rngs=rngs)
     self.decoder = Decoder(config, dtype, rngs=rngs)
     c = config.latent_channels
