@@ -51,7 +51,8 @@ def test_krea2_shift_and_sampling_times_are_those_of_diffusers():
 
 def test_sampling_times_that_start_later_are_the_rest_of_the_way():
   for shift in (1.0, 3.0):
-    np.testing.assert_allclose(flow.timesteps(4, shift, flow.timesteps(6, shift)[2]), flow.timesteps(6, shift)[2:], rtol=1e-5)
+    whole = flow.timesteps(6, shift)
+    np.testing.assert_allclose(flow.timesteps(4, shift, whole[2]), whole[2:], rtol=1e-5)
   assert not np.asarray(flow.timesteps(3, 2.0, 0.0)).any()
 
 
@@ -115,3 +116,27 @@ def test_at_eta_0_new_noise_is_none():
   np.testing.assert_allclose(plain, with_keys, rtol=1e-5, atol=1e-6)
   with pytest.raises(ValueError, match='leave keys out'):
     flow.sample(lambda x, t: x, noise, flow.timesteps(2), 'heun', 1.0, keys)
+
+
+@pytest.mark.parametrize('eta', [0.0, 1.0])
+@pytest.mark.parametrize('start', [1.0, 0.5, 0.0])
+def test_every_start_is_finite_and_from_zero_nothing_moves(start, eta):
+  keys = jax.sharding.reshard(jax.random.split(jax.random.key(0), 8), P(BATCH))
+  x = normal(0, 8, 4)
+
+  def way(x):
+    return flow.sample(lambda x, t: 3 * x, x, flow.timesteps(3, 2.0, start), 'euler', eta, keys)
+
+  y, gradient = jax.jit(way)(x), jax.jit(jax.grad(lambda x: jnp.sum(way(x))))(x)
+  assert np.isfinite(y).all() and np.isfinite(gradient).all()
+  assert np.array_equal(y, x) == (start == 0)
+
+
+def test_the_way_in_parts_is_the_way():
+  """New noise goes by the number of its step within the whole way."""
+  keys = jax.sharding.reshard(jax.random.split(jax.random.key(0), 8), P(BATCH))
+  times, x = flow.timesteps(5, 2.0), normal(0, 8, 4)
+  part = lambda x, times, first: flow.sample(lambda x, t: 3 * t[:, None] ** 2 * x, x, times, 'euler', 0.7, keys, first)
+  whole, half = part(x, times, 0), part(x, times[:3], 0)
+  np.testing.assert_allclose(part(half, times[2:], 2), whole, rtol=1e-5, atol=1e-6)
+  assert np.abs(part(half, times[2:], 0) - whole).max() > 0.1

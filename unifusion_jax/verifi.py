@@ -50,7 +50,8 @@ SYSTEM = {
     'translate': (
         'The user may write in any language. First understand the request, then describe in English the picture that '
         'is asked for, taking any pictures shown into account: objects, numbers, colours, places and background. '
-        'Written text that is to appear in the picture stays in its own language. Answer with the English description alone.'),
+        'Written text that is to appear in the picture stays in its own language. Answer with the English description '
+        'alone.'),
     'style': (
         'You write the description that a painter works from. Describe the picture that the user asks for, taking any '
         'pictures shown into account. Name the style first: medium, technique, palette and light, those of the shown '
