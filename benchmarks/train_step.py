@@ -31,7 +31,6 @@ def main(_):
     data = train.batches(config)
     batch = next(data)
     data.close()
-    batch.pop('skipped')
     batch = sharding.shard_batch(batch, mesh)
     seconds = []
     for _ in range(_STEPS.value + 1):

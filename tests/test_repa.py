@@ -55,7 +55,6 @@ def test_alignment_teaches_the_blocks_before_it_alone(aligned, mesh):
   data = train.batches(aligned)
   batch = next(data)
   data.close()
-  batch.pop('skipped')
   batch = sharding.shard_batch(batch, mesh)
   frozen, params, key = aligned.objective.frozen(aligned), aligned.objective.init(aligned), jax.random.key(0)
   step = jax.jit(jax.value_and_grad(aligned.objective.loss, has_aux=True))

@@ -85,7 +85,6 @@ def losses(recipe, shape, name):
     data = train.batches(made)
     for _ in range(3):
       batch = next(data)
-      batch.pop('skipped')
       state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(0))
       out.append([float(scalars['loss']), float(scalars['gradient_norm'])])
     data.close()
@@ -111,7 +110,6 @@ def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   data = train.batches(made)
   batch = next(data)
   data.close()
-  batch.pop('skipped')
   frozen, params, key = made.objective.frozen(made), made.objective.init(made), jax.random.key(3)
   three = dataclasses.replace(made.objective, noises_per_example=3)
   drawn = jax.jit(three.loss)(params, frozen, sharding.shard_batch(batch, mesh), key)[0]
@@ -189,7 +187,6 @@ def test_accumulated_edits_are_the_mean_of_their_parts(recipe, mesh):
   batches = train.batches(made)
   batch = next(batches)
   batches.close()
-  batch.pop('skipped')
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
   gradient = jax.jit(jax.value_and_grad(made.objective.loss, has_aux=True))
   parts = [gradient(state.params, frozen, sharding.shard_batch({name: x[k::2] for name, x in batch.items()}, mesh), keys[k])
