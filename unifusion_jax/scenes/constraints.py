@@ -1,4 +1,4 @@
-"""What a sentence demands of an image, in the judge's terms (GenEval's way: count, colour, place, binding)."""
+"""Demands of a sentence on an image, in the judge's terms (GenEval's way: count, colour, place, binding)."""
 
 import dataclasses
 

@@ -191,10 +191,10 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
   elif task == 'multi':
     count = _count(rng)
     while True:
-      made = random_multi(rng, count, split, canvas, wide=wide)
-      if split != 'heldout' or any(map(splits.scene_is_heldout, (*made.references, made.target))):
+      multi = random_multi(rng, count, split, canvas, wide=wide)
+      if split != 'heldout' or any(map(splits.scene_is_heldout, (*multi.references, multi.target))):
         break
-    references, instruction, target, kind = made.references, made.instruction, made.target, made.kind
+    references, instruction, target, kind = multi.references, multi.instruction, multi.target, multi.kind
     text, constraints = caption(target), full_description(target)
   elif task == 'reconstruct':
     target = _scene(rng, split, canvas, objects, wide)

@@ -49,7 +49,7 @@ def nearest_objects(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
 
 
 def dense_attributes(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
-  """What each token should know of the scene, f32 [s COLUMNS].
+  """Attributes of the scene that each token should know, f32 [s COLUMNS].
 
   Columns: covered (0 or 1); index of shape, colour, size and fill of the object shown; its centre relative to the
   token's (x, y, in cells); background kind; its upper and its lower colour, indices of BACKGROUNDS.

@@ -117,7 +117,7 @@ def _soften(ground: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def _pieces(distance: np.ndarray) -> tuple[np.ndarray, int]:
-  """Parts the foreground into pieces: labels i32 [y x], 0 for background, and how many there are."""
+  """Connected pieces of the foreground: labels i32 [y x], 0 for background, and their number."""
   seeds = (distance > FOREGROUND) & (distance > CONTRAST * ndimage.maximum_filter(distance, 5))
   labels, count = ndimage.label(seeds, np.ones((3, 3)))
   boxes = ndimage.find_objects(labels)
@@ -209,7 +209,7 @@ def _match(difference: np.ndarray, ground: np.ndarray, side: float, harsh: bool)
 
 
 def read(image: np.ndarray, wide: bool = False) -> Reading:
-  """Reads an image, uint8 [y x 3] of any size; its proportions tell the aspect. wide: on a background of any colour."""
+  """The reading of an image, uint8 [y x 3] of any size. wide: on a background of any colour, not of the six alone."""
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
     raise UserError(f'The judge reads images as uint8 [y x 3] and got {image.dtype} {list(image.shape)}; '
                      'convert the image to 8-bit RGB first.')
@@ -285,7 +285,7 @@ def _holds(relation: str, a: Object, *others: Object) -> bool:
 
 
 def check(reading: Reading, constraints: Constraints) -> dict[str, bool]:
-  """Which of the demands the image meets, as GenEval asks them; only the kinds that are demanded, and 'all'.
+  """Demands that the image meets, as GenEval asks them: only the kinds that are demanded, and 'all'.
 
   object: the shapes are there. count: no more and no fewer objects (or at least as many, if the count is not exact).
   colour, size, fill, place: the shapes are there and each has it. relation: it holds between objects of the demanded
@@ -327,7 +327,7 @@ def _pair(ours: tuple[Object, ...], theirs: tuple[Object, ...]) -> dict[int, Obj
 
 
 def check_edit(reading: Reading, source: Scene, target: Scene) -> dict[str, bool]:
-  """Judges the image of an edit by what source and target differ in and what they share.
+  """Verdict on the image of an edit, by what source and target differ in and what they share.
 
   asked: what differs is in the image as in the target (moved and added objects in or near their new place, removed
   ones gone). kept: the rest is as it was, within NEAR of its position. all: both, and nothing else is there.

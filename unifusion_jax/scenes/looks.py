@@ -61,7 +61,7 @@ class Hand:
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-  """What a photograph does to a drawing; lengths are in pixels at 64 px."""
+  """Effects of photographing a drawing; lengths are in pixels at 64 px."""
   light: tuple[float, float] = (0.0, 0.0)  # how much brighter the right and the lower edge are than the middle
   blur: float = 0.0
   noise: float = 0.0  # standard deviation, of 255

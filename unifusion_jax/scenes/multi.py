@@ -1,4 +1,4 @@
-"""One image from two or three: for evaluation and for the VLM's own training, never for the DiT's.
+"""Examples of one image from two or three: for evaluation and for the VLM's own training, never for the DiT's.
 
 All references and the target share one shape of canvas. An object taken from an image keeps its place unless the
 instruction names another.
@@ -78,7 +78,7 @@ def _by_content(rng: np.random.Generator, scenes, k: int) -> str | None:
 
 
 def _image(rng: np.random.Generator, scenes, k: int, wide: bool) -> str:
-  """Names an image by its number or, where that tells it apart, by its background; `wide`: or by what is in it."""
+  """A name for an image: its number or, where that tells it apart, its background; `wide`: or what is in it."""
   if wide and rng.random() < 0.35 and (named := _by_content(rng, scenes, k)):
     return named
   background = scenes[k].background
@@ -93,7 +93,7 @@ def _image(rng: np.random.Generator, scenes, k: int, wide: bool) -> str:
 
 
 def _object(rng: np.random.Generator, scenes, k: int, i: int, split: str, alone: bool, wide: bool) -> str | None:
-  """Names object i of image k; alone: perhaps without the image, where no other one has anything like it."""
+  """A name for object i of image k; alone: perhaps without the image, where no other one has anything like it."""
   pointer = random_pointer(rng, scenes[k], i, split, relations=rng.random() < 0.3)
   if not pointer:
     return None
@@ -122,7 +122,7 @@ def _added(scene: Scene, *new: Object) -> Scene | None:
   return dataclasses.replace(scene, objects=objects)
 
 
-def _draw(rng: np.random.Generator, kind: str, scenes: list[Scene], order: list[int], split: str, wide: bool):
+def _propose(rng: np.random.Generator, kind: str, scenes: list[Scene], order: list[int], split: str, wide: bool):
   """(target, slots) or None; the scenes play the roles of the kind in the given order."""
   p, q = order[:2]
   first, second = scenes[p], scenes[q]
@@ -179,16 +179,15 @@ def random_multi(rng: np.random.Generator, count: int = 2, split: str = 'train',
       given[order[1]] = _one_colour(rng, given[order[1]])
     if kind == 'restyle' and len(given[order[0]].objects) > 1:
       given[order[0]] = dataclasses.replace(given[order[0]], objects=given[order[0]].objects[:1])
-    drawn = _draw(rng, kind, given, order, split, wide)
-    if not drawn:
+    proposal = _propose(rng, kind, given, order, split, wide)
+    if not proposal:
       continue
-    target, slots = drawn
+    target, slots = proposal
     instruction = pick(rng, _INSTRUCTIONS.get(kind, ()) + _MORE_INSTRUCTIONS[kind] if wide else _INSTRUCTIONS[kind])
     if any(slots[name] is None for name in ('a', 'b') if f'{{{name}}}' in instruction):
       continue
-    made = [*given, target]
     if ((target in given) != (kind == 'choose') or not fits(target.objects, aspect) or
-        not all(visible(scene) and all(map(allowed, scene.objects)) for scene in made)):
+        not all(visible(scene) and all(map(allowed, scene.objects)) for scene in (*given, target))):
       continue
     text = instruction.format(**slots)
     return Multi(tuple(given), casual.slips(rng, text) if wide else text, target, kind)

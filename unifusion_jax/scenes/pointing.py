@@ -1,4 +1,4 @@
-"""Pointing at one object of an image so that nobody can take it for another: by attribute, place or relation."""
+"""Pointers at one object of an image that nobody can take for another: by attribute, place or relation."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ NEAR = 0.08  # extremes must lead by this much of the canvas
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-  """What is said of the object meant; None for what is not."""
+  """Attributes of the object meant; None for those that are not named."""
   shape: str | None = None
   colour: str | None = None
   size: str | None = None

@@ -128,7 +128,7 @@ def _shows(rng, scene, split):
 
 
 def _wrong(rng, scene, split):
-  """What a description should have said instead, if anything."""
+  """The words that a description should have had instead, if any."""
   claim = _claim(rng, scene, split)
   templates = ('what is wrong here: {}?', 'the picture shows {}: what is wrong?',
                'what should be different in this: {}?')
@@ -136,7 +136,7 @@ def _wrong(rng, scene, split):
 
 
 def _fully(objects) -> str:
-  """All that can be said of objects, in reading order; 'nothing' of none."""
+  """A full description of objects, in reading order; 'nothing' for none."""
   wanted = tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in objects)
   return describe(Constraints(wanted)) if wanted else 'nothing'
 
@@ -156,13 +156,13 @@ def _beside(rng, scene, split):
   relation = pick(rng, PAIRWISE)
   truths = [clearly(relation, o, scene.objects[j]) for o in others]
   anchor = random_pointer(rng, scene, j, split, relations=False)
-  found = [o for o, truth in zip(others, truths) if truth]
-  if not others or None in truths or not anchor or len(found) > 2 or not found and rng.random() < 0.6:
+  there = [o for o, truth in zip(others, truths) if truth]
+  if not others or None in truths or not anchor or len(there) > 2 or not there and rng.random() < 0.6:
     return None
   if not all(splits.relation_allowed(split)(o.shape, relation, scene.objects[j].shape) for o in others):
     return None
   templates = ('what is {} {}?', 'which shapes are {} {}?')
-  return pick(rng, templates).format(pick(rng, words.RELATIONS[relation]), phrase(rng, anchor)), _fully(found)
+  return pick(rng, templates).format(pick(rng, words.RELATIONS[relation]), phrase(rng, anchor)), _fully(there)
 
 
 def _one_attribute(rng, scene, truth):
@@ -175,27 +175,27 @@ def _one_attribute(rng, scene, truth):
 
 def _what(rng, scene, split):
   """Everything that has one attribute, described."""
-  found = _one_attribute(rng, scene, truth=rng.random() < 0.85)
-  if not found:
+  attribute = _one_attribute(rng, scene, truth=rng.random() < 0.85)
+  if not attribute:
     return None
-  name, value = found
+  name, value = attribute
   matching = [o for o in scene.objects if getattr(o, name) == value]
   if len(matching) > 2:
     return None
   templates = {'place': ('what is at the {}?', 'which shape is at the {}?'),
                'shape': ('which {} are there?', 'what {} can you see?')}
   named = plural(value) if name == 'shape' else value
-  asked = pick(rng, templates.get(name, ('what is {}?', 'which shapes are {}?'))).format(named)
-  return asked, _fully(matching)
+  text = pick(rng, templates.get(name, ('what is {}?', 'which shapes are {}?'))).format(named)
+  return text, _fully(matching)
 
 
 def _has(rng, scene, split):
   """One attribute, seen somewhere or nowhere."""
   truth = rng.random() < 0.5
-  found = _one_attribute(rng, scene, truth)
-  if not found:
+  attribute = _one_attribute(rng, scene, truth)
+  if not attribute:
     return None
-  name, value = found
+  name, value = attribute
   if name == 'place':
     templates = ('is anything at the {}?', 'is there a shape at the {}?')
   elif name == 'shape':
@@ -208,10 +208,10 @@ def _has(rng, scene, split):
 def _exists(rng, scene, split):
   """One object, there or not; the false ones differ from a true one in one attribute."""
   obj = pick(rng, scene.objects)
-  said = {a: getattr(obj, a) for a in VALUES if rng.random() < (0.8 if a in ('shape', 'colour') else 0.25)}
-  if not said:
+  values = {a: getattr(obj, a) for a in VALUES if rng.random() < (0.8 if a in ('shape', 'colour') else 0.25)}
+  if not values:
     return None
-  wanted = Wanted(**said)
+  wanted = Wanted(**values)
   truth = rng.random() < 0.5
   if not truth:
     wanted = _spoilt(rng, wanted, split)
@@ -325,8 +325,8 @@ def _background(rng, scene, split):
     return pick(rng, ('what is the background?', 'what background does the picture have?')), \
         background_phrase(scene.background)
   kind = scene.background.kind if rng.random() < 0.4 else pick(rng, BACKGROUND_KINDS)
-  asked = {'plain': 'plain', 'gradient': 'a gradient', 'checkered': 'checkered'}[kind]
-  return f'is the background {asked}?', 'yes' if kind == scene.background.kind else 'no'
+  named = {'plain': 'plain', 'gradient': 'a gradient', 'checkered': 'checkered'}[kind]
+  return f'is the background {named}?', 'yes' if kind == scene.background.kind else 'no'
 
 
 _ASK = {'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has': _has, 'shows': _shows,
@@ -338,7 +338,7 @@ def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = N
   """A question about the scene with its answer. kind: asked for if the scene allows it (None: any)."""
   weights = TRAIN_WEIGHTS if split == 'train' else QUESTION_WEIGHTS
   for _ in range(12):
-    asked = kind or weighted(rng, QUESTION_KINDS, weights)
-    if found := _ASK[asked](rng, scene, split):
-      return Question(*found, asked)
+    chosen = kind or weighted(rng, QUESTION_KINDS, weights)
+    if question := _ASK[chosen](rng, scene, split):
+      return Question(*question, chosen)
   return Question(*_count(rng, scene, split), 'count')

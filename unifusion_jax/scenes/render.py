@@ -87,11 +87,11 @@ def coverage(shape: str, fill: str, radius: float, side: float, phase_x: int, ph
 
   `radius` is the object's and `side` the square root of the canvas area, both in pixels.
   """
-  drawn = _fine(shape, fill, radius, side)
-  half = math.ceil(len(drawn) / 2 / FINE) + 1
+  mask = _fine(shape, fill, radius, side)
+  half = math.ceil(len(mask) / 2 / FINE) + 1
   fine = np.zeros((2 * half * FINE, 2 * half * FINE), np.uint8)
-  y, x = (half * FINE - len(drawn) // 2 + p * FINE // PHASES for p in (phase_y, phase_x))
-  fine[y:y + len(drawn), x:x + len(drawn)] = drawn
+  y, x = (half * FINE - len(mask) // 2 + p * FINE // PHASES for p in (phase_y, phase_x))
+  fine[y:y + len(mask), x:x + len(mask)] = mask
   rows = fine.reshape(2 * half, FINE, 2 * half * FINE).sum(1, dtype=np.uint8)
   share = rows.reshape(2 * half, 2 * half, FINE).sum(2, dtype=np.uint8).astype(np.float32) / FINE ** 2
   share.flags.writeable = False
@@ -107,7 +107,7 @@ def placed(obj: Object, width: int, height: int) -> tuple[np.ndarray, int, int]:
 
 
 def paint(image: np.ndarray, share: np.ndarray, left: int, top: int, ink: np.ndarray) -> None:
-  """Lays ink f32 [3] on the image f32 [y x 3], in place, as `share` f32 [n n] of its pixels from (left, top) on."""
+  """Ink f32 [3] laid on the image f32 [y x 3], in place, as `share` f32 [n n] of its pixels from (left, top) on."""
   y0, x0 = max(top, 0), max(left, 0)
   part = image[y0:top + len(share), x0:left + len(share)]
   share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]

@@ -1,4 +1,4 @@
-"""Train, test and the compositions no model may train on.
+"""Splits: train, test and the compositions that no model may train on.
 
 Test differs from train by its seeds and half of its phrasing. The split 'heldout' asks for compositions that occur
 nowhere in train or test: not in a source, a target, a prompt, a question or a caption. Its every example holds at
@@ -41,21 +41,21 @@ HELDOUT_EDITS = frozenset({
 
 
 def allowed(split: str) -> Callable[[Object], bool]:
-  """Which objects may occur in a split, by shape, colour and fill."""
+  """A test for the objects that may occur in a split, by shape, colour and fill."""
   if split == 'heldout':
     return lambda obj: True
   return lambda obj: (obj.shape, obj.colour, obj.fill) not in _OBJECTS
 
 
 def relation_allowed(split: str) -> Callable[[str, str, str], bool]:
-  """Which relations (shape, relation, shape) may be spoken of in a split."""
+  """A test for the relations (shape, relation, shape) that may be spoken of in a split."""
   if split == 'heldout':
     return lambda subject, relation, other: True
   return lambda subject, relation, other: (subject, relation, other) not in HELDOUT_RELATIONS
 
 
 def edit_allowed(split: str) -> Callable[[str, str], bool]:
-  """Which kinds of edit may be done to which shapes in a split."""
+  """A test for the pairs of edit and shape that may occur in a split."""
   if split == 'heldout':
     return lambda kind, shape: True
   return lambda kind, shape: (kind, shape) not in HELDOUT_EDITS
