@@ -98,7 +98,7 @@ def test_patches_and_their_normalisation_are_the_public_ones(limits):
   patches = np.concatenate([patches for patches, _ in cut])
   mean, std = (np.repeat(settings[name], 2 * 16 ** 2) for name in ('image_mean', 'image_std'))
   assert patches.dtype == np.uint8
-  np.testing.assert_allclose(layers.normalise_pixels(patches, mean, std), wanted['pixel_values'], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(layers.normalise(patches, mean, std), wanted['pixel_values'], rtol=0, atol=1e-5)
 
 
 def test_tiles_are_normalised_as_the_folder_says(recipe, tmp_path):

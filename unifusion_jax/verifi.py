@@ -146,6 +146,7 @@ class Chat:
     """Ids of plain text: a special token spelled in it is tokenised letter by letter."""
     return tuple(self._plain.encode(text, add_special_tokens=False, split_special_tokens=True))
 
+  @functools.lru_cache(maxsize=16)  # the same in every example of a run
   def system_ids(self, system: str) -> tuple[int, ...]:
     """Ids of a system prompt, given as a name in SYSTEM or as text; ValueError for a name that is nearly one."""
     near = difflib.get_close_matches(system, SYSTEM, 1) if system.isidentifier() and system not in SYSTEM else ()
@@ -220,16 +221,20 @@ def arrays(spans: list[Span], length: int, cond_length: int,
     TooLong: when the text does not fit; nothing is cut off.
   """
   ids = np.array([token for span in spans for token in span.ids], np.int32)
-  kind = np.array([span.kind for span in spans for _ in span.ids])
-  cond_index = np.flatnonzero(np.isin(kind, kinds)).astype(np.int32)
+  lengths = [len(span.ids) for span in spans]
+  cond_index = np.flatnonzero(np.repeat([span.kind in kinds for span in spans], lengths)).astype(np.int32)
   if len(ids) > length or len(cond_index) > cond_length:
     raise TooLong(f'a prompt of {len(ids)} tokens, {len(cond_index)} of them for the DiT, does not fit the {length} '
                   f'and {cond_length} that are set: shorten the text or raise data.max_prompt_tokens / '
                   'data.max_rewrite_tokens')
+  written = np.repeat([span.kind in ('written', 'stop') for span in spans], lengths)
+  return dict(input_ids=_padded(ids, length), attention_mask=np.arange(length) < len(ids),
+              cond_index=_padded(cond_index, cond_length), cond_mask=np.arange(cond_length) < len(cond_index),
+              written=_padded(written, length))
 
-  def pad(x, n):
-    return np.pad(x, (0, n - len(x)))
-  return dict(
-      input_ids=pad(ids, length), attention_mask=pad(np.ones(len(ids), bool), length),
-      cond_index=pad(cond_index, cond_length), cond_mask=pad(np.ones(len(cond_index), bool), cond_length),
-      written=pad(np.isin(kind, ('written', 'stop')), length))
+
+def _padded(x: np.ndarray, length: int) -> np.ndarray:
+  """x [n] with zeros after it. `np.pad` takes as long as everything else in `arrays`."""
+  out = np.zeros(length, x.dtype)
+  out[:len(x)] = x
+  return out

@@ -40,7 +40,7 @@ class PromptEncoder:
   @classmethod
   def load(cls, folder, tiles: int, max_prompt: int, max_rewrite: int, budgets=(), system: str = 'rewrite',
            vlm: encoders.Config | None = None) -> 'PromptEncoder':
-    """The encoder of a VLM's folder for images in at most so many tiles; `vlm`: its configuration, if not that there."""
+    """The encoder of a VLM's folder for images in at most so many tiles; `vlm`: its configuration, None: that there."""
     described = encoders.config(folder) if vlm is None else vlm
     image_processor = vision_inputs.for_model(described, tiles, folder if vlm is None else None)
     chat = _chat(str(folder), image_processor.image_tokens)

@@ -169,14 +169,6 @@ def rms_norm(x: jax.Array, scale=None, eps: float = 1e-6, offset: float = 0.0) -
   return y.astype(x.dtype)
 
 
-def normalise_pixels(pixels: jax.Array, mean, std) -> jax.Array:
-  """uint8 [... c] -> (x / 255 - mean) / std, f32, with one mean and one std for each c; floats come back as they are."""
-  if pixels.dtype != jnp.uint8:
-    return pixels
-  mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-  return pixels.astype(jnp.float32) * (1 / (255 * std)) - mean / std
-
-
 def layer_norm(x: jax.Array, scale, bias, eps: float = 1e-6) -> jax.Array:
   """(x - mean) / std * scale + bias over the last axis, in f32; result in x's dtype."""
   y = x.astype(jnp.float32)

@@ -43,7 +43,7 @@ from unifusion_jax.weights import convert, safetensors_io
 
 
 class PackedImages(NamedTuple):
-  """The images of a batch of prompts; `data/qwen_patches.py` packs them."""
+  """The images of a batch of prompts; `data/vision_inputs.py` packs them."""
   patches: jax.Array  # [b p c] uint8 or normalised floats, c = 3 * 2 * 16 * 16; 4 divides p, and padding is at the end
   grids: jax.Array  # [b r 2] int32 rows and columns of patches, both even; 0, 0 where there is no image
 
