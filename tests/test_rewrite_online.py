@@ -39,14 +39,16 @@ def _dictated(ids, others=None):
     for row, n in enumerate(lengths):
       out[row, :len(rows[row])] = hidden[row, n:n + len(rows[row])]
       written[row, :len(rows[row])] = rows[row]
-    return text_generation.Generated(sharding.shard(written), sharding.shard(np.array([len(row) for row in rows])), None,
-                              sharding.shard(hidden[:, :tokens.shape[1]]), sharding.shard(out))
+    counts = np.array([len(row) for row in rows])
+    return text_generation.Generated(sharding.shard(written), sharding.shard(counts), None,
+                                     sharding.shard(hidden[:, :tokens.shape[1]]), sharding.shard(out))
   return made
 
 
 def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypatch):
-  """The loss with the VLM's own words is that of a teacher-forced pass over them; raw and null rows are as they were."""
-  made = recipe(objective=flow_matching.FlowMatching(cond_dropout=0.2, image_dropout=0.2, text_dropout=0.2, instruction_prob=0.2))
+  """The loss with the VLM's own words is that of a teacher-forced pass over them; other rows are as they were."""
+  made = recipe(objective=flow_matching.FlowMatching(
+      cond_dropout=0.2, image_dropout=0.2, text_dropout=0.2, instruction_prob=0.2))
   job, online = jobs.build(made), jobs.build(dataclasses.replace(
       made, objective=dataclasses.replace(made.objective, rewrite_online=True)))
   params, frozen = random_model(job), job.load_frozen()
@@ -97,7 +99,8 @@ def test_previews_of_your_own_images(recipe, tmp_path, mesh):
   rows = [dict(references=[], instruction='', target='gone.png', caption='broken'),
           dict(references=['cut.png'], instruction='broken', target='0.png', caption='broken'),
           dict(references=['0.png'], instruction='red ' * 200, target='1.png', caption='too long')]
-  rows += [dict(references=[f'{i}.png'], instruction='make it lighter', target=f'{i + 1}.png', caption='whole') for i in range(3)]
+  rows += [dict(references=[f'{i}.png'], instruction='make it lighter', target=f'{i + 1}.png', caption='whole')
+           for i in range(3)]
   (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=('reconstruct', 'edit'),
                              weights=(0.5, 0.5), skipped=0.5, rewrites='written for training alone')
