@@ -1,4 +1,4 @@
-"""Examples a second of a recipe's train step, at one shape of batch.
+"""Examples a second of a recipe's train step, on one batch.
 
   JAX_PLATFORMS=cpu python -m benchmarks.train_step --config=configs/t2i.py --cpu_devices=2
 """
@@ -11,12 +11,12 @@ from absl import app, flags
 import jax
 from ml_collections import config_flags
 
-from unifusion_jax import jobs, sharding
-from unifusion_jax.data import loader
+from unifusion_jax import sharding
+from unifusion_jax.commands import train
 from unifusion_jax.training import step
 
 _CONFIG = config_flags.DEFINE_config_file('config')
-_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'jax devices to make of the CPU, where that is the device.')
+_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'Number of jax devices where the CPU is the device.')
 _STEPS = flags.DEFINE_integer('steps', 12, 'Timed steps, after one that compiles.')
 
 
@@ -25,11 +25,10 @@ def main(_):
   config = _CONFIG.value
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    job = jobs.build(config)
-    frozen, tx = job.load_frozen(), step.optimizer(config.optim, config.train.steps)
-    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(job.init_params())
-    train_step = step.make_train_step(job.loss, tx, config.optim)
-    data = loader.batches(*job.data(), config.data.batch_size, config.seed)
+    frozen, tx = config.objective.frozen(config), step.optimizer(config.optim, config.train.steps)
+    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(config.objective.init(config))
+    train_step = step.make_train_step(config.objective.loss, tx, config.optim)
+    data = train.batches(config)
     batch = next(data)
     data.close()
     batch.pop('skipped')
@@ -41,9 +40,10 @@ def main(_):
       jax.block_until_ready((state, metrics))
       seconds.append(time.perf_counter() - start)
   rates = sorted(config.data.batch_size / s for s in seconds[1:])
+  median, least, most = (round(rate, 1) for rate in (statistics.median(rates), rates[0], rates[-1]))
   print(json.dumps(dict(
       devices=mesh.size, shapes={name: x.shape for name, x in batch.items()}, first_step_s=round(seconds[0], 1),
-      examples_per_second=dict(median=round(statistics.median(rates), 1), least=round(rates[0], 1), most=round(rates[-1], 1)))))
+      examples_per_second=dict(median=median, least=least, most=most))))
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
-"""An encoder here beside the same one in transformers: one device, the same weights, shapes and dtype, in one run.
+"""Speed of our InternVL beside that of transformers: one device, the same weights, shapes and dtype, in one run.
 
   python -m benchmarks.vlm                                              # the embedded VLM
   python -m benchmarks.vlm --vlm=random:small --dtype=float32           # 0.1B of random weights, for a CPU
   python -m benchmarks.vlm --vlm=random:InternVL3-1B --dtype=bfloat16 --compile   # for a GPU
   python -m benchmarks.vlm --vlm=FOLDER --batch=8 --text=512 --new=128
 
-encode: every hidden state of the decoder for prompts with images. decode: greedy tokens over a static cache, the
-prefill taken off. load: each loader in its own process, files in the page cache, until every weight was read. Repetitions alternate between the two;
-rates are the median [smallest, largest], ratios are ours over theirs, of neighbouring repetitions. States are compared
-before anything is timed. Needs requirements-test.txt.
+encode: all hidden states of the decoder for prompts with images. decode: greedy tokens over a static cache, without
+the prefill. load: each loader in its own process, files in the page cache, until every weight was read. Repetitions
+alternate between the two; rates are median [smallest, largest], ratios ours / theirs of neighbouring repetitions.
+States are compared before anything is timed. Needs requirements-test.txt.
 """
 
 import json
@@ -58,7 +58,7 @@ def main(argv):
 
 
 def prepare(name: str | None, temporary: pathlib.Path) -> pathlib.Path:
-  """The checkpoint folder; random weights are drawn and written into `temporary`."""
+  """The checkpoint folder; random weights are initialised and written into `temporary`."""
   from unifusion_jax import config
   from unifusion_jax.models import decoder, internvl
   if not (name or '').startswith('random:'):
@@ -67,11 +67,11 @@ def prepare(name: str | None, temporary: pathlib.Path) -> pathlib.Path:
       vision=internvl.VisionConfig(width=256, depth=6, heads=4, hidden=1024, tile=224),
       text=decoder.DecoderConfig(vocab=8192, width=768, depth=12, heads=12, kv_heads=4, head_dim=64, hidden=2048),
       image_token_id=5)
-  made = dict(internvl.PRESETS, small=small)[name.removeprefix('random:')]
+  architecture = dict(internvl.PRESETS, small=small)[name.removeprefix('random:')]
   from flax import nnx
   import jax
   with jax.set_mesh(one_device()):
-    internvl.save(jax.jit(lambda: internvl.InternVL(made, _DTYPE.value, rngs=nnx.Rngs(0)))(), temporary)
+    internvl.save(jax.jit(lambda: internvl.InternVL(architecture, _DTYPE.value, rngs=nnx.Rngs(0)))(), temporary)
   return temporary
 
 
@@ -87,11 +87,11 @@ def ours(folder):
   import jax
 
   from unifusion_jax.weights import encoders
-  return jax.block_until_ready(encoders.load(folder, _DTYPE.value, unroll=jax.devices()[0].platform == 'cpu'))
+  return jax.block_until_ready(encoders.load(folder, _DTYPE.value))
 
 
 def theirs(folder):
-  """The model of transformers, on a GPU where jax has one."""
+  """The model of transformers, on the GPU if jax uses one."""
   import jax
   import torch
   import transformers
@@ -104,13 +104,13 @@ def theirs(folder):
 
 
 def load_alone(folder: str, who: str) -> dict:
-  """Loads once; host memory is counted from before the load, less the weights where they are in host memory."""
+  """Loads once: rate, and peak host memory beyond that before the load and beyond weights held on the host."""
   import jax
   import torch
   import transformers
 
   from unifusion_jax.weights import encoders
-  # Both start with the code of both in memory
+  # Imported for both, so that their code counts for neither
   assert encoders and torch and transformers.InternVLForConditionalGeneration
   size = sum(file.stat().st_size for file in pathlib.Path(folder).glob('*.safetensors'))
   on_host = jax.devices()[0].platform == 'cpu'
@@ -120,7 +120,7 @@ def load_alone(folder: str, who: str) -> dict:
     model = ours(folder) if who == 'ours' else theirs(folder)
     weights = jax.block_until_ready(jax.tree.leaves(model)) if who == 'ours' else list(model.state_dict().values())
     if who == 'theirs' and weights[0].device.type == 'cpu':
-      for x in weights:  # a file that is mapped is not read before it is used
+      for x in weights:  # reads the mapped file
         x.max()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -129,7 +129,7 @@ def load_alone(folder: str, who: str) -> dict:
 
 
 def compare(folder: pathlib.Path) -> None:
-  """Checks that both compute the same, then times both."""
+  """Checks that both models give the same states, then times both."""
   import jax
   import jax.numpy as jnp
   import torch
@@ -138,19 +138,19 @@ def compare(folder: pathlib.Path) -> None:
   from unifusion_jax.models.text_generation import generate
   with jax.set_mesh(one_device()):
     vlm, model = ours(folder), theirs(folder)
-    made = vlm.config
+    config = vlm.config
     rng = np.random.default_rng(0)
-    tokens = rng.integers(10, made.text.vocab, (_BATCH.value, _TEXT.value + _TILES.value * made.tile_tokens))
-    tokens = np.where(tokens == made.image_token_id, 10, tokens).astype(np.int32)
-    tokens[:, 1:1 + _TILES.value * made.tile_tokens] = made.image_token_id
-    tiles = rng.standard_normal((_BATCH.value, _TILES.value, *[made.vision.tile] * 2, 3)).astype(np.float32)
+    tokens = rng.integers(10, config.text.vocab, (_BATCH.value, _TEXT.value + _TILES.value * config.tile_tokens))
+    tokens = np.where(tokens == config.image_token_id, 10, tokens).astype(np.int32)
+    tokens[:, 1:1 + _TILES.value * config.tile_tokens] = config.image_token_id
+    tiles = rng.standard_normal((_BATCH.value, _TILES.value, *[config.vision.tile] * 2, 3)).astype(np.float32)
     inputs = jax.device_put((tokens, np.ones(tokens.shape, bool), tiles))
-    taps = tuple(range(made.text.depth + 1))
+    taps = tuple(range(config.text.depth + 1))
     encode = jax.jit(internvl.InternVL.hidden, static_argnums=3)
     pixels = torch.from_numpy(tiles.reshape(-1, *tiles.shape[2:])).permute(0, 3, 1, 2).contiguous()
-    asked = dict(input_ids=torch.from_numpy(tokens).long().to(model.device),
-                 pixel_values=pixels.to(model.device, model.dtype),
-                 attention_mask=torch.ones(tokens.shape, dtype=torch.long, device=model.device))
+    torch_inputs = dict(input_ids=torch.from_numpy(tokens).long().to(model.device),
+                        pixel_values=pixels.to(model.device, model.dtype),
+                        attention_mask=torch.ones(tokens.shape, dtype=torch.long, device=model.device))
     forward = torch.compile(model.model) if _COMPILE.value else model.model
     settings = dict(do_sample=False, eos_token_id=None, pad_token_id=0, cache_implementation='static',
                     disable_compile=not _COMPILE.value)
@@ -165,16 +165,16 @@ def compare(folder: pathlib.Path) -> None:
 
     def their_states():
       with torch.inference_mode():
-        return synchronised(forward(**asked, output_hidden_states=True, use_cache=False).hidden_states)
+        return synchronised(forward(**torch_inputs, output_hidden_states=True, use_cache=False).hidden_states)
 
     def our_words(count):
-      return jax.block_until_ready(generate(vlm, *inputs, max_new=count, stop_ids=()).tokens)
+      return jax.block_until_ready(generate(vlm, *inputs, max_new=count, stop_ids=()).ids)
 
     def their_words(count):
       with torch.inference_mode():
-        return synchronised(model.generate(**asked, max_new_tokens=count, **settings))
+        return synchronised(model.generate(**torch_inputs, max_new_tokens=count, **settings))
 
-    # The last of theirs has gone through the final norm
+    # Their last state is after the final norm
     mine, other = np.asarray(our_states()[:, :, -2].astype(jnp.float32)), their_states()[-2].float().cpu().numpy()
     error = np.abs(mine - other).max() / np.abs(other).max()
     if not error < (1e-3 if _DTYPE.value == 'float32' else 0.1):
@@ -199,7 +199,7 @@ def seconds(call, *arguments):
 def report(name: str, tokens: int, ours_timed, theirs_timed) -> None:
   """Alternates between the two and prints tokens/s of each and their ratio.
 
-  Of two timers of a side, the second is what is taken off the first (the prefill).
+  A side's second timer, if any (the prefill), is subtracted from the first.
   """
   rates = {'ours': [], 'theirs': []}
   for repetition in range(_REPEATS.value + 1):

@@ -11,21 +11,20 @@ docs/embedded.md has its figures, machine and time. :8b is the paper's editing f
 --mode=rewrite wrote of your own list (configs/t2i.py).
 """
 
-import importlib.util
-import pathlib
-
+from configs import t2i
 from unifusion_jax import config
+from unifusion_jax.data.loader import Task
 from unifusion_jax.training.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
-  base = _t2i().get_config(scale)
-  base.data.tasks, base.data.weights = ('edit', 't2i', 'reconstruct'), (0.8, 0.15, 0.05)
+  base = t2i.get_config(scale)
+  base.data.tasks = (Task('edit', weight=0.8), Task('t2i', weight=0.15), Task('reconstruct', weight=0.05))
   if scale == 'tiny':
     # Alignment helps a DiT to begin and hinders it later (HASTE, arXiv 2505.16792), and its head would be new to this base.
     base.objective.repa_weight = 0.0
-    # One room for all tasks: few shapes, so little to compile for a run of minutes.
-    base.data.max_prompt_tokens, base.data.max_rewrite_tokens = (132,), (52,)
+    # One budget for all tasks: few shapes, so little to compile for a run of minutes.
+    base.data.max_prompt_tokens, base.data.max_rewrite_tokens = 132, 52
     base.init = str(config.ASSETS / 't2i')
     base.sample.weights = str(config.ASSETS / 'edit')
     base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=50, decay=0.5, ema=0.99)
@@ -35,11 +34,3 @@ def get_config(scale: str = 'tiny') -> config.Config:
     base.optim = OptimConfig(learning_rate=5e-5, warmup=500, decay=0.1, clip=0.5, ema=0.9999)
     base.train = config.TrainConfig(steps=11_000, log_every=50, save_every=1000, preview_every=1000)
   return base
-
-
-def _t2i():
-  """The text-to-image recipe that this one starts from; config files are no package."""
-  spec = importlib.util.spec_from_file_location('t2i', pathlib.Path(__file__).with_name('t2i.py'))
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module

@@ -12,9 +12,11 @@ that VLM writes of your own list, so first
 """
 
 from unifusion_jax import config
+from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap, unifusion
 from unifusion_jax.objectives import flow_matching
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 
@@ -32,18 +34,21 @@ def tiny() -> config.Config:
       # and how sharp they get below that (scenes/evaluation/noise_levels.py): half of the training times lie above 0.71, one in six below 0.5.
       objective=flow_matching.FlowMatching(instruction_prob=0.1, noises_per_example=4, shift=2.5, repa_weight=0.5, repa_depth=3),
       model=unifusion.UniFusionConfig(
-          lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208, unroll=2),
+          lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208),
           dit.DiTConfig(channels=16, patch=1, depth=6, heads=6, kv_heads=2, head_dim=32, mlp=512, time_dim=128,
-                        rope_axes=(8, 12, 12), unroll=6),
+                        rope_axes=(8, 12, 12)),
           dtype='float32'),
       taps=(2, 4, 6),
       frozen_dtype='float32',
-      data=config.DataConfig(tasks=('t2i/1-2', 't2i/3-4', 'reconstruct'), weights=(0.67, 0.3, 0.03),
-                             max_prompt_tokens=(116, 132, 76), max_rewrite_tokens=(30, 52, 52), batch_size=16),
+      data=DataConfig(tasks=(Task('t2i/1-2', weight=0.67, prompt=116, rewrite=30),
+                             Task('t2i/3-4', weight=0.3, prompt=132, rewrite=52),
+                             Task('reconstruct', weight=0.03, prompt=76, rewrite=52)),
+                      batch_size=16),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=200, decay=0.4, ema=0.998),
       train=config.TrainConfig(steps=5000, log_every=20, save_every=500, preview_every=1000),
       sample=config.SampleConfig(weights=str(config.ASSETS / 't2i'), shift=4.0, eta=1.0),
-      mesh=MeshConfig(data=-1, fsdp=1))
+      mesh=MeshConfig(data=-1, fsdp=1),
+      eval=settings.GenerationEvaluation())
 
 
 def base_8b() -> config.Config:
@@ -54,9 +59,9 @@ def base_8b() -> config.Config:
       vlm='OpenGVLab/InternVL2_5-8B',
       vae='black-forest-labs/FLUX.1-schnell/vae',
       taps=tuple(range(4, 32, 3)),
-      data=config.DataConfig(path='data/train.jsonl', tasks=('t2i', 'reconstruct'), weights=(0.97, 0.03), size=1024,
-                             tiles=(1, 4, 9), max_prompt_tokens=(1024,), max_rewrite_tokens=(512,), batch_size=512,
-                             rewrites='runs/t2i/rewrites'),
+      data=DataConfig(path='data/train.jsonl', tasks=(Task('t2i', weight=0.97), Task('reconstruct', weight=0.03)),
+                      size=1024, tiles=(1, 4, 9), max_prompt_tokens=1024, max_rewrite_tokens=512, batch_size=512,
+                      rewrites='runs/t2i/rewrites'),
       optim=OptimConfig(learning_rate=1e-4, warmup=2000, decay=0.1, clip=0.5, ema=0.9999),
       train=config.TrainConfig(steps=600_000, log_every=50, save_every=2000, preview_every=5000),
       sample=config.SampleConfig(steps=40, guidance=4.5, shift=0.0),

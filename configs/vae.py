@@ -8,9 +8,11 @@ Figures, machine and time: docs/embedded.md.
 """
 
 from unifusion_jax import config
+from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import vae
 from unifusion_jax.scenes import autoencoder
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 
@@ -22,8 +24,8 @@ def get_config(scale: str = 'tiny') -> config.Config:
       objective=autoencoder.AutoencoderObjective(),
       model=vae.VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
                           scaling_factor=1.0),
-      data=config.DataConfig(tasks=('reconstruct',), weights=(1.0,), batch_size=32),
+      data=DataConfig(tasks=(Task('reconstruct'),), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=2600, log_every=20, save_every=500, preview_every=1000),
       mesh=MeshConfig(data=-1, fsdp=1),
-      eval=config.EvalConfig(examples=500))
+      eval=settings.AutoencoderEvaluation(examples=500))

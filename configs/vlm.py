@@ -1,9 +1,9 @@
 """The embedded VLM: InternVL's architecture at 2.8M parameters, its own tokenizer, on scenes at 64 px.
 
   python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
-  python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye          # the vision tower alone, first
-  python -m unifusion_jax.main --config=configs/vlm.py:eye --workdir=runs/eye --mode=export
-  python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/eye/export   # then all of it
+  python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower          # the vision tower alone, first
+  python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower --mode=export
+  python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/tower/export   # then all of it
   python -m unifusion_jax.main --config=configs/vlm.py --mode=eval
   python -m unifusion_jax.main --config=configs/vlm.py --mode=export   # then copy runs/vlm/export to the assets
 
@@ -11,23 +11,25 @@ Figures, machine and time: docs/embedded.md.
 """
 
 from unifusion_jax import config
+from unifusion_jax.data.loader import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder, internvl
 from unifusion_jax.scenes import vlm
+from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
 
 
 def get_config(scale: str = 'tiny') -> config.Config:
-  if scale not in ('tiny', 'eye'):
-    raise UserError(f'configs/vlm.py has the scales tiny and eye, not {scale!r}')
-  made = tiny()
-  if scale == 'eye':
-    made.objective.lm_weight = 0.0
-    made.data = config.DataConfig(tasks=('caption',), weights=(1.0,), max_prompt_tokens=(76,), batch_size=64)
-    made.optim = OptimConfig('muon', learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
-    made.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
-  return made
+  if scale not in ('tiny', 'tower'):
+    raise UserError(f'configs/vlm.py has the scales tiny and tower, not {scale!r}')
+  base = tiny()
+  if scale == 'tower':
+    base.objective.lm_weight = 0.0
+    base.data = DataConfig(tasks=(Task('caption'),), max_prompt_tokens=76, batch_size=64)
+    base.optim = OptimConfig('muon', learning_rate=1e-3, warmup=300, decay=0.5, ema=0.998)
+    base.train = config.TrainConfig(steps=3000, log_every=20, save_every=500, preview_every=100_000)
+  return base
 
 
 def tiny() -> config.Config:
@@ -38,13 +40,18 @@ def tiny() -> config.Config:
           text=decoder.DecoderConfig(model_type='qwen2', vocab=1024, width=160, depth=6, heads=4, kv_heads=2,
                                      head_dim=40, hidden=432, tied=True, theta=1e4, max_positions=2048),
           image_token_id=5),
-      data=config.DataConfig(
-          tasks=('edit/1-2', 'edit/3-4', 'caption/1-2', 'caption/3-4', 'question/1-2', 'question/3-4', 'rewrite/1-2',
-                 'rewrite/3-4', 'multi'),
-          weights=(0.12, 0.30, 0.03, 0.05, 0.12, 0.22, 0.05, 0.06, 0.05),
-          max_prompt_tokens=(88, 108, 56, 72, 140, 150, 116, 132, 96), max_rewrite_tokens=(40, 52, 30, 52, 44, 48, 30, 52, 52),
+      data=DataConfig(
+          tasks=(Task('edit/1-2', weight=0.12, prompt=88, rewrite=40),
+                 Task('edit/3-4', weight=0.30, prompt=108, rewrite=52),
+                 Task('caption/1-2', weight=0.03, prompt=56, rewrite=30),
+                 Task('caption/3-4', weight=0.05, prompt=72, rewrite=52),
+                 Task('question/1-2', weight=0.12, prompt=140, rewrite=44),
+                 Task('question/3-4', weight=0.22, prompt=150, rewrite=48),
+                 Task('rewrite/1-2', weight=0.05, prompt=116, rewrite=30),
+                 Task('rewrite/3-4', weight=0.06, prompt=132, rewrite=52),
+                 Task('multi', weight=0.05, prompt=96, rewrite=52)),
           batch_size=64),
       optim=OptimConfig('muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=10_000, log_every=20, save_every=500, preview_every=1000),
       mesh=MeshConfig(data=-1, fsdp=1),
-      eval=config.EvalConfig(examples=500, batch_size=100))
+      eval=settings.LanguageEvaluation(examples=500, batch_size=100))

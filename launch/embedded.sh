@@ -12,7 +12,7 @@ settings=("${@:2}")
 large=() dit=()
 if nvidia-smi -L >/dev/null 2>&1; then
   large=(--config.data.batch_size=256 --config.data.workers="$(nproc)")
-  dit=(--config.model.dit.unroll=1 --config.model.lap.unroll=1 --config.model.dtype=bfloat16 --config.optim.learning_rate=4e-3)
+  dit=(--config.model.dtype=bfloat16 --config.optim.learning_rate=4e-3)
 fi
 
 stage() {  # name, recipe, its settings

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Environment, test requirements and the tests. Arguments go to pytest.
+# Environment, test requirements, the linter and the tests. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt requirements-test.txt
+.venv/bin/ruff check
 .venv/bin/python -m pytest -q "$@"

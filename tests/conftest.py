@@ -19,6 +19,16 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 jax.config.update('jax_disable_most_optimizations', True)  # compiles three times as fast; nothing here is timed
 
 from unifusion_jax import sharding
+from unifusion_jax.models import layers
+
+layers.UNROLL = False  # compiles faster, too
+
+
+@pytest.fixture
+def unrolled(monkeypatch):
+  """Layers one after another in the program, as a CPU has them."""
+  monkeypatch.setattr(layers, 'UNROLL', True)
+  jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +55,11 @@ def recipe(tmp_path_factory):
   from flax import nnx
 
   from unifusion_jax import config
+  from unifusion_jax.data.loader import Task
   from unifusion_jax.models import decoder, dit, internvl, lap, unifusion, vae
   from unifusion_jax.objectives import flow_matching
   from unifusion_jax.scenes import vlm
+  from unifusion_jax.scenes.evaluation import settings
   from unifusion_jax.training.step import OptimConfig
 
   folder = tmp_path_factory.mktemp('models')
@@ -70,10 +82,10 @@ def recipe(tmp_path_factory):
                           rope_axes=(4, 6, 6)), dtype='float32'),
         vlm=str(folder / 'vlm'), vae=str(folder / 'vae'), taps=(1, 2), frozen_dtype='float32',
         mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-        data=config.DataConfig(tasks=('t2i/1-2',), weights=(1.0,), max_prompt_tokens=(112,), max_rewrite_tokens=(32,), batch_size=8),
+        data=config.DataConfig(tasks=(Task('t2i/1-2'),), max_prompt_tokens=112, max_rewrite_tokens=32, batch_size=8),
         optim=OptimConfig(learning_rate=1e-2, warmup=1, ema=0.5),
         train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=100),
-        sample=config.SampleConfig(steps=2), eval=config.EvalConfig(examples=4, batch_size=4))
+        sample=config.SampleConfig(steps=2), eval=settings.GenerationEvaluation(examples=4, batch_size=4))
     return dataclasses.replace(made, **changes)
   return make
 

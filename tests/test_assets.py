@@ -1,6 +1,8 @@
-"""The models that are shipped: the public classes load them and compute the same; they fit their recipes and do their work."""
+"""The shipped models: the public classes load them and compute the same; they fit their recipes and do their work."""
 
+import hashlib
 import importlib.util
+import json
 import pathlib
 
 import diffusers
@@ -31,7 +33,8 @@ def asked(count: int, task: str = 'edit'):
   records = [examples.example(task, 'test', i) for i in range(count)]
   seen, counts = zip(*(image_processor.preprocess(record['references'], 1) for record in records))
   rows = [verifi.arrays(chat.spans(record['instruction'], c, None), 112, 0, ()) for record, c in zip(records, counts)]
-  tokens, valid = (np.stack([np.roll(row[name], 112 - row['attention_mask'].sum()) for row in rows]) for name in ('input_ids', 'attention_mask'))
+  tokens, valid = (np.stack([np.roll(row[name], 112 - row['attention_mask'].sum()) for row in rows])
+                   for name in ('input_ids', 'attention_mask'))
   return chat, tokens, valid, np.stack(seen)
 
 
@@ -43,7 +46,8 @@ def test_transformers_reads_the_vlm_and_writes_the_same():
   positions = torch.from_numpy(np.maximum(np.cumsum(valid, axis=1) - 1, 0))
   with torch.no_grad():
     theirs = model(**inputs, position_ids=positions, output_hidden_states=True)
-    words = model.generate(**inputs, max_new_tokens=52, do_sample=False, eos_token_id=list(chat.stop_ids), pad_token_id=0)
+    words = model.generate(**inputs, max_new_tokens=52, do_sample=False, eos_token_id=list(chat.stop_ids),
+                           pad_token_id=0)
   vlm = encoders.load(VLM, jnp.float32)
   batch = sharding.shard((tokens, valid, tiles))
   taps = tuple(range(vlm.config.text.depth))
@@ -53,7 +57,7 @@ def test_transformers_reads_the_vlm_and_writes_the_same():
                                             np.asarray(jax.jit(type(vlm).logits)(vlm, *batch))], wanted):
     assert np.abs(a - b.numpy())[valid].max() < 1e-4 * np.abs(b.numpy()[valid]).max(), name
   out = text_generation.generate(vlm, *batch, max_new=52, stop_ids=chat.stop_ids)
-  for ours, n, row in zip(np.asarray(out.tokens), np.asarray(out.lengths), words[:, tokens.shape[1]:].numpy()):
+  for ours, n, row in zip(np.asarray(out.ids), np.asarray(out.lengths), words[:, tokens.shape[1]:].numpy()):
     np.testing.assert_array_equal(ours[:n], row[:n])
 
 
@@ -98,3 +102,21 @@ def test_diffusers_reads_the_dits_and_they_fit_their_recipes(name):
 
 def test_they_are_small():
   assert sum(path.stat().st_size for path in config.ASSETS.rglob('*') if path.is_file()) < 40e6
+
+
+def test_provenance_is_of_these_weights():
+  """Digests, and a chain of parents from each model's last stage to one that started from random weights."""
+  provenance = json.loads((config.ASSETS / 'provenance.json').read_text())
+  assert provenance['models'].keys() == {path.name for path in config.ASSETS.iterdir() if path.is_dir()}
+  stages = {stage['id']: stage for model in provenance['models'].values() for stage in model['stages']}
+  for name, model in provenance['models'].items():
+    weights = config.ASSETS / name / model['file']
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == model['sha256'], f'{name}: other weights are shipped'
+    assert (ROOT / model['recipe']).exists() and model['figures']
+    ancestors, waiting = set(), [model['stages'][-1]['id']]
+    while waiting:
+      stage = stages[waiting.pop()]
+      ancestors.add(stage['id'])
+      waiting += [parent for parent in stage['parents'] if parent not in ancestors]
+    assert any(not stages[stage]['parents'] for stage in ancestors)
+    assert ancestors >= {stage['id'] for stage in model['stages']}

@@ -6,20 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from unifusion_jax import config, jobs, sharding
+from unifusion_jax import config, sharding
+from unifusion_jax.commands import train
 from unifusion_jax.data import loader
 from unifusion_jax.models import decoder, internvl, vae
 from unifusion_jax.scenes import autoencoder, vlm
 from unifusion_jax.training import checkpoint, step
 
 SMALL = {
-    'writing': (vlm.VLMObjective(), internvl.InternVLConfig(
+    'vlm': (vlm.VLMObjective(), internvl.InternVLConfig(
         vision=internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=64, patch=8),
         text=decoder.DecoderConfig(vocab=1024, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32, tied=True),
-        image_token_id=5), ('caption/1-2',)),
-    'reconstruction': (autoencoder.AutoencoderObjective(), vae.VAEConfig(
+        image_token_id=5), (loader.Task('caption/1-2'),)),
+    'autoencoder': (autoencoder.AutoencoderObjective(), vae.VAEConfig(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=1.0),
-        ('reconstruct',)),
+        (loader.Task('reconstruct'),)),
 }
 
 
@@ -27,11 +28,10 @@ SMALL = {
 def test_state_and_position_come_back(name, mesh, tmp_path):
   objective, model, tasks = SMALL[name]
   made = config.Config(objective=objective, model=model, mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-                       data=config.DataConfig(tasks=tasks, weights=(1.0,), batch_size=8))
-  job = jobs.build(made)
+                       data=config.DataConfig(tasks=tasks, batch_size=8))
   tx = step.optimizer(made.optim, 10)
-  state = jax.jit(lambda: step.init(job.draw_params(), tx))()
-  data = loader.batches(*job.data(), 8)
+  state = jax.jit(lambda: step.init(made.objective.random(made), tx))()
+  data = train.batches(made)
   next(data)
   saved = checkpoint.Checkpoints(tmp_path)
   saved.save(state, data)
@@ -40,14 +40,14 @@ def test_state_and_position_come_back(name, mesh, tmp_path):
   following = next(data)
 
   again = checkpoint.Checkpoints(tmp_path)
-  other = loader.batches(*job.data(), 8)
-  back = again.restore(jax.eval_shape(lambda: step.init(job.draw_params(), tx)), other, mesh)
+  other = train.batches(made)
+  back = again.restore(jax.eval_shape(lambda: step.init(made.objective.random(made), tx)), other, mesh)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
   for name, x in next(other).items():
     np.testing.assert_array_equal(x, following[name])
-  ema = again.restore_ema(jax.eval_shape(job.draw_params), mesh)
+  ema = again.restore_ema(jax.eval_shape(lambda: made.objective.random(made)), mesh)
   for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(ema), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   again.close()

@@ -1,4 +1,4 @@
-"""The decoder alone: Llama 3.1's rotary scaling, taps, what is not computed, the cache, added states."""
+"""The decoder alone: Llama 3.1's rotary scaling, taps, what is not computed, the cache, deepstack, the last state."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from unifusion_jax.models import internvl
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of
+from unifusion_jax.models.decoder import Decoder, DecoderConfig, last_valid, positions_of
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import convert
 
@@ -27,7 +27,7 @@ def batch(b=4, s=10):
 
 @functools.partial(jax.jit, static_argnames=('taps', 'depth'))
 def run(decoder, tokens, valid, **options):
-  return decoder(decoder.embed(tokens), decoder.angles(positions_of(valid)), causal_mask(valid), **options)
+  return decoder(decoder.embed(tokens), decoder.angles(positions_of(valid)), valid, **options)
 
 
 def test_llama3_rope_scaling():
@@ -55,9 +55,12 @@ def test_llama3_rope_scaling():
   assert np.abs(logits - theirs)[np.asarray(valid)].max() < 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize('unroll', [False, True])
-def test_taps(unroll):
-  decoder = Decoder(dataclasses.replace(SMALL, unroll=unroll), rngs=nnx.Rngs(0))
+def test_taps_of_unrolled_layers(unrolled):
+  test_taps()
+
+
+def test_taps():
+  decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
   tokens, valid = batch()
   last, every, _ = run(decoder, tokens, valid, taps=(0, 1, 2, 3, 4))
   np.testing.assert_array_equal(last, every[:, :, 4])
@@ -74,8 +77,8 @@ def test_taps(unroll):
       run(decoder, tokens, valid, taps=taps, depth=depth)
 
 
-def test_blocks_after_the_last_tap_are_not_computed():
-  decoder = Decoder(dataclasses.replace(SMALL, unroll=True), rngs=nnx.Rngs(0))
+def test_blocks_after_the_last_tap_are_not_computed(unrolled):
+  decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
 
   def flops(depth):
     lowered = jax.jit(lambda decoder, *batch: run(decoder, *batch, taps=(depth,), depth=depth)[1]).lower(
@@ -103,35 +106,42 @@ def test_cache_in_pieces():
   tokens, _ = batch()
   valid = jnp.full_like(tokens, True, dtype=bool)
   whole, tapped, _ = run(decoder, tokens, valid, taps=(1, 4))
-  x, angles, mask = decoder.embed(tokens), decoder.angles(positions_of(valid)), causal_mask(valid)
+  x, angles = decoder.embed(tokens), decoder.angles(positions_of(valid))
   cache = decoder.cache(len(tokens), tokens.shape[1] + 3)
   for start, stop in ((0, 6), (6, 7), (7, 10)):
     out, taps, cache = jax.jit(Decoder.__call__, static_argnames='taps')(
-        decoder, x[:, start:stop], angles[:, start:stop], mask[:, :, start:stop, :stop], taps=(1, 4), cache=cache,
-        start=start)
+        decoder, x[:, start:stop], angles[:, start:stop], valid[:, :stop], taps=(1, 4), cache=cache, start=start)
     np.testing.assert_allclose(out, whole[:, start:stop], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(taps, tapped[:, start:stop], rtol=1e-4, atol=1e-5)
 
 
-def test_added_states():
+def test_deepstack():
   """Addend i joins the output of block i, as running the blocks one by one and adding between them does.
 
   Taps are the outputs themselves, before the addition, as in transformers.
   """
   decoder = Decoder(SMALL, rngs=nnx.Rngs(0))
   tokens, valid = batch()
-  added = jax.device_put(np.random.default_rng(1).standard_normal((2, *tokens.shape, 32)).astype(np.float32),
-                         P(None, BATCH))
-  _, tapped, _ = run(decoder, tokens, valid, taps=(0, 1, 2, 3, 4), added=added)
-  angles, mask = decoder.angles(positions_of(valid)), causal_mask(valid)
+  deepstack = jax.device_put(np.random.default_rng(1).standard_normal((2, *tokens.shape, 32)).astype(np.float32),
+                             P(None, BATCH))
+  _, tapped, _ = run(decoder, tokens, valid, taps=(0, 1, 2, 3, 4), deepstack=deepstack)
+  angles = decoder.angles(positions_of(valid))
   x = decoder.embed(tokens)
   one = Decoder(dataclasses.replace(SMALL, depth=1), rngs=nnx.Rngs(0))
   np.testing.assert_allclose(x, tapped[:, :, 0], rtol=1e-4, atol=1e-5)
   for i in range(4):
     one.blocks = jax.tree.map(lambda leaf: leaf[i:i + 1], decoder.blocks)
-    x = jax.jit(Decoder.__call__)(one, x, angles, mask)[0]
+    x = jax.jit(Decoder.__call__)(one, x, angles, valid)[0]
     np.testing.assert_allclose(x, tapped[:, :, i + 1], rtol=1e-4, atol=1e-5)
-    x = x + added[i] if i < 2 else x
+    x = x + deepstack[i] if i < 2 else x
+
+
+def test_the_last_state_of_rows_padded_on_either_side():
+  x = np.random.default_rng(0).standard_normal((4, 6, 3), np.float32)
+  valid = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0]], bool)
+  spoiled = np.where(valid[..., None], x, np.nan)
+  ends = last_valid(*jax.device_put((spoiled, valid), P(BATCH)))
+  np.testing.assert_array_equal(ends[:, 0], x[np.arange(4), [5, 1, 5, 0]])
 
 
 def test_config_errors():

@@ -18,9 +18,9 @@ import pytest
 from unifusion_jax import config as configuration
 from unifusion_jax import sharding, verifi
 from unifusion_jax.commands import describe
-from unifusion_jax.data import imaging, qwen_patches, sources
+from unifusion_jax.data import imaging, vision_inputs
 from unifusion_jax.models import causal_lm, decoder, t5, text_generation
-from unifusion_jax.scenes import language
+from unifusion_jax.scenes import language, sources
 from unifusion_jax.weights import encoders
 
 WORDS = 12
@@ -56,7 +56,7 @@ def bare(folder, spans, tiles, stop_ids, **settings):
     vlm = encoders.load(folder, jnp.float32)
     out = text_generation.generate(vlm, ids, np.ones(ids.shape, bool), jax.tree.map(lambda x: x[None], tiles), max_new=WORDS,
                             stop_ids=stop_ids, **settings)
-    return np.asarray(out.tokens)[0, :int(out.lengths[0])]
+    return np.asarray(out.ids)[0, :int(out.lengths[0])]
 
 
 def test_says_what_the_model_says(recipe, images):
@@ -66,7 +66,7 @@ def test_says_what_the_model_says(recipe, images):
   cut = [imaging.tiles(imaging.read(path), 64, 4) for path in images]
   assert [len(each) for each in cut] == [1, 3, 5]
   pixels = json.loads((pathlib.Path(folder) / 'preprocessor_config.json').read_text())
-  tiles = imaging.normalise(np.concatenate(cut), pixels['image_mean'], pixels['image_std'])
+  tiles = ((np.concatenate(cut) / 255 - pixels['image_mean']) / pixels['image_std']).astype(np.float32)
   spans = chat.spans('what changed?', (16, 48, 80), None, verifi.SYSTEM['answer'])
   wanted = chat.read(bare(folder, spans, tiles, chat.stop_ids))
   assert wanted
@@ -104,11 +104,9 @@ def test_quantised_and_kept(recipe, tmp_path, images):
 
 def test_qwen3_vl(qwen, images):
   chat = verifi.Chat(qwen, ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>'))
-  pixels = qwen_patches.PixelConfig.from_json(json.loads((qwen / 'preprocessor_config.json').read_text()))
-  shown = [imaging.read(path) for path in images[:2]]
-  sizes = [qwen_patches.size_of(*image.shape[:2], pixels) for image in shown]
-  counts = tuple(y * x // 256 for y, x in sizes)
-  tiles = qwen_patches.pack(shown, pixels, 4 * sum(counts), 2)
+  image_processor = vision_inputs.for_model(encoders.config(qwen), 4, qwen)
+  packed, counts = image_processor.preprocess([imaging.read(path) for path in images[:2]])
+  tiles = packed._replace(patches=((packed.patches / 255 - 0.5) / 0.5).astype(np.float32))
   spans = chat.spans('what changed?', counts, None, 'Look.')
   wanted = chat.read(bare(qwen, spans, tiles, chat.stop_ids))
   assert wanted

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import weakref
 
 from flax import nnx
@@ -13,8 +16,9 @@ import numpy as np
 import pytest
 
 from unifusion_jax import sharding
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, internvl, qwen3_vl, t5
-from unifusion_jax.weights import convert, encoders, quantize
+from unifusion_jax.weights import encoders, quantize, safetensors_io
 
 TEXT = decoder.DecoderConfig(vocab=64, width=16, depth=2, heads=2, kv_heads=2, head_dim=8, hidden=32, max_positions=64)
 EYE = internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=16, patch=4)
@@ -65,34 +69,51 @@ def test_each_kind_finds_its_model(folders, kind):
     assert (a.shape, a.dtype, spec(a)) == (b.shape, b.dtype, spec(b))
 
 
+ATTENTION, GATED, MLP = ('wq', 'wk', 'wv', 'wo'), ('gate', 'up', 'down'), ('w1', 'w2')
+DECODER = {f'decoder/blocks/{name}' for name in (*ATTENTION, *(f'mlp/{name}' for name in GATED))}
+VISION = {f'vision/blocks/{name}' for name in ATTENTION + MLP}
+ROUNDED = {
+    'internvl': DECODER | VISION | {'projector/w1', 'projector/w2', 'decoder/head'},
+    'qwen3_vl': DECODER | VISION | {f'vision/{part}/{name}' for part in ('merger', 'deepstack') for name in MLP} | {
+        'decoder/head'},
+    'llama': DECODER | {'decoder/head'}, 'qwen2': DECODER, 'qwen3': DECODER | {'decoder/head'},
+    't5': {f'blocks/{name}' for name in ATTENTION + GATED}}
+
+
+def is_int8(leaf):
+  return isinstance(leaf, quantize.Int8)
+
+
 @pytest.mark.parametrize('kind', MADE)
 def test_every_matrix_of_every_kind_is_quantised(folders, kind):
+  """And nothing else: tables (a tied head is one), norms, biases and the projection of pixels stay as they are."""
   small = encoders.load(folders[kind], quantized='int8')
-  rest = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(
-      small, is_leaf=lambda x: isinstance(x, quantize.Int8)) if not isinstance(leaf, quantize.Int8)]
-  large = [name for name, leaf in rest if leaf.size > 16 * 16]  # 16 is the width
-  assert all(any(part in name for part in ('embedding', 'patch', 'positions')) for name in large), large
+  leaves = jax.tree_util.tree_leaves_with_path(small, is_leaf=is_int8)
+  rounded = {jax.tree_util.keystr(path, simple=True, separator='/') for path, leaf in leaves if is_int8(leaf)}
+  assert rounded == ROUNDED[kind]
   assert jax.tree.structure(small) == jax.tree.structure(encoders.abstract(small.config, quantized='int8'))
 
 
 @pytest.mark.parametrize('quantized', ['int8', 'w8a8'])
 @pytest.mark.parametrize('kind', MADE)
-def test_int8_never_holds_two_dense_matrices(folders, kind, quantized, monkeypatch):
-  seen, matrix = [], quantize._matrix
-
-  def watched(w, *axes):
-    assert not any(earlier() is not None for earlier in seen)
-    seen.append(weakref.ref(w))
-    return matrix(w, *axes)
-
+def test_int8_never_holds_two_dense_matrices(folders, kind, quantized):
+  """While a model is read, each matrix is gone before the next one is filled."""
   module, _, _ = MADE[kind]
-  dense = module.load(folders[kind])
-  monkeypatch.setattr(quantize, '_matrix', watched)
+  dense_matrices = []
+
+  def read(on_leaf):
+    def watched(param):
+      assert not any(earlier() is not None for earlier in dense_matrices)
+      leaf = on_leaf(param)
+      if is_int8(leaf):
+        dense_matrices.append(weakref.ref(jax.tree.leaves(param)[0]))
+      return leaf
+    return module.load(folders[kind], on_leaf=watched)
+
+  quantize.load(read, quantized == 'w8a8')
+  assert len(dense_matrices) == len(ROUNDED[kind]) > 5
   small = encoders.load(folders[kind], quantized=quantized)
-  assert len(seen) == sum(isinstance(x, quantize.Int8) for x in jax.tree.leaves(
-      small, is_leaf=lambda x: isinstance(x, quantize.Int8))) > 5
-  monkeypatch.undo()
-  assert_equal(small, quantize.quantize(dense, quantized == 'w8a8'))
+  assert_equal(small, quantize.quantize(module.load(folders[kind]), quantized == 'w8a8'))
 
 
 def test_original_layout_is_found(tmp_path):
@@ -100,12 +121,6 @@ def test_original_layout_is_found(tmp_path):
   original_layout(torch_model('qwen2', attention_bias=True), tmp_path)
   vlm = encoders.load(tmp_path, jnp.float32)
   assert type(vlm) is internvl.InternVL and vlm.config == encoders.config(tmp_path)
-
-
-def test_layers_are_unrolled_where_it_is_asked(folders):
-  for kind in ('internvl', 'qwen3_vl', 'llama'):
-    assert encoders.load(folders[kind], unroll=True).config.text.unroll
-    assert encoders.config(folders[kind], unroll=True).text.unroll and not encoders.config(folders[kind]).text.unroll
 
 
 def test_public_names_need_no_weights():
@@ -131,9 +146,9 @@ def test_others_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('kind,quantized', [('internvl', ''), ('qwen3_vl', 'int8'), ('qwen2', 'w8a8'), ('t5', '')])
-def test_what_is_kept_is_the_model(folders, tmp_path, monkeypatch, kind, quantized):
+def test_what_is_cached_is_the_model(folders, tmp_path, monkeypatch, kind, quantized):
   first = encoders.load(folders[kind], quantized=quantized, cache=str(tmp_path))
-  monkeypatch.setattr(convert, 'read', None)  # the second load has no use for the checkpoint
+  monkeypatch.setattr(safetensors_io, 'read', None)  # the second load has no use for the checkpoint
   again = encoders.load(folders[kind], quantized=quantized, cache=str(tmp_path))
   assert_equal(again, first)
   assert again.config == first.config
@@ -145,40 +160,67 @@ def test_what_is_kept_is_the_model(folders, tmp_path, monkeypatch, kind, quantiz
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-def test_every_form_of_every_version_is_kept_apart(folders, tmp_path):
+def test_every_form_of_every_version_is_cached_apart(folders, tmp_path):
   folder = tmp_path / 'model'
   shutil.copytree(folders['qwen2'], folder)
   def count():
-    return len(list((tmp_path / 'kept').iterdir()))
-  cache = str(tmp_path / 'kept')
+    return len(list((tmp_path / 'cache').iterdir()))
+  cache = str(tmp_path / 'cache')
   encoders.load(folder, cache=cache)
-  encoders.load(folder, cache=cache, unroll=True)  # the same weights
+  encoders.load(folder, cache=cache)  # the same weights
   assert count() == 1
   encoders.load(folder, jnp.float32, cache=cache)
   encoders.load(folder, quantized='int8', cache=cache)
   assert count() == 3
-  tensors = {name: tensor[:] + 1 for name, tensor in convert.read(folder).items()}
-  convert.write(folder / 'model.safetensors', tensors)
+  tensors = {name: tensor[:] + 1 for name, tensor in safetensors_io.read(folder).items()}
+  safetensors_io.write(folder / 'model.safetensors', tensors)
   os.utime(folder / 'model.safetensors', (1, 1))
   changed = encoders.load(folder, jnp.float32, cache=cache)
   assert count() == 4
   assert_equal(changed, causal_lm.load(folder, jnp.float32))
 
 
-def test_process_0_says_what_is_kept(tmp_path, monkeypatch):
+PROGRAM = '''
+import sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 2)
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+import jax.numpy as jnp
+from unifusion_jax import sharding
+from unifusion_jax.weights import encoders
+
+with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(fsdp=4))) as _:
+  first, again = (encoders.load(sys.argv[3], jnp.float32, cache=sys.argv[4]) for _ in range(2))
+  equal = jax.jit(lambda a, b: jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.all(x == y), a, b)))))
+  print('equal' if equal(first, again) else 'different')
+'''
+
+
+def test_two_processes_share_one_cache_entry(folders, tmp_path):
   """Each host's copy of a checkpoint has its own times, and all must read or write one folder."""
-  assert encoders._kept(tmp_path, 'ab' * 12) == (tmp_path / ('ab' * 12), False)
-  (tmp_path / ('ab' * 12)).mkdir()
-  first = np.frombuffer(bytes.fromhex('ab' * 12) + b'\1', np.uint8)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(encoders.multihost_utils, 'broadcast_one_to_all', lambda facts: np.resize(first, facts.shape))
-  assert encoders._kept(tmp_path, 'cd' * 12) == (tmp_path / ('ab' * 12), True)
+  for i in range(2):
+    shutil.copytree(folders['qwen2'], tmp_path / str(i))
+    for file in (tmp_path / str(i)).iterdir():
+      os.utime(file, (i, i))
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  running = [subprocess.Popen(
+      [sys.executable, '-c', PROGRAM, str(port), str(i), str(tmp_path / str(i)), str(tmp_path / 'cache')],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+  outputs = [process.communicate(timeout=240) for process in running]
+  assert [out.splitlines()[-1:] for out, _ in outputs] == [['equal']] * 2, outputs
+  assert len(list((tmp_path / 'cache').iterdir())) == 1
 
 
-def test_what_another_version_kept_is_refused(folders, tmp_path, monkeypatch):
-  encoders.load(folders['qwen2'], cache=str(tmp_path))
-  draw = encoders._draw
-  monkeypatch.setattr(encoders, '_draw', lambda made, dtype: draw(
-      dataclasses.replace(made, text=dataclasses.replace(made.text, depth=3)), dtype))
-  with pytest.raises(ValueError, match='kept by another version'):
-    encoders.load(folders['qwen2'], cache=str(tmp_path))
+def test_what_another_version_cached_is_refused(folders, tmp_path):
+  """As the same files would be read, but without one of the leaves that the model has today."""
+  from orbax.checkpoint.experimental import v1 as ocp
+  model = encoders.load(folders['qwen2'], jnp.float32, cache=str(tmp_path))
+  entry, = tmp_path.iterdir()
+  described = ocp.metadata(entry).custom_metadata
+  shutil.rmtree(entry)
+  ocp.save(entry, dict(decoder=dict(norm=model.decoder.norm[...])), custom_metadata=described)
+  with pytest.raises(UserError, match='stored by another version'):
+    encoders.load(folders['qwen2'], jnp.float32, cache=str(tmp_path))

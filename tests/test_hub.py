@@ -1,9 +1,15 @@
 """Names to folders: local ones, and hub ids from a cache laid out here, offline as in every test."""
 
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from unifusion_jax.weights import convert, hub
+from unifusion_jax.weights import hub, safetensors_io
 
 COMMIT, OLDER = 'a' * 40, 'b' * 40
 
@@ -27,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def weights(tmp_path, value: float) -> bytes:
-  convert.write(tmp_path / 'x.safetensors', {'w': np.full(3, value, np.float32)})
+  safetensors_io.write(tmp_path / 'x.safetensors', {'w': np.full(3, value, np.float32)})
   return (tmp_path / 'x.safetensors').read_bytes()
 
 
@@ -35,20 +41,70 @@ def test_local_folder_and_hub_id_are_equals(cache, tmp_path):
   snapshot = cache('owner/model', {'config.json': b'{}', 'model.safetensors': weights(tmp_path, 1.0)})
   by_id = hub.resolve('owner/model')
   assert by_id == snapshot and hub.resolve(str(snapshot)) == snapshot and hub.resolve(snapshot) == snapshot
-  np.testing.assert_array_equal(convert.read(by_id)['w'][:], np.ones(3, np.float32))
+  np.testing.assert_array_equal(safetensors_io.read(by_id)['w'][:], np.ones(3, np.float32))
 
 
 def test_revision_is_pinned(cache, tmp_path):
   new = cache('owner/model', {'model.safetensors': weights(tmp_path, 1.0)})
   old = cache('owner/model', {'model.safetensors': weights(tmp_path, 2.0)}, OLDER, 'v1')
   assert hub.resolve('owner/model') == hub.resolve(f'owner/model@{COMMIT}') == new
-  assert hub.resolve('owner/model@v1') == hub.resolve('owner/model', 'v1') == hub.resolve(f'owner/model@{OLDER}') == old
-  with pytest.raises(ValueError, match="pinned to 'v1'.*'v2'"):
-    hub.resolve('owner/model@v1', 'v2')
-  with pytest.raises(ValueError, match='no revision'):
-    hub.resolve(new, 'v1')
+  assert hub.resolve('owner/model@v1') == hub.resolve(f'owner/model@{OLDER}') == old
   with pytest.raises(ValueError, match='owner/model at v2: .*not in the cache'):
     hub.resolve('owner/model@v2')
+
+
+def test_a_pinned_name_stays_where_it_was(cache, tmp_path):
+  """What main writes into a run's config: the same files when the branch has moved, and another fingerprint then."""
+  old = cache('owner/model', {'config.json': b'{}', 'model.safetensors': weights(tmp_path, 1.0)}, OLDER)
+  pinned = hub.pin('owner/model')
+  assert pinned == hub.Pinned(f'owner/model@{OLDER}', old, OLDER)
+  moved = cache('owner/model', {'config.json': b'{}', 'model.safetensors': weights(tmp_path, 2.0)})
+  assert hub.pin('owner/model') == hub.Pinned(f'owner/model@{COMMIT}', moved, COMMIT)
+  assert hub.pin(pinned.name) == pinned and hub.resolve(pinned.name) == old
+  assert hub.fingerprint(pinned.folder) != hub.fingerprint(moved)
+  snapshot = cache('owner/pipeline', {'vae/model.safetensors': weights(tmp_path, 1.0)})
+  assert hub.pin('owner/pipeline/vae').name == f'owner/pipeline/vae@{COMMIT}'
+  assert hub.pin('owner/pipeline/vae').folder == snapshot / 'vae'
+  assert hub.pin(snapshot / 'vae') == hub.Pinned(str(snapshot / 'vae'), snapshot / 'vae', '')
+
+
+PROGRAM = '''
+import os, sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+from unifusion_jax.errors import UserError
+from unifusion_jax.weights import hub
+
+print(hub.pin('owner/model').commit[0], hub.pin(sys.argv[3]).commit == '')
+for name in ('owner/first', 'owner/second', 'owner/neither'):
+  try:
+    hub.pin(name)
+    print('resolved')
+  except UserError as error:
+    print('not in the cache' in str(error), 'process 0' in str(error), 'process 1' in str(error))
+'''
+
+
+def test_two_processes_take_one_commit_and_fail_together(cache, tmp_path):
+  """Each has a cache of its own here: main moved in the second's, and each misses a repository that the other has."""
+  files = {'model.safetensors': weights(tmp_path, 1.0)}
+  for commit in (COMMIT, OLDER):
+    cache('owner/model', files, commit)
+  cache('owner/first', files)
+  shutil.copytree(tmp_path / 'hub', tmp_path / 'other')
+  (tmp_path / 'other' / 'models--owner--model' / 'refs' / 'main').write_text(COMMIT)
+  (tmp_path / 'other' / 'models--owner--first').rename(tmp_path / 'other' / 'models--owner--second')
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  running = [subprocess.Popen(
+      [sys.executable, '-c', PROGRAM, str(port), str(i), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      text=True, env=os.environ | dict(HF_HUB_CACHE=str(tmp_path / name))) for i, name in enumerate(('hub', 'other'))]
+  outputs = [process.communicate(timeout=120) for process in running]
+  assert [[line for line in out.splitlines() if '[Gloo]' not in line] for out, _ in outputs] == [
+      ['b True', 'False False True', 'True False False', 'True False False'],
+      ['b True', 'True False False', 'False True False', 'False True False']], outputs
 
 
 def test_subfolder(cache, tmp_path):
@@ -74,11 +130,11 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
   files = ['config.json', 'model-1.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer.model',
            'chat_template.jinja', 'merges.txt', 'modeling_x.py', 'pytorch_model.bin', 'model.onnx', 'README.md',
            'original/consolidated.safetensors', 'vae/config.json', 'vae/model.safetensors', 'vae/more/x.json']
-  asked = []
+  fetched = []
 
   def download(repository, revision, allow_patterns, ignore_patterns):
-    asked.append(list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
-    for name in asked[-1]:
+    fetched.append(list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
+    for name in fetched[-1]:
       (tmp_path / name).parent.mkdir(exist_ok=True)
       (tmp_path / name).touch()
     return str(tmp_path)
@@ -86,8 +142,8 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
   hub.resolve('owner/model')
   hub.resolve('owner/model', weights=False)
   hub.resolve('owner/model/vae')
-  assert asked == [files[:7], [f for f in files[:7] if not f.endswith('.safetensors')],
-                   ['vae/config.json', 'vae/model.safetensors']]
+  assert fetched == [files[:7], [f for f in files[:7] if not f.endswith('.safetensors')],
+                     ['vae/config.json', 'vae/model.safetensors']]
 
 
 @pytest.mark.parametrize('name,message', [

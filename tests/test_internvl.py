@@ -1,5 +1,6 @@
 """InternVL against transformers' own class, in both directions, and its invariants."""
 
+import dataclasses
 import json
 
 from flax import nnx
@@ -14,7 +15,7 @@ import transformers
 from unifusion_jax import sharding
 from unifusion_jax.models import internvl
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import safetensors_io
 
 IMAGE, TILE, TILE_TOKENS = 60, 32, 4
 TEXTS = {
@@ -87,7 +88,7 @@ def relative(ours, theirs, valid):
 def test_parity(text, vision, tmp_path):
   model = torch_model(text, tied=text == 'qwen3', **vision)
   model.save_pretrained(tmp_path / 'theirs')
-  vlm = internvl.load(tmp_path / 'theirs', jnp.float32, unroll=text == 'llama')
+  vlm = internvl.load(tmp_path / 'theirs', jnp.float32)
   tokens, valid, tiles = batch()
   with torch.no_grad():
     theirs = model(**torch_inputs(tokens, valid, tiles), output_hidden_states=True)
@@ -110,7 +111,9 @@ def test_parity(text, vision, tmp_path):
 def test_parity_text_only(folder):
   """Without images at all, the padding on the left."""
   tokens, valid, _ = (np.asarray(x) for x in batch((0, 0, 0, 0)))
-  tokens, valid = (np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(valid.sum(1))]) for x in (tokens, valid))
+  lengths = valid.sum(1)
+  tokens, valid = (np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(lengths)])
+                   for x in (tokens, valid))
   positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
   with torch.no_grad():
     theirs = torch_model('qwen2', attention_bias=True)(
@@ -168,6 +171,24 @@ def test_padding_changes_nothing(folder):
                      for a, b, c in ((tokens, valid, tiles), (noise, valid, spoiled), (*left, tiles)))
   np.testing.assert_array_equal(one[valid], two[valid])
   np.testing.assert_allclose(one[valid], three[left[1]], rtol=1e-4, atol=1e-5)
+
+
+def test_uint8_tiles_are_normalised_on_the_device_as_on_the_host(folder):
+  """By the config's own mean and standard deviation; the processor of transformers is the host."""
+  vlm = internvl.load(folder, jnp.float32)
+  vlm.config = dataclasses.replace(vlm.config, vision=dataclasses.replace(
+      vlm.config.vision, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4)))
+  pixels = np.random.default_rng(0).integers(0, 256, (4, 2, TILE, TILE, 3), np.uint8)
+  host = transformers.image_transforms.normalize(pixels / np.float32(255), (0.1, 0.5, 0.9), (0.2, 0.3, 0.4),
+                                                 input_data_format='channels_last').astype(np.float32)
+  features = jax.jit(internvl.InternVL.image_features)
+  ours, wanted = (np.asarray(features(vlm, jax.device_put(x, P(BATCH)))) for x in (pixels, host))
+  np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+  # and within a prompt, where both are taken
+  tokens, valid, _ = batch((2, 0, 1, 2))
+  ours, wanted = (np.asarray(jax.jit(internvl.InternVL.last)(vlm, tokens, valid, jax.device_put(x, P(BATCH))))
+                  for x in (pixels, host))
+  np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_tiles_are_not_silent(folder):
@@ -231,7 +252,7 @@ def original_layout(model, folder, internlm2=False):
       tensors[name.replace('.self_attn.q_proj.', '.attention.wqkv.')] = fused
   if internlm2:
     tensors['language_model.model.layers.0.attention.rotary_emb.inv_freq'] = np.ones(6, np.float32)
-  convert.write(folder / 'model.safetensors', tensors)
+  safetensors_io.write(folder / 'model.safetensors', tensors)
   llm = text.to_dict() | ({'model_type': 'internlm2', 'bias': False} if internlm2 else {})
   vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=TILE,
              patch_size=8, hidden_act='gelu', layer_norm_eps=1e-6, qkv_bias=vision.attention_bias,
@@ -244,7 +265,8 @@ def original_layout(model, folder, internlm2=False):
 
 @pytest.mark.parametrize('text,internlm2,vision', [
     ('qwen2', False, dict(attention_bias=True)), ('qwen3', False, dict(norm_type='rms_norm', use_qk_norm=True)),
-    ('internlm2', True, dict(attention_bias=True)), ('internlm2, a key for each query', True, dict(attention_bias=True))])
+    ('internlm2', True, dict(attention_bias=True)),
+    ('internlm2, a key for each query', True, dict(attention_bias=True))])
 def test_original_layout(text, internlm2, vision, tmp_path):
   model = torch_model(text, **vision)
   original_layout(model, tmp_path, internlm2)
@@ -277,9 +299,9 @@ def test_a_missing_head_is_tied_only_where_no_config_denies_it(level, tmp_path):
 
 def test_an_original_without_its_head(tmp_path):
   original_layout(torch_model('internlm2', attention_bias=True), tmp_path, internlm2=True)
-  tensors = {name: tensor[:] for name, tensor in convert.read(tmp_path).items()}
+  tensors = {name: tensor[:] for name, tensor in safetensors_io.read(tmp_path).items()}
   del tensors['language_model.output.weight']
-  convert.write(tmp_path / 'model.safetensors', tensors)
+  safetensors_io.write(tmp_path / 'model.safetensors', tensors)
   with pytest.raises(ValueError, match='missing: language_model.output.weight'):
     internvl.load(tmp_path)
 

@@ -40,8 +40,14 @@ def call(lap, states, mask):
 
 
 def test_starts_as_the_mean_of_its_taps():
-  lap = LAP(CONFIG, 24, rngs=nnx.Rngs(0))
-  np.testing.assert_allclose(lap.pool[...], np.full(3, 1 / 3))
+  """Before any training, and without blocks between, taps of any order and their mean in the place of each are one."""
+  lap = LAP(dataclasses.replace(CONFIG, depth=0), 24, rngs=nnx.Rngs(0))
+  states, mask = hidden(), np.ones((B, S), bool)
+  pooled = call(lap, states, mask)
+  mean = np.broadcast_to(states.mean(2, keepdims=True), states.shape)
+  np.testing.assert_allclose(call(lap, mean, mask), pooled, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(call(lap, states[:, :, ::-1], mask), pooled, rtol=1e-4, atol=1e-5)
+  assert np.abs(call(lap, np.broadcast_to(states[:, :, :1], states.shape), mask) - pooled).max() > 0.1
 
 
 def test_padding_changes_nothing_whatever_it_holds():

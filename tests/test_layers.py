@@ -1,11 +1,13 @@
-"""The two products everything is made of, against what jax does by itself."""
+"""The product everything is made of, against what jax does by itself; taps, and pixels that come as uint8."""
 
+from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unifusion_jax import sharding
 from unifusion_jax.models import layers
 from unifusion_jax.sharding import BATCH
 
@@ -28,34 +30,70 @@ def test_einsum_has_the_gradients_of_einsum_and_the_shardings_of_its_arguments(e
     assert jax.typeof(a) == jax.typeof(like)
 
 
-@pytest.mark.parametrize('causal, mask_shape, mask_spec', [
-    (False, None, None), (True, None, None), (False, (4, 1, 1, 5), P(BATCH)), (True, (4, 1, 5, 5), P(BATCH)),
-    (False, (4, 4, 5, 5), P(BATCH, 'tp')), (False, (5, 5), P())])
-def test_attention_and_its_gradient_are_those_of_jax(causal, mask_shape, mask_spec):
-  heads = P(BATCH, None, 'tp')
-  q, k, v = (normal(i, (4, 5, n, 8), heads) for i, n in enumerate((4, 2, 2)))
-  mask = None
-  if mask_shape:
-    mask = np.random.default_rng(3).random(mask_shape) < 0.5
-    mask |= np.eye(5, dtype=bool)[0 if mask_shape[-2] == 1 else slice(None)]
-  sharded = None if mask is None else jax.device_put(mask, mask_spec)
-  wide = None if mask is None else jnp.asarray(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-  ours = lambda q, k, v: layers.attention(q, k, v, sharded, causal=causal)
-  theirs = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=wide, is_causal=causal)
-  value = lambda f: lambda *qkv: jnp.sum(jnp.sin(f(*qkv)))
-  gradients = jax.jit(jax.value_and_grad(value(ours), (0, 1, 2)))(q, k, v)
-  expected = jax.jit(jax.value_and_grad(value(theirs), (0, 1, 2)))(*map(np.asarray, (q, k, v)))
-  for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-  assert jax.typeof(gradients[1][0]) == jax.typeof(q)
+def test_the_gradient_of_a_weight_is_f32_where_the_compute_dtype_is_bfloat16():
+  """As exact as a sum in f32 of the same rounded numbers; the gradient of x stays in the compute dtype."""
+  x, w = normal(0, (8, 64, 32), P(BATCH), jnp.bfloat16), normal(1, (32, 48), P('fsdp', 'tp'))
+  loss = lambda x, w: jnp.sum(layers.einsum('bsd,df->bsf', x, w).astype(jnp.float32) ** 2)
+  of_x, of_w = jax.jit(jax.grad(loss, (0, 1)))(x, w)
+  assert of_x.dtype == jnp.bfloat16 and of_w.dtype == jnp.float32
+  wide = np.asarray(x, np.float64).reshape(-1, 32)
+  y = np.asarray(layers.einsum('bsd,df->bsf', x, w), np.float32)
+  coming = np.asarray(jnp.asarray(2 * y).astype(jnp.bfloat16), np.float64).reshape(-1, 48)
+  exact = wide.T @ coming
+  assert np.abs(of_w - exact).max() < 1e-5 * np.abs(exact).max()
+  assert (np.asarray(of_w) != np.asarray(of_w.astype(jnp.bfloat16), np.float32)).mean() > 0.9  # it was never rounded
 
 
-def test_attention_of_bf16_is_as_exact_as_bf16_and_a_row_without_keys_is_finite():
-  heads = P(BATCH, None, 'tp')
-  q, k, v = (normal(i, (4, 5, 2, 8), heads, jnp.bfloat16) for i in range(3))
-  y = layers.attention(q, k, v)
-  assert y.dtype == jnp.bfloat16
-  exact = jax.nn.dot_product_attention(*(np.asarray(x, np.float32) for x in (q, k, v)))
-  np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.02)
-  nothing = jax.device_put(np.zeros((4, 1, 1, 5), bool), P(BATCH))
-  assert np.isfinite(np.asarray(layers.attention(q, k, v, nothing), np.float32)).all()
+def test_a_weight_says_which_of_its_axes_a_product_sums_over():
+  """By what it was told, whatever its sizes; the same in a stack of layers, in its shapes and in its gradient."""
+  make = lambda rngs: nnx.Dict(
+      square=layers.weight(rngs, (64, 64, 64), (), contract=1, std=1 / 64), join=layers.weight(rngs, (8, 4, 16), (), 2),
+      table=layers.weight(rngs, (16, 16), (), contract=None, std=0.25), bias=layers.constant(0.0, (4,)))
+  wanted = {'square': (-3,), 'join': (-3, -2), 'table': None, 'bias': None}
+  one, stacked = make(nnx.Rngs(0)), layers.stack(make, 3, rngs=nnx.Rngs(0))
+  shapes = jax.eval_shape(lambda: layers.stack(make, 3, rngs=nnx.Rngs(0)))
+  layer = jax.tree.map(lambda x: x[1], stacked)
+  for module in (one, stacked, shapes, layer, jax.grad(lambda m: jnp.sum(m.join[...]))(one)):
+    assert {name: layers.contracted(module[name]) for name in wanted} == wanted
+  spread = {name: float(np.std(stacked[name])) for name in ('square', 'join', 'table')}
+  for name, std in dict(square=1 / 64, join=32 ** -0.5, table=0.25).items():
+    assert abs(spread[name] / std - 1) < 0.15, name
+  for contract, std in ((None, None), (0, None), (2, None), (2, 0.1)):
+    with pytest.raises(ValueError, match='cannot contract'):
+      layers.weight(nnx.Rngs(0), (4, 8), (), contract, std=std)
+
+
+def test_taps_come_before_what_is_done_after_a_layer():
+  """Layer i adds i to x; after it x doubles; the carry tells in which order the layers came."""
+  x, stacked = jax.device_put(np.ones((4, 3, 2), np.float32), P(BATCH)), jnp.arange(4.0)
+  block = lambda x, layer, index, carry: (x + layer, 10 * carry + index)
+  after = lambda x, index: 2 * x
+  run = jax.jit(lambda x: layers.scan_taps(block, x, stacked, (0, 2, 3), 3, carry=jnp.int32(0), after=after))
+  x, tapped, carry = run(x)
+  np.testing.assert_array_equal(np.asarray(tapped)[0, 0, :, 0], [1, 3, 8])  # 1; 2 (1 + 0) + 1; 2 * 3 + 2
+  assert (np.asarray(x) == 16).all() and carry == 12
+  x, tapped, carry = layers.scan_taps(lambda x, layer, *_: (x + layer, None), jnp.ones((4, 3, 2)), stacked)
+  assert (np.asarray(x) == 7).all() and tapped is carry is None
+  for taps, depth in (((2, 1), None), ((-1,), None), ((4,), 3), ((), 5)):
+    with pytest.raises(ValueError, match='taps must increase'):
+      layers.scan_taps(block, x, stacked, taps, depth)
+
+
+def test_layers_are_unrolled_over_cpus_and_scanned_over_devices_that_are_not_here(monkeypatch):
+  def program():
+    return str(jax.make_jaxpr(lambda x: layers.scan(lambda x, layer: (x + layer, None), x, jnp.arange(4.0)))(1.0))
+  monkeypatch.setattr(layers, 'UNROLL', None)
+  assert 'unroll=4' in program()
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tp=2), 8)):
+    assert 'unroll=1' in program()
+  monkeypatch.setattr(layers, 'UNROLL', False)
+  assert 'unroll=1' in program()
+
+
+def test_attention_that_is_repeated_over_tp_is_told_once(caplog):
+  assert layers.heads_axis(14, 2) == 'tp' and not caplog.records
+  for _ in range(2):
+    assert layers.heads_axis(15, 5) is None
+  assert [record.getMessage() for record in caplog.records] == [
+      'mesh.tp=2 does not divide 15 heads over 5 key/value heads: that attention is computed whole on each of the 2 '
+      'devices']

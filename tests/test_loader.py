@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -10,9 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from unifusion_jax import config
-from unifusion_jax.data import loader, mix, sources
-from unifusion_jax.scenes import builder
+from unifusion_jax.data import buckets, loader, sources
+from unifusion_jax.data.loader import DataConfig, Task
+from unifusion_jax.errors import BrokenRecord
+from unifusion_jax.scenes import builder, world
+from unifusion_jax.scenes.sources import SceneSource
 
 
 class Numbers:
@@ -29,7 +32,7 @@ class Numbers:
 
   def __getitem__(self, i):
     if i in self.broken:
-      raise sources.BrokenRecord(f'{self.name} record {i} is broken')
+      raise BrokenRecord(f'{self.name} record {i} is broken')
     height, width, _ = self.bucket(i)
     return {'target': np.full((height, width, 3), i % 251, np.uint8), 'i': i, 'name': self.name}
 
@@ -56,10 +59,9 @@ def numbers(batches, key='i'):
 
 
 def test_same_seed_same_batches():
-  def run(seed, threads=2):
-    return take(loader.batches([(Numbers(50), 1)], draw, 4, seed, threads=threads), 20)
+  def run(seed):
+    return take(loader.batches([(Numbers(50), 1)], draw, 4, seed), 20)
   assert_same(run(3), run(3))
-  assert_same(run(3), run(3, threads=1))
   assert (numbers(run(3)) != numbers(run(4))).any()
   assert len(set(numbers(run(3), 'random'))) == 80  # every example has randomness of its own
 
@@ -135,24 +137,35 @@ def test_batches_are_pure_and_shares_are_kept():
   assert abs((numbers(seen) % 3 == 0).mean() - 1 / 3) < 0.02
 
 
-def test_without_shuffling_the_order_is_kept():
-  seen = take(loader.batches([(Numbers(30), 1)], draw, 2, shuffle=False), 9)
-  square = [batch['i'] for batch in seen if batch['target'].shape[2] == 4]
-  np.testing.assert_array_equal(np.concatenate(square)[:6], [1, 2, 4, 5, 7, 8])
-
-
 def test_broken_records_are_passed_over_and_counted():
+  def batches():
+    return loader.batches([(Numbers(60, broken=(3, 6, 10)), 1)], draw, 4, seed=1)
   def run():
-    return take(loader.batches([(Numbers(60, broken=(3, 6, 10)), 1)], draw, 4, seed=1), 15)
+    return take(batches(), 15)
   seen = run()
   assert_same(seen, run())
   assert not set(numbers(seen)) & {3, 6, 10}
   skipped = int(numbers(seen, 'skipped').sum())
   assert skipped == 4  # one epoch: 3 -> 6 -> 9 passes over two, 6 -> 9 and 10 -> 11 over one each
-  loader.check_skipped(60, skipped)
-  loader.check_skipped(10_000, 90)
-  with pytest.raises(ValueError, match='101 broken.*10000.*record 3 .*record 6 .*record 10 '):
-    loader.check_skipped(10_000, 101, mix=[(Numbers(60, broken=(3, 6, 10, 20)), 1)])
+  feed = loader.Feed(batches(), share=0.004)  # the first thousand examples may miss 0.004 x 1000
+  bare = take(feed, 15)
+  assert_same(bare, [{name: x for name, x in batch.items() if name != 'skipped'} for batch in seen])
+  assert (feed.seen, feed.skipped) == (60, 4)
+  with pytest.raises(ValueError, match='^5 broken records were passed over for .* data.skipped=0.004 allows'):
+    take(feed, 15)
+  with pytest.raises(ValueError, match='^1 broken records'):
+    take(loader.Feed(batches(), share=0.0), 15)
+
+
+def test_a_feed_goes_on_where_its_batches_would():
+  def fresh():
+    return loader.Feed(loader.batches([(Numbers(50), 1)], draw, 4, seed=1))
+  first = fresh()
+  take(first, 5)
+  resumed = fresh()
+  resumed.set_state(json.loads(json.dumps(first.get_state())))
+  assert_same(take(resumed, 4), take(first, 4))
+  assert first.get_state() == resumed.get_state()
 
 
 def test_nothing_but_broken_records_stops_at_once():
@@ -173,28 +186,10 @@ def test_refused_arguments():
     loader.batches([(Numbers(60), 1)], draw, 6, process_count=4)
   with pytest.raises(ValueError, match='weight 0'):
     loader.batches([(Numbers(60), 0)], draw, 4)
-  with pytest.raises(ValueError, match='no is_valid_generation'):
+  with pytest.raises(ValueError, match='no usable records among 0'):
     loader.batches([(Numbers(0), 1)], draw, 4)
   with pytest.raises(ValueError, match='no sources'):
     loader.batches([], draw, 4)
-
-
-@pytest.mark.parametrize('limit', [None, 7, 8])
-def test_ordered_gives_every_example_once(limit):
-  source = Numbers(10, broken=(5,))
-  parts = [list(loader.ordered(source, draw, 4, limit, process_index=p, process_count=2)) for p in range(2)]
-  assert len(parts[0]) == len(parts[1])
-  for a, b in zip(*parts):
-    assert a['target'].shape == b['target'].shape and a['weight'].dtype == np.float32
-  index, weight, i = (np.concatenate([numbers(part, key) for part in parts]) for key in ('index', 'weight', 'i'))
-  assert sorted(index[weight == 1]) == [n for n in range(limit or 10) if n != 5]
-  np.testing.assert_array_equal(index[weight == 1], i[weight == 1])
-  assert_same(parts[0], list(loader.ordered(source, draw, 4, limit, process_index=0, process_count=2)))
-
-
-def test_ordered_wants_an_end():
-  with pytest.raises(ValueError, match='give a limit'):
-    loader.ordered(sources.SceneSource('t2i', 'test'), draw, 4)
 
 
 def folder(path, kind='jsonl', count=12, changes=None):
@@ -237,8 +232,8 @@ def test_folder(tmp_path, kind):
 
 
 def test_own_images_asked_for_again_alone(tmp_path):
-  data = config.DataConfig(path=str(folder(tmp_path, 'jsonl')), tasks=('reconstruct',), weights=(0.5,))
-  (source, weight), = mix.mix(data)
+  data = DataConfig(path=str(folder(tmp_path, 'jsonl')), tasks=(Task('reconstruct', 0.5),))
+  (source, weight), = loader.mix(data)
   assert weight == 0.5 and source[0]['instruction'] == 'draw this picture again'
 
 
@@ -255,7 +250,7 @@ def test_folder_with_broken_records(tmp_path, kind):
   source = sources.FolderSource(listed, BUCKETS, share=0.5)
   assert len(source.problems) == 4 and ('line 3' if kind == 'jsonl' else 'row 3') in source.problems[0]
   assert [i for i in range(12) if source.bucket(i) is None] == [2, 4, 7, 9]
-  with pytest.raises(sources.BrokenRecord, match='cut.png'):  # references are not looked at before they are needed
+  with pytest.raises(BrokenRecord, match='cut.png'):  # references are not looked at before they are needed
     source[11]
 
   def which(record, rng):
@@ -266,7 +261,8 @@ def test_folder_with_broken_records(tmp_path, kind):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('{"references": [', 'line 3: it is not JSON'), ('[1, 2]', 'line 3: it is a list'), ('\xff', 'line 3: it is not JSON'),
+    ('{"references": [', 'line 3: it is not JSON'), ('[1, 2]', 'line 3: it is a list'),
+    ('\xff', 'line 3: it is not JSON'),
     ('{"references": [], "target": "a.png", "caption": "a"}', 'line 3: it has no instruction'),
     ('{"references": "a.png", "instruction": "", "target": "a.png", "caption": "a"}', 'line 3: references is'),
     ('{"references": [], "instruction": "", "target": null, "caption": "a"}', 'line 3: target is None')])
@@ -277,7 +273,7 @@ def test_folder_with_malformed_lines(tmp_path, line, words):
     sources.FolderSource(listed, BUCKETS)
   source = sources.FolderSource(listed, BUCKETS, share=0.5)
   assert [source.bucket(i) is None for i in range(3)] == [False, False, True] and len(source.problems) == 1
-  with pytest.raises(sources.BrokenRecord, match=words):
+  with pytest.raises(BrokenRecord, match=words):
     source[2]
 
 
@@ -295,20 +291,20 @@ def test_folder_refused(tmp_path):
 
 
 def test_scenes():
-  source = sources.SceneSource('edit', 'train', size=32)
+  source = SceneSource('edit', 'train', size=32)
   record = source[5]
   assert (*record['target'].shape[:2], len(record['references'])) == source.bucket(5)
   assert record['task'] == 'edit' and record['references'][0].dtype == np.uint8
 
   def which(record, rng):
     return {'target': record['target'], 'references': np.int32(len(record['references']))}
-  seen = take(loader.batches([(source, 2), (sources.SceneSource('t2i', 'train', 32), 1)], which, 2, seed=3), 24)
+  seen = take(loader.batches([(source, 2), (SceneSource('t2i', 'train', 32), 1)], which, 2, seed=3), 24)
   assert {batch['target'].shape for batch in seen} == {(2, 32, 32, 3), (2, 24, 40, 3), (2, 40, 24, 3)}
   assert 14 <= sum(batch['references'][0] for batch in seen) <= 18
 
 
 def test_scenes_of_a_bucket_are_all_different():
-  source = sources.SceneSource('t2i', 'test', size=32, length=256 * 40)
+  source = SceneSource('t2i', 'test', size=32, length=256 * 40)
   buckets = source.buckets()
   assert sum(share for share, _ in buckets.values()) == pytest.approx(1)
   for bucket, (_, indices) in buckets.items():
@@ -319,7 +315,7 @@ def test_scenes_of_a_bucket_are_all_different():
 @pytest.mark.parametrize('task', ['edit', 'edit/1-2'])
 def test_builder_round_trip(task, tmp_path):
   builder.write(tmp_path, task, 'test', 6, size=32)
-  drawn, read = sources.SceneSource(task, 'test', 32), sources.ArrayRecordSource(tmp_path, task, 'test')
+  drawn, read = SceneSource(task, 'test', 32), sources.ArrayRecordSource(tmp_path, task, 'test')
   assert len(read) == 6
   for i in range(6):
     ours, theirs = drawn[i], read[i]
@@ -327,14 +323,105 @@ def test_builder_round_trip(task, tmp_path):
     for name, value in ours.items():
       np.testing.assert_array_equal(theirs[name], value)
   assert 'tensorflow' not in sys.modules
+  (_, weight), = loader.mix(DataConfig(path=str(tmp_path), tasks=(Task(task, 0.3),)), split='test')
+  assert weight == 0.3
 
   def small(record, rng):
     return {'target': record['target']}
-  batch = next(loader.batches([(read, 1)], small, 2))
-  assert batch['target'].shape[0] == 2
+  alone, by_worker = (take(loader.batches([(read, 1)], small, 2, workers=workers), 2) for workers in (0, 1))
+  assert alone[0]['target'].shape[0] == 2
+  assert_same([{k: np.array(v) for k, v in batch.items()} for batch in by_worker], alone)
   with pytest.raises(ValueError, match='there already'):
     builder.write(tmp_path, task, 'test', 6)
   with pytest.raises(ValueError, match='builder --out=.* --task=t2i'):
     sources.ArrayRecordSource(tmp_path, 't2i', 'test')
   with pytest.raises(ValueError, match='no images'):
     builder.write(tmp_path, 'caption', 'test', 6)
+
+
+MIX = (Task('edit/1-2', 0.2, prompt=88, rewrite=40), Task('edit/3-4', 0.4), Task('t2i', 0.3), Task('reconstruct', 0.1))
+
+
+@pytest.mark.parametrize('only, wanted', [
+    ('', [('edit/1-2', 0.2), ('edit/3-4', 0.4), ('t2i', 0.3), ('reconstruct', 0.1)]),
+    ('edit', [('edit/1-2', 0.2), ('edit/3-4', 0.4)]), ('edit/3-4', [('edit/3-4', 0.4)]),
+    ('t2i=0.5,edit=0.9', [('edit/1-2', 0.3), ('edit/3-4', 0.6), ('t2i', 0.5)]),
+    ('t2i, edit/1-2 = 2', [('edit/1-2', 2.0), ('t2i', 0.3)])])
+def test_some_of_the_tasks(only, wanted):
+  data = DataConfig(tasks=MIX, only=only)
+  mixture = loader.mix(data)
+  assert [task.name for task in data.chosen] == [name for name, _ in wanted]
+  assert [weight for _, weight in mixture] == pytest.approx([weight for _, weight in wanted])
+  assert [source[0]['task'] for source, _ in mixture] == [name for name, _ in wanted]
+  # Budgets, and so the shapes of a model's batches, do not depend on the choice
+  assert data.budgets == (('edit/1-2', 88, 40), ('edit/3-4', 128, 52), ('t2i', 128, 52), ('reconstruct', 128, 52))
+  assert data.budget == (128, 52)
+
+
+@pytest.mark.parametrize('only, words', [
+    ('edits', "no task 'edits' here; there are edit/1-2, edit/3-4, t2i, reconstruct"), ('edit,', "no task '' here"),
+    ('edit=much', "the weight 'much' of 'edit'"), ('edit=-1', "the weight '-1' of 'edit'"),
+    ('edit=nan', "the weight 'nan' of 'edit'")])
+def test_tasks_that_there_are_not(only, words):
+  with pytest.raises(ValueError, match=words):
+    DataConfig(tasks=MIX, only=only).chosen
+
+
+def problems(**changes):
+  return DataConfig(**changes).problems(kinds=('t2i', 'edit'), unit=8, shards=4)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(batch_size=6), 'data.batch_size=6 must be a multiple of 4'),
+    (dict(tasks=()), 'at least one task'), (dict(tasks=(Task('t2i'), Task('t2i', 2.0))), 'each of them once'),
+    (dict(tasks=(Task('multi'),)), "trains on t2i, edit, not on 'multi'"),
+    (dict(tasks=(Task('t2i', 0.0),)), "'t2i' has the weight 0.0"),
+    (dict(tasks=(Task('t2i', prompt=0),)), "'t2i' has prompt=0 and rewrite=None tokens"),
+    (dict(max_rewrite_tokens=0), 'data.max_rewrite_tokens=0 must be 1 or more'),
+    (dict(tasks=(Task('edit/2'),)), 'as in edit/1-2'), (dict(tasks=(Task('edit/1-1'),)), 'as in edit/1-2'),
+    (dict(tasks=(Task('edit/2-5'),)), 'as in edit/1-2'), (dict(tasks=(Task('edit/'),)), 'as in edit/1-2'),
+    (dict(tiles=()), 'data.tiles=()'), (dict(workers=-1), 'data.workers=-1'), (dict(skipped=2.0), 'data.skipped=2.0'),
+    (dict(size=50), 'must be multiples of 8 pixels'), (dict(size=48), 'sides of [36, 48, 60]'),
+    (dict(size=0), 'data.size=0'), (dict(aspects=('1:1',)), 'scenes are drawn in 1:1, 5:3, 3:5 alone'),
+    (dict(only='edit'), "no task 'edit' here"), (dict(path='own.jsonl', aspects=('wide',)), "the aspect 'wide'"),
+    (dict(path='own.jsonl', aspects=()), 'must name at least one'), (dict(path='own.jsonl', size=0), 'data.size=0'),
+    (dict(path='own.jsonl', unit=12), 'data.unit=12 must be a multiple of the 8 pixels'),
+    (dict(path='own.jsonl', size=15), 'raise the size')])
+def test_settings_that_cannot_work(changes, words):
+  wrong, = problems(**changes)
+  assert words in wrong
+
+
+def test_settings_that_can():
+  assert not problems() and not problems(path='own.jsonl', aspects=('16:9', '9:16'), size=1024)
+  assert not problems(tasks=(Task('edit/1-4'), Task('t2i/3-3')), only='edit=0.3')
+
+
+@pytest.mark.parametrize('size, unit', [(64, 8), (64, 16), (256, 16), (512, 16), (1024, 16)])
+def test_the_canvases_of_the_embedded_world(size, unit):
+  """The default aspects are those that scenes are drawn in, at every size of the recipes."""
+  assert buckets.canvases(DataConfig.aspects, size, unit) == tuple(
+      world.canvas(aspect, size)[::-1] for aspect in world.ASPECTS)
+
+
+@pytest.mark.parametrize('size, unit', [(1024, 16), (512, 16), (256, 16), (1024, 64)])
+def test_canvases_keep_the_aspect_and_the_number_of_pixels(size, unit):
+  for aspect in ('16:9', '9:16', '4:3', '3:2', '21:9', '1:2'):
+    (height, width), = buckets.canvases((aspect,), size, unit)
+    across, down = map(int, aspect.split(':'))
+    assert height % unit == width % unit == 0 and 0.7 * size ** 2 <= height * width <= size ** 2
+    assert abs(np.log(width / height * down / across)) < 1.5 * unit / min(height, width)
+    assert buckets.nearest(((7, 7), (height, width)), 10 * down, 10 * across) == 1
+
+
+def test_own_images_are_cut_to_the_aspects_that_are_asked_for(tmp_path):
+  data = DataConfig(path=str(folder(tmp_path)), aspects=('4:3', '2:3'), size=64, unit=8)
+  (source, _), = loader.mix(data)
+  assert {source.bucket(i)[:2] for i in range(12)} == {(48, 64), (72, 48)} == {x['target'].shape[:2] for x in source}
+
+
+def test_loading_no_prepared_data_imports_none_of_its_libraries():
+  """Seconds of every start."""
+  program = ('import sys; import unifusion_jax.data.loader; '
+             'print([name for name in ("tensorflow_datasets", "pyarrow", "tensorflow") if name in sys.modules])')
+  assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout == '[]\n'

@@ -1,5 +1,6 @@
-"""Qwen3-VL against transformers' own classes (model, generation, image processor), and its invariants."""
+"""Qwen3-VL against transformers' own classes (model, generation), and its invariants."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,20 +9,17 @@ import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
 from test_internvl import one_device, relative
 import torch
 import transformers
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from unifusion_jax import sharding
-from unifusion_jax.data import qwen_patches
-from unifusion_jax.models import qwen3_vl
+from unifusion_jax.models import attention, qwen3_vl
 from unifusion_jax.models.qwen3_vl import PackedImages, Qwen3VL
 from unifusion_jax.models.text_generation import generate
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import safetensors_io
 
 IMAGE, PATCH = 60, 4
 MIXED = ([(4, 6), (2, 2)], [], [(6, 4)], [(2, 10)])  # rows and columns of patches of each example's images
@@ -92,7 +90,7 @@ def folder(tmp_path_factory):
 def test_parity(variant, tmp_path):
   model = torch_model(variant)
   model.save_pretrained(tmp_path / 'theirs')
-  vlm = qwen3_vl.load(tmp_path / 'theirs', jnp.float32, unroll=variant == 'one')
+  vlm = qwen3_vl.load(tmp_path / 'theirs', jnp.float32)
   tokens, valid, images = batch()
   with torch.no_grad():
     theirs = model(**torch_inputs(tokens, valid, images), output_hidden_states=True)
@@ -130,7 +128,7 @@ def test_a_class_without_a_head(folder, levels, tmp_path):
   described = json.loads((tmp_path / 'config.json').read_text())
   described['tie_word_embeddings'], described['text_config']['tie_word_embeddings'] = levels
   (tmp_path / 'config.json').write_text(json.dumps(described))
-  assert 'language_model.embed_tokens.weight' in convert.read(tmp_path)
+  assert 'language_model.embed_tokens.weight' in safetensors_io.read(tmp_path)
   if not any(levels):
     with pytest.raises(ValueError, match='saved from a class without a head'):
       qwen3_vl.load(tmp_path)
@@ -160,10 +158,10 @@ def test_greedy_writes_what_transformers_writes(folder):
     with torch.no_grad():
       theirs = model.generate(**torch_inputs(one[0][:, :n], one[1][:, :n], one[2:]), max_new_tokens=64,
                               do_sample=False, eos_token_id=None, pad_token_id=0)
-    np.testing.assert_array_equal(np.asarray(out.tokens)[row], theirs[0, n:].numpy(), err_msg=f'example {row}')
+    np.testing.assert_array_equal(np.asarray(out.ids)[row], theirs[0, n:].numpy(), err_msg=f'example {row}')
   np.testing.assert_allclose(out.prompt_hidden, HIDDEN(vlm, tokens, valid, (1, 4), images), rtol=1e-4, atol=1e-4)
   # The states while writing are those of one pass over the whole
-  lengths, written = np.asarray(valid).sum(1), np.asarray(out.tokens)
+  lengths, written = np.asarray(valid).sum(1), np.asarray(out.ids)
   whole = np.pad(np.asarray(tokens), ((0, 0), (0, 64)))
   for row, n in enumerate(lengths):
     whole[row, n:n + 64] = written[row]
@@ -172,7 +170,8 @@ def test_greedy_writes_what_transformers_writes(folder):
   known = np.arange(whole.shape[1]) < lengths[:, None] + 64
   forced = np.asarray(HIDDEN(vlm, *jax.device_put((whole, known), P(BATCH)), (1, 4), images))
   for row, n in enumerate(lengths):
-    np.testing.assert_allclose(np.asarray(out.hidden)[row], forced[row, n:n + 64], rtol=1e-4, atol=1e-4 * np.abs(forced).max())
+    np.testing.assert_allclose(np.asarray(out.hidden)[row], forced[row, n:n + 64], rtol=1e-4,
+                               atol=1e-4 * np.abs(forced).max())
 
 
 def test_one_device_equals_eight(folder):
@@ -202,17 +201,32 @@ def test_padding_changes_nothing(folder):
   np.testing.assert_allclose(one[valid], three[left[1]], rtol=1e-4, atol=1e-4)
 
 
-def test_queries_in_turns_see_the_same(folder, monkeypatch):
-  """In three parts of 14 patches, the last one padded, and in one of all 40."""
+def test_patches_in_blocks_see_the_same(folder, monkeypatch):
+  """In three blocks of 14 patches, the last one padded, and in one of all 40."""
   vlm = qwen3_vl.load(folder, jnp.float32)
   _, _, images = batch()
   dense = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
-  monkeypatch.setattr(qwen3_vl, 'QUERIES', 16)
-  turns = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
-  assert turns.sharding == dense.sharding
-  np.testing.assert_allclose(turns, dense, rtol=1e-5, atol=1e-5)
+  monkeypatch.setattr(attention, 'LOGITS', 4 * 16 * 40)  # of one row and one head a device
+  blocks = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
+  assert blocks.sharding == dense.sharding
+  np.testing.assert_allclose(blocks, dense, rtol=1e-5, atol=1e-5)
   jaxpr = jax.make_jaxpr(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
   assert '40,40' not in str(jaxpr) and '14,40' in str(jaxpr)
+
+
+def test_uint8_patches_are_normalised_on_the_device_as_on_the_host(folder):
+  """Channel by channel, each of which a patch has in one piece, by the config's own mean and standard deviation."""
+  vlm = qwen3_vl.load(folder, jnp.float32)
+  mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+  vlm.config = dataclasses.replace(vlm.config, vision=dataclasses.replace(vlm.config.vision, mean=mean, std=std))
+  _, _, images = batch()
+  pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 3, 2 * PATCH ** 2), np.uint8)
+  host = (pixels.astype(np.float32) / 255 - np.float32(mean)[:, None]) / np.float32(std)[:, None]
+  features = jax.jit(Qwen3VL.image_features)
+  ours, wanted = (np.asarray(features(vlm, PackedImages(jax.device_put(x.reshape(4, 40, -1), P(BATCH)),
+                                                        images.grids)).features) for x in (pixels, host))
+  used = np.arange(10) < (np.asarray(images.grids).prod(-1).sum(1) // 4)[:, None]
+  np.testing.assert_allclose(ours[used], wanted[used], rtol=1e-4, atol=1e-4)
 
 
 def test_missing_images_are_not_silent(folder):
@@ -262,46 +276,9 @@ def test_presets_type_check_at_full_size(mesh, name, billions):
     tokens, valid, patches, grids = (jax.ShapeDtypeStruct((256, *shape), dtype, sharding=rows) for shape, dtype in (
         ((700,), jnp.int32), ((700,), bool), ((1600, 1536), jnp.float32), ((3, 2), jnp.int32)))
     taps = (2, 5, 26)
-    hidden = jax.eval_shape(lambda *x: Qwen3VL.hidden(*x[:3], taps, x[3]), vlm, tokens, valid, PackedImages(patches, grids))
-    logits = jax.eval_shape(Qwen3VL.logits, vlm, tokens, valid, PackedImages(patches, grids))
+    images = PackedImages(patches, grids)
+    hidden = jax.eval_shape(lambda *x: Qwen3VL.hidden(*x[:3], taps, x[3]), vlm, tokens, valid, images)
+    logits = jax.eval_shape(Qwen3VL.logits, vlm, tokens, valid, images)
   assert hidden.shape == (256, 700, 3, config.text.width) and hidden.sharding.spec[0] == BATCH
   assert hidden.dtype == jnp.bfloat16 and logits.shape == (256, 700, config.text.vocab)
   assert qwen3_vl.Qwen3VLConfig.from_json(config.to_json()) == config
-
-
-SIZES = [(64, 64), (20, 20), (33, 47), (100, 37), (37, 100), (31, 250), (300, 17), (224, 161), (97, 96), (480, 640),
-         (1, 150), (513, 129), (16, 24)]
-
-
-@pytest.mark.parametrize('limits', [(1024, 16384), (4096, 5000), (65536, 16777216)])
-def test_processor_parity(limits):
-  """The pixels to 1/255 (of the range that they are normalised to), the grids exactly."""
-  settings = dict(patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5, 0.4, 0.3],
-                  image_std=[0.5, 0.25, 0.5])
-  theirs = Qwen2VLImageProcessorPil(size=dict(shortest_edge=limits[0], longest_edge=limits[1]), **settings)
-  config = qwen_patches.PixelConfig.from_json(json.loads(theirs.to_json_string()))
-  rng = np.random.default_rng(0)
-  images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
-  wanted = theirs([Image.fromarray(image) for image in images], return_tensors='np')
-  cut = [qwen_patches.patches(image, config) for image in images]
-  np.testing.assert_array_equal([(1, *grid) for _, grid in cut], wanted['image_grid_thw'])
-  np.testing.assert_allclose(np.concatenate([each for each, _ in cut]), wanted['pixel_values'], rtol=0, atol=1e-5)
-
-
-def test_processor_errors_and_packing():
-  config = qwen_patches.PixelConfig(min_pixels=1024, max_pixels=16384)
-  assert config == qwen_patches.PixelConfig.from_json(dict(
-      min_pixels=1024, max_pixels=16384, patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3,
-      image_std=[0.5] * 3))
-  images = [np.full((64, 32, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)]
-  packed = qwen_patches.pack(images, config, 16, 3)
-  np.testing.assert_array_equal(packed.grids, [(4, 2), (2, 2), (0, 0)])
-  np.testing.assert_array_equal(packed.patches[:, 0], [1] * 8 + [-1] * 4 + [0] * 4)
-  assert not qwen_patches.pack([], config, 16, 3).grids.any()
-  for room, count in ((8, 3), (16, 1)):
-    with pytest.raises(ValueError, match='2 images of 12 patches do not fit'):
-      qwen_patches.pack(images, config, room, count)
-  with pytest.raises(ValueError, match='200 times'):
-    qwen_patches.patches(np.zeros((1, 201, 3), np.uint8), config)
-  with pytest.raises(ValueError, match='shortest_edge'):
-    qwen_patches.PixelConfig.from_json({'size': {'height': 3}})

@@ -1,4 +1,4 @@
-"""Writing offline: every request once, nothing lost by an interruption, and training reads the ids that were written."""
+"""Offline rewriting: every request once, nothing lost by an interruption, and training reads the ids back."""
 
 import dataclasses
 import json
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from unifusion_jax import config, jobs, sharding, verifi
+from unifusion_jax import config, sharding, verifi
 from unifusion_jax.commands import rewrite
-from unifusion_jax.data import imaging, loader, mix, rewrites, sources
+from unifusion_jax.data import imaging, loader, transforms
+from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.models import text_generation
+from unifusion_jax.scenes import builder
 from unifusion_jax.weights import hub
 
 ASKED = ('make it blue', 'make it green', 'make it blue', 'remove it', 'endless', 'silent')
@@ -35,125 +37,129 @@ def listed(tmp_path):
 def asks(recipe, listed):
   """`asks(changes)` -> a Config over that list."""
   def make(rewrites=None, **changes):
-    data = dataclasses.replace(recipe().data, path=str(listed), tasks=('edit',), max_prompt_tokens=(112,), rewrites=rewrites)
+    data = dataclasses.replace(recipe().data, path=str(listed), tasks=(loader.Task('edit'),), rewrites=rewrites)
     return recipe(data=data, rewrite=rewrite.RewriteConfig(batch_size=4, **changes))
   return make
 
 
-@pytest.fixture
-def echo(monkeypatch, recipe):
-  """`echo(config, workdir, mesh)` rewrites with a VLM that writes the request back -> the requests that it was asked."""
-  asked, folder = [], recipe().vlm
+def echo(config, workdir):
+  """Rewrites the requests of a Config with a VLM that writes the request back -> the requests that it was asked."""
+  requests, chat = [], verifi.Chat(config.vlm)
 
-  def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, temperature, top_p, key):
-    chat = verifi.Chat(folder)
-    out, lengths = np.zeros((len(tokens), max_new), np.int32), []
-    for row, (ids, real) in enumerate(zip(np.asarray(tokens), np.asarray(valid))):
-      text = chat.tokenizer.decode(ids[real]).split('user\n')[-1].split('</img>')[-1].split('<|im_end|>')[0].strip()
-      asked.append(text)
+  def generate(input_ids, attention_mask, tiles, *, max_new, stop_ids, temperature, top_p, key):
+    ids, lengths = np.zeros((len(input_ids), max_new), np.int32), []
+    for row, (tokens, valid) in enumerate(zip(np.asarray(input_ids), np.asarray(attention_mask))):
+      prompt = chat.tokenizer.decode(tokens[valid])
+      text = prompt.split('user\n')[-1].split('</img>')[-1].split('<|im_end|>')[0].strip()
+      requests.append(text)
       more = '' if key is None else f' {int(np.asarray(jax.random.key_data(key))[row, -1]) % 97}'
       written = [*chat.text_ids(text + more), *stop_ids]
       written = {'silent': [*stop_ids], 'endless': list(chat.text_ids('red ' * max_new))[:max_new]}.get(text, written)
-      out[row, :len(written)] = written
+      ids[row, :len(written)] = written
       lengths.append(len(written))
-    return text_generation.Generated(sharding.shard(out), sharding.shard(np.array(lengths)), None, None, None)
+    return text_generation.Generated(sharding.shard(ids), sharding.shard(np.array(lengths)), None, None, None)
 
-  def run(config, workdir, mesh):
-    asked.clear()
-    jobs.build(config).rewrite(workdir, mesh)
-    return set(asked)
-
-  monkeypatch.setattr(rewrite.generate, 'generate', made)
-  monkeypatch.setattr(jobs.Generation, 'load_vlm', lambda self: None)
-  return run
+  mixture = loader.mix(dataclasses.replace(config.data, rewrites=None))
+  rewrite.write(config, [source for source, _ in mixture], workdir / 'rewrites', generate)
+  return set(requests)
 
 
-def test_every_request_is_written_once_and_read_in_training(asks, echo, mesh, tmp_path, capsys):
-  assert echo(asks(), tmp_path, mesh) == {*ASKED, 'a red circle'}
+def test_the_vlm_rewrites_what_training_reads(recipe, tmp_path):
+  """The embedded VLM over prepared scenes: most of what it writes is the description that they have."""
+  builder.write(tmp_path, 'edit', 'train', 9)
+  data = dataclasses.replace(recipe().data, path=str(tmp_path), tasks=(loader.Task('edit'),), max_prompt_tokens=132,
+                             max_rewrite_tokens=52)
+  made = recipe(vlm=str(config.ASSETS / 'vlm'), data=data, rewrite=rewrite.RewriteConfig(batch_size=4))
+  rewrite.run(made, tmp_path)
+  made.data = dataclasses.replace(data, rewrites=str(tmp_path / 'rewrites'))
+  rewrite.check(made)
+  chat, ((source, _),) = verifi.Chat(made.vlm), loader.mix(made.data)
+  records = [source[i] for i in range(len(source))]
+  right = [[chat.read(ids) for ids in record['rewrites']] == [record['caption']] for record in records]
+  assert len(right) == 9 and sum(right) >= 6
+
+
+def test_every_request_is_written_once_and_read_in_training(asks, tmp_path, capsys):
+  assert echo(asks(), tmp_path) == {*ASKED, 'a red circle'}
   folder = tmp_path / 'rewrites'
   lines = [json.loads(line) for line in (folder / 'rewrites-00000.jsonl').read_text().splitlines()]
   assert len(lines) == len({line['key'] for line in lines}) == 6  # one of seven asks the same of the same image
   assert sorted(sum((line['texts'] for line in lines), [])) == sorted({*ASKED[:4], 'a red circle'})
-  said = capsys.readouterr().out
-  assert '4 rewrites' in said and '2 without words, end or room left out' in said
+  report = capsys.readouterr().out
+  assert '4 rewrites' in report and '2 left out that were empty, had no end or did not fit' in report
 
   made = asks(rewrites=str(folder))
-  chat = jobs.transforms.prompt_encoder(made).chat
-  (source, _), = mix.mix(made.data)
+  chat = transforms.prompt_encoder(made).chat
+  (source, _), = loader.mix(made.data)
   for i, text in enumerate((*ASKED[:4], 'a red circle')):
     record = source[i if i < 4 else 6]
     assert [chat.read(ids) for ids in record['rewrites']] == [text]
   assert source[4]['rewrites'] == source[5]['rewrites'] == []
-  _, transform = jobs.build(made).data()
-  transform = dataclasses.replace(transform, cond_dropout=0.0, image_dropout=0.0, text_dropout=0.0)
+  transform = transforms.GenerationExample(transforms.prompt_encoder(made), cond_dropout=0.0, image_dropout=0.0)
   for i, text in ((1, 'make it green'), (4, 'endless')):  # a request without a rewrite is kept itself
     example = transform(source[i], np.random.default_rng(0))
     kept = example['input_ids'][example['cond_index'][example['cond_mask']]]
     assert chat.read(kept[16:]) == text
-  batches = loader.batches(mix.mix(made.data), transform, 8)
+  batches = loader.batches(loader.mix(made.data), transform, 8)
   assert next(batches)['input_ids'].shape[0] == 8
   batches.close()
 
 
-def test_an_interrupted_run_goes_on(asks, echo, mesh, tmp_path):
-  echo(asks(), tmp_path / 'whole', mesh)
-  echo(asks(), tmp_path / 'cut', mesh)
+def test_an_interrupted_run_goes_on(asks, tmp_path):
+  echo(asks(), tmp_path / 'whole')
+  echo(asks(), tmp_path / 'cut')
   path = tmp_path / 'cut' / 'rewrites' / 'rewrites-00000.jsonl'
   whole = path.read_bytes()
   lines = whole.splitlines(keepends=True)
   path.write_bytes(b''.join(lines[:2]) + lines[2][:20])  # killed in the middle of a line
-  left = echo(asks(), tmp_path / 'cut', mesh)
-  assert len(left) == 4 and sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-  assert not echo(asks(), tmp_path / 'cut', mesh)  # nothing is left to do
+  asked_again = echo(asks(), tmp_path / 'cut')
+  assert len(asked_again) == 4 and sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+  assert not echo(asks(), tmp_path / 'cut')  # nothing is left to do
 
 
-def test_several_rewrites_differ_and_do_not_depend_on_the_run(asks, echo, mesh, tmp_path):
+def test_several_rewrites_differ_and_do_not_depend_on_the_run(asks, tmp_path):
   hot = asks(count=3, temperature=1.0)
   tables = []
   for name in ('one', 'two'):
-    echo(hot, tmp_path / name, mesh)
-    table = rewrites.Table(tmp_path / name / 'rewrites')
-    tables.append({key: table[key] for key in table._places})
+    echo(hot, tmp_path / name)
+    (source, _), = loader.mix(asks(rewrites=str(tmp_path / name / 'rewrites')).data)
+    tables.append([source[i]['rewrites'] for i in range(len(source))])
   assert tables[0] == tables[1]
-  assert all(len(set(map(tuple, ids))) == 3 for ids in tables[0].values() if ids) and any(tables[0].values())
+  assert all(len(set(map(tuple, ids))) == 3 for ids in tables[0] if ids) and any(tables[0])
 
 
-def test_a_request_that_is_too_long_is_passed_over(asks, echo, mesh, tmp_path, listed, capsys):
+def test_a_request_that_is_too_long_is_passed_over(asks, tmp_path, listed, capsys):
   long = dict(references=['0.png'], instruction='red ' * 200, target='1.png', caption='a caption')
   listed.write_text(json.dumps(long) + '\n' + listed.read_text())
-  assert echo(asks(), tmp_path, mesh) == {*ASKED, 'a red circle'}
-  assert '4 rewrites' in (said := capsys.readouterr().out) and '1 broken records passed over' in said
+  assert echo(asks(), tmp_path) == {*ASKED, 'a red circle'}
+  report = capsys.readouterr().out
+  assert '4 rewrites' in report and '1 broken records passed over' in report
 
 
-def test_a_rewrite_that_finds_no_room_in_training_is_left_out(asks, echo, mesh, tmp_path, listed):
-  """The request and what was written stand in one prompt."""
-  request = 'make it blue ' * 12
-  listed.write_text(json.dumps(dict(references=['0.png'], instruction=request.strip(), target='1.png', caption='x')) + '\n')
-  rooms = {}
-  for text in (60, 112):
+def texts(workdir) -> list[str]:
+  lines = (workdir / 'rewrites' / 'rewrites-00000.jsonl').read_text().splitlines()
+  return sum((json.loads(line)['texts'] for line in lines), [])
+
+
+def test_a_rewrite_that_does_not_fit_beside_its_request_is_left_out(asks, tmp_path, listed):
+  request = ('make it blue ' * 12).strip()
+  listed.write_text(json.dumps(dict(references=['0.png'], instruction=request, target='1.png', caption='x')) + '\n')
+  for prompt, written in ((60, []), (112, [request])):
     made = asks()
-    made.data.max_prompt_tokens = (text,)
-    made.data.max_rewrite_tokens = (44,)
-    echo(made, tmp_path / str(text), mesh)
-    rooms[text], = (json.loads(line)['texts'] for line in (tmp_path / str(text) / 'rewrites' / 'rewrites-00000.jsonl').open())
-  assert rooms == {60: [], 112: [request.strip()]}
+    made.data.max_prompt_tokens, made.data.max_rewrite_tokens = prompt, 44
+    echo(made, tmp_path / str(prompt))
+    assert texts(tmp_path / str(prompt)) == written
 
 
-def test_a_rewrite_is_held_to_the_room_of_its_task(asks, echo, mesh, tmp_path, monkeypatch):
+def test_a_rewrite_is_held_to_the_budget_of_its_task(asks, tmp_path, listed):
+  """Records say of what task they are."""
+  rows = [json.loads(line) for line in listed.read_text().splitlines()]
+  rows = [dict(row, task='edit' if row['references'] else 't2i') for row in rows]
+  listed.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   made = asks()
-  made.data = dataclasses.replace(made.data, tasks=('edit', 't2i'), weights=(0.5, 0.5), max_prompt_tokens=(112, 112), max_rewrite_tokens=(2, 30))
-  records = mix.mix(dataclasses.replace(made.data, rewrites=None))[0][0]
-  monkeypatch.setattr(type(records), '__getitem__', _with_task(type(records).__getitem__))
-  echo(made, tmp_path, mesh)
-  texts = [json.loads(line)['texts'] for line in (tmp_path / 'rewrites' / 'rewrites-00000.jsonl').open()]
-  assert sum(texts, []) == ['a red circle']  # of the prompt; the edits' answers are longer than 2 tokens
-
-
-def _with_task(read):
-  def record(self, i):
-    found = read(self, i)
-    return dict(found, task=found['kind'])
-  return record
+  made.data.tasks = (loader.Task('edit', rewrite=2), loader.Task('t2i', rewrite=30))
+  echo(made, tmp_path)
+  assert texts(tmp_path) == ['a red circle']  # of the prompt; the edits' rewrites are longer than 2 tokens
 
 
 def test_a_vlm_trained_further_is_another_one(tmp_path):
@@ -167,41 +173,42 @@ def test_a_vlm_trained_further_is_another_one(tmp_path):
   assert hub.fingerprint(tmp_path / 'vlm')
 
 
-def test_other_settings_are_refused(asks, echo, mesh, tmp_path):
-  echo(asks(), tmp_path, mesh)
+def test_other_settings_are_refused(asks, tmp_path):
+  echo(asks(), tmp_path)
   with pytest.raises(ValueError, match="system: .* there, 'Sing.' now"):
-    echo(dataclasses.replace(asks(), system='Sing.'), tmp_path, mesh)
+    echo(dataclasses.replace(asks(), system='Sing.'), tmp_path)
   with pytest.raises(ValueError, match='system: '):
-    jobs.build(dataclasses.replace(asks(rewrites=str(tmp_path / 'rewrites')), system='Sing.')).data()
-  jobs.build(asks(rewrites=str(tmp_path / 'rewrites'), count=2, temperature=1.0)).data()  # how many is no matter now
+    rewrite.check(dataclasses.replace(asks(rewrites=str(tmp_path / 'rewrites')), system='Sing.'))
+  rewrite.check(asks(rewrites=str(tmp_path / 'rewrites'), count=2, temperature=1.0))  # how many is no matter now
   with pytest.raises(ValueError, match='holds no settings.json'):
-    jobs.build(asks(rewrites=str(tmp_path))).data()
+    rewrite.check(asks(rewrites=str(tmp_path)))
 
 
-def test_a_request_without_a_rewrite_is_a_broken_record(asks, echo, mesh, tmp_path, listed):
-  echo(asks(), tmp_path, mesh)
+def test_a_request_without_a_rewrite_is_a_broken_record(asks, tmp_path, listed):
+  echo(asks(), tmp_path)
   (tmp_path / 'rewrites' / 'rewrites-00000.jsonl').write_text(
       (tmp_path / 'rewrites' / 'rewrites-00000.jsonl').read_text().splitlines(keepends=True)[0])
-  (source, _), = mix.mix(asks(rewrites=str(tmp_path / 'rewrites')).data)
-  found = 0
+  (source, _), = loader.mix(asks(rewrites=str(tmp_path / 'rewrites')).data)
+  rewritten = 0
   for i in range(len(source)):
     try:
-      found += bool(source[i])
-    except sources.BrokenRecord as error:
+      rewritten += 'rewrites' in source[i]
+    except BrokenRecord as error:
       assert 'has no rewrite' in str(error)
-  assert 1 <= found <= 2
+  assert 1 <= rewritten <= 2
 
 
-@pytest.mark.parametrize('changes, said', [
-    (dict(count=2), 'rewrite.temperature above 0'), (dict(temperature=-1.0), 'rewrite.temperature=-1.0'),
-    (dict(top_p=0.0), 'rewrite.top_p=0.0')])
-def test_errors(asks, mesh, tmp_path, changes, said):
-  with pytest.raises(ValueError, match=said):
-    rewrite.write(asks(**changes), None, [], tmp_path, mesh)
+@pytest.mark.parametrize('changes, words', [
+    (dict(count=2), 'rewrite.count=2 wants rewrite.temperature above 0'), (dict(count=0), 'rewrite.count=0'),
+    (dict(temperature=-1.0), 'rewrite.temperature=-1.0'), (dict(top_p=0.0), 'rewrite.top_p=0.0'),
+    (dict(batch_size=6), 'rewrite.batch_size=6 must be a multiple of the 4'), (dict(path='scenes'), 'scenes.builder')])
+def test_settings_that_cannot_work(changes, words):
+  path = changes.pop('path', 'own.jsonl')
+  wrong, = rewrite.RewriteConfig(**changes).problems(path=path, shards=4)
+  assert words in wrong
 
 
-def test_scenes_have_no_end(recipe, mesh, tmp_path):
-  with pytest.raises(ValueError, match='data.scenes.builder'):
-    rewrite.write(recipe(), None, [], tmp_path, mesh)
-  with pytest.raises(ValueError, match='rewritten for a DiT'):
-    jobs.Writing(None).rewrite(tmp_path, mesh)
+def test_it_stops_before_anything_is_loaded(recipe, tmp_path):
+  with pytest.raises(ValueError, match='(?s)cannot be rewritten:.*scenes.builder.*rewrite.count=0'):
+    rewrite.run(recipe(vlm='nowhere', rewrite=rewrite.RewriteConfig(count=0)), tmp_path)
+  assert not list(tmp_path.iterdir())

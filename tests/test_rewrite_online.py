@@ -7,18 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from unifusion_jax import jobs, sharding
-from unifusion_jax.data import imaging
+from unifusion_jax import sharding
+from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.models import text_generation
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import builder, examples
 
 
-def random_model(job):
+def random_model(made):
   """A random model whose final layer is not zero, so that its condition matters."""
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding),
-                      job.init_params())
+                      made.objective.init(made))
 
 
 def _dictated(ids, others=None):
@@ -39,30 +39,29 @@ def _dictated(ids, others=None):
     for row, n in enumerate(lengths):
       out[row, :len(rows[row])] = hidden[row, n:n + len(rows[row])]
       written[row, :len(rows[row])] = rows[row]
-    counts = np.array([len(row) for row in rows])
-    return text_generation.Generated(sharding.shard(written), sharding.shard(counts), None,
-                                     sharding.shard(hidden[:, :tokens.shape[1]]), sharding.shard(out))
+    return text_generation.Generated(
+        sharding.shard(written), sharding.shard(np.array([len(row) for row in rows])), None,
+        sharding.shard(hidden[:, :tokens.shape[1]]), sharding.shard(out))
   return made
 
 
 def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypatch):
-  """The loss with the VLM's own words is that of a teacher-forced pass over them; other rows are as they were."""
-  made = recipe(objective=flow_matching.FlowMatching(
-      cond_dropout=0.2, image_dropout=0.2, text_dropout=0.2, instruction_prob=0.2))
-  job, online = jobs.build(made), jobs.build(dataclasses.replace(
-      made, objective=dataclasses.replace(made.objective, rewrite_online=True)))
-  params, frozen = random_model(job), job.load_frozen()
-  chat = jobs.transforms.prompt_encoder(made).chat
+  """The loss with the VLM's own words is that of a teacher-forced pass over them; raw and null rows are as they were."""
+  made = recipe(objective=flow_matching.FlowMatching(cond_dropout=0.2, image_dropout=0.2, text_dropout=0.2,
+                                                     instruction_prob=0.2))
+  online = dataclasses.replace(made, objective=dataclasses.replace(made.objective, rewrite_online=True))
+  params, frozen = random_model(made), made.objective.frozen(made)
+  chat = transforms.prompt_encoder(made).chat
   ids = chat.text_ids('a small red circle')
   records = (dict(examples.example('edit', 'train', i, objects=(1, 2)), rewrites=[ids]) for i in range(100))
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:16]
   losses = []
-  for j in (job, online):
-    _, transform = j.data()
+  for config in (made, online):
+    transform = config.objective.transform(config)
     rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
     batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in rows[0]})
     monkeypatch.setattr(flow_matching.text_generation, 'generate', _dictated([*ids, *chat.stop_ids]))
-    losses.append(float(j.loss(params, frozen, batch, jax.random.key(0))[0]))
+    losses.append(float(config.objective.loss(params, frozen, batch, jax.random.key(0))[0]))
   assert 4 < np.sum(batch['needs_rewrite']) < 16
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
@@ -70,23 +69,23 @@ def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypa
 @pytest.mark.parametrize('answer', ['endless', 'empty', 'image'])
 def test_a_request_whose_answer_is_no_use_is_trained_on_itself(recipe, monkeypatch, answer):
   made = recipe(objective=flow_matching.FlowMatching(cond_dropout=0.3, rewrite_online=True))
-  job, params = jobs.build(made), random_model(jobs.build(made))
-  frozen, layout = job.load_frozen(), jobs.transforms.prompt_encoder(made)
-  ids = dict(endless=layout.chat.text_ids('red ' * layout.written)[:layout.written], empty=layout.chat.stop_ids,
-             image=(*layout.chat.text_ids('a red circle'), layout.chat.image_id, *layout.chat.stop_ids))
+  params, frozen, encoder = random_model(made), made.objective.frozen(made), transforms.prompt_encoder(made)
+  chat, most = encoder.chat, encoder.max_rewrite
+  ids = dict(endless=chat.text_ids('red ' * most)[:most], empty=chat.stop_ids,
+             image=(*chat.text_ids('a red circle'), chat.image_id, *chat.stop_ids))
   monkeypatch.setattr(flow_matching.text_generation, 'generate', _dictated(list(ids[answer])))
   records = [examples.example('edit', 'train', i, objects=(1, 2)) for i in range(40)]
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:16]
-  _, transform = job.data()
+  transform = made.objective.transform(made)
   rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
   batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   assert 4 < np.sum(batch['needs_rewrite']) < 16
   key = jax.random.key(0)
-  value, metrics = job.loss(params, frozen, sharding.shard(batch), key)
+  value, metrics = made.objective.loss(params, frozen, sharding.shard(batch), key)
   np.testing.assert_allclose(metrics['fallback_rate'], np.mean(batch['needs_rewrite']))
   cond_index = np.concatenate([batch['cond_index'], batch['fallback_index']], axis=1)
   mask = np.concatenate([batch['cond_mask'], batch['fallback_mask'] & batch['needs_rewrite'][:, None]], axis=1)
-  forced = jobs.build(recipe(objective=flow_matching.FlowMatching(cond_dropout=0.3)))
+  forced = flow_matching.FlowMatching(cond_dropout=0.3)
   wanted = forced.loss(params, frozen, sharding.shard(dict(batch, cond_index=cond_index, cond_mask=mask)), key)[0]
   np.testing.assert_allclose(value, wanted, rtol=1e-4)
 
@@ -102,14 +101,14 @@ def test_previews_of_your_own_images(recipe, tmp_path, mesh):
   rows += [dict(references=[f'{i}.png'], instruction='make it lighter', target=f'{i + 1}.png', caption='whole')
            for i in range(3)]
   (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=('reconstruct', 'edit'),
-                             weights=(0.5, 0.5), skipped=0.5, rewrites='written for training alone')
-  made = recipe(data=data)
-  chosen = jobs._preview_records(made.data, jobs.transforms.prompt_encoder(made))
+  tasks = loader.Task('reconstruct'), loader.Task('edit')
+  data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=tasks, skipped=0.5,
+                             rewrites='written for training alone')
+  fits = transforms.prompt_encoder(recipe(data=data)).fits
+  chosen = loader.preview_records(data, 8, fits)
   assert [record['caption'] for record in chosen] == ['too long', 'whole', 'whole', 'whole']  # asked to draw it again
-  edits = dataclasses.replace(made.data, tasks=('edit',), weights=(1.0,))
-  chosen = jobs._preview_records(edits, jobs.transforms.prompt_encoder(made))
+  chosen = loader.preview_records(dataclasses.replace(data, only='edit'), 8, fits)
   assert [record['caption'] for record in chosen] == ['whole'] * 3
   builder.write(tmp_path / 'built', 't2i', 'train', 3)
-  built = dataclasses.replace(edits, path=str(tmp_path / 'built'), tasks=('t2i',))
-  assert len(jobs._preview_records(built, jobs.transforms.prompt_encoder(made))) >= 1  # there is no test split
+  built = dataclasses.replace(data, path=str(tmp_path / 'built'), tasks=(loader.Task('t2i'),))
+  assert loader.preview_records(built, 8, fits)  # there is no test split

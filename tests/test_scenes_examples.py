@@ -159,7 +159,7 @@ def test_edits_do_what_they_say_and_nothing_else(kind):
   made = 0
   while made < 120:
     source = random_scene(rng, allowed=splits.allowed('train'))
-    edit = random_edit(rng, source, kind, heldout_language=made % 2 == 1)
+    edit = random_edit(rng, source, kind, style=('paraphrase', 'heldout')[made % 2])
     if not edit:
       continue
     made += 1
@@ -189,7 +189,8 @@ def test_instructions_point_at_one_object_only(kind):
   rng = np.random.default_rng(2)
   forms, made = set(), 0
   while made < 250:
-    edit = random_edit(rng, random_scene(rng), kind, heldout_language=made % 3 == 0, split='heldout')
+    style = 'heldout' if made % 3 == 0 else 'paraphrase'
+    edit = random_edit(rng, random_scene(rng), kind, style, split='heldout')
     if not edit:
       continue
     made += 1
@@ -303,17 +304,19 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
     if kind == 'relation':
       read, at = read_pointer(text)
       others = [read.anchor, read.second]
-      said_of = [resolve(pointer, scene) for pointer in (dataclasses.replace(read, relation=None, anchor=None, second=None),
-                                                         *filter(None, others))]
+      first = dataclasses.replace(read, relation=None, anchor=None, second=None)
+      said_of = [resolve(pointer, scene) for pointer in (first, *filter(None, others))]
       assert all(len(meant) == 1 for meant in said_of), (text, scene)
       assert language.clearly(read.relation, *(scene.objects[k] for k, in said_of)) is (answer == 'yes'), (text, scene)
       spoken.add(read.relation)
     if kind == 'has':
-      said_of = re.fullmatch(r'(?:is anything|is there a shape|are there any|can you see any) (?:at the )?(.*?)(?: shapes)?\?', text)[1]
-      there = any(said_of in (v, language.plural(v)) for o in scene.objects for v in (o.shape, o.colour, o.size, o.fill, o.place))
+      asking = r'(?:is anything|is there a shape|are there any|can you see any) (?:at the )?(.*?)(?: shapes)?\?'
+      said_of = re.fullmatch(asking, text)[1]
+      there = any(said_of in (v, language.plural(v)) for o in scene.objects for v in attributes_of(o))
       assert there == (answer == 'yes'), (text, scene)
     if kind == 'what':
-      value = re.fullmatch(r'(?:what|which) (?:shape |shapes )?(?:is |are )?(?:at the )?(.*?)(?: are there| can you see)?\?', text)[1]
+      asking = r'(?:what|which) (?:shape |shapes )?(?:is |are )?(?:at the )?(.*?)(?: are there| can you see)?\?'
+      value = re.fullmatch(asking, text)[1]
       wanted = [attributes_of(o) for o in scene.objects if value in (*attributes_of(o), language.plural(o.shape))]
       assert sorted(attributes(answer)) == sorted(wanted), (text, scene)
     if kind == 'which':
@@ -322,16 +325,19 @@ def test_answers_are_right_and_yes_is_as_common_as_no(kind):
     if kind == 'beside':
       found = re.match(rf'(?:what is|which shapes are) ({any_of(words.RELATIONS)}) (?=the )', text)
       relation, (anchor,) = VALUE[found[1]], resolve(read_pointer(text, found.end())[0], scene)
-      there = [o for k, o in enumerate(scene.objects) if k != anchor and language.clearly(relation, o, scene.objects[anchor])]
+      there = [o for k, o in enumerate(scene.objects)
+               if k != anchor and language.clearly(relation, o, scene.objects[anchor])]
       assert sorted(attributes(answer)) == sorted(map(attributes_of, there)), (text, scene)
       spoken.add(relation)
     if kind == 'wrong':
-      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the image shows (.*): what is wrong\?|what should be different in this: (.*)\?', text)
+      claimed = re.fullmatch(r'what is wrong here: (.*)\?|the picture shows (.*): what is wrong\?|'
+                             r'what should be different in this: (.*)\?', text)
       claimed, = filter(None, claimed.groups())
       assert shown(claimed, scene) == (answer == 'nothing'), (text, scene)
       if answer != 'nothing' and language.parse(answer):  # what should have been said is true, and was not said
         right = language.parse(answer)
-        assert any(fits_all(right, order) for order in itertools.permutations(scene.objects, len(right.objects))), (text, answer)
+        orders = itertools.permutations(scene.objects, len(right.objects))
+        assert any(fits_all(right, order) for order in orders), (text, answer)
         assert not set(answer.split(', ')) <= set(claimed.split(', ')), (text, answer)
       elif answer != 'nothing':
         assert answer == language.background_phrase(scene.background) and answer not in claimed, (text, answer)

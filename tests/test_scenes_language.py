@@ -88,8 +88,9 @@ def test_likes_are_counted():
 
 @pytest.mark.parametrize('text', [
     '', 'hello', 'red circle', 'a circle red', 'an red circle', 'a red circle and a blue star', 'two red circle',
-    'a red circle at the left', 'a red circle, on a red background', 'on a cream background', 'a red circle, ',
+    'a red circle at the left', 'a red circle, on a teal background', 'on a cream background', 'a red circle, ',
     'a red circle left of two blue stars', 'a red circle left of a star above a ring', 'A red circle',
+    'a star, on a orange background',
     'a red circle on a cream background', 'a red circle, on a background fading from cream'])
 def test_other_sentences_do_not_parse(text):
   assert language.parse(text) is None

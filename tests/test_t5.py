@@ -16,7 +16,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from unifusion_jax import sharding
 from unifusion_jax.models import t5
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import safetensors_io
 
 SIZES = dict(vocab_size=64, d_model=32, d_kv=12, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj='gated-gelu',
              relative_attention_num_buckets=8, relative_attention_max_distance=12, tie_word_embeddings=False)
@@ -71,11 +71,11 @@ def test_whole_models_and_either_name_of_the_table(tmp_path):
   """The encoder within the public encoder-decoder checkpoints, whose table has one of two names or both."""
   model = torch_model(transformers.T5ForConditionalGeneration)
   model.save_pretrained(tmp_path)
-  tensors = {name: x[:] for name, x in convert.read(tmp_path).items()}
+  tensors = {name: x[:] for name, x in safetensors_io.read(tmp_path).items()}
   assert any(name.startswith('decoder.') for name in tensors)
   first = jax.tree.leaves(t5.load(tmp_path))
   table = tensors.pop('shared.weight')
-  convert.write(tmp_path / 'model.safetensors', tensors | {'encoder.embed_tokens.weight': table})
+  safetensors_io.write(tmp_path / 'model.safetensors', tensors | {'encoder.embed_tokens.weight': table})
   second = jax.tree.leaves(t5.load(tmp_path))
   for a, b in zip(first, second):
     assert a.dtype == jnp.bfloat16

@@ -35,8 +35,8 @@ def test_greedy_writes_what_transformers_writes(text, tmp_path):
   left = [np.stack([np.roll(x[row], x.shape[1] - n) for row, n in enumerate(np.asarray(valid).sum(1))])
           for x in (np.asarray(tokens), np.asarray(valid))]
   rolled = generate(vlm, *jax.device_put(left, P(BATCH)), tiles, max_new=64, stop_ids=())
-  np.testing.assert_array_equal(rolled.tokens, out.tokens)
-  tokens, valid, tiles, ours, logprobs = (np.asarray(x) for x in (tokens, valid, tiles, out.tokens, out.logprobs))
+  np.testing.assert_array_equal(rolled.ids, out.ids)
+  tokens, valid, tiles, ours, logprobs = (np.asarray(x) for x in (tokens, valid, tiles, out.ids, out.logprobs))
   for row in range(len(tokens)):
     n = valid[row].sum()
     inputs = torch_inputs(tokens[row:row + 1, :n], valid[row:row + 1, :n], tiles[row:row + 1])
@@ -55,7 +55,7 @@ def test_states_equal_one_teacher_forced_pass(folder):
   whole = np.zeros((len(tokens), tokens.shape[1] + 9), np.int32)
   lengths = np.asarray(valid).sum(1)
   for row, n in enumerate(lengths):
-    whole[row, :n], whole[row, n:n + 9] = np.asarray(tokens)[row, :n], np.asarray(out.tokens)[row]
+    whole[row, :n], whole[row, n:n + 9] = np.asarray(tokens)[row, :n], np.asarray(out.ids)[row]
   known = np.arange(whole.shape[1]) < lengths[:, None] + 9
   forced = jax.jit(internvl.InternVL.hidden, static_argnums=3)(
       vlm, jax.device_put(whole, P(BATCH)), jax.device_put(known, P(BATCH)), TAPS, tiles)
@@ -71,14 +71,14 @@ def test_stops(folder):
   vlm = internvl.load(folder, jnp.float32)
   prompt = batch()
   free = generate(vlm, *prompt, max_new=12, stop_ids=(), taps=TAPS)
-  tokens = np.asarray(free.tokens)
+  tokens = np.asarray(free.ids)
   stops = (int(tokens[0, 2]), int(tokens[1, 4]))
   out = generate(vlm, *prompt, max_new=12, stop_ids=stops, taps=TAPS)
   lengths = np.asarray(out.lengths)
   for row in range(len(tokens)):
     n = next((i + 1 for i, token in enumerate(tokens[row]) if token in stops), 12)
     assert lengths[row] == n
-    for ours, whole in ((out.tokens, free.tokens), (out.logprobs, free.logprobs), (out.hidden, free.hidden)):
+    for ours, whole in ((out.ids, free.ids), (out.logprobs, free.logprobs), (out.hidden, free.hidden)):
       ours, whole = np.asarray(ours)[row], np.asarray(whole)[row]
       np.testing.assert_allclose(ours[:n], whole[:n], rtol=1e-5, atol=1e-5)
       assert not ours[n:].any()
@@ -93,23 +93,23 @@ def test_padding_and_other_examples_change_nothing(folder):
   write = functools.partial(generate, vlm, max_new=8, stop_ids=())
   one = write(*jax.device_put((tokens, valid, tiles), P(BATCH)))
   two = write(*jax.device_put(tuple(x[::-1] for x in wider), P(BATCH)))
-  np.testing.assert_array_equal(one.tokens, np.asarray(two.tokens)[::-1])
+  np.testing.assert_array_equal(one.ids, np.asarray(two.ids)[::-1])
 
 
 def test_sampling(folder):
   vlm = internvl.load(folder, jnp.float32)
   prompt = batch()
   write = functools.partial(generate, vlm, *prompt, max_new=8, stop_ids=())
-  greedy = np.asarray(write().tokens)
+  greedy = np.asarray(write().ids)
   # A nucleus too small for two tokens is greedy; the same key draws the same, another one does not
-  np.testing.assert_array_equal(write(temperature=1.0, top_p=1e-6, key=jax.random.key(0)).tokens, greedy)
+  np.testing.assert_array_equal(write(temperature=1.0, top_p=1e-6, key=jax.random.key(0)).ids, greedy)
   hot = functools.partial(write, temperature=3.0)
-  np.testing.assert_array_equal(hot(key=jax.random.key(1)).tokens, hot(key=jax.random.key(1)).tokens)
-  assert (np.asarray(hot(key=jax.random.key(1)).tokens) != np.asarray(hot(key=jax.random.key(2)).tokens)).any()
+  np.testing.assert_array_equal(hot(key=jax.random.key(1)).ids, hot(key=jax.random.key(1)).ids)
+  assert (np.asarray(hot(key=jax.random.key(1)).ids) != np.asarray(hot(key=jax.random.key(2)).ids)).any()
   with one_device():
     alone = generate(internvl.load(folder, jnp.float32), *(np.asarray(x) for x in prompt),
                      max_new=8, stop_ids=(), temperature=3.0, key=jax.random.key(1))
-  np.testing.assert_array_equal(alone.tokens, hot(key=jax.random.key(1)).tokens)
+  np.testing.assert_array_equal(alone.ids, hot(key=jax.random.key(1)).ids)
 
 
 def test_nucleus():

@@ -12,20 +12,15 @@ import numpy as np
 import optax
 import pytest
 
-from unifusion_jax import config, jobs, sharding
+from unifusion_jax import config, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import loader
 from unifusion_jax.models import layers
-from unifusion_jax.training import step
+from unifusion_jax.scenes.evaluation import settings
+from unifusion_jax.training import record, step
 from unifusion_jax.weights import encoders
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
-
-
-@pytest.fixture(autouse=True)
-def no_preview(monkeypatch):
-  """Previews are tests/test_sample.py's."""
-  monkeypatch.setattr(jobs.Generation, 'preview', lambda *_: None)
 
 
 def leaves(state):
@@ -35,9 +30,9 @@ def leaves(state):
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
   made = recipe(optim=dataclasses.replace(recipe().optim, name=name))
-  whole = train.train(dataclasses.replace(made, train=dataclasses.replace(made.train, log_every=2)), tmp_path / 'whole', mesh)
-  train.train(made, tmp_path / 'parts', mesh, stop_at=2)
-  parts = train.train(made, tmp_path / 'parts', mesh)
+  whole = train.run(dataclasses.replace(made, train=dataclasses.replace(made.train, log_every=2)), tmp_path / 'whole')
+  train.run(made, tmp_path / 'parts', stop_at=2)
+  parts = train.run(made, tmp_path / 'parts')
   assert int(parts.step) == 4
   for a, b in zip(leaves(whole), leaves(parts), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -50,24 +45,24 @@ def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
 
 
 def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, monkeypatch):
-  whole = train.train(recipe(), tmp_path / 'whole', mesh)
-  cut, good = recipe(), train.metrics_lib.Writer.write
+  whole = train.run(recipe(), tmp_path / 'whole')
+  cut, good = recipe(), train.metrics.Writer.write
 
   def killed(self, step, scalars):
     good(self, step, scalars)
     if step == 3:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(train.metrics_lib.Writer, 'write', killed)
+  monkeypatch.setattr(train.metrics.Writer, 'write', killed)
   with pytest.raises(KeyboardInterrupt):
-    train.train(cut, tmp_path / 'cut', mesh)
-  monkeypatch.setattr(train.metrics_lib.Writer, 'write', good)
+    train.run(cut, tmp_path / 'cut')
+  monkeypatch.setattr(train.metrics.Writer, 'write', good)
   checkpoints = tmp_path / 'cut' / 'checkpoints'
   (checkpoints / '99.orbax-checkpoint-tmp').mkdir()  # what an interrupted save leaves
-  assert int(train.train(cut, tmp_path / 'cut', mesh).step) == 4
+  assert int(train.run(cut, tmp_path / 'cut').step) == 4
   lines = [json.loads(line)['step'] for line in (tmp_path / 'cut' / 'metrics.jsonl').read_text().splitlines()]
   assert lines == [1, 2, 3, 4]  # that of the lost third step is gone
-  again = train.train(cut, tmp_path / 'cut', mesh)  # nothing is left to do
+  again = train.run(cut, tmp_path / 'cut')  # nothing is left to do
   for a, b in zip(leaves(whole), leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -83,12 +78,11 @@ def losses(recipe, shape, name):
                            axis_types=(jax.sharding.AxisType.Explicit,) * 3)
   out = []
   with jax.set_mesh(mesh):
-    job = jobs.build(made)
-    frozen = job.load_frozen()
+    frozen = made.objective.frozen(made)
     tx = step.optimizer(made.optim, 4)
-    state = jax.jit(lambda: step.init(job.draw_params(), tx))()
-    train_step = step.make_train_step(job.loss, tx, made.optim)
-    data = loader.batches(*job.data(), 8)
+    state = jax.jit(lambda: step.init(made.objective.random(made), tx))()
+    train_step = step.make_train_step(made.objective.loss, tx, made.optim)
+    data = train.batches(made)
     for _ in range(3):
       batch = next(data)
       batch.pop('skipped')
@@ -100,46 +94,42 @@ def losses(recipe, shape, name):
 
 def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
   """References of other sizes than the target, in batches of one shape."""
-  data = dataclasses.replace(recipe().data, tasks=('edit',), max_prompt_tokens=(132,), max_rewrite_tokens=(52,))
+  data = dataclasses.replace(recipe().data, tasks=(loader.Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
   made = recipe(vlm=str(qwen), data=data, train=config.TrainConfig(steps=2, log_every=1, save_every=2))
-  state = train.train(made, tmp_path, mesh)
+  state = train.run(made, tmp_path)
   assert int(state.step) == 2
   assert all(np.isfinite(json.loads(line)['loss']) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines())
 
 
 def test_the_vlm_writes_as_training_goes(recipe, mesh, tmp_path):
   made = recipe(objective=dataclasses.replace(recipe().objective, rewrite_online=True), train=config.TrainConfig(steps=2, log_every=1))
-  assert int(train.train(made, tmp_path, mesh).step) == 2
+  assert int(train.run(made, tmp_path).step) == 2
 
 
 def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   made = recipe()
-  job = jobs.build(made)
-  data = loader.batches(*job.data(), 8, 0)
+  data = train.batches(made)
   batch = next(data)
   data.close()
   batch.pop('skipped')
-  frozen, params, key = job.load_frozen(), job.init_params(), jax.random.key(3)
-  job.config.objective.noises_per_example = 3
-  drawn = jax.jit(job.loss)(params, frozen, sharding.shard_batch(batch, mesh), key)[0]
-  job.config.objective.noises_per_example = 1
+  frozen, params, key = made.objective.frozen(made), made.objective.init(made), jax.random.key(3)
+  three = dataclasses.replace(made.objective, noises_per_example=3)
+  drawn = jax.jit(three.loss)(params, frozen, sharding.shard_batch(batch, mesh), key)[0]
   many = {name: np.repeat(x, 3, axis=0) for name, x in batch.items()}
-  alone = jax.jit(lambda *a: job.loss(*a))(params, frozen, sharding.shard_batch(many, mesh), key)[0]
+  alone = jax.jit(made.objective.loss)(params, frozen, sharding.shard_batch(many, mesh), key)[0]
   np.testing.assert_allclose(drawn, alone, rtol=1e-5)
 
 
-def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh):
+def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh, unrolled):
   """Neither blocks after it nor the head: they cost no FLOPs of the compiled step."""
   made = recipe()
-  job = jobs.build(made)
-  state, frozen, batch = job.abstract()
-  tiny = encoders.config(made.vlm, unroll=True)
+  state, frozen, batch = train.abstract(made)
+  tiny = encoders.config(made.vlm)
 
   def flops(depth, tied, taps=made.taps):
     vlm = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, depth=depth, tied=tied))
-    whole = dataclasses.replace(frozen, vlm=encoders.abstract(vlm, jnp.float32))
-    loss = jobs.build(dataclasses.replace(made, taps=taps)).loss
-    train_step = step.make_train_step(loss, step.optimizer(made.optim, 4), made.optim)
+    whole = dataclasses.replace(frozen, vlm=encoders.abstract(vlm, jnp.float32), taps=taps)
+    train_step = step.make_train_step(made.objective.loss, step.optimizer(made.optim, 4), made.optim)
     arguments = sharding.abstract((state, whole, batch), mesh)
     return train_step.lower(*arguments, jax.eval_shape(lambda: jax.random.key(0))).compile().cost_analysis()['flops']
 
@@ -159,8 +149,8 @@ def test_every_mesh_gives_the_same_losses(name, recipe):
 def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
   keys = nnx.Rngs(0)
   params = layers.stack(lambda rngs: nnx.Dict(
-      fan=layers.weight(rngs, (32, 4, 8), ('fsdp', 'tp', None), 32), join=layers.weight(rngs, (4, 8, 64), (), 32),
-      table=layers.weight(rngs, (16, 32), (), 32), bias=layers.constant(0.0, (4, 8))), 3, rngs=keys)
+      fan=layers.weight(rngs, (32, 4, 8), ('fsdp', 'tp', None), 1), join=layers.weight(rngs, (4, 8, 64), (), 2),
+      table=layers.weight(rngs, (16, 32), (), None, std=1.0), bias=layers.constant(0.0, (4, 8))), 3, rngs=keys)
   gradients = jax.tree.map(lambda x: jax.device_put(np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
                                                     x.sharding), params)
   settings = step.OptimConfig(name='muon', learning_rate=0.1, warmup=0, clip=1e9)
@@ -192,21 +182,20 @@ def test_accumulation_adds_up():
 
 def test_accumulated_edits_are_the_mean_of_their_parts(recipe, mesh):
   """The real loss, images in the batch: every other edit with its own key, as if each half were a batch."""
-  data = dataclasses.replace(recipe().data, tasks=('edit',), max_prompt_tokens=(132,), max_rewrite_tokens=(52,), batch_size=16)
+  data = dataclasses.replace(recipe().data, tasks=(loader.Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52, batch_size=16)
   made = recipe(data=data, optim=dataclasses.replace(recipe().optim, accumulate=2))
-  job = jobs.build(made)
-  frozen, tx = job.load_frozen(), step.optimizer(made.optim, 4)
-  state = jax.jit(lambda: step.init(job.draw_params(), tx))()
-  batches = loader.batches(*job.data(), 16)
+  frozen, tx = made.objective.frozen(made), step.optimizer(made.optim, 4)
+  state = jax.jit(lambda: step.init(made.objective.random(made), tx))()
+  batches = train.batches(made)
   batch = next(batches)
   batches.close()
   batch.pop('skipped')
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
-  gradient = jax.jit(jax.value_and_grad(job.loss, has_aux=True))
+  gradient = jax.jit(jax.value_and_grad(made.objective.loss, has_aux=True))
   parts = [gradient(state.params, frozen, sharding.shard_batch({name: x[k::2] for name, x in batch.items()}, mesh), keys[k])
            for k in range(2)]
   (_, losses), gradients = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
-  _, metrics = step.make_train_step(job.loss, tx, made.optim)(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(0))
+  _, metrics = step.make_train_step(made.objective.loss, tx, made.optim)(state, frozen, sharding.shard_batch(batch, mesh), jax.random.key(0))
   np.testing.assert_allclose(metrics['loss'], losses['loss'], rtol=1e-4)
   np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradients), rtol=1e-3)
 
@@ -218,12 +207,10 @@ def test_ema_and_schedule():
 
 
 def test_not_a_number_stops_and_keeps_the_last_checkpoint(recipe, mesh, tmp_path, monkeypatch):
-  good = jobs.Generation.loss.fget
-  monkeypatch.setattr(train.step_lib, 'make_train_step', _poisoned(train.step_lib.make_train_step, at=3))
+  monkeypatch.setattr(train.step, 'make_train_step', _poisoned(train.step.make_train_step, at=3))
   with pytest.raises(train.Diverged, match='step 4: loss .*no longer finite'):
-    train.train(recipe(), tmp_path, mesh)
+    train.run(recipe(), tmp_path)
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()] == ['2']
-  assert good is jobs.Generation.loss.fget
 
 
 def _poisoned(make, at):
@@ -254,35 +241,35 @@ def test_a_leap_of_the_loss_stops():
 def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
   other = recipe()
   other.optim.learning_rate = 5.0
-  config.keep(other, tmp_path)
-  config.keep(recipe(), tmp_path)  # as long as nothing was trained, a start with other settings leaves nothing behind
+  record.claim(other, tmp_path)
+  record.claim(recipe(), tmp_path)  # as long as nothing was trained, a start with other settings leaves nothing behind
   (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
-  config.keep(recipe(sample=config.SampleConfig(steps=9)), tmp_path)  # sampling may differ
+  record.claim(recipe(sample=config.SampleConfig(steps=9)), tmp_path)  # sampling may differ
   with pytest.raises(ValueError, match='optim.learning_rate: 0.01 there, 5.0 now'):
-    config.keep(other, tmp_path)
+    record.claim(other, tmp_path)
 
 
 def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
-  config.keep(recipe(), tmp_path)
+  record.claim(recipe(), tmp_path)
   (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
   other = recipe(optim=step.OptimConfig(learning_rate=5.0))
-  other.model.dit.unroll = 9
-  config.check_run(other, tmp_path)  # how it was trained, and how it is computed, are no matter now
+  other.model.dit.remat = True
+  record.check_same_model(other, tmp_path)  # how it was trained, and how it is computed, are no matter now
   for changes, text in ((dict(taps=(0, 2)), 'taps: .* there'), (dict(vlm=str(config.ASSETS / 'vlm')), 'vlm: .* there')):
     with pytest.raises(ValueError, match=text):
-      config.check_run(recipe(**changes), tmp_path)
+      record.check_same_model(recipe(**changes), tmp_path)
 
 
 @pytest.mark.parametrize('change, text', [
     (lambda c: setattr(c.data, 'batch_size', 6), 'data.batch_size=6 must be a multiple of 4'),
     (lambda c: setattr(c, 'taps', (1,)), 'model.lap.taps=2'),
     (lambda c: setattr(c, 'taps', (2, 1)), 'must rise'),
-    (lambda c: setattr(c.data, 'weights', (1.0, 2.0)), 'one weight for each task'),
+    (lambda c: setattr(c.data, 'only', 'edit'), "there is no task 'edit' here; there are t2i/1-2"),
     (lambda c: setattr(c.data, 'size', 50), 'must be multiples of 8 pixels'),
     (lambda c: setattr(c.data, 'size', 48), 'sides of [36, 48, 60]'),
-    (lambda c: setattr(c.data, 'tasks', ('multi',)), "trains on t2i, edit, reconstruct, not on 'multi'"),
-    (lambda c: setattr(c.data, 'tasks', ('edit/1-1',)), 'as in edit/1-2'),
-    (lambda c: setattr(c.data, 'tasks', ('edit/2',)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', (loader.Task('multi'),)), "trains on t2i, edit, reconstruct, not on 'multi'"),
+    (lambda c: setattr(c.data, 'tasks', (loader.Task('edit/1-1'),)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', (loader.Task('edit/2'),)), 'as in edit/1-2'),
     (lambda c: setattr(c.train, 'save_every', 0), 'train.save_every=0'),
     (lambda c: setattr(c.optim, 'accumulate', 0), 'optim.accumulate=0'),
     (lambda c: setattr(c.optim, 'decay', 2.0), 'optim.decay=2.0'),
@@ -293,14 +280,14 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
     (lambda c: setattr(c, 'mesh', sharding.MeshConfig(tp=4, fsdp=-1)), 'mesh.tp=4 must divide the heads'),
     (lambda c: setattr(c.model.lap, 'width', 33), 'must divide model.lap.width=33'),
     (lambda c: setattr(c.sample, 'width', 50), 'sample.width=50 must be a multiple of 8'),
-    (lambda c: setattr(c, 'eval', config.EvalConfig(split='tset')), "eval.split='tset' must be one of train, test"),
+    (lambda c: setattr(c, 'eval', settings.GenerationEvaluation(split='tset')), "eval.split='tset' must be one of train, test"),
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.sample, 'eta', 1.5), 'sample.eta=1.5 must be between 0 and 1'),
     (lambda c: (setattr(c.sample, 'eta', 1.0), setattr(c.sample, 'method', 'heun')), "and 0 with sample.method='heun'"),
     (lambda c: setattr(c.objective, 'cond_dropout', 2.0), 'objective.cond_dropout=2.0'),
     (lambda c: setattr(c.objective, 'noises_per_example', 0), 'objective.noises_per_example=0'),
-    (lambda c: setattr(c, 'eval', config.EvalConfig(study='verifi', split='heldout')), 'only the split test'),
-    (lambda c: setattr(c, 'eval', config.EvalConfig(study='times')), 'eval.split=train'),
+    (lambda c: setattr(c, 'eval', settings.GenerationEvaluation(study='verifi', split='heldout')), 'only the split test'),
+    (lambda c: setattr(c, 'eval', settings.GenerationEvaluation(study='noise_levels')), 'eval.split=train'),
 ])
 def test_impossible_combinations_say_so(recipe, change, text):
   made = recipe()
@@ -329,9 +316,9 @@ def test_recipes_type_check_at_full_size(name, scale, mesh):
   config.check(made, devices)
   mesh = sharding.abstract_mesh(made.mesh, devices)
   with jax.sharding.use_abstract_mesh(mesh):
-    state, frozen, batch = jobs.build(made).abstract()
+    state, frozen, batch = train.abstract(made)
     tx = step.optimizer(made.optim, made.train.steps)
-    train_step = step.make_train_step(jobs.build(made).loss, tx, made.optim)
+    train_step = step.make_train_step(made.objective.loss, tx, made.optim)
     after, metrics = jax.eval_shape(train_step, state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
   assert jax.tree.structure(after) == jax.tree.structure(state)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after)):

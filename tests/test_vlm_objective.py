@@ -1,7 +1,6 @@
 """The embedded VLM and autoencoder: their training goes on exactly, what is measured of them, what is exported."""
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -10,41 +9,43 @@ import numpy as np
 import pytest
 from test_checkpoint import SMALL
 
-from unifusion_jax import config, jobs, sharding
-from unifusion_jax.commands import train
+from unifusion_jax import config, sharding
+from unifusion_jax.commands import evaluate, export, train
 from unifusion_jax.data import loader
 from unifusion_jax.models import internvl, vae
 from unifusion_jax.scenes import examples, vlm
 from unifusion_jax.scenes.evaluation import language as eval_writing
+from unifusion_jax.scenes.evaluation import settings
+
+EVALUATION = {'vlm': settings.LanguageEvaluation, 'autoencoder': settings.AutoencoderEvaluation}
 
 
 def small(name: str, **changes) -> config.Config:
   objective, model, tasks = SMALL[name]
   return config.Config(
       objective=dataclasses.replace(objective, **changes), model=model, mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-      data=config.DataConfig(tasks=tasks, weights=(1.0,), max_prompt_tokens=(96,), batch_size=8),
+      data=config.DataConfig(tasks=tasks, max_prompt_tokens=96, batch_size=8),
       train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=4),
-      eval=config.EvalConfig(examples=3, batch_size=4))
+      eval=EVALUATION[name](examples=3, batch_size=4))
 
 
-@pytest.mark.parametrize('name, changes', [('writing', {}), ('writing', dict(lm_weight=0.0)), ('reconstruction', {})])
+@pytest.mark.parametrize('name, changes', [('vlm', {}), ('vlm', dict(lm_weight=0.0)), ('autoencoder', {})])
 def test_two_and_two_steps_are_four(name, changes, mesh, tmp_path):
   made = small(name, **changes)
-  whole = train.train(made, tmp_path / 'whole', mesh)
-  train.train(made, tmp_path / 'parts', mesh, stop_at=2)
-  parts = train.train(made, tmp_path / 'parts', mesh)
+  whole = train.run(made, tmp_path / 'whole')
+  train.run(made, tmp_path / 'parts', stop_at=2)
+  parts = train.run(made, tmp_path / 'parts')
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   assert (tmp_path / 'whole' / 'samples' / '0000004.png').exists() == (changes != dict(lm_weight=0.0))
 
 
 def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
-  made = small('writing')
-  state = train.train(made, tmp_path, mesh, stop_at=2)
-  job = jobs.build(made)
-  report = eval_writing.evaluate(state.ema.vlm, job._layout(), made)
+  made = small('vlm')
+  state = train.run(made, tmp_path, stop_at=2)
+  report = eval_writing.evaluate(state.ema.vlm, made.objective.prompt_encoder(made), made)
   assert report['examples'] == 3 and report['caption_exact'] == 0 and {'yes_no', 'rewrite_exact', 'edit_exact'} <= report.keys()
-  job.export(tmp_path, mesh)
+  export.run(made, tmp_path)
   back = internvl.load(tmp_path / 'export', jnp.float32)
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state.ema.vlm), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -53,41 +54,40 @@ def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
 
 def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
   """Its loss reaches its matrix; at weight 0 it is neither computed nor moved."""
-  made = small('writing')
-  made.data = config.DataConfig(tasks=('edit/1-2',), weights=(1.0,), max_prompt_tokens=(132,), max_rewrite_tokens=(52,), batch_size=8)
-  job = jobs.build(made)
-  batches = loader.batches(*job.data(), 8)
+  made = small('vlm')
+  made.data = config.DataConfig(tasks=(loader.Task('edit/1-2'),), max_prompt_tokens=132, max_rewrite_tokens=52, batch_size=8)
+  batches = train.batches(made)
   batch = sharding.shard_batch(next(batches), mesh)
   batches.close()
-  params = jax.jit(job.draw_params)()
+  params = jax.jit(lambda: made.objective.random(made))()
 
   def gradient(weight):
-    loss = functools.partial(vlm.loss, vlm.VLMObjective(grounding_weight=weight))
+    loss = vlm.VLMObjective(grounding_weight=weight).loss
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, None, batch, None)
 
   (with_pointer, metrics), moved = gradient(1.0)
   (without, bare), left = gradient(0.0)
-  assert 'pointed' in metrics and 'pointed' not in bare and with_pointer > without
-  assert np.any(np.asarray(moved.pointer[...])) and not np.any(np.asarray(left.pointer[...]))
+  assert 'grounded' in metrics and 'grounded' not in bare and with_pointer > without
+  assert np.any(np.asarray(moved.grounding[...])) and not np.any(np.asarray(left.grounding[...]))
 
 
 def test_the_pointer_is_right_where_every_token_is():
   rng, width = np.random.default_rng(0), 16
-  reader = types.SimpleNamespace(pointer=10 * jnp.eye(width), grounding_bias=jnp.zeros(1))
+  reader = types.SimpleNamespace(grounding=10 * jnp.eye(width), grounding_bias=jnp.zeros(1))
   ends = jnp.array(rng.normal(size=(3, 1, 2, width)), jnp.float32)
   wanted = rng.random((3, 5)) < 0.5
   images = jnp.where(wanted[..., None], ends[:, 0, -1:], -ends[:, 0, -1:])
   ends = jnp.broadcast_to(ends[:, :, -1:], ends.shape)
-  loss, right = vlm._pointer_loss(reader, ends, images, jnp.array(wanted))
+  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wanted))
   assert right == 1 and loss < 1e-3
   wrong = wanted.copy()
   wrong[0, 2] ^= True
-  loss, right = vlm._pointer_loss(reader, ends, images, jnp.array(wrong))
+  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wrong))
   assert right == pytest.approx(2 / 3) and loss > 1
 
 
 def test_right_answers_are_measured_as_right(monkeypatch):
-  made = small('writing')
+  made = small('vlm')
   made.eval.examples = 40
   monkeypatch.setattr(eval_writing, 'answers', lambda vlm, layout, records, size: [r['caption'] for r in records])
   report = eval_writing.evaluate(None, None, made)
@@ -110,13 +110,12 @@ def test_attributes_are_counted_one_by_one(written, right, total):
 
 
 def test_the_autoencoder_is_measured_and_exported(mesh, tmp_path):
-  made = small('reconstruction')
-  state = train.train(made, tmp_path, mesh, stop_at=2)
-  job = jobs.build(made)
-  job.evaluate(tmp_path, mesh)
+  made = small('autoencoder')
+  state = train.run(made, tmp_path, stop_at=2)
+  evaluate.run(made, tmp_path)
   report = (tmp_path / 'eval.json').read_text()
   assert '"exact_as_drawn": 1.0' in report and '"psnr_db"' in report and 'at step 2' in report
-  job.export(tmp_path, mesh)
+  export.run(made, tmp_path)
   back = vae.load(tmp_path / 'export', jnp.float32)
   image = sharding.shard(np.stack([examples.example('reconstruct', 'test', 1)['target']] * 8).astype(np.float32) / 127.5 - 1)
   np.testing.assert_allclose(back.decode(back.encode(image)), state.ema.decode(state.ema.encode(image)), atol=1e-4)

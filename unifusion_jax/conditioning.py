@@ -5,8 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax.data import transforms
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import vae as autoencoder
-from unifusion_jax.weights import encoders
+from unifusion_jax.weights import autoencoders, encoders
+
+_static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -16,10 +20,47 @@ class Frozen:
 
   Attributes:
     taps: layers of the VLM that LAP pools.
+    stop_ids, image_id: token ids that end generated text, and that image tokens stand under.
+    max_rewrite: most tokens of a rewrite.
   """
   vlm: encoders.Encoder
   vae: autoencoder.Autoencoder
-  taps: tuple[int, ...] = dataclasses.field(default=None, metadata=dict(static=True))
+  taps: tuple[int, ...] = _static()
+  stop_ids: tuple[int, ...] = _static()
+  image_id: int | None = _static()
+  max_rewrite: int = _static()
+
+  @classmethod
+  def load(cls, config) -> 'Frozen':
+    """The models of a config.Config; UserError where they do not fit the model that they condition."""
+    dtype = jnp.dtype(config.frozen_dtype)
+    vlm = encoders.load(config.vlm, dtype, quantized=config.vlm_quantized, cache=config.vlm_cache)
+    vae = autoencoders.load(config.vae, dtype)
+    _check_fit(config, vlm.config, vae.config)
+    return cls(vlm, vae, config.taps, **_token_ids(config))
+
+  @classmethod
+  def abstract(cls, config) -> 'Frozen':
+    """Shapes and shardings of `load` on the abstract mesh in context; reads no weights and no tokenizer."""
+    vlm, vae = encoders.config(config.vlm), autoencoders.config(config.vae)
+    dtype = jnp.dtype(config.frozen_dtype)
+    _check_fit(config, vlm, vae)
+    ids = _token_ids(config) if config.objective.rewrite_online else {}
+    return cls(encoders.abstract(vlm, dtype, config.vlm_quantized), autoencoders.abstract(vae, dtype), config.taps, **ids)
+
+
+def _token_ids(config) -> dict:
+  encoder = transforms.prompt_encoder(config)
+  return dict(stop_ids=encoder.chat.stop_ids, image_id=encoder.chat.image_id, max_rewrite=encoder.max_rewrite)
+
+
+def _check_fit(config, vlm, vae) -> None:
+  if config.taps[-1] > vlm.text.depth or vlm.text.width != config.model.lap.width:
+    raise UserError(f'{config.vlm} has {vlm.text.depth} layers of width {vlm.text.width}, but taps={config.taps} and '
+                    f'model.lap.width={config.model.lap.width} want others: change these or the VLM')
+  if vae.latent_channels != config.model.dit.channels:
+    raise UserError(f'{config.vae} has {vae.latent_channels} latent channels, but model.dit.channels='
+                    f'{config.model.dit.channels}: change one of them')
 
 
 def select_tokens(hidden: jax.Array, index: jax.Array) -> jax.Array:
@@ -36,3 +77,17 @@ def condition_states(prompt_hidden: jax.Array, hidden: jax.Array, lengths: jax.A
   generated = jnp.arange(hidden.shape[1])[None] < lengths[:, None]
   return (jnp.concatenate([select_tokens(prompt_hidden, cond_index), hidden], axis=1),
           jnp.concatenate([cond_mask, generated], axis=1))
+
+
+def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...],
+                        image_id: int | None) -> jax.Array:
+  """[b] bool: the generated ids [b n] of lengths [b] end, are not empty and hold no image token.
+
+  The rule of `pipeline.read_rewrites`, on the device.
+  """
+  last = jnp.take_along_axis(ids, lengths[:, None] - 1, axis=1)
+  ended = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
+  if image_id is None:
+    return ended
+  generated = jnp.arange(ids.shape[1]) < lengths[:, None]
+  return ended & ~jnp.any((ids == image_id) & generated, axis=1)

@@ -1,238 +1,62 @@
-"""The configuration of every job: a tree of dataclasses, each living beside the code that reads it.
+"""The configuration of a run: a tree of dataclasses, each beside the code that reads it.
 
 `configs/*.py` build one; `--config.a.b=value` changes a field; a misspelt field or a value of the wrong type stops at
-start. What is trained is what `objective` is: generation (DiT, LAP), writing (VLM) or reconstruction (autoencoder).
+start. `objective` says what is trained and `eval` how it is measured: both are settings and behaviour in one
+(`objectives/`, `evaluation/`, `scenes/`), so nothing here knows which ones there are.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 
-from unifusion_jax import sharding
 from unifusion_jax.commands.rewrite import RewriteConfig
+from unifusion_jax.commands.train import TrainConfig
+from unifusion_jax.data.loader import DataConfig
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import internvl, unifusion
-from unifusion_jax.models import vae as autoencoder
-from unifusion_jax.objectives import flow_matching
-from unifusion_jax.pipeline import ASSETS, SampleConfig
-from unifusion_jax.scenes import autoencoder as autoencoder_objective
-from unifusion_jax.scenes import splits, vlm, world
+from unifusion_jax.evaluation.vqascore import VQAScore
+from unifusion_jax.pipeline import SampleConfig
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
-from unifusion_jax.weights import hub
 
-
-@dataclasses.dataclass
-class DataConfig:
-  """Where examples come from and what shape they take."""
-  # 'scenes': drawn on the fly; a folder written by scenes/builder.py; a .jsonl or .parquet file of your own.
-  path: str = 'scenes'
-  tasks: tuple[str, ...] = ('t2i',)     # of scenes; 'reconstruct' also works for your own images
-  weights: tuple[float, ...] = (1.0,)   # share of each task
-  size: int = 64                        # images have about size^2 pixels
-  # Tiles that the VLM may cut a reference into; of several numbers each batch has one, equally often.
-  tiles: tuple[int, ...] = (1,)
-  # Room for all that the VLM reads and writes but images, and for what it writes: of all tasks, or of each.
-  max_prompt_tokens: tuple[int, ...] = (128,)
-  max_rewrite_tokens: tuple[int, ...] = (52,)
-  rewrites: str | None = None           # a folder of --mode=rewrite to train on; None: on the captions
-  batch_size: int = 32                  # over all devices
-  workers: int = 0                      # processes that prepare batches; 0: threads of this one
-  skipped: float = 0.01                 # share of broken records past which the run stops
-
-
-@dataclasses.dataclass
-class TrainConfig:
-  steps: int = 1000
-  log_every: int = 10
-  save_every: int = 500
-  preview_every: int = 500
-  max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
-
-
-@dataclasses.dataclass
-class EvalConfig:
-  # '': the rates. 'verifi': what rewriting, images and system prompts do (docs/verifi.md). 'times': at which times drawing
-  # falls short (scenes/evaluation/noise_levels.py)
-  study: str = ''
-  seeds: int = 3        # of a study
-  split: str = 'test'
-  examples: int = 200   # of each measurement
-  batch_size: int = 50
+ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 
 
 @dataclasses.dataclass
 class Config:
-  objective: flow_matching.FlowMatching | vlm.VLMObjective | autoencoder_objective.AutoencoderObjective
-  model: unifusion.UniFusionConfig | internvl.InternVLConfig | autoencoder.VAEConfig
-  vlm: str = str(ASSETS / 'vlm')  # a folder or hub id: the frozen VLM, or the tokenizer of the one in training
-  vlm_quantized: str = ''         # 'int8': its weights in int8; 'w8a8': its activations too
-  vlm_cache: str | None = None    # a folder that keeps the converted VLM for the next start
-  vae: str = str(ASSETS / 'vae')  # a diffusers AutoencoderKL folder
-  init: str | None = None         # a checkpoint folder to start training from; None: from random weights
-  system: str = 'rewrite'         # the system prompt of training, a name in verifi.SYSTEM or a text
+  objective: object               # what is trained: a dataclass of objectives/ or scenes/
+  model: object                   # the sizes of the model in training
+  vlm: str = str(ASSETS / 'vlm')  # folder or hub id: the frozen VLM, or the tokenizer of the one in training
+  vlm_quantized: str = ''         # 'int8': weights in int8; 'w8a8': activations too
+  vlm_cache: str | None = None    # folder that keeps the converted VLM for the next start
+  vae: str = str(ASSETS / 'vae')  # folder or hub id of a diffusers autoencoder
+  init: str | None = None         # checkpoint folder to start training from; None: random weights
+  system: str = 'rewrite'         # system prompt of training, a name in verifi.SYSTEM or a text
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: int = 0
-  devices: int = 0                # the recipe's number of devices, for checks where they are not; 0: those here
+  # Hub ids at the commits that they were resolved to, by setting; those settings hold the folders. `record.pin` fills it.
+  hub: dict[str, str] = dataclasses.field(default_factory=dict)
+  devices: int = 0                # number of devices of the recipe, for checks where they are not; 0: those here
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
-  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  eval: object = dataclasses.field(default_factory=VQAScore)  # how --mode=eval measures: settings and behaviour
 
-
-# What each objective has examples of; with several references only the VLM trains.
-_TASKS = {flow_matching.FlowMatching: ('t2i', 'edit', 'reconstruct'),
-          autoencoder_objective.AutoencoderObjective: ('t2i', 'edit', 'reconstruct'),
-          vlm.VLMObjective: ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')}
-
-
-def _unit(config: Config) -> int:
-  """Pixels that both sides of every image must be multiples of."""
-  if isinstance(config.model, autoencoder.VAEConfig):
-    return config.model.downsampling
-  return 8 * config.model.dit.patch if isinstance(config.model, unifusion.UniFusionConfig) else 1
+  def problems(self, devices: int) -> list[str]:
+    """Every combination of settings that cannot work on so many devices, a sentence each."""
+    data, fsdp, _ = self.mesh.shape(devices)
+    kinds, unit = self.objective.tasks, self.objective.unit(self)
+    dtypes = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
+        f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
+    wrong = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
+    return [*dtypes, *wrong, *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
+            *self.eval.problems(self)]
 
 
 def check(config: Config, devices: int) -> None:
-  """Raises one ValueError that lists every combination of settings that cannot work."""
-  data, wrong = config.data, []
-
-  def want(condition, text):
-    if not condition:
-      wrong.append(text)
-
-  data_shards = config.mesh.shape(devices)[0] * config.mesh.shape(devices)[1]
-  micro = data_shards * max(1, config.optim.accumulate)
-  want(data.batch_size > 0 and data.batch_size % micro == 0,
-       f'data.batch_size={data.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {data_shards} '
-       f'devices share a batch, times optim.accumulate={config.optim.accumulate}')
-  want(len(data.tasks) == len(data.weights) and data.tasks,
-       f'data.tasks={data.tasks} and data.weights={data.weights} need one weight for each task')
-  for name in ('max_prompt_tokens', 'max_rewrite_tokens'):
-    numbers = getattr(data, name)
-    want(len(numbers) in (1, len(data.tasks)),
-         f'data.{name}={numbers} must be one number, or one for each of data.tasks={data.tasks}')
-  want(all(w > 0 for w in data.weights), f'data.weights={data.weights} must all be above 0: leave a task out instead')
-  sides = {side for aspect in world.ASPECTS for side in world.canvas(aspect, data.size)}
-  unit = _unit(config)
-  want(data.size > 0 and not any(side % unit for side in sides),
-       f'data.size={data.size} makes canvases with sides of {sorted(sides)}, which must be multiples of {unit} pixels (a latent '
-       'patch): take a multiple of 64')
-  for name in ('log_every', 'save_every', 'preview_every'):
-    want(getattr(config.train, name) >= 1, f'train.{name}={getattr(config.train, name)} must be 1 or more')
-  want(config.optim.accumulate >= 1, f'optim.accumulate={config.optim.accumulate} must be 1 or more')
-  want(0 <= config.optim.decay <= 1, f'optim.decay={config.optim.decay} is a share of the run: between 0 and 1')
-  want(config.optim.clip > 0, f'optim.clip={config.optim.clip} must be above 0')
-  want(config.frozen_dtype in ('float32', 'bfloat16'), f"frozen_dtype={config.frozen_dtype!r} must be 'float32' or 'bfloat16'")
-  want(config.eval.split in splits.SPLITS, f'eval.split={config.eval.split!r} must be one of {", ".join(splits.SPLITS)}')
-  want(config.eval.batch_size >= 1 and config.eval.examples >= 1,
-       f'eval.batch_size={config.eval.batch_size} and eval.examples={config.eval.examples} must be 1 or more')
-  own = data.path.endswith(('.jsonl', '.parquet'))
-  for task in data.tasks:
-    name, _, objects = task.partition('/')
-    kinds = _TASKS[type(config.objective)]
-    want(name in kinds, f'data.tasks: this objective trains on {", ".join(kinds)}, not on {task!r}')
-    least, dash, most = objects.partition('-')
-    want(not objects or (dash and least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most) <= 4 and int(most) > 1),
-         f'data.tasks: {task!r} must name how many objects its scenes start with as in {name}/1-2, from 1 to 4 and not 1 alone')
-  want(not (own and isinstance(config.objective, vlm.VLMObjective)),
-       f'data.path={data.path}: the embedded VLM trains on scenes, which know the answers to its questions')
-  want(data.tiles and min(data.tiles) >= 1, f'data.tiles={data.tiles} must be numbers from 1 on')
-  want(config.train.steps > 0, f'train.steps={config.train.steps} must be 1 or more')
-  want(config.optim.name in ('adamw', 'muon'), f'optim.name={config.optim.name!r} must be adamw or muon')
-  want(config.optim.learning_rate > 0, f'optim.learning_rate={config.optim.learning_rate} must be above 0')
-  want(0 <= config.optim.ema < 1, f'optim.ema={config.optim.ema} must be in [0, 1)')
-  if isinstance(config.objective, flow_matching.FlowMatching):
-    want(isinstance(config.model, unifusion.UniFusionConfig), 'a flow objective trains a UniFusion model')
-    want(len(config.taps) == config.model.lap.taps,
-         f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={config.model.lap.taps}')
-    want(config.vlm_quantized in ('', 'int8', 'w8a8'), f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'")
-    want(tuple(sorted(set(config.taps))) == tuple(config.taps), f'taps={config.taps} must rise')
-    want(not (config.objective.rewrite_online and data.rewrites), f'objective.rewrite_online writes as training goes and data.rewrites='
-         f'{data.rewrites} was written before: leave one of them out')
-    want(config.eval.study in ('', 'verifi', 'times'), f"eval.study={config.eval.study!r} must be '', 'verifi' or 'times'")
-    want(config.eval.study != 'verifi' or config.eval.split == 'test',
-         f'eval.split={config.eval.split!r}: the study of VERIFI asks in phrasings that only the split test has')
-    want(config.eval.study != 'times' or config.eval.split == 'train',
-         f'eval.split={config.eval.split!r}: the study of times is there to tune training with: add --config.eval.split=train')
-    want(config.eval.seeds >= 1, f'eval.seeds={config.eval.seeds} must be 1 or more')
-    want(config.objective.noises_per_example >= 1, f'objective.noises_per_example={config.objective.noises_per_example} must be 1 or more')
-    wrong += config.sample.problems(unit)
-    lap, dit, (_, fsdp, tp) = config.model.lap, config.model.dit, config.mesh.shape(devices)
-    want(not any(n % tp for n in (lap.heads, lap.kv_heads, lap.mlp, dit.heads, dit.kv_heads, dit.mlp)),
-         f'mesh.tp={tp} must divide the heads, key/value heads and mlp of model.lap ({lap.heads}, {lap.kv_heads}, {lap.mlp}) '
-         f'and model.dit ({dit.heads}, {dit.kv_heads}, {dit.mlp})')
-    want(not any(n % fsdp for n in (lap.width, dit.width, dit.time_dim)),
-         f'mesh.fsdp={fsdp} must divide model.lap.width={lap.width}, the width {dit.width} of model.dit and its '
-         f'time_dim={dit.time_dim}')
-    want(config.objective.repa_weight >= 0, f'objective.repa_weight={config.objective.repa_weight} must be 0 or more')
-    want(not config.objective.repa_weight or 0 < config.objective.repa_depth <= config.model.dit.depth,
-         f'objective.repa_depth={config.objective.repa_depth} must be one of the {config.model.dit.depth} blocks that '
-         'model.dit.depth counts')
-    for name in ('cond_dropout', 'image_dropout', 'text_dropout', 'instruction_prob'):
-      value = getattr(config.objective, name)
-      want(0 <= value <= 1, f'objective.{name}={value} is a share: between 0 and 1')
-  if isinstance(config.objective, autoencoder_objective.AutoencoderObjective):
-    want(config.model.scaling_factor == 1.0 and not config.model.shift_factor,
-         f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures it')
-  if wrong:
-    raise UserError('this configuration cannot run:\n  ' + '\n  '.join(wrong))
-
-
-def keep(config: Config, workdir: pathlib.Path) -> None:
-  """Writes config.json into the workdir; ValueError when a run with another configuration lives there.
-
-  How a run samples and evaluates may change; what it trains may not.
-  """
-  _compare(config, workdir, lambda name: name.split('.')[0] not in ('sample', 'rewrite', 'eval', 'devices', 'mesh'))
-  write(config, workdir, files=_frozen(config))
-
-
-def check_run(config: Config, workdir: pathlib.Path) -> None:
-  """ValueError when the workdir's run trained another model, or beside another VLM or autoencoder, than is now used."""
-  def matters(name):
-    computing = name.split('.')[-1] in ('dtype', 'unroll', 'remat')
-    return name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and not computing or name == 'objective.repa_weight'
-  _compare(config, workdir, matters)
-
-
-def _compare(config: Config, workdir: pathlib.Path, matters) -> None:
-  path = workdir / 'config.json'
-  if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
-    return  # nothing was trained there
-  new = json.loads(json.dumps(dataclasses.asdict(config))) | dict(files=_frozen(config))
-  differ = [f'{name}: {a!r} there, {b!r} now' for name, a, b in _differences(json.loads(path.read_text()), new) if matters(name)]
-  if differ:
-    raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
-                     + '\n  '.join(differ))
-
-
-def _frozen(config: Config) -> dict[str, str]:
-  """What the frozen models of a DiT are known by where they are folders: other weights in the same place are others."""
-  if not isinstance(config.objective, flow_matching.FlowMatching):
-    return {}
-  folders = {name: pathlib.Path(getattr(config, name)) for name in ('vlm', 'vae')}
-  return {name: hub.fingerprint(folder) for name, folder in folders.items() if folder.is_dir()}
-
-
-def write(config: Config, workdir: pathlib.Path, name: str = 'config.json', **more) -> None:
-  """The resolved configuration as a file of the workdir, whole or not at all; the first of several processes writes it."""
-  if sharding.is_main_process():
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = workdir / f'{name}.part'
-    part.write_text(json.dumps(dataclasses.asdict(config) | more, indent=2, sort_keys=True) + '\n')
-    os.replace(part, workdir / name)
-
-
-def _differences(old, new, prefix=''):
-  for name in sorted(old.keys() | new.keys()):
-    a, b = old.get(name), new.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      yield from _differences(a, b, f'{prefix}{name}.')
-    elif a != b:
-      yield prefix + name, a, b
+  """UserError that lists all of `config.problems`."""
+  problems = config.problems(devices)
+  if problems:
+    raise UserError('this configuration cannot run:\n  ' + '\n  '.join(problems))

@@ -1,38 +1,39 @@
-"""Entry: flags, configuration, mesh, one job.
+"""Entry: flags, configuration, mesh, one command.
 
   python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit
 """
 
-import dataclasses
-import difflib
+import importlib
 import math
 import os
 import pathlib
-import pydoc
-import re
 import sys
 
 from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
+from unifusion_jax import command_line, sharding
 from unifusion_jax import config as configuration
-from unifusion_jax import jobs, sharding
-from unifusion_jax.commands import describe, train
 from unifusion_jax.errors import UserError
+from unifusion_jax.training import record
+
+# --mode and the module of commands/ that does it; imported when asked for, because each brings libraries of its own.
+COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
+            'describe': 'describe'}
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sample', 'rewrite', 'eval', 'export'], 'What to do.')
+_MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<name of the recipe>.')
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of several processes that run together, as on the hosts of a '
-                                 'TPU pod; jax finds the others by itself on Cloud TPU, Slurm and Kubernetes.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
+    'others by itself on Cloud TPU, Slurm and Kubernetes.')
 _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                              'Folder that keeps compiled programs between runs; empty for none.')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'{argv[1]!r} is no flag: settings are given as --config.a.b=value')
+def start(argv):
+  """What holds for the whole process (other processes, devices, compilation cache), then main."""
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
@@ -40,72 +41,38 @@ def main(argv):
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  main(argv)
+
+
+def main(argv):
+  """Runs the command on the recipe's mesh."""
+  del argv
   config = _CONFIG.value
-  if isinstance(config, describe.DescribeConfig):
-    with jax.set_mesh(sharding.make_mesh(config.mesh)):
-      return describe.run(config)
-  recipe = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0]).stem
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe)
-  configuration.check(config, jax.device_count())
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    if _MODE.value == 'train':
-      train.train(config, workdir, mesh)
-      where = dict(images=workdir / 'samples', metrics=workdir / 'metrics.jsonl', checkpoint=workdir / 'checkpoints')
-      print('\n'.join(['done.', *(f'  {name}: {path}' for name, path in where.items())]))
-    else:
-      configuration.check_run(config, workdir)
-      job = jobs.build(config)
-      run = dict(sample=job.sample, rewrite=job.rewrite, eval=job.evaluate, export=job.export)[_MODE.value]
-      run(workdir, mesh)
-      configuration.write(config, workdir, f'config_{_MODE.value}.json')
+  trains = isinstance(config, configuration.Config)
+  mode = _MODE.value or ('train' if trains else 'describe')
+  recipe = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0])
+  if trains == (mode == 'describe'):
+    wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
+    raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
+  if trains:
+    configuration.check(config, jax.device_count())
+    record.pin(config, *config.objective.pretrained)
+  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+    command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
+    command.run(config, pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem))
 
 
 def run():
-  """The console entry: bad input ends in one sentence and not in a traceback."""
+  """The console entry: an error that a user can mend ends in its sentence and not in a traceback."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   flags.mark_flag_as_required('config')
   try:
-    app.run(main, flags_parser=_parse)
+    app.run(start, flags_parser=command_line.parse)
   except UserError as error:
     if os.environ.get('UNIFUSION_TRACEBACK'):
       raise
     sys.exit(f'error: {error}')
-
-
-def _parse(argv):
-  """Parses flags; what cannot be parsed ends in one sentence, and a misspelt setting in the nearest that exists."""
-  try:
-    rest = flags.FLAGS([_quoted(argument) for argument in argv])
-    _CONFIG.value.mesh  # a recipe that could not be loaded says so only when something is asked of it
-    return rest
-  except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-    # A recipe's own error is wrapped several times; of a value that cannot be read the wrapping says more
-    while (inner := error.__cause__ or error.__context__) and not isinstance(inner, SyntaxError):
-      error = inner
-    text = str(error.args[-1] if isinstance(error, OSError) else error.args[0] if error.args else error)
-    sys.exit(f'error: {_with_fields(text)}\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list '
-             'them, --helpfull the flags.')
-
-
-def _quoted(argument: str) -> str:
-  """A reference's file name may hold what would be read as the syntax of a list: a space, a comma."""
-  name, found, value = argument.partition('=')
-  if found and name.lstrip('-') == 'config.sample.references' and pathlib.Path(value).is_file():
-    return f'{name}={value!r}'
-  return argument
-
-
-def _with_fields(text: str) -> str:
-  """ml_collections' complaint about a field that does not exist, with the fields that do."""
-  found = re.match(r"Field (\w+) not found on dataclass <class '([\w.]+)'>", text)
-  if not found:
-    return text
-  name, holder = found.groups()
-  fields = [field.name for field in dataclasses.fields(pydoc.locate(holder))]
-  near = difflib.get_close_matches(name, fields, 1)
-  return f'there is no setting {name!r}; ' + (f'did you mean {near[0]!r}? ' if near else '') + f'There are: {", ".join(fields)}'
 
 
 if __name__ == '__main__':

@@ -27,11 +27,10 @@ from PIL import Image
 
 from unifusion_jax import conditioning as states
 from unifusion_jax import flow, sharding, verifi
-from unifusion_jax.data import imaging, transforms, vision_inputs
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
-from unifusion_jax.models import vae as autoencoder
-from unifusion_jax.weights import encoders, hub
+from unifusion_jax.weights import autoencoders, encoders, hub
 
 ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 DESCRIPTION = 'unifusion.json'
@@ -227,9 +226,11 @@ class UniFusionPipeline:
       vlm = hub.resolve(vlm or _part('vlm', description.vlm, name, folder))
       vae = hub.resolve(vae or _part('vae', description.vae, name, folder))
       config = dataclasses.replace(unifusion.read_config(folder), dtype=dtype)
-      prompt_encoder = _prompt_encoder(vlm, description)
+      prompt_encoder = transforms.PromptEncoder.load(
+          vlm, description.tiles, description.max_prompt_tokens, description.max_rewrite_tokens,
+          system=description.system)
       _check_taps(folder, description.taps, config.lap, vlm, encoders.config(vlm).text)
-      decoder = autoencoder.load(vae, jnp.dtype(dtype))
+      decoder = autoencoders.load(vae, jnp.dtype(dtype))
       if decoder.config.latent_channels != config.dit.channels:
         raise UserError(f'{vae} has {decoder.config.latent_channels} latent channels and {folder} wants '
                         f'{config.dit.channels}: give the autoencoder that it was trained with (vae=)')
@@ -422,7 +423,7 @@ class UniFusionPipeline:
     chat, rows = prompts.encoder.chat, sharding.shard(stacked(prompts.unanswered()))
     keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
     ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
-        self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.written,
+        self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
         stop_ids=chat.stop_ids, taps=self.frozen.taps, temperature=s.temperature, top_p=s.top_p, key=keys)
     conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_index'], rows['cond_mask'])
     return conditioning, *read_rewrites(chat, *sharding.gather((ids, lengths)))
@@ -459,14 +460,14 @@ class _Prompts:
   @classmethod
   def of(cls, encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig,
          max_positions: int) -> '_Prompts':
-    encoder = encoder.in_tiles(s.tiles)
+    encoder = encoder.with_tiles(s.tiles)
     references = [[imaging.read(image) for image in request.references] for request in requests]
     references = [(imaging.stitch(images),) if s.stitch and images else images for images in references]
     most, system = max(map(len, references)), s.system or encoder.system
     longer = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
     count = 1 << (most - 1).bit_length() if most else 0
     extra = max(SYSTEM_BUCKET, 1 << (longer - 1).bit_length()) if longer else 0
-    if encoder.lengths(count)[0] + extra + encoder.written > max_positions:
+    if encoder.lengths(count)[0] + extra + encoder.max_rewrite > max_positions:
       count, extra = most, longer  # no room for buckets
     images, counts = zip(*(encoder.image_processor.preprocess(images, count) for images in references))
     return cls(encoder, requests, list(images) if count else None, counts, system,
@@ -484,7 +485,7 @@ class _Prompts:
     # The length of rewrites where all texts fit it, so that as a rule the DiT runs at one shape
     most = max(sum(len(span.ids) for span in spans if span.kind in kinds and span.kind != 'image')
                for spans, kinds in rows)
-    written, text = self.encoder.written, self.encoder.text
+    written, text = self.encoder.max_rewrite, self.encoder.max_prompt
     cond_length = self.image_length + (written if most <= written else max(written, text))
     return [verifi.arrays(spans, self.length + written, cond_length, kinds) for spans, kinds in rows]
 
@@ -500,6 +501,12 @@ def requests_for(prompts: Sequence[str], references: tuple, num_images: int = 1,
   """`num_images` requests for every prompt, all with the same references, their seeds counting from `seed`."""
   return [Request(prompt, references, seed + i * num_images + j, rewrite)
           for i, prompt in enumerate(prompts) for j in range(num_images)]
+
+
+def requests_of(records: Sequence[dict]) -> list[Request]:
+  """Requests of a source's records, their seeds counting from 0."""
+  return [Request(record['instruction'] or record['caption'], tuple(record['references']), seed)
+          for seed, record in enumerate(records)]
 
 
 def shape_like(reference: np.ndarray | None, size: int, height: int = 0, width: int = 0) -> tuple[int, int]:
@@ -562,8 +569,8 @@ def save_description(folder: str | os.PathLike, config) -> None:
   """Writes unifusion.json of a config.Config into the folder of its transformer."""
   folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
   description = Description(
-      _named(config.vlm, folder), _named(config.vae, folder), config.taps, config.data.size, encoder.text,
-      encoder.written, config.system, max(config.data.tiles), config.sample.settings())
+      _named(config.vlm, folder), _named(config.vae, folder), config.taps, config.data.size, encoder.max_prompt,
+      encoder.max_rewrite, config.system, max(config.data.tiles), config.sample.settings())
   if sharding.is_main_process():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
@@ -593,15 +600,6 @@ def _part(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path | s
                     f'give {part}=FOLDER')
   repository, at, revision = str(name).partition('@')
   return posixpath.normpath(posixpath.join(repository, entry)) + at + revision
-
-
-def _prompt_encoder(vlm: pathlib.Path, description: Description) -> transforms.PromptEncoder:
-  config = encoders.config(vlm)
-  image_processor = vision_inputs.for_model(config, description.tiles, vlm)
-  encoder = transforms.PromptEncoder(str(vlm), image_processor, description.max_prompt_tokens,
-                                     description.max_rewrite_tokens, system=description.system)
-  vision_inputs.check(config, encoder.chat)
-  return encoder
 
 
 def _check_taps(folder: pathlib.Path, taps: tuple[int, ...], lap, vlm: pathlib.Path, text) -> None:

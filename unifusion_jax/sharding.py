@@ -1,4 +1,4 @@
-"""The device mesh and the few names everything is sharded by.
+"""The device mesh, its axis names, and arrays moved to and from it.
 
 Three axes: `data` (pure replication of parameters), `fsdp` (parameters and batch), `tp` (heads and hidden units).
 All are Explicit: an array's type says how it is sharded, and gradients, moments and EMA inherit it.
@@ -6,6 +6,7 @@ All are Explicit: an array's type says how it is sharded, and gradients, moments
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 
 import jax
 from jax.experimental import multihost_utils
@@ -24,7 +25,7 @@ class MeshConfig:
   tp: int = 1
 
   def shape(self, devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tp) for that many devices; ValueError when they do not multiply to it."""
+    """(data, fsdp, tp) for so many devices; UserError when their product is another number."""
     sizes = [self.data, self.fsdp, self.tp]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and devices % known == 0:
@@ -36,16 +37,16 @@ class MeshConfig:
 
 
 def padded_batch(count: int) -> int:
-  """The smallest number of rows, `count` or more, that the devices of the mesh in context share evenly."""
+  """The smallest batch size >= `count` that the mesh in context divides evenly."""
   shape = jax.sharding.get_mesh().shape
   devices = int(np.prod([shape[axis] for axis in BATCH]))
   return -(-count // devices) * devices
 
 
 def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
-  """(items, rows) of one batch after another: at most `size` items, and exactly `size` rows.
+  """(items, rows) of each batch: at most `size` items, and exactly `size` rows, which repeat the items.
 
-  The rows are the items again and again, so that every batch has one shape: `rows[:len(items)] == items`.
+  So every batch has one shape; `rows[:len(items)] == items`.
   """
   for start in range(0, len(items), size):
     part = list(items[start:start + size])
@@ -58,34 +59,69 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
-  """The same mesh over devices that are not here, for type-checking a program at full size."""
+  """The mesh over any number of devices, present or not, for type-checking a program at full size."""
   explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
   return jax.sharding.AbstractMesh(config.shape(devices), AXES, axis_types=explicit)
 
 
 def shard_batch(batch, mesh: jax.sharding.Mesh):
-  """This process's share of a batch (numpy arrays with leading dim b) as global arrays sharded over BATCH."""
+  """Global arrays sharded over BATCH, from this process's share of the batch (numpy, leading dim b)."""
   sharding = jax.sharding.NamedSharding(mesh, jax.P(BATCH))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def shard(batch):
-  """A batch that every process holds whole, as global arrays sharded over BATCH on the mesh in context."""
+  """Global arrays sharded over BATCH on the mesh in context, from a batch that every process holds whole."""
   return jax.device_put(batch, jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH)))
 
 
 def gather(tree):
-  """Sharded arrays as numpy, whole on every process; all processes call this together."""
+  """Whole numpy arrays on every process, from sharded ones; all processes call this together."""
   return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
+def tell_all(row: np.ndarray) -> jax.Array | np.ndarray:
+  """A row [n] of each process -> [processes n] on all of them, in the order of their numbers.
+
+  All processes call this together. It is on its way behind what the devices have to do before it: `local` waits for it.
+  """
+  if jax.process_count() == 1:
+    return row[None]
+  mesh = jax.sharding.get_mesh()
+  owners = [device.process_index for device in mesh.devices.flat]
+  spread = jax.sharding.NamedSharding(mesh, jax.P(AXES))
+  rows = jax.make_array_from_callback((len(owners), len(row)), spread, lambda _: row[None])
+  return _everywhere(rows, tuple(owners.index(process) for process in sorted(set(owners))))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _everywhere(rows: jax.Array, chosen: tuple[int, ...]) -> jax.Array:
+  return jax.sharding.reshard(rows, jax.P())[np.array(chosen)]
+
+
+def local(x: jax.Array | np.ndarray) -> np.ndarray:
+  """An array that every process holds whole, as numpy."""
+  return np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) else x
+
+
 def is_main_process() -> bool:
-  """Whether this is the process that prints, and that writes what is written once."""
+  """Whether this process is the one that prints and writes files there is one of."""
   return jax.process_index() == 0
 
 
+def from_main_process(x: np.ndarray) -> np.ndarray:
+  """The first process's value of a small numpy array, on every process; all call this together."""
+  return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def batch_spec(example: dict, batch: int) -> dict:
+  """The shapes of one example as a batch sharded over the mesh in context."""
+  by_rows = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(BATCH))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype, sharding=by_rows), example)
+
+
 def abstract(tree, mesh):
-  """Every leaf of an `eval_shape` result with a sharding on `mesh`; scalars, which have none, are replicated."""
+  """An `eval_shape` result whose leaves have shardings on `mesh`; leaves without a spec are replicated."""
   def leaf(x):
     spec = x.sharding.spec if x.sharding is not None else jax.P()
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))

@@ -36,11 +36,12 @@ class DescribeConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def run(config: DescribeConfig) -> None:
-  """Prints what the model says; the mesh must be in context."""
-  said = describe(config)
-  if jax.process_index() == 0:
-    print(said)
+def run(config: DescribeConfig, workdir: pathlib.Path) -> None:
+  """Prints the model's answer; nothing is written. The mesh must be in context."""
+  del workdir
+  answer = describe(config)
+  if sharding.is_main_process():
+    print(answer)
 
 
 def describe(config: DescribeConfig) -> str:
@@ -66,13 +67,12 @@ def describe(config: DescribeConfig) -> str:
   room = max(SHORTEST, 1 << (length - 1).bit_length())
   room = max(length, min(room, made.text.max_positions - config.max_tokens))
   row = verifi.arrays(spans, room, room)
-  on_cpu = jax.sharding.get_mesh().devices.flat[0].platform == 'cpu'
-  vlm = encoders.load(folder, config.dtype, on_cpu, config.quantized, config.cache)
+  vlm = encoders.load(folder, config.dtype, config.quantized, config.cache)
   out = text_generation.generate(
       vlm, *(_every_device(x) for x in (row['input_ids'], row['attention_mask'], tiles)), max_new=config.max_tokens,
       stop_ids=chat.stop_ids, temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed))
   # Each process holds the same row again and again, of which it can read its own
-  ids, count = (np.asarray(x.addressable_data(0))[0] for x in (out.tokens, out.lengths))
+  ids, count = (np.asarray(x.addressable_data(0))[0] for x in (out.ids, out.lengths))
   if ids[count - 1] not in chat.stop_ids and jax.process_index() == 0:
     print(f'(cut off after {count} tokens: raise --config.max_tokens for more)', file=sys.stderr)
   return chat.read(ids[:count])

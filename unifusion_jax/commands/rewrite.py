@@ -1,16 +1,20 @@
-"""Writing offline: the frozen VLM rewrites every request of a data set once, and training reads the ids back.
+"""Offline rewriting: the frozen VLM rewrites every request of a data set once, and training reads the ids back.
 
-  python -m unifusion_jax.main --config=configs/edit.py --mode=rewrite --config.data.path=FOLDER/list.jsonl --workdir=runs/own
+  python -m unifusion_jax.main --config=configs/edit.py --mode=rewrite --config.data.path=FOLDER/list.jsonl \
+      --workdir=runs/own
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl \
       --config.data.rewrites=runs/own/rewrites --workdir=runs/own
 
-A request is its text and the pixels of its references: equal ones are written once by each process that meets them. Each
-process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on after
-the last whole line. A rewrite without words, without an end or without room beside its request is not kept, and a request
-left with none is trained on as it is.
+A request is its text and the pixels of its references: equal ones are rewritten once by each process that meets them.
+Each process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on
+after the last whole line. A rewrite is left out when it is empty, has no end, or does not fit beside its request; a
+request without rewrites is trained on as it is.
 """
 
+import collections
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -18,118 +22,176 @@ import time
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from unifusion_jax import pipeline, sharding, verifi
-from unifusion_jax.data import rewrites, sources, transforms
-from unifusion_jax.errors import UserError
+from unifusion_jax.data import loader, rewrites, transforms
+from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
-from unifusion_jax.weights import hub
+from unifusion_jax.training.record import differences
+from unifusion_jax.weights import encoders, hub
+
+SAMPLING = ('count', 'temperature', 'top_p')  # settings that training on the rewrites does not depend on
 
 
 @dataclasses.dataclass
 class RewriteConfig:
-  """How requests are rewritten offline; vlm, system prompt, tiles and room are those of training."""
-  count: int = 1            # rewrites of each request; training draws one of them each time
+  """How requests are rewritten offline; the VLM, system prompt, tiles and budgets are those of training."""
+  count: int = 1            # rewrites of each request; training takes another one each time
   temperature: float = 0.0  # 0: the most probable rewrite, which there is one of
   top_p: float = 1.0
   batch_size: int = 32      # requests at a time, over all devices
 
+  def problems(self, *, path: str, shards: int) -> list[str]:
+    """What cannot work for the data of `path` on so many devices that share a batch, one sentence each."""
+    wrong = []
+    if path == 'scenes':
+      wrong.append('data.path=scenes is drawn on the fly and has no end: write a folder with '
+                   'python -m unifusion_jax.scenes.builder, or name a list of your own')
+    if self.batch_size < 1 or self.batch_size % shards:
+      wrong.append(f'rewrite.batch_size={self.batch_size} must be a multiple of the {shards} devices that share a '
+                   'batch')
+    if self.count < 1 or (self.count > 1 and not self.temperature):
+      wrong.append(f'rewrite.count={self.count} wants rewrite.temperature above 0: there is one most probable rewrite')
+    if self.temperature < 0 or not 0 < self.top_p <= 1:
+      wrong.append(f'rewrite.temperature={self.temperature} must be 0 or more, and rewrite.top_p={self.top_p} above 0 '
+                   'and at most 1')
+    return wrong
 
-def write(config, vlm, mix, folder: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
-  """Rewrites the requests of all sources of `mix` into `folder`; `config` is a config.Config.
 
-  ValueError for settings that cannot work and for a folder that was written under others.
+def run(config, workdir: pathlib.Path) -> None:
+  """Rewrites the requests of `config.data` into workdir/rewrites; the mesh must be in context.
+
+  UserError for settings that cannot work, and for a folder that was written under others.
   """
-  settings, layout = config.rewrite, transforms.prompt_encoder(config)
-  _check(config, mesh)
+  if 'vlm' not in config.objective.pretrained:
+    raise UserError('requests are rewritten for a DiT to train on: use configs/t2i.py or configs/edit.py')
+  mesh = jax.sharding.get_mesh()
+  wrong = config.rewrite.problems(path=config.data.path, shards=mesh.shape['data'] * mesh.shape['fsdp'])
+  if wrong:
+    raise UserError('this cannot be rewritten:\n  ' + '\n  '.join(wrong))
+  mixture = loader.mix(dataclasses.replace(config.data, rewrites=None, tiles=config.data.tiles[-1:]))
+  vlm = encoders.load(config.vlm, jnp.dtype(config.frozen_dtype), config.vlm_quantized, config.vlm_cache)
+  write(config, [source for source, _ in mixture], workdir / 'rewrites',
+        functools.partial(text_generation.generate, vlm))
+
+
+def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., text_generation.Generated]) -> None:
+  """Rewrites the requests of sources into a folder.
+
+  generate: `text_generation.generate` with its VLM: (input_ids, attention_mask, tiles, *, max_new, ...).
+  """
+  prompts, local = transforms.prompt_encoder(config), config.rewrite.batch_size // jax.process_count()
   if sharding.is_main_process():
-    _keep_settings(folder, _settings(config, layout))
-  mine = folder / f'rewrites-{jax.process_index():05d}.jsonl'
-  _cut_to_whole_lines(mine)
+    _keep_settings(folder, _settings(config, prompts))
+  path = folder / f'rewrites-{jax.process_index():05d}.jsonl'
+  _cut_to_whole_lines(path)
   multihost_utils.sync_global_devices('rewrite settings')
-  done = set(_keys(folder))
-  local = settings.batch_size // jax.process_count()
-  written = failed = broken = 0
-  start = time.monotonic()
-  total = sum(len(source) for source, _ in mix)
-  with mine.open('a') as file, tqdm.tqdm(total=total, unit='record', disable=not sharding.is_main_process()) as bar:
-    for source, _ in mix:
-      # By the number of references, which is the shape of a batch: all processes go through them in the same order
-      counts = np.array([-1 if (bucket := source.bucket(i)) is None else bucket[2] for i in range(len(source))])
-      for references in sorted(set(counts) - {-1}):
-        records = iter(np.flatnonzero(counts == references)[jax.process_index()::jax.process_count()])
-        while True:
-          batch = []
-          for i in records:
-            bar.update(jax.process_count())
-            try:
-              record = source[int(i)]
-              name = rewrites.key(record)
-              if name not in done:
-                row = _row(layout, record, int(references))
-                done.add(name)
-                task = record.get('task', '')
-                room = layout.lengths(int(references), task)[0] - np.sum(row['attention_mask'])
-                batch += [(name, j, row, min(room, layout.room(task)[1])) for j in range(settings.count)]
-            except sources.BrokenRecord:
-              broken += 1
-            if len(batch) >= local:
-              break
-          if not _anywhere(bool(batch)):
-            break
-          for name, ids, texts in _rewritten(settings, layout, vlm, batch, int(references), local, mesh):
-            file.write(json.dumps(dict(key=name, ids=ids, texts=texts)) + '\n')
-            written, failed = written + len(ids), failed + settings.count - len(ids)
+  done, tally, start = set(_keys(folder)), collections.Counter(), time.monotonic()
+  total = sum(len(source) for source in sources)
+  with path.open('a') as file, tqdm.tqdm(total=total, unit='record', disable=not sharding.is_main_process()) as bar:
+    for source in sources:
+      for references, indices in _by_references(source):
+        requests = _requests(prompts, source, references, indices, config.rewrite.count, done, tally, bar)
+        while _largest(len(batch := _take(requests, local))):
+          for key, ids, texts in _rewrite(config.rewrite, prompts, generate, batch, references, local):
+            file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
+            tally.update(written=len(ids), failed=config.rewrite.count - len(ids))
           file.flush()
-  took = time.monotonic() - start
-  print(f'{folder}: {written} rewrites in {took:.0f} s ({written / took:.1f}/s), {failed} without words, end or room left out, '
-        f'{broken} broken records passed over; train with --config.data.rewrites={folder}')
+  seconds = time.monotonic() - start
+  print(f'{folder}: {tally["written"]} rewrites in {seconds:.0f} s ({tally["written"] / seconds:.1f}/s), '
+        f'{tally["failed"]} left out that were empty, had no end or did not fit, {tally["broken"]} broken records '
+        f'passed over; train with --config.data.rewrites={folder}')
 
 
 def check(config) -> None:
-  """ValueError when `config.data.rewrites` was written for another VLM, system prompt or room than training has."""
-  _compare(pathlib.Path(config.data.rewrites), _settings(config, transforms.prompt_encoder(config)), ('count', 'temperature', 'top_p'))
+  """UserError when `config.data.rewrites` was written for another VLM, system prompt or budget than training has."""
+  _compare(pathlib.Path(config.data.rewrites), _settings(config, transforms.prompt_encoder(config)), SAMPLING)
 
 
-def _row(layout: transforms.PromptEncoder, record: dict, references: int) -> dict:
-  """The open prompt of a request; BrokenRecord when its text is too long."""
-  images, counts = layout.image_processor.preprocess(record['references'], references)
-  spans = layout.chat.spans(record['instruction'] or record['caption'], counts, None, layout.system)
-  row = layout.arrays(spans, references)
-  return dict(input_ids=row['input_ids'], attention_mask=row['attention_mask'], **(dict(tiles=images) if references else {}))
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+  """An open prompt of a request, the number of the rewrite, and the tokens that training has for it."""
+  key: str
+  number: int
+  row: dict
+  budget: int
 
 
-def _rewritten(settings: RewriteConfig, layout: transforms.PromptEncoder, vlm, batch, references: int, local: int, mesh):
-  """(key, ids, texts) of each request of a batch [(key, j, row, room)]; all processes call this together.
+def _by_references(source) -> Iterator[tuple[int, np.ndarray]]:
+  """This process's records (their indices) by the number of references, in the order that all processes go in."""
+  buckets = [source.bucket(i) for i in range(len(source))]
+  counts = np.array([-1 if bucket is None else bucket[2] for bucket in buckets])
+  for references in sorted(set(counts) - {-1}):
+    yield int(references), np.flatnonzero(counts == references)[jax.process_index()::jax.process_count()]
 
-  An answer that is longer than the room that training has for it is left out.
-  """
+
+def _requests(prompts: transforms.PromptEncoder, source, references: int, indices, count: int, done: set,
+              tally: collections.Counter, bar) -> Iterator[list[_Prompt]]:
+  """`count` prompts for each request that is not in `done` yet, which it then is."""
+  for i in indices:
+    bar.update(jax.process_count())
+    try:
+      record = source[int(i)]
+      key = rewrites.key(record)
+      if key in done:
+        continue
+      row, task = _row(prompts, record, references), record.get('task', '')
+    except BrokenRecord:
+      tally['broken'] += 1
+      continue
+    done.add(key)
+    budget = min(prompts.lengths(references, task)[0] - np.sum(row['attention_mask']), prompts.budget(task)[1])
+    yield [_Prompt(key, number, row, budget) for number in range(count)]
+
+
+def _take(requests: Iterator[list[_Prompt]], least: int) -> list[_Prompt]:
+  """Prompts of the next requests, `least` or a few more; fewer at the end."""
+  batch = []
+  for prompts in requests:
+    batch += prompts
+    if len(batch) >= least:
+      break
+  return batch
+
+
+def _row(prompts: transforms.PromptEncoder, record: dict, references: int) -> dict:
+  """The arrays of a request's open prompt; BrokenRecord when its text is too long."""
+  tiles, counts = prompts.image_processor.preprocess(record['references'], references)
+  spans = prompts.chat.spans(record['instruction'] or record['caption'], counts, None, prompts.system)
+  row = prompts.arrays(spans, references)
+  return dict(input_ids=row['input_ids'], attention_mask=row['attention_mask'],
+              **(dict(tiles=tiles) if references else {}))
+
+
+def _rewrite(settings: RewriteConfig, prompts: transforms.PromptEncoder, generate, batch: list[_Prompt],
+             references: int, local: int) -> list[tuple[str, list, list]]:
+  """(key, ids, texts) of each request of a batch; all processes call this together."""
   # A batch may hold a few more than `local`, when several rewrites are asked of each: in turns
-  found = {}
-  turns = int(_most(-(-len(batch) // local)))
-  for turn in range(turns):
+  kept, mesh, empty = {}, jax.sharding.get_mesh(), dict(references=(), instruction='', caption='')
+  for turn in range(_largest(-(-len(batch) // local))):
     part = batch[turn * local:(turn + 1) * local]
     # A process without requests of its own takes part with an empty one
-    rows = [row for _, _, row, _ in part] or [_row(layout, dict(references=(), instruction='', caption=''), references)]
-    seeds = [(int(name[:8], 16) + j) % 2 ** 32 for name, j, *_ in part] or [0]
+    rows = [prompt.row for prompt in part] or [_row(prompts, empty, references)]
+    seeds = [(int(prompt.key[:8], 16) + prompt.number) % 2 ** 32 for prompt in part] or [0]
     filled = np.resize(np.arange(len(rows)), local)
     arrays = sharding.shard_batch(pipeline.stacked([rows[i] for i in filled]), mesh)
     keys = None
     if settings.temperature:
       words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds)[filled])))
       keys = jax.random.wrap_key_data(sharding.shard_batch(words, mesh))
-    out = text_generation.generate(vlm, arrays['input_ids'], arrays['attention_mask'], arrays.get('tiles'), max_new=layout.written,
-                            stop_ids=layout.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
-    ids, lengths = _local(out.tokens), _local(out.lengths)
-    texts, failed = pipeline.read_rewrites(layout.chat, ids, lengths)
-    for i, (name, _, _, room) in enumerate(part):
-      kept = found.setdefault(name, ([], []))
-      if i not in failed and lengths[i] <= room:
-        kept[0].append([int(token) for token in ids[i, :lengths[i] - 1]])
-        kept[1].append(texts[i])
-  return [(name, *kept) for name, kept in found.items()]
+    out = generate(arrays['input_ids'], arrays['attention_mask'], arrays.get('tiles'), max_new=prompts.max_rewrite,
+                   stop_ids=prompts.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
+    ids, lengths = _local(out.ids), _local(out.lengths)
+    texts, failed = pipeline.read_rewrites(prompts.chat, ids, lengths)
+    for i, prompt in enumerate(part):
+      its_ids, its_texts = kept.setdefault(prompt.key, ([], []))
+      if i not in failed and lengths[i] <= prompt.budget:
+        its_ids.append([int(token) for token in ids[i, :lengths[i] - 1]])
+        its_texts.append(texts[i])
+  return [(key, *both) for key, both in kept.items()]
 
 
 def _local(x: jax.Array) -> np.ndarray:
@@ -138,38 +200,17 @@ def _local(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def _anywhere(here: bool) -> bool:
-  return bool(_most(int(here)))
-
-
-def _most(number: int) -> int:
+def _largest(number: int) -> int:
   """The largest of all processes' numbers."""
-  return number if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.array(number))))
+  return int(np.max(sharding.local(sharding.tell_all(np.array([number], np.int32)))))
 
 
-def _settings(config, layout: transforms.PromptEncoder) -> dict:
-  """What rewrites depend on."""
-  vlm = hub.fingerprint(hub.resolve(config.vlm))
-  return dict(vlm=vlm, quantized=config.vlm_quantized, system=verifi.SYSTEM.get(layout.system, layout.system),
-              tiles=max(config.data.tiles), text=layout.text, written=layout.written,
-              **{name: getattr(config.rewrite, name) for name in ('count', 'temperature', 'top_p')})
-
-
-def _check(config, mesh) -> None:
-  settings, wrong = config.rewrite, []
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
-  if config.data.path == 'scenes':
-    wrong.append('data.path=scenes is drawn on the fly and has no end: write a folder with '
-                 'python -m unifusion_jax.scenes.builder, or name a list of your own')
-  if settings.batch_size < 1 or settings.batch_size % shards:
-    wrong.append(f'rewrite.batch_size={settings.batch_size} must be a multiple of the {shards} devices that share a batch')
-  if settings.count < 1 or (settings.count > 1 and not settings.temperature):
-    wrong.append(f'rewrite.count={settings.count} wants rewrite.temperature above 0: there is one most probable rewrite')
-  if settings.temperature < 0 or not 0 < settings.top_p <= 1:
-    wrong.append(f'rewrite.temperature={settings.temperature} must be 0 or more, and rewrite.top_p={settings.top_p} above 0 '
-                 'and at most 1')
-  if wrong:
-    raise UserError('this cannot be rewritten:\n  ' + '\n  '.join(wrong))
+def _settings(config, prompts: transforms.PromptEncoder) -> dict:
+  """What rewrites depend on, as in settings.json."""
+  return dict(vlm=hub.fingerprint(hub.resolve(config.vlm)), quantized=config.vlm_quantized,
+              system=verifi.SYSTEM.get(prompts.system, prompts.system), tiles=max(config.data.tiles),
+              text=prompts.max_prompt, written=prompts.max_rewrite,
+              **{name: getattr(config.rewrite, name) for name in SAMPLING})
 
 
 def _keep_settings(folder: pathlib.Path, settings: dict) -> None:
@@ -183,14 +224,13 @@ def _compare(folder: pathlib.Path, settings: dict, free: tuple[str, ...] = ()) -
   if not (folder / rewrites.SETTINGS).exists():
     raise UserError(f'{folder} holds no {rewrites.SETTINGS}: give the folder that --mode=rewrite wrote')
   there = json.loads((folder / rewrites.SETTINGS).read_text())
-  differ = [f'{name}: {there.get(name)!r} there, {value!r} now' for name, value in settings.items()
-            if name not in free and there.get(name) != value]
-  if differ:
+  different = differences(there, settings, lambda name: name in settings and name not in free)
+  if different:
     raise UserError(f'{folder} holds rewrites made under other settings; give another folder, or remove that one.\n  '
-                     + '\n  '.join(differ))
+                    + '\n  '.join(different))
 
 
-def _keys(folder: pathlib.Path):
+def _keys(folder: pathlib.Path) -> Iterator[str]:
   for path in folder.glob('rewrites-*.jsonl'):
     for line in path.read_text().splitlines(keepends=True):
       if line.endswith('\n'):

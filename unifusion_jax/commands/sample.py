@@ -6,8 +6,22 @@ import pathlib
 import numpy as np
 
 from unifusion_jax import pipeline, sharding
-from unifusion_jax.data import imaging, sources
+from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
+from unifusion_jax.training import checkpoint, record
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Samples what `config.sample` asks for, from the workdir's run or from the weights that the configuration names."""
+  if not hasattr(config.objective, 'pipeline'):
+    raise UserError('this recipe trains a part of a model, which samples no images: sample with configs/t2i.py or '
+                    'configs/edit.py, or measure it with --mode=eval')
+  record.check_same_model(config, workdir)
+  wanted, height, width = requests(config.sample, config.data.size)  # before anything slow is loaded
+  params, weights = checkpoint.trained(config, workdir)
+  pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
+  run_requests(pipe, wanted, height, width, workdir / 'images', weights=weights, vlm=config.vlm)
+  record.write(config, workdir, 'config_sample.json')
 
 
 def requests(settings: pipeline.SampleConfig, size: int) -> tuple[list[pipeline.Request], int, int]:
@@ -57,31 +71,10 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[pipeline.Reque
     print(f'{folder / "grid.png"}')
 
 
-def same_shape(source, count: int, wanted=lambda record: True) -> list[dict]:
-  """The first `count` records of a source that are whole, share the first one's shape and are wanted."""
-  records, shape = [], None
-  for i in range(len(source)):
-    bucket = source.bucket(i)
-    if bucket is None or shape not in (None, bucket):
-      continue
-    try:
-      record = source[i]
-    except sources.BrokenRecord:
-      continue
-    if wanted(record):
-      shape = bucket
-      records.append(record)
-    if len(records) == count:
-      break
-  return records
-
-
 def preview_grid(pipe: pipeline.UniFusionPipeline, records: list[dict]) -> np.ndarray:
   """Grid of what the model makes of records: references, request, sample with its rewrite, target; uint8 [y x 3]."""
-  height, width = records[0]['target'].shape[:2]
-  requests = [pipeline.Request(r['instruction'] or r['caption'], tuple(r['references']), i)
-              for i, r in enumerate(records)]
-  samples = pipe.generate(requests, height, width)
+  requests = pipeline.requests_of(records)
+  samples = pipe.generate(requests, *records[0]['target'].shape[:2])
   rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]
           for r, sample in zip(records, samples)]
   captions = [([''] * (len(r['references']) - 1) + [request.instruction] if r['references'] else [])

@@ -1,6 +1,7 @@
-"""The training loop: build, restore, step, log, preview, save. It knows no model; `jobs.py` does."""
+"""Training: build, restore, step, log, preview, save. The loop knows no model; `config.objective` does."""
 
 import collections
+import dataclasses
 import math
 import pathlib
 import statistics
@@ -10,116 +11,170 @@ from absl import logging
 import jax
 import numpy as np
 
-from unifusion_jax import config as configuration
-from unifusion_jax import jobs, sharding
-from unifusion_jax.data import loader
+from unifusion_jax import sharding
+from unifusion_jax.commands import rewrite
+from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
-from unifusion_jax.training import checkpoint
-from unifusion_jax.training import metrics as metrics_lib
-from unifusion_jax.training import step as step_lib
+from unifusion_jax.training import checkpoint, metrics, record, step
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  steps: int = 1000
+  minutes: float = 0.0         # wall-clock budget; above 0 the run and its schedule end with it, or with `steps`
+  log_every: int = 10
+  save_every: int = 500
+  preview_every: int = 500
+  max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
+
+  def problems(self) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    counts = [f'train.{name}={getattr(self, name)} must be 1 or more'
+              for name in ('steps', 'log_every', 'save_every', 'preview_every') if getattr(self, name) < 1]
+    minutes = [] if self.minutes >= 0 else [f'train.minutes={self.minutes} must be 0 (no budget) or more']
+    return counts + minutes
 
 
 class Diverged(UserError):
-  """Training produced something that is not worth saving."""
+  """Training reached weights that are not worth saving."""
 
 
-def train(config: configuration.Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, *, stop_at: int | None = None):
-  """Trains to `config.train.steps` (or pauses at `stop_at`), going on where the workdir's last checkpoint stands.
+def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.State:
+  """Trains to the end (or pauses at step `stop_at`), going on where the workdir's last checkpoint stands.
 
   Returns the final State. The mesh must be in context.
   """
-  configuration.check(config, mesh.size)
-  configuration.keep(config, workdir)
-  job = jobs.build(config)
-  frozen = job.load_frozen()
-  tx = step_lib.optimizer(config.optim, config.train.steps)
-
-  def fresh(params):
-    return step_lib.init(params, tx)
-
-  mix, transform = job.data()
-  data = loader.batches(mix, transform, config.data.batch_size, config.seed, jax.process_index(), jax.process_count(),
-                          workers=config.data.workers)
-  saved = checkpoint.Checkpoints(workdir, tidy=True)
-  if saved.latest() is None:
-    state = jax.jit(fresh, donate_argnums=0)(job.init_params())
+  mesh, objective = jax.sharding.get_mesh(), config.objective
+  checkpoints = checkpoint.Checkpoints(workdir, tidy=True)
+  if config.init and checkpoints.latest() is None:
+    record.pin(config, 'init')
+  record.claim(config, workdir)
+  frozen = objective.frozen(config)
+  tx = step.optimizer(config.optim, config.train.steps)
+  data = batches(config)
+  if checkpoints.latest() is None:
+    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
   else:
-    state = saved.restore(jax.eval_shape(lambda: fresh(job.draw_params())), data, mesh)
+    state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
     logging.info('going on from step %d of %s', int(state.step), workdir)
-  train_step = step_lib.make_train_step(job.loss, tx, config.optim)
+  train_step = step.make_train_step(objective.loss, tx, config.optim)
+  preview = objective.preview(config)
 
   start, end = int(state.step), config.train.steps if stop_at is None else min(stop_at, config.train.steps)
-  writer = metrics_lib.Writer(workdir, start, config.train.steps)
-  watch = DivergenceGuard(config.train.max_loss_ratio)
+  writer = metrics.Writer(workdir, start, config.train.steps)
+  clock = Clock(config.train.minutes, float(state.progress))
+  guard = DivergenceGuard(config.train.max_loss_ratio)
   key = jax.random.key(config.seed)
-  seen = skipped = 0
-  # The scalars of each step since the last logged one, of which the mean is logged as batches differ; the last few of them
-  # still where they were computed
-  since, unwatched = [], []
-  clock, clock_step = time.monotonic(), start
+  logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
+  rate_clock, rate_step = time.monotonic(), start
   try:
-    writer.say('compiling: the first step of each shape of batch takes its time')
-    for step in range(start, end):
+    writer.note('compiling: the first step of each shape of batch takes its time')
+    for done in range(start + 1, end + 1):
       batch = next(data)
-      missed = batch.pop('skipped')
-      seen, skipped = seen + len(missed), skipped + int(np.sum(missed))
-      if np.any(missed):
-        loader.check_skipped(seen, skipped, config.data.skipped, mix)
-      state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key)
-      done = step + 1
-      unwatched.append(scalars)
-      logs, saves = (done % every == 0 or done == end for every in (config.train.log_every, config.train.save_every))
+      progress = clock()
+      state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key, progress)
+      pending.append(scalars)
+      jax.block_until_ready(pending[-2:][0])  # the host runs at most one step ahead
+      last = done == end or progress == 1
+      logs, saves = (done % every == 0 or last for every in (config.train.log_every, config.train.save_every))
       if logs or saves or done == start + 1:
         # Nothing is saved before it was looked at
-        for at, each in enumerate(jax.device_get(unwatched), done + 1 - len(unwatched)):
-          watch(at, each)
-          since.append(each)
-        unwatched = []
-        writer.show(since[-1])
-      writer.advance(done)
+        for at, values in enumerate(jax.device_get(pending), done + 1 - len(pending)):
+          guard(at, values)
+          logged.append(values)
+        pending = []
+        writer.set_postfix(logged[-1])
+      writer.step(done)
       if logs:
-        # A scalar that only some batches have (a read-out of tiles, say) is the mean over those.
-        scalars = {name: float(np.mean([each[name] for each in since if name in each]))
-                   for name in dict.fromkeys(name for each in since for name in each)}
-        since = []
         now = time.monotonic()
-        rate = (done - clock_step) * config.data.batch_size / (now - clock)
-        clock, clock_step = now, done
-        writer.write(done, dict(scalars, images_per_second=rate, skipped=skipped))
-      if done % config.train.preview_every == 0 or done == end:
-        job.preview(state.ema, frozen, workdir, done)
-        clock, clock_step = time.monotonic(), done
+        rate = (done - rate_step) * config.data.batch_size / (now - rate_clock)
+        rate_clock, rate_step = now, done
+        writer.write(done, dict(_means(logged), images_per_second=rate, skipped=data.skipped))
+        logged = []
+      if done % config.train.preview_every == 0 or last:
+        grid = preview(state.ema, frozen)
+        if grid is not None and sharding.is_main_process():
+          imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
+        rate_clock, rate_step = time.monotonic(), done
       if saves:
-        saved.save(state, data)
-    saved.wait()
+        checkpoints.save(state, data)
+      if last:
+        break
+    checkpoints.wait()
   finally:
-    saved.close()
+    checkpoints.close()
     data.close()
     writer.close()
+  if sharding.is_main_process():
+    print('done.', f'images: {workdir / "samples"}', f'metrics: {workdir / "metrics.jsonl"}',
+          f'checkpoint: {workdir / "checkpoints"}', sep='\n  ')
   return state
 
 
-class DivergenceGuard:
-  """Raises Diverged when the loss or the gradient is not finite, or the loss has leapt above what it was before.
+def batches(config) -> loader.Feed:
+  """The batches that a run trains on: this process's rows of each."""
+  if config.data.rewrites:
+    rewrite.check(config)
+  batches = loader.batches(
+      loader.mix(config.data, seed=config.seed), config.objective.transform(config), config.data.batch_size,
+      config.seed, jax.process_index(), jax.process_count(), config.data.workers)
+  return loader.Feed(batches, config.data.skipped)
 
-  Batches of one task differ a lot from those of another, so it takes the median of several losses to leap.
+
+def abstract(config):
+  """(state, frozen, batch) of the train step as shapes on the abstract mesh in context: no device, no weight is needed."""
+  objective, tx = config.objective, step.optimizer(config.optim, config.train.steps)
+  state = jax.eval_shape(lambda: step.init(objective.random(config), tx))
+  return state, objective.abstract_frozen(config), objective.batch_spec(config)
+
+
+class Clock:
+  """Progress of a run with a budget of minutes, from 0 to 1; time of earlier starts counts. None without a budget.
+
+  All processes read the clock of the first one, so that they decay and stop at the same step.
+  """
+
+  def __init__(self, minutes: float, progress: float):
+    self._seconds, self._before, self._start = 60 * minutes, progress, time.monotonic()
+
+  def __call__(self) -> np.float32 | None:
+    if not self._seconds:
+      return None
+    now = np.float32(self._before + (time.monotonic() - self._start) / self._seconds)
+    return min(sharding.from_main_process(now), np.float32(1))
+
+
+def _means(steps: list[dict]) -> dict[str, float]:
+  """Means over steps of metrics, each a scalar or a pair (sum, count); over those steps that have the metric."""
+  means = {}
+  for name in dict.fromkeys(name for values in steps for name in values):
+    values = np.array([values[name] for values in steps if name in values], np.float64)
+    means[name] = float(np.mean(values) if values.ndim == 1 else values[:, 0].sum() / max(values[:, 1].sum(), 1))
+  return means
+
+
+class DivergenceGuard:
+  """Raises Diverged when loss or gradient is not finite, or the loss has leapt above what it was before.
+
+  Batches of one task differ a lot from those of another, so the median of several losses has to leap.
   """
   BEFORE, NOW = 100, 20  # steps
 
-  def __init__(self, factor: float):
-    self._factor = factor
+  def __init__(self, max_ratio: float):
+    self._max_ratio = max_ratio
     self._recent = collections.deque(maxlen=self.BEFORE + self.NOW)
 
   def __call__(self, step: int, scalars: dict[str, float]) -> None:
     bad = [name for name in ('loss', 'gradient_norm') if not math.isfinite(scalars[name])]
-    advice = ('the last checkpoint is kept. Look at the data; or write its weights out (--mode=export) and start from them in '
-              'another --workdir (--config.init=FOLDER) with a lower optim.learning_rate or optim.clip')
+    advice = ('the last checkpoint is kept. Look at the data; or write its weights out (--mode=export) and start from '
+              'them in another --workdir (--config.init=FOLDER) with a lower optim.learning_rate or optim.clip')
     if bad:
       raise Diverged(f'step {step}: {" and ".join(bad)} no longer finite; {advice}')
     self._recent.append(scalars['loss'])
     if len(self._recent) == self._recent.maxlen:
       losses = list(self._recent)
       before, now = statistics.median(losses[:self.BEFORE]), statistics.median(losses[self.BEFORE:])
-      if now > self._factor * before:
+      if now > self._max_ratio * before:
         raise Diverged(f'step {step}: the median of the last {self.NOW} losses, {now:.4g}, is more than '
-                       f'train.max_loss_ratio={self._factor:g} times that of the {self.BEFORE} before, {before:.4g}; {advice}')
+                       f'train.max_loss_ratio={self._max_ratio:g} times that of the {self.BEFORE} before, '
+                       f'{before:.4g}; {advice}')

@@ -1,7 +1,7 @@
-"""Images in and out: reading any file as RGB, resizing, tiling for the vision tower, PNGs and sample grids.
+"""Images in and out: any file as RGB, resizing, tiles for the vision tower, PNGs and sample grids.
 
-An image is uint8 RGB [y x 3] everywhere. `tiles` follows the dynamic preprocessing of InternVL (arXiv 2404.16821),
-as the public GotOcr2ImageProcessor does it with crop_to_patches.
+An image is uint8 RGB [y x 3] on the host and on the wire; a model's door makes floats of it. `tiles` follows the
+dynamic preprocessing of InternVL (arXiv 2404.16821), as GotOcr2ImageProcessor does it with crop_to_patches.
 """
 
 import io
@@ -106,25 +106,27 @@ def _to_rgb(pil_image: Image.Image) -> np.ndarray:
   return np.array(pil_image.convert('RGB'))
 
 
+def to_float(images):
+  """uint8 -> f32 in [-1, 1], the range of the autoencoder; numpy or jax arrays of any shape."""
+  return images.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(images):
+  """[-1, 1] -> uint8, clipped and rounded; numpy or jax arrays of any shape."""
+  return ((images.astype(np.float32) + 1.0) * 127.5).clip(0, 255).round().astype(np.uint8)
+
+
 def resize_cover(image: np.ndarray, width: int, height: int) -> np.ndarray:
   """Scaled (antialiased) to cover width x height pixels and cut at the centre: uint8 [height width 3]."""
-  y, x = image.shape[:2]
-  if (x, y) == (width, height):
-    return image
-  scale = min(x / width, y / height)  # source pixels per wanted pixel
-  left, top = (x - scale * width) / 2, (y - scale * height) / 2
-  box = (max(left, 0), max(top, 0), min(left + scale * width, x), min(top + scale * height, y))
-  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
+  return np.asarray(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.BICUBIC))
 
 
-def tile_grid(height: int, width: int, tile: int, max_tiles: int, min_tiles: int = 1) -> tuple[int, int]:
-  """(columns, rows) of tiles for an image: the closest aspect ratio of min_tiles <= columns * rows <= max_tiles.
+def tile_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
+  """(columns, rows) of tiles for an image: the closest aspect ratio of columns * rows <= max_tiles.
 
   Of grids equally close the larger is taken while the image has more than half as many pixels as the grid.
   """
-  if not 1 <= min_tiles <= max_tiles:
-    raise UserError(f'min_tiles={min_tiles} and max_tiles={max_tiles}: wanted 1 <= min_tiles <= max_tiles')
-  grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if min_tiles <= c * r <= max_tiles]
+  grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
   grids.sort(key=lambda grid: grid[0] * grid[1])
   best, best_error = (1, 1), float('inf')
   for columns, rows in grids:
@@ -135,15 +137,13 @@ def tile_grid(height: int, width: int, tile: int, max_tiles: int, min_tiles: int
   return best
 
 
-def tiles(image: np.ndarray, tile: int, max_tiles: int, min_tiles: int = 1, thumbnail: bool = True) -> np.ndarray:
+def tiles(image: np.ndarray, tile: int, max_tiles: int) -> np.ndarray:
   """The image as uint8 tiles [r tile tile 3], row by row, then the whole of it when there is more than one."""
   height, width = image.shape[:2]
-  columns, rows = tile_grid(height, width, tile, max_tiles, min_tiles)
+  columns, rows = tile_grid(height, width, tile, max_tiles)
   whole = _stretch(image, columns * tile, rows * tile)
   cut = whole.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
-  if thumbnail and rows * columns > 1:
-    return np.concatenate([cut, _stretch(image, tile, tile)[None]])
-  return cut
+  return np.concatenate([cut, _stretch(image, tile, tile)[None]]) if rows * columns > 1 else cut
 
 
 def _stretch(image: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -154,12 +154,6 @@ def stitch(images) -> np.ndarray:
   """Images [y x 3] edge to edge as one, each scaled to the height of the highest: uint8 [y x 3]."""
   height = max(image.shape[0] for image in images)
   return np.concatenate([_stretch(p, max(1, round(p.shape[1] * height / p.shape[0])), height) for p in images], axis=1)
-
-
-def normalise(images: np.ndarray, mean, std) -> np.ndarray:
-  """uint8 [... 3] -> f32 [... 3], (x / 255 - mean) / std per channel."""
-  mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-  return images.astype(np.float32) * (1 / (255 * std)) - mean / std
 
 
 def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> bytes:

@@ -1,97 +1,263 @@
-"""From sources to stacked numpy batches, with grain: bucket, shuffle, shard by process, map, batch, mix.
+"""The data of a run: which sources and tasks, and from them stacked numpy batches, with grain.
 
-A batch holds one bucket of one source only, so its arrays have one shape. Every process draws the same sequence of
-buckets and takes its own rows of each batch. Batch k is a pure function of the arguments and k, whatever the number
-of threads, workers and processes, and the saved state is k.
+Bucket, shuffle, share out over processes, map, batch, mix. A batch holds one bucket of one source only, so its arrays
+have one shape. Every process draws the same sequence of buckets and takes its own rows of each batch. Batch k is a pure
+function of the arguments and k, whatever the number of threads, workers and processes, and the saved state is k.
+
+  data = loader.batches(loader.mix(config.data, seed=config.seed), transform, config.data.batch_size, config.seed)
+  feed = loader.Feed(data, config.data.skipped)
+  batch = next(feed)                    # numpy arrays [b / processes ...]
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
+import pathlib
 
 from absl import flags, logging
 import grain
+import jax
 import numpy as np
 
-from unifusion_jax.data.sources import BrokenRecord
-from unifusion_jax.errors import UserError
+from unifusion_jax import sharding
+from unifusion_jax.data import buckets, rewrites, sources
+from unifusion_jax.errors import BrokenRecord, UserError
 
 # transform(record, rng) -> the arrays of one example
 Transform = Callable[[dict, np.random.Generator], dict]
 ENDLESS = 2 ** 50  # examples; grain's own endless repeat overflows at one row a process
 TRIES = 100  # records of one bucket tried in a row before the run stops
+THREADS = 2  # batches made at a time in a process that has no workers
 
 
-def batches(mix: Sequence[tuple[object, float]], transform: Transform, batch_size: int, seed: int = 0,
-            process_index: int = 0, process_count: int = 1, threads: int = 2, workers: int = 0,
-            shuffle: bool = True) -> 'Batches':
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A task of the mix: its share of the examples, and its budgets in tokens where it has its own."""
+  name: str
+  weight: float = 1.0
+  prompt: int | None = None   # None: DataConfig.max_prompt_tokens
+  rewrite: int | None = None  # None: DataConfig.max_rewrite_tokens
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Where examples come from and what shape they take."""
+  # 'scenes': drawn on the fly; a folder written by scenes/builder.py; a .jsonl or .parquet file of your own.
+  path: str = 'scenes'
+  tasks: tuple[Task, ...] = (Task('t2i'),)   # of your own images there is one source; 'reconstruct' asks for them again
+  only: str = ''                             # some of the tasks: 'edit' (edit/1-2 too), or 'edit=0.7,t2i=0.3'
+  size: int = 64                             # images have about size^2 pixels
+  aspects: tuple[str, ...] = ('1:1', '5:3', '3:5')  # width:height of the canvases that your own images are cut to
+  unit: int = 16                             # pixels that both sides of these are multiples of
+  # Tiles that the VLM may cut a reference into; of several numbers each batch has one, equally often.
+  tiles: tuple[int, ...] = (1,)
+  max_prompt_tokens: int = 128               # what the VLM reads and writes, images apart
+  max_rewrite_tokens: int = 52               # what it writes
+  rewrites: str | None = None                # a folder of --mode=rewrite to train on; None: on the captions
+  batch_size: int = 32                       # over all devices
+  workers: int = 0                           # processes that prepare batches; 0: threads of this one
+  skipped: float = 0.01                      # share of broken records past which the run stops
+
+  @property
+  def chosen(self) -> tuple[Task, ...]:
+    """The tasks that `only` names, with its weights; all tasks without it. UserError for a name that no task has."""
+    if not self.only:
+      return self.tasks
+    chosen = {}
+    for entry in self.only.split(','):
+      name, given, weight = (part.strip() for part in entry.partition('='))
+      named = [task for task in self.tasks if name in (task.name, task.name.partition('/')[0])]
+      if not named:
+        raise UserError(f'data.only={self.only!r}: there is no task {name!r} here; there are '
+                        f'{", ".join(task.name for task in self.tasks)}')
+      if given and not _is_positive(weight):
+        raise UserError(f'data.only={self.only!r}: the weight {weight!r} of {name!r} must be a number above 0')
+      share = float(weight) / sum(task.weight for task in named) if given else 1.0
+      chosen |= {task.name: dataclasses.replace(task, weight=task.weight * share) for task in named}
+    return tuple(chosen[task.name] for task in self.tasks if task.name in chosen)
+
+  @property
+  def canvases(self) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the canvases that your own images are cut to. UserError where there are none."""
+    if self.size < 1 or self.unit < 1 or not self.aspects:
+      raise UserError(f'data.size={self.size} and data.unit={self.unit} must be 1 or more, and '
+                      f'data.aspects={self.aspects} must name at least one')
+    return buckets.canvases(self.aspects, self.size, self.unit)
+
+  @property
+  def budgets(self) -> tuple[tuple[str, int, int], ...]:
+    """(name, prompt tokens, rewrite tokens) of every task, whatever `only` says."""
+    return tuple((task.name, self.max_prompt_tokens if task.prompt is None else task.prompt,
+                  self.max_rewrite_tokens if task.rewrite is None else task.rewrite) for task in self.tasks)
+
+  @property
+  def budget(self) -> tuple[int, int]:
+    """(prompt tokens, rewrite tokens) that are enough for every task, and that a request of no task has."""
+    _, prompts, rewritten = zip(('', self.max_prompt_tokens, self.max_rewrite_tokens), *self.budgets)
+    return max(prompts), max(rewritten)
+
+  def problems(self, *, kinds: tuple[str, ...], unit: int, shards: int, accumulate: int = 1) -> list[str]:
+    """What cannot work, one sentence each.
+
+    Args:
+      kinds: the tasks that the objective has a loss for, without their numbers of objects.
+      unit: pixels that both sides of every image must be multiples of: a latent patch.
+      shards: devices that share a batch.  accumulate: parts that each of them takes its share in.
+    """
+    wrong, micro = [], shards * max(1, accumulate)
+    if self.batch_size < 1 or self.batch_size % micro:
+      wrong.append(f'data.batch_size={self.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {shards} '
+                   f'devices share a batch, times optim.accumulate={accumulate}')
+    names = [task.name for task in self.tasks]
+    if not names or len(set(names)) < len(names):
+      wrong.append(f'data.tasks={names} must name at least one task, and each of them once')
+    for task in self.tasks:
+      if task.name.partition('/')[0] not in kinds:
+        wrong.append(f'data.tasks: this objective trains on {", ".join(kinds)}, not on {task.name!r}')
+      if any(budget is not None and budget < 1 for budget in (task.prompt, task.rewrite)):
+        wrong.append(f'data.tasks: {task.name!r} has prompt={task.prompt} and rewrite={task.rewrite} tokens, which '
+                     'must be 1 or more')
+      if task.weight <= 0:
+        wrong.append(f'data.tasks: {task.name!r} has the weight {task.weight}, which must be above 0: leave it out '
+                     'instead')
+    if min(self.max_prompt_tokens, self.max_rewrite_tokens) < 1:
+      wrong.append(f'data.max_prompt_tokens={self.max_prompt_tokens} and data.max_rewrite_tokens='
+                   f'{self.max_rewrite_tokens} must be 1 or more')
+    if not self.tiles or min(self.tiles) < 1:
+      wrong.append(f'data.tiles={self.tiles} must be numbers from 1 on')
+    if self.workers < 0:
+      wrong.append(f'data.workers={self.workers} must be 0 or more')
+    if not 0 <= self.skipped <= 1:
+      wrong.append(f'data.skipped={self.skipped} is a share: between 0 and 1')
+    for name in ('chosen', *(['canvases'] if self.path != 'scenes' else [])):
+      try:
+        getattr(self, name)
+      except UserError as error:
+        wrong.append(str(error))
+    if self.path == 'scenes':
+      wrong += _scenes().problems(self, unit)
+    elif self.unit % unit:
+      wrong.append(f'data.unit={self.unit} must be a multiple of the {unit} pixels of a latent patch')
+    return wrong
+
+
+def _is_positive(number: str) -> bool:
+  try:
+    return 0 < float(number) < float('inf')
+  except ValueError:
+    return False
+
+
+def _scenes():
+  from unifusion_jax.scenes import sources as scenes  # the embedded world, for those who ask for it
+  return scenes
+
+
+def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[object, float]]:
+  """(source, weight) for each task, for `batches`.
+
+  Your own images are all one source, whatever the tasks, but for 'reconstruct', which asks for the targets back.
+  With several numbers of tiles each of these comes once for each number.
+  """
+  path, tasks = pathlib.Path(data.path), data.chosen
+  if data.path == 'scenes':
+    weighted = [(_scenes().SceneSource(task.name, split, data.size, seed), task.weight) for task in tasks]
+  elif path.suffix in ('.jsonl', '.parquet'):
+    own = sources.FolderSource(path, data.canvases, data.skipped)
+    again = sum(task.weight for task in tasks if task.name == 'reconstruct')
+    first = sum(task.weight for task in tasks if task.name != 'reconstruct')
+    weighted = [(source, weight) for source, weight in ((own, first), (sources.Reconstruct(own), again)) if weight]
+  elif path.is_dir():
+    weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
+  else:
+    raise UserError(f"data.path={data.path!r} is neither 'scenes' nor a .jsonl or .parquet file nor a folder that "
+                    'unifusion_jax.scenes.builder wrote')
+  if data.rewrites:
+    table = rewrites.Table(data.rewrites)
+    weighted = [(sources.Rewritten(source, table), weight) for source, weight in weighted]
+  if len(data.tiles) == 1:
+    return weighted
+  return [(sources.InTiles(source, tiles), weight / len(data.tiles)) for source, weight in weighted
+          for tiles in data.tiles]
+
+
+def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch_size: int, seed: int = 0,
+            process_index: int = 0, process_count: int = 1, workers: int = 0) -> 'Batches':
   """Endless batches of a weighted mix of sources.
 
-  mix: (source, weight) pairs; a source's examples make up weight / sum of weights of all examples.
+  mixture: (source, weight) pairs, as from `mix`; a source's examples make up weight / sum of weights of all examples.
   batch_size: of all processes together; each gets batch_size / process_count rows.
-  threads: batches made at a time in this process. workers: more processes that make batches instead (0 for none).
-  Each example carries 'skipped', how many broken records were passed over for it (see `check_skipped`).
-  Everything must be picklable when workers > 0. ValueError for sizes that do not divide and for empty sources.
+  workers: processes that make batches instead of threads of this one (0 for none).
+  Each example carries 'skipped', the number of broken records passed over for it (see `Feed`).
+  Everything must be picklable when workers > 0. UserError for sizes that do not divide and for empty sources.
   """
-  local = _local_size(batch_size, process_count)
-  datasets, weights, made_of = [], [], []
-  for source, weight in mix:
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(f'batch_size={batch_size} does not divide among {process_count} processes: choose a multiple of '
+                    'their number')
+  datasets, weights, facts = [], [], []
+  for source, weight in mixture:
     if weight <= 0:
       raise UserError(f'{source.name} has weight {weight}: a source in the mix wants a weight above 0')
     for bucket, (share, indices) in sorted(_buckets(source).items()):
-      made_of.append((weight, bucket, len(indices)))  # not the name: a folder may have moved
+      facts.append((weight, bucket, len(indices)))  # not the name: a folder may have moved
       weights.append(weight * share)
-      positions = grain.MapDataset.range(len(indices)).seed(_seed(seed, len(datasets)))
-      positions = positions.shuffle() if shuffle else positions
+      positions = grain.MapDataset.range(len(indices)).seed(_seed(seed, len(datasets))).shuffle()
       # The rng of an example comes from its place in the global order, hence the slice after the map.
-      drawn = positions.repeat(ENDLESS // len(indices)).random_map(_Draw(source, indices, transform))
-      datasets.append(drawn[process_index::process_count].batch(local))
+      examples = positions.repeat(ENDLESS // len(indices)).random_map(_Draw(source, indices, transform))
+      datasets.append(examples[process_index::process_count].batch(batch_size // process_count))
   if not datasets:
     raise UserError('the mix has no sources: give at least one (source, weight)')
-  mixed = grain.MapDataset.mix(datasets, weights)
-  made_of = hashlib.sha256(repr((made_of, batch_size, seed, shuffle)).encode()).hexdigest()[:16]
-  return Batches(mixed, made_of, threads, workers)
+  made_of = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
+  return Batches(grain.MapDataset.mix(datasets, weights), made_of, workers)
 
 
-def ordered(source, transform: Transform, batch_size: int, limit: int | None = None, seed: int = 0,
-            process_index: int = 0, process_count: int = 1, threads: int = 2) -> 'Batches':
-  """The first `limit` examples (all for None) once, bucket by bucket in their order, for evaluation.
+def whole_records(source, count: int, wanted=lambda record: True):
+  """The first `count` records of a source that can be used and are wanted; fewer where it ends."""
+  for i in range(len(source)):
+    if count < 1:
+      return
+    if source.bucket(i) is None:
+      continue
+    try:
+      record = source[i]
+    except BrokenRecord:
+      continue
+    if wanted(record):
+      count -= 1
+      yield record
 
-  Each example carries 'index', its place in the source, and 'weight' f32: 0 for what fills the last batch of a bucket
-  up and for the stand-in of a broken record, 1 otherwise.
-  """
-  local = _local_size(batch_size, process_count)
-  if limit is None and len(source) > 10_000_000:
-    raise UserError(f'{source.name} has {len(source)} examples, too many to go through: give a limit')
-  indices = range(len(source) if limit is None else min(limit, len(source)))
-  datasets = []
-  for bucket, members in sorted(_groups(source, indices).items()):
-    padded = np.resize(members, -(-len(members) // batch_size) * batch_size)
-    plan = [(position, float(position < len(members))) for position in range(len(padded))]
-    drawn = grain.MapDataset.source(plan).seed(_seed(seed, len(datasets)))
-    drawn = drawn.random_map(_DrawOrdered(_Draw(source, padded, transform)))
-    datasets.append(drawn[process_index::process_count].batch(local))
-  made_of = hashlib.sha256(repr((len(indices), batch_size, seed)).encode()).hexdigest()[:16]
-  return Batches(grain.MapDataset.concatenate(datasets), made_of, threads, workers=0)
+
+def preview_records(data: DataConfig, count: int, wanted=lambda record: True) -> list[dict]:
+  """Records of one shape of the first task: of the test split, or of what there is where none was written."""
+  data = dataclasses.replace(data, only=data.chosen[0].name, rewrites=None, tiles=(max(data.tiles),))
+  try:
+    (source, _), *_ = mix(data, split='test')
+  except UserError:
+    (source, _), *_ = mix(data)
+  shape = None
+
+  def of_one_shape(record):
+    nonlocal shape
+    bucket = (record['target'].shape[:2], len(record['references']))
+    if shape not in (None, bucket) or not wanted(record):
+      return False
+    shape = bucket
+    return True
+  return list(whole_records(source, count, of_one_shape))
 
 
 class Batches(grain.DatasetIterator):
-  """Iterates over a MapDataset of batches; its state is the number of the next one, whoever makes it.
+  """Iterator over a MapDataset of batches; its state is the number of the next one, whoever makes it.
 
   grain's own states hold one entry a worker, so they could not be restored with another number of workers.
   """
 
-  def __init__(self, dataset: grain.MapDataset, made_of: str, threads: int, workers: int):
+  def __init__(self, dataset: grain.MapDataset, made_of: str, workers: int):
     super().__init__()
-    self._dataset, self._made_of, self._threads, self._workers = dataset, made_of, threads, workers
+    self._dataset, self._made_of, self._workers = dataset, made_of, workers
     self._next, self._iterator = 0, None
 
-  def __len__(self) -> int:
-    return len(self._dataset)
-
   def __next__(self) -> dict:
-    if self._next >= len(self._dataset):
-      raise StopIteration
     if self._iterator is None:
       self._iterator = iter(self._reader())
     batch = next(self._iterator)
@@ -102,10 +268,10 @@ class Batches(grain.DatasetIterator):
     return {'next_batch': self._next, 'made_of': self._made_of}
 
   def set_state(self, state: dict) -> None:
-    """Goes on at a saved state. ValueError when it was saved with other sources, weights, batch size or seed."""
+    """Goes on at a saved state. UserError when it was saved with other sources, weights, batch size or seed."""
     if state['made_of'] != self._made_of:
       raise UserError(f'the saved position in the data (batch {state["next_batch"]}) was made with other sources, '
-                       'weights, batch size or seed: use those again, or start a new run from the saved weights')
+                      'weights, batch size or seed: use those again, or start a new run from the saved weights')
     self.close()
     self._next = state['next_batch']
 
@@ -116,14 +282,80 @@ class Batches(grain.DatasetIterator):
 
   def _reader(self) -> grain.IterDataset:
     rest = self._dataset[self._next:]
-    options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
     if not self._workers:
-      return rest.to_iter_dataset(options)
+      return rest.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS))
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own, which a notebook or a test never parses
       flags.FLAGS.mark_as_parsed()
     within = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return rest.to_iter_dataset(within).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+
+
+class Feed(grain.DatasetIterator):
+  """A run's batches, without 'skipped', which end on all processes at once; iterated and saved in place of `batches`.
+
+  Where the batch of one process raises, and where more than `share` of the examples of all processes were broken, every
+  process raises in the same call. With several processes a batch is read one call early and all tell each other about
+  it on the devices, behind the steps that are under way, so the host is never more than two steps ahead of them. The
+  mesh must be in context.
+
+  Attributes:
+    seen: examples of all processes so far.  skipped: broken records passed over for them.
+  """
+
+  def __init__(self, batches: Batches, share: float = 0.01):
+    super().__init__()
+    self._batches, self._share = batches, share
+    self.seen = self.skipped = 0
+    self._ahead = None
+
+  def __next__(self) -> dict:
+    here, self._ahead = self._ahead or self._read(), None
+    facts = sharding.local(here.facts)
+    failed = [i for i, (failure, *_) in enumerate(facts) if failure]
+    if here.error is not None:
+      raise here.error
+    if failed:
+      raise UserError(f'process {", ".join(map(str, failed))} of {len(facts)} could not read its data and says why: '
+                      'all stop')
+    _, seen, skipped = np.sum(facts, axis=0)
+    self.seen, self.skipped = self.seen + int(seen), self.skipped + int(skipped)
+    if self.skipped > self._share * max(self.seen, 1000):
+      raise UserError(f'{self.skipped} broken records were passed over for {self.seen} examples, more than '
+                      f'data.skipped={self._share:g} allows: mend the data or allow more. The log names the first '
+                      '("passed over")')
+    if jax.process_count() > 1:
+      self._ahead = self._read()
+    return here.batch
+
+  def get_state(self) -> dict:
+    return self._ahead.state if self._ahead else self._batches.get_state()
+
+  def set_state(self, state: dict) -> None:
+    self._batches.set_state(state)
+    self._ahead = None
+
+  def close(self) -> None:
+    self._batches.close()
+
+  def _read(self) -> '_Read':
+    state, batch, error, skipped = self._batches.get_state(), None, None, np.zeros(0)
+    try:
+      batch = dict(next(self._batches))
+      skipped = batch.pop('skipped')
+    except Exception as problem:  # raised as soon as the other processes know
+      error = problem
+    facts = sharding.tell_all(np.array([error is not None, len(skipped), np.sum(skipped)], np.int32))
+    return _Read(batch, error, state, facts)
+
+
+@dataclasses.dataclass
+class _Read:
+  """A batch or the error in its place, the state before it, and (failed, examples, skipped) on their way to all."""
+  batch: dict | None
+  error: Exception | None
+  state: dict
+  facts: jax.Array
 
 
 @dataclasses.dataclass
@@ -146,69 +378,22 @@ class _Draw:
         continue
       return {**example, 'skipped': np.int32(skipped)}
     raise UserError(f'{self.source.name}: {len(reasons)} records in a row cannot be used: mend or replace them. '
-                     'The first are: ' + '; '.join(reasons[:3]))
-
-
-@dataclasses.dataclass
-class _DrawOrdered:
-  """(position, weight) -> the example with 'index' and 'weight'."""
-
-  draw: _Draw
-
-  def __call__(self, place: tuple[int, float], rng: np.random.Generator) -> dict:
-    position, weight = place
-    example = self.draw(position, rng)
-    weight = 0.0 if example['skipped'] else weight
-    return {**example, 'index': np.int32(self.draw.indices[position]), 'weight': np.float32(weight)}
-
-
-def check_skipped(seen: int, skipped: int, share: float = 0.01, mix: Sequence[tuple[object, float]] = ()) -> None:
-  """ValueError when more than `share` of the records read so far were broken, with the first few of `mix` named.
-
-  seen: examples so far; skipped: the sum of their 'skipped'. The first thousand examples may miss share x 1000.
-  """
-  if skipped <= share * max(seen, 1000):
-    return
-  reasons = []
-  for source, _ in mix:
-    for i in range(min(len(source), 1000)):
-      if len(reasons) == 3:
-        break
-      try:
-        source[i]
-      except BrokenRecord as error:
-        reasons.append(str(error))
-  raise UserError(f'{skipped} broken records were passed over for {seen} examples, more than the allowed share of '
-                   f'{share:g}: mend the data or allow more. ' + ('The first are: ' + '; '.join(reasons) if reasons else
-                                                                  'The log names them ("passed over").'))
+                    'The first are: ' + '; '.join(reasons[:3]))
 
 
 def _buckets(source) -> dict[tuple, tuple[float, Sequence[int]]]:
-  """Bucket -> (its share of the examples, which they are)."""
+  """Bucket -> (its share of the examples, their indices). UserError when there are none."""
   if hasattr(source, 'buckets'):
     return source.buckets()
-  groups = _groups(source, range(len(source)))
-  usable = sum(len(indices) for indices in groups.values())
-  return {bucket: (len(indices) / usable, indices) for bucket, indices in groups.items()}
-
-
-def _groups(source, indices) -> dict[tuple, np.ndarray]:
-  """Bucket -> which of the indices are in it. ValueError when none is in any."""
   groups: dict[tuple, list[int]] = {}
-  for i in indices:
+  for i in range(len(source)):
     bucket = source.bucket(i)
     if bucket is not None:
       groups.setdefault(bucket, []).append(i)
   if not groups:
-    raise UserError(f'{source.name} has no usable records among {len(indices)}: give it some')
-  return {bucket: np.array(members, np.int64) for bucket, members in groups.items()}
-
-
-def _local_size(batch_size: int, process_count: int) -> int:
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(f'batch_size={batch_size} does not divide among {process_count} processes: '
-                     'choose a multiple of their number')
-  return batch_size // process_count
+    raise UserError(f'{source.name} has no usable records among {len(source)}: give it some')
+  usable = sum(len(indices) for indices in groups.values())
+  return {bucket: (len(indices) / usable, np.array(indices, np.int64)) for bucket, indices in groups.items()}
 
 
 def _seed(seed: int, number: int) -> int:

@@ -1,98 +1,47 @@
-"""Random-access sources of raw records: scenes drawn on the fly, a user's own folder, prepared TFDS folders.
+"""Random-access sources of raw records: a user's own list of images, prepared TFDS folders, and sources around others.
 
-A source has a `name`, `len(source)`, `source[i]` -> record, and `source.bucket(i)` -> (height, width, number of
-references), the shape of example i without reading all of it, None where it is already known that record i cannot be
-used. Where walking through all of them would take too long it also has `buckets()`, see SceneSource.
+A source has
+  name, len(source).
+  source[i] -> record; BrokenRecord where it cannot be used.
+  bucket(i) -> (height, width, number of references) of example i without reading all of it; None where it is known
+    that record i cannot be used.
+  buckets() -> {bucket: (its share of the examples, the indices of its examples)}, only where a walk through all
+    examples would take too long.
 
 A record is {'references': [uint8 [y x 3]], 'instruction': str, 'target': uint8 [height width 3], 'caption': str,
-'kind': str, ...}: the image wanted, its full caption, and what was asked for, given the references.
+'kind': str, ...}: the reference images, the request, the image wanted and its full caption.
 """
 
-import collections
-from collections.abc import Sequence
 import concurrent.futures
-import dataclasses
-import itertools
 import json
-import math
 import pathlib
-from typing import ClassVar
 
 from absl import logging
 import numpy as np
 
-from unifusion_jax.data import imaging
-from unifusion_jax.errors import UserError
-from unifusion_jax.scenes import examples, world
+from unifusion_jax.data import buckets as bucketing
+from unifusion_jax.data import imaging, rewrites
+from unifusion_jax.errors import BrokenRecord, UserError
 
 COLUMNS = ('references', 'instruction', 'target', 'caption')
 
 
-class BrokenRecord(UserError):
-  """One record that cannot be used. The pipeline passes over it and counts it; any other error stops the run."""
-
-
-class SceneSource:
-  """Examples of the embedded world, drawn when asked for: example i is a pure function of (task, split, seed, i).
-
-  A task may name how many objects its scenes start with, as in 'edit/1-2'.
-  """
-
-  def __init__(self, task: str, split: str, size: int = 64, seed: int = 0, length: int = 2 ** 30):
-    self.name = f'scenes {task} {split} {size} px, seed {seed}'
-    self._named = task
-    task, _, objects = task.partition('/')
-    self._objects = tuple(int(n) for n in objects.split('-')) if objects else (1, 4)
-    self._task, self._split, self._size, self._seed, self._length = task, split, size, seed, length
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, i: int) -> dict:
-    record = examples.example(self._task, self._split, int(i), self._seed, self._size, self._objects)
-    return {**record, 'task': self._named}
-
-  def bucket(self, i: int) -> tuple[int, int, int]:
-    width, height = world.canvas(examples.aspect(self._task, self._split, int(i), self._seed), self._size)
-    return height, width, examples.references(self._task, self._split, int(i), self._seed)
-
-  def buckets(self) -> dict[tuple[int, int, int], tuple[float, Sequence[int]]]:
-    """Bucket -> (its share of the examples, the indices of its examples), without walking through all of them."""
-    sample = [self.bucket(i) for i in range(min(self._length, 500))]
-    counts = collections.Counter(sample)
-    return {bucket: (count / len(sample), _Drawn(self, bucket)) for bucket, count in counts.items()}
-
-
-@dataclasses.dataclass
-class _Drawn:
-  """The indices of one bucket of a SceneSource: the k-th is the first such index from k x BLOCK on.
-
-  So any of them is found in a few steps, and no two are the same: a bucket that is rarer than one in BLOCK examples
-  would be missing from the sample that named it.
-  """
-
-  source: SceneSource
-  bucket: tuple[int, int, int]
-  BLOCK: ClassVar[int] = 256
-
-  def __len__(self) -> int:
-    return max(1, len(self.source) // self.BLOCK)
-
-  def __getitem__(self, k: int) -> int:
-    return next(i for i in itertools.count(k * self.BLOCK) if self.source.bucket(i) == self.bucket)
-
-
 class ArrayRecordSource:
-  """Scenes that `scenes/builder.py` wrote below `folder`, read without TensorFlow."""
+  """A prepared TFDS dataset in ArrayRecord files, DIR/DATASET/TASK_SPLIT/VERSION, read without TensorFlow.
+
+  Its features are a record's, and its metadata has `shapes`, the bucket of each example, as scenes/builder.py writes
+  them.
+  """
 
   def __init__(self, folder, task: str, split: str):
-    path = pathlib.Path(folder) / 'scenes' / f'{task.replace("/", "_")}_{split}' / '1.0.0'
-    if not (path / 'dataset_info.json').is_file():
-      raise UserError(f'{path} is not there: write it with python -m unifusion_jax.scenes.builder '
-                       f'--out={folder} --task={task} --split={split}')
-    self.name = str(path)
-    import tensorflow_datasets as tfds  # a second that other sources need not spend
-    builder = tfds.builder_from_directory(path)
+    name = f'{task.replace("/", "_")}_{split}'
+    found = sorted(pathlib.Path(folder).glob(f'*/{name}/*/dataset_info.json'))
+    if not found:
+      raise UserError(f'{folder} has no dataset {name}/VERSION/dataset_info.json: write it, for scenes with '
+                      f'python -m unifusion_jax.scenes.builder --out={folder} --task={task} --split={split}')
+    import tensorflow_datasets as tfds  # half a second that other sources need not spend
+    self.name = str(found[-1].parent)
+    builder = tfds.builder_from_directory(found[-1].parent)
     self._shapes = np.array(builder.info.metadata['shapes'], np.int32)
     self._records = builder.as_data_source(split)
 
@@ -120,7 +69,7 @@ class FolderSource:
   kept in the record. Targets are scaled to cover the nearest in aspect of `buckets`, (height, width) each, and cut at
   the centre. Records that cannot be used (a malformed line, a missing or undecodable target, an empty caption,
   references without an instruction) are found in one pass over the headers at the start and listed in `problems`; more
-  than `share` of them is a ValueError.
+  than `share` of them is a UserError.
   """
 
   def __init__(self, path, buckets=((512, 512),), share: float = 0.01, threads: int = 16):
@@ -139,11 +88,11 @@ class FolderSource:
     self._shapes = self._survey(threads)
     if len(self.problems) > share * len(self):
       raise UserError(f'{path}: {len(self.problems)} of {len(self)} records cannot be used, more than the allowed '
-                       f'share of {share:g}: mend the list or allow more. '
-                       f'The first are: {"; ".join(self.problems[:3])}')
+                      f'share of {share:g}: mend the list or allow more. '
+                      f'The first are: {"; ".join(self.problems[:3])}')
     if self.problems:
-      logging.warning('%s: %d of %d records cannot be used and are left out; the first: %s', path, len(self.problems), len(self),
-                      '; '.join(self.problems[:3]))
+      logging.warning('%s: %d of %d records cannot be used and are left out; the first: %s', path, len(self.problems),
+                      len(self), '; '.join(self.problems[:3]))
 
   def __len__(self) -> int:
     return len(self._rows)
@@ -156,16 +105,13 @@ class FolderSource:
       target = imaging.read(self._folder / row['target'])
     except ValueError as error:
       raise BrokenRecord(f'{self._rows.where(i)}: {error}') from error
-    height, width = self._nearest(*target.shape[:2])
+    height, width = self._buckets[bucketing.nearest(self._buckets, *target.shape[:2])]
     return {'kind': 'edit' if references else 't2i', **row, 'references': references,
             'target': imaging.resize_cover(target, width, height)}
 
   def bucket(self, i: int) -> tuple[int, int, int] | None:
     which, references = self._shapes[i]
     return None if which < 0 else (*self._buckets[which], int(references))
-
-  def _nearest(self, height: int, width: int) -> tuple[int, int]:
-    return min(self._buckets, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - math.log(width / height)))
 
   def _survey(self, threads: int) -> np.ndarray:
     """[n 2] i32: which bucket (-1: none, the record is broken) and how many references. Fills `problems`."""
@@ -181,19 +127,19 @@ class FolderSource:
       except ValueError as error:
         reasons[i] = str(error)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      for found, rows in zip(pool.map(self._bucket_of, wanted), wanted.values()):
+      for bucket, rows in zip(pool.map(self._bucket_of, wanted), wanted.values()):
         for i in rows:
-          if isinstance(found, str):
-            reasons.setdefault(i, found)
+          if isinstance(bucket, str):
+            reasons.setdefault(i, bucket)
           elif i not in reasons:
-            shapes[i, 0] = found
+            shapes[i, 0] = bucket
     self.problems = [f'{self._rows.where(i)}: {reasons[i]}' for i in sorted(reasons)]
     return shapes
 
   def _bucket_of(self, target: str) -> int | str:
     """The index of the bucket of one image, or why it has none."""
     try:
-      return self._buckets.index(self._nearest(*imaging.read_size(self._folder / target)))
+      return bucketing.nearest(self._buckets, *imaging.read_size(self._folder / target))
     except ValueError as error:
       return str(error)
 
@@ -206,7 +152,7 @@ def _check_text(row: dict) -> None:
 
 
 def _check_row(row) -> dict:
-  """The row when it has the columns in their types; ValueError where it does not."""
+  """The row when it has the columns in their types; UserError where it does not."""
   if not isinstance(row, dict):
     raise UserError(f'it is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
   missing = [name for name in COLUMNS if name not in row]
@@ -255,7 +201,7 @@ class _Table:
   """The rows of a Parquet file, held as columns."""
 
   def __init__(self, path: pathlib.Path):
-    import pyarrow.parquet  # a slow import that other sources need not
+    import pyarrow.parquet
     self._path = path
     try:
       self._table = pyarrow.parquet.read_table(path)
@@ -273,3 +219,66 @@ class _Table:
 
   def where(self, i: int) -> str:
     return f'{self._path} row {i + 1}'
+
+
+class Reconstruct:
+  """Images of another source, each asked for again: the target is its own reference."""
+
+  def __init__(self, source):
+    self.name = f'{source.name}, reconstructed'
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict:
+    record = self._source[i]
+    return dict(record, references=[imaging.read(record['target'])], instruction='draw this picture again',
+                kind='reconstruct')
+
+  def bucket(self, i: int):
+    bucket = self._source.bucket(i)
+    return None if bucket is None else (*bucket[:2], 1)
+
+
+class InTiles:
+  """Another source, whose references the VLM is shown in at most so many tiles."""
+
+  def __init__(self, source, tiles: int):
+    self.name = f'{source.name} in {tiles} tiles'
+    self._source, self._tiles = source, tiles
+    if hasattr(source, 'buckets'):
+      self.buckets = source.buckets
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict:
+    return dict(self._source[i], tiles=self._tiles)
+
+  def bucket(self, i: int):
+    return self._source.bucket(i)
+
+
+class Rewritten:
+  """Another source, each record with its `rewrites`: the ids that the VLM wrote, a list for each rewrite."""
+
+  def __init__(self, source, table: rewrites.Table):
+    self.name = f'{source.name}, rewritten'
+    self._source, self._table = source, table
+    if hasattr(source, 'buckets'):
+      self.buckets = source.buckets
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict:
+    record = self._source[i]
+    try:
+      return dict(record, rewrites=self._table[rewrites.key(record)])
+    except KeyError:
+      raise BrokenRecord(f'{self._source.name} record {i} has no rewrite in {self._table.folder}: run --mode=rewrite '
+                         'over this data') from None
+
+  def bucket(self, i: int):
+    return self._source.bucket(i)

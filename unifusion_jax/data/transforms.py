@@ -1,92 +1,107 @@
-"""From a raw record to the arrays of one training example: numpy functions on one example at a time.
+"""Transforms: from a raw record to the arrays of one training example, in numpy.
 
-A transform is called as `transform(record, rng)`; it is picklable, so worker processes can run it.
+A transform is called as `transform(record, rng)`; it is picklable, so worker processes can run it. Its
+`spec(height, width, references)` is the shapes and dtypes of what it makes of the records of a bucket.
 """
 
 import dataclasses
 import functools
 import threading
 
+import jax
 import numpy as np
 
 from unifusion_jax import verifi
-from unifusion_jax.data import imaging, sources, vision_inputs
-from unifusion_jax.scenes import world
+from unifusion_jax.data import imaging, vision_inputs
+from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.weights import encoders, hub
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoder:
-  """How images and text become the VLM's input, at one shape for each number of references.
+  """Images and text to the VLM's input ids, at one length for each number of references.
 
   Attributes:
     folder: the VLM's folder, for its tokenizer.
-    image_processor: how it is shown images.
-    text: room in tokens for everything but images.  written: room for the written text and its stop token.
-    rooms: (task, text, written) for tasks that have their own.
+    image_processor: from images to the arrays of its vision tower.
+    markers: the template's ids around each image.
+    max_prompt: tokens for everything but images.  max_rewrite: for the rewrite and its stop token.
+    budgets: (task, max_prompt, max_rewrite) for tasks that have their own.
     system: the system prompt, a name in verifi.SYSTEM or a text.
   """
   folder: str
   image_processor: vision_inputs.ImageProcessor
-  text: int
-  written: int
-  rooms: tuple[tuple[str, int, int], ...] = ()
+  markers: int
+  max_prompt: int
+  max_rewrite: int
+  budgets: tuple[tuple[str, int, int], ...] = ()
   system: str = 'rewrite'
+
+  @classmethod
+  def load(cls, folder, tiles: int, max_prompt: int, max_rewrite: int, budgets=(), system: str = 'rewrite',
+           vlm: encoders.Config | None = None) -> 'PromptEncoder':
+    """The encoder of a VLM's folder for images in at most so many tiles; `vlm`: its configuration, if not that there."""
+    described = encoders.config(folder) if vlm is None else vlm
+    image_processor = vision_inputs.for_model(described, tiles, folder if vlm is None else None)
+    chat = _chat(str(folder), image_processor.image_tokens)
+    vision_inputs.check(described, chat)
+    markers = sum(len(ids) for ids in chat.image_ends)
+    return cls(str(folder), image_processor, markers, max_prompt, max_rewrite, budgets, system)
 
   @property
   def chat(self) -> verifi.Chat:
     return _chat(self.folder, self.image_processor.image_tokens)
 
-  def in_tiles(self, tiles: int) -> 'PromptEncoder':
-    """The same, showing each image in at most so many tiles (0: as it is)."""
+  def with_tiles(self, tiles: int) -> 'PromptEncoder':
+    """The same encoder for images in at most so many tiles (0: as it is)."""
     if not tiles or isinstance(self.image_processor, vision_inputs.NoImages):
       return self
     return dataclasses.replace(self, image_processor=dataclasses.replace(self.image_processor, tiles=tiles))
 
-  def lengths(self, references: int, task: str = '') -> tuple[int, int]:
-    """(s, q): tokens, and tokens that reach the DiT, that a prompt with so many references is padded to."""
-    markers = sum(len(ids) for ids in self.chat.image_ends)
-    text, written = self.room(task)
-    return text + references * (self.image_processor.max_tokens + markers), written + references * self.image_processor.max_tokens
+  def budget(self, task: str = '') -> tuple[int, int]:
+    """(tokens but for images, tokens of the rewrite) of a task."""
+    budgets = {name: (prompt, rewrite) for name, prompt, rewrite in self.budgets}
+    return budgets.get(task, (self.max_prompt, self.max_rewrite))
 
-  def room(self, task: str = '') -> tuple[int, int]:
-    """Tokens for text, and for written text, of a task."""
-    return next((room for name, *room in self.rooms if name == task), (self.text, self.written))
+  def lengths(self, references: int, task: str = '') -> tuple[int, int]:
+    """(s, q): all tokens, and condition tokens, that a prompt with so many references is padded to."""
+    prompt, rewrite = self.budget(task)
+    images = references * self.image_processor.max_tokens
+    return prompt + images + references * self.markers, rewrite + images
 
   def fits(self, record: dict) -> bool:
-    """Whether there is room for a request, and for an empty answer after it."""
+    """Whether a record's request, with an empty answer after it, is within `max_prompt`."""
     spans = self.chat.spans(record['instruction'] or record['caption'], (), '', self.system)
-    return sum(len(span.ids) for span in spans) <= self.text
+    return sum(len(span.ids) for span in spans) <= self.max_prompt
 
   def arrays(self, spans, references: int, task: str = '', kept=verifi.COND_VERIFI) -> dict[str, np.ndarray]:
-    """`verifi.arrays` at the lengths for so many references; a record whose text is too long for them is a broken one."""
+    """`verifi.arrays` at the lengths for so many references; BrokenRecord where the text is too long for them."""
     try:
       return verifi.arrays(spans, *self.lengths(references, task), kept)
     except verifi.TooLong as error:
-      raise sources.BrokenRecord(str(error)) from error
+      raise BrokenRecord(str(error)) from error
 
 
-def prompt_encoder(config) -> PromptEncoder:
-  """The layout of the frozen VLM of a config.Config: its folder says how it is shown images."""
-  data, path = config.data, hub.resolve(config.vlm, weights=False)
-  described = encoders.config(path)
-  image_processor = vision_inputs.for_model(described, max(data.tiles), path)
-  made = PromptEncoder(str(path), image_processor, max(data.max_prompt_tokens), max(data.max_rewrite_tokens), budgets(data), config.system)
-  vision_inputs.check(described, made.chat)
-  return made
+def prompt_encoder(config, vlm: encoders.Config | None = None) -> PromptEncoder:
+  """The prompt encoder of a config.Config: its VLM's tokenizer and image processor, its budgets and system prompt.
+
+  vlm: the VLM's configuration, where `config.vlm` is but the folder of its tokenizer; None reads it from there.
+  """
+  return PromptEncoder.load(hub.resolve(config.vlm, weights=False), max(config.data.tiles), *config.data.budget,
+                            config.data.budgets, config.system, vlm)
 
 
-def budgets(data) -> tuple[tuple[str, int, int], ...]:
-  """The rooms of each task: of `max_prompt_tokens` and `max_rewrite_tokens`, which hold one number for all or one for each."""
-  count = len(data.tasks)
-  each = [numbers * count if len(numbers) == 1 else numbers for numbers in (data.max_prompt_tokens, data.max_rewrite_tokens)]
-  return tuple(zip(data.tasks, *each))
+def abstract_prompt_encoder(config) -> PromptEncoder:
+  """The same without a tokenizer, from a public name or config.json alone: it answers to `lengths` and `budget`."""
+  image_processor = vision_inputs.for_model(encoders.config(config.vlm), max(config.data.tiles))
+  return PromptEncoder('', image_processor, image_processor.markers, *config.data.budget, config.data.budgets,
+                       config.system)
 
 
 @functools.cache
-def _chat(folder: str, marks) -> verifi.Chat:
+def _chat(folder: str, image_tokens) -> verifi.Chat:
   with _LOADING:
-    return verifi.Chat(folder, marks)
+    return verifi.Chat(folder, image_tokens)
 
 
 _LOADING = threading.Lock()  # the tokenizer's library does not bear being imported by two threads at once
@@ -94,22 +109,23 @@ _LOADING = threading.Lock()  # the tokenizer's library does not bear being impor
 
 @dataclasses.dataclass(frozen=True)
 class GenerationExample:
-  """Examples for the DiT: the target, and what the VLM reads and has written about it.
+  """Examples for the DiT: the target image, and what the VLM reads and has written about it.
 
-  What was written is one of the record's `rewrites` (ids, `rewrite.py`), drawn anew each time, or its caption. Where
-  the VLM could write none the request itself is kept, as it is in sampling; the caption, where the request is too long.
+  The text is one of the record's `rewrites` (ids, from commands/rewrite.py), another one each time, or its caption.
+  Where the VLM could write none the request itself conditions the DiT, as in sampling; the caption, where the request
+  is too long.
 
   Attributes:
-    layout: of the frozen VLM.
+    prompts: the prompt encoder of the frozen VLM.
     cond_dropout: share of examples with the null condition, an empty text without images.
     image_dropout: share of examples with references that lose their image tokens.
-    text_dropout: share of examples with references about which nothing is written: the answer is its stop token.
-    instruction_prob: share of examples that keep the request itself instead of a rewritten one, as sampling without VERIFI does;
-      a request longer than the room for written text stays rewritten.
-    rewrite_online: leave the answer open for the VLM, and say of each example whether it is (`open`) and where the request
-      itself stands (`asked`, `fallback_mask`), in case that nothing comes of it.
+    text_dropout: share of examples with references and no text: the answer is its stop token.
+    instruction_prob: share of examples that keep the request itself instead of a rewritten one, as sampling without
+      VERIFI does; a request longer than the budget of rewrites stays rewritten.
+    rewrite_online: leave the answer to the VLM in the train step: `needs_rewrite` marks such examples, and
+      `fallback_index`, `fallback_mask` index the request, which conditions the DiT where the rewrite is invalid.
   """
-  layout: PromptEncoder
+  prompts: PromptEncoder
   cond_dropout: float = 0.1
   image_dropout: float = 0.05
   text_dropout: float = 0.0
@@ -117,9 +133,10 @@ class GenerationExample:
   rewrite_online: bool = False
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    layout, task, references = self.layout.in_tiles(record.get('tiles', 0)), record.get('task', ''), record['references']
-    seen, counts = layout.image_processor.preprocess(references, len(references))
-    chat = layout.chat
+    prompts, task = self.prompts.with_tiles(record.get('tiles', 0)), record.get('task', '')
+    references = record['references']
+    tiles, counts = prompts.image_processor.preprocess(references, len(references))
+    chat = prompts.chat
     instruction = record['instruction'] or record['caption']
     chance, raw, part = rng.random(3)
     written, unwritten = record['caption'], False
@@ -134,121 +151,54 @@ class GenerationExample:
     elif counts and part < self.image_dropout + self.text_dropout:
       written = ''
     elif unwritten or raw < self.instruction_prob:
-      if len(chat.text_ids(instruction)) < layout.room(task)[1]:
+      if len(chat.text_ids(instruction)) < prompts.budget(task)[1]:
         written, kept = '', verifi.COND_RAW
       elif unwritten:
         written = record['caption']
-    still_open = self.rewrite_online and len(written) > 0
-    if still_open:
+    needs_rewrite = self.rewrite_online and len(written) > 0
+    if needs_rewrite:
       written = None
-    spans = chat.spans(instruction, images, written, layout.system)
-    example = layout.arrays(spans, len(references), task, kept)
+    spans = chat.spans(instruction, images, written, prompts.system)
+    example = prompts.arrays(spans, len(references), task, kept)
     del example['written']
     if self.rewrite_online:
-      example['needs_rewrite'] = np.array(still_open)
-      asked = verifi.arrays(spans, len(example['input_ids']), layout.room(task)[0], ('instruction',))
-      example['fallback_index'], example['fallback_mask'] = asked['cond_index'], asked['cond_mask']
-    example['target'] = imaging.read(record['target']).astype(np.float32) / 127.5 - 1.0
+      fallback = verifi.arrays(spans, len(example['input_ids']), prompts.budget(task)[0], ('instruction',))
+      example |= dict(needs_rewrite=np.array(needs_rewrite), fallback_index=fallback['cond_index'],
+                      fallback_mask=fallback['cond_mask'])
+    example['target'] = imaging.read(record['target'])
     if counts:
-      example['tiles'] = seen
+      example['tiles'] = tiles
     return example
 
-
-@dataclasses.dataclass(frozen=True)
-class ChatExample:
-  """Examples for the VLM's own training: a chat and the tokens it has to write, in as many turns as there is room for.
-
-  Adds to `verifi.arrays`: predict [w] i32, the places whose next token is to be written, targets [w] i32,
-  target_mask [w] bool; and, with images, the read-out of scenes (`readout`).
-  """
-  layout: PromptEncoder
-
-  def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    del rng
-    references = record['references']
-    seen, counts = self.layout.image_processor.preprocess(references, len(references))
-    chat, task = self.layout.chat, record['task']
-    spans = chat.spans(record['instruction'], counts, record['caption'], system(task))
-    length, (_, most) = self.layout.lengths(len(references), task)[0], self.layout.room(task)
-    for question, answer in record.get('more', ()):
-      longer = spans + chat.add_turn(question, answer)
-      if sum(len(s.ids) for s in longer) > length or sum(len(s.ids) for s in longer if s.kind in ('written', 'stop')) > most:
-        break
-      spans = longer
-    example = self.layout.arrays(spans, len(references), task)
-    places = np.flatnonzero(example.pop('written'))
-    if len(places) > most:
-      raise sources.BrokenRecord(f'an answer of {len(places)} tokens does not fit the {most} of data.max_rewrite_tokens')
-    room = (0, most - len(places))
-    example = dict(input_ids=example['input_ids'], attention_mask=example['attention_mask'],
-                   predict=np.pad(places - 1, room).astype(np.int32),
-                   targets=np.pad(example['input_ids'][places], room),
-                   target_mask=np.pad(np.ones(len(places), bool), room))
-    if counts:
-      example['tiles'] = seen
-      side = round(self.layout.image_processor.tokens ** 0.5)
-      scenes = [world.Scene.from_json(s) for s in record['source']]
-      example['readout'] = np.concatenate([readout(scene, side) for scene in scenes])
-      if task.partition('/')[0] == 'edit':
-        example['changes'] = changes(scenes[0], world.Scene.from_json(record['scene']), side)
-    return example
-
-
-def system(task: str) -> str:
-  """The system prompt (its name) under which the embedded VLM does a task: it answers, or writes what is to be drawn."""
-  return 'answer' if task.partition('/')[0] in ('question', 'caption') else 'rewrite'
-
-
-READOUT = (('shape', world.SHAPES), ('colour', tuple(world.COLOURS)), ('size', tuple(world.SIZES)),
-           ('fill', world.FILLS))
-
-
-def readout(scene: world.Scene, side: int) -> np.ndarray:
-  """What each of side x side image tokens should know of the scene, row by row: [side^2 9] f32.
-
-  Columns: covered (0 or 1), index of shape, colour, size and fill of the nearest object that touches the token's
-  cell, that object's centre relative to the token's (x, y, in cells), background kind, background colours
-  (upper and lower as one index, 6 x 6).
-  """
-  background = scene.background
-  names = tuple(world.BACKGROUND_COLOURS)
-  colours = [names.index(c) for c in (background.colours[0], background.colours[-1])]
-  out = np.zeros((side, side, 9), np.float32)
-  out[..., 7] = world.BACKGROUND_KINDS.index(background.kind)
-  out[..., 8] = colours[0] * len(names) + colours[1]
-  centres, which = (np.arange(side) + 0.5) / side, shown(scene, side)
-  for i, o in enumerate(scene.objects):
-    y, x = np.nonzero(which == i)
-    out[y, x, :5] = [1.0, *(values.index(getattr(o, kind)) for kind, values in READOUT)]
-    out[y, x, 5], out[y, x, 6] = (o.x - centres[x]) * side, (o.y - centres[y]) * side
-  return out.reshape(side * side, 9)
-
-
-def shown(scene: world.Scene, side: int) -> np.ndarray:
-  """Which object each of side x side image tokens shows, [y x]: the nearest that touches the token's cell, -1 for none."""
-  centres = (np.arange(side) + 0.5) / side
-  which, best = np.full((side, side), -1), np.full((side, side), np.inf)
-  for i, o in enumerate(scene.objects):
-    rx, ry = world.radius(o.size, scene.aspect)
-    dx, dy = np.abs(o.x - centres[None, :]), np.abs(o.y - centres[:, None])
-    # Distance from the cell to the centre of the object, in its radii: below 1 they touch.
-    touches = np.hypot(np.maximum(dx - 0.5 / side, 0) / rx, np.maximum(dy - 0.5 / side, 0) / ry) < 1
-    distance = np.hypot(dx / rx, dy / ry)
-    nearest = touches & (distance < best)
-    which, best = np.where(nearest, i, which), np.where(nearest, distance, best)
-  return which
-
-
-def changes(source: world.Scene, target: world.Scene, side: int) -> np.ndarray:
-  """Whether each of side x side image tokens, row by row, shows an object that the target has otherwise: [side^2] bool."""
-  otherwise = [o not in target.objects for o in source.objects]
-  return np.array([*otherwise, False])[shown(source, side)].reshape(side * side)  # -1 is the last
+  def spec(self, height: int, width: int, references: int = 1, task: str = '', tiles: int = 0) -> dict:
+    """The shapes of one example of a task, of a target of height x width and references in at most so many tiles."""
+    prompts = self.prompts.with_tiles(tiles)
+    s, q = prompts.lengths(references, task)
+    spec = dict(input_ids=_ints(s), attention_mask=_bools(s), cond_index=_ints(q), cond_mask=_bools(q))
+    if self.rewrite_online:
+      n = prompts.budget(task)[0]
+      spec |= dict(needs_rewrite=_bools(), fallback_index=_ints(n), fallback_mask=_bools(n))
+    spec |= TargetOnly().spec(height, width, references)
+    return spec | dict(tiles=prompts.image_processor.spec(references)) if references else spec
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetOnly:
-  """Examples for the autoencoder: the target alone."""
+  """Examples for the autoencoder: the target image uint8 [y x 3] alone."""
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
     del rng
-    return dict(target=imaging.read(record['target']).astype(np.float32) / 127.5 - 1.0)
+    return dict(target=imaging.read(record['target']))
+
+  def spec(self, height: int, width: int, references: int = 1) -> dict:
+    """The shapes of one example."""
+    del references
+    return dict(target=jax.ShapeDtypeStruct((height, width, 3), np.uint8))
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+def _bools(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, bool)

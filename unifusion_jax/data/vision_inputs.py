@@ -1,26 +1,27 @@
-"""How each VLM is shown images: what its vision tower takes, and how many tokens of its prompt that makes.
+"""Image processors: what each VLM's vision tower takes of an image, and how many tokens of its prompt that makes.
 
 An image processor answers to
   image_tokens: the template's texts before an image, for each of its tokens, and after it.
+  markers: the ids that the first and the last of these usually make.
   max_tokens: the most image tokens of one reference.
-  preprocess(references, room) -> (arrays of one example, the image tokens of each reference). `room` is the number of
-    references that the arrays are padded to, so that every example of a batch has one shape; None pads no more than
-    the model needs. The arrays are None when nothing is to be seen.
-  spec(references) -> the arrays' shapes, for checks without data.
-`of` finds the eye of a VLM.
+  preprocess(references, room) -> (the arrays of one example, the image tokens of each reference). `room` is the number
+    of references that the arrays are padded to, so that every example of a batch has one shape; None pads no more than
+    the model needs. The arrays are None when there is no image.
+  spec(references) -> the shapes of these arrays.
+Pixels stay uint8: the model normalises them (`vision.mean`, `vision.std` of its configuration).
 """
 
 import dataclasses
-import json
+import math
 import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from unifusion_jax import verifi
-from unifusion_jax.data import imaging, qwen_patches
-from unifusion_jax.data.sources import BrokenRecord
-from unifusion_jax.errors import UserError
+from unifusion_jax.data import imaging
+from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import internvl, qwen3_vl, t5
 from unifusion_jax.weights import encoders
 
@@ -29,82 +30,138 @@ TILE = 448  # pixels on a side, of InternVL: what `tiles` counts for the models 
 
 @dataclasses.dataclass(frozen=True)
 class TiledImages:
-  """InternVL: square tiles [r y x 3] f32, and the whole image as one more when there are several."""
+  """InternVL: square tiles uint8 [r y x 3], and the whole image as one more when there are several."""
   tile: int    # pixels on a side
   tokens: int  # of a tile
   tiles: int   # that an image may be cut into
-  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
   image_tokens = ('<img>', '<IMG_CONTEXT>', '</img>\n')
+  markers = 3
 
   @property
   def max_tokens(self) -> int:
-    return self._tiles * self.tokens
+    return self._most * self.tokens
 
   @property
-  def _tiles(self) -> int:
+  def _most(self) -> int:
     return self.tiles + (self.tiles > 1)
 
   def preprocess(self, references, room: int | None = None):
     cut = [imaging.tiles(imaging.read(reference), self.tile, self.tiles) for reference in references]
-    counts = tuple(len(each) * self.tokens for each in cut)
+    counts = tuple(len(tiles) * self.tokens for tiles in cut)
     if not (room or cut):
       return None, ()
-    seen = np.concatenate([imaging.normalise(each, self.mean, self.std) for each in cut] or [self._none()])
+    tiles = np.concatenate(cut or [np.zeros((0, self.tile, self.tile, 3), np.uint8)])
     # Without a room, a power of two: few shapes to compile
-    missing = (1 << (len(seen) - 1).bit_length() if room is None else room * self._tiles) - len(seen)
-    return np.pad(seen, ((0, missing), (0, 0), (0, 0), (0, 0))), counts
-
-  def _none(self) -> np.ndarray:
-    return np.zeros((0, self.tile, self.tile, 3), np.float32)
+    missing = (1 << (len(tiles) - 1).bit_length() if room is None else room * self._most) - len(tiles)
+    return np.pad(tiles, ((0, missing), (0, 0), (0, 0), (0, 0))), counts
 
   def spec(self, references: int):
-    return jax.ShapeDtypeStruct((references * self._tiles, self.tile, self.tile, 3), np.float32)
+    return jax.ShapeDtypeStruct((references * self._most, self.tile, self.tile, 3), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelLimits:
+  """The sizes of Qwen3-VL's preprocessor_config.json; the defaults are those of the public checkpoints."""
+  min_pixels: int = 65536  # of the resized image
+  max_pixels: int = 16777216
+  patch: int = 16
+  frames: int = 2
+  merge: int = 2
+
+  @classmethod
+  def from_json(cls, config: dict) -> 'PixelLimits':
+    """From preprocessor_config.json, with its limits under `size` or, in older ones, as min_pixels and max_pixels."""
+    size = config.get('size') or {}
+    limits = [size.get(new) or config.get(old)
+              for new, old in (('shortest_edge', 'min_pixels'), ('longest_edge', 'max_pixels'))]
+    if None in limits:
+      raise UserError(f'preprocessor_config.json has size={size}: wanted its shortest_edge and longest_edge, the '
+                      'least and the most pixels of a resized image')
+    return cls(*limits, config['patch_size'], config['temporal_patch_size'], config['merge_size'])
+
+  def resized(self, height: int, width: int) -> tuple[int, int]:
+    """(height, width) that an image is resized to: the nearest whole squares of patches within the limits."""
+    unit = self.patch * self.merge
+    if max(height, width) > 200 * min(height, width):
+      raise BrokenRecord(f'an image of {width} x {height} pixels is more than 200 times as long as wide: crop it')
+    y, x = round(height / unit) * unit, round(width / unit) * unit
+    if y * x > self.max_pixels:
+      shrink = math.sqrt(height * width / self.max_pixels)
+      y, x = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+    elif y * x < self.min_pixels:
+      grow = math.sqrt(self.min_pixels / (height * width))
+      y, x = (math.ceil(side * grow / unit) * unit for side in (height, width))
+    return y, x
+
+  @property
+  def patch_size(self) -> int:
+    """Numbers in a patch."""
+    return 3 * self.frames * self.patch ** 2
+
+  def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """uint8 RGB [y x 3] -> (patches uint8 [p c], (rows, columns) of patches with rows * columns = p).
+
+    As transformers' Qwen2VLImageProcessor (its Pillow version) before it normalises. Patches come square by square of
+    merge x merge; a patch holds its channels, each with its frames (which are equal).
+    """
+    y, x = self.resized(*image.shape[:2])
+    n, m = self.patch, self.merge
+    pixels = np.asarray(Image.fromarray(image).resize((x, y), Image.Resampling.BICUBIC))
+    cut = pixels.reshape(y // n // m, m, n, x // n // m, m, n, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return np.repeat(cut.reshape(-1, 3, 1, n * n), self.frames, axis=2).reshape(-1, self.patch_size), (y // n, x // n)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedPatches:
   """Qwen3-VL: patches laid end to end with their grids, as many as the pixels that so many of InternVL's tiles have."""
-  pixels: qwen_patches.PixelConfig
+  pixels: PixelLimits
   tiles: int
   image_tokens = ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>')
+  markers = 2
 
   @property
   def max_tokens(self) -> int:
-    return self._limited.max_pixels // (self.pixels.patch * self.pixels.merge) ** 2
+    return self._limits.max_pixels // (self.pixels.patch * self.pixels.merge) ** 2
 
   @property
-  def _limited(self) -> qwen_patches.PixelConfig:
+  def _limits(self) -> PixelLimits:
     pixels = self.pixels
-    return dataclasses.replace(pixels, max_pixels=max(pixels.min_pixels, min(pixels.max_pixels, self.tiles * TILE ** 2)))
+    most = max(pixels.min_pixels, min(pixels.max_pixels, self.tiles * TILE ** 2))
+    return dataclasses.replace(pixels, max_pixels=most)
 
   def preprocess(self, references, room: int | None = None):
     if not (room or references):
       return None, ()
-    pixels, images = self._limited, [imaging.read(reference) for reference in references]
-    sizes = [qwen_patches.size_of(*image.shape[:2], pixels) for image in images]
-    patches = [y * x // pixels.patch ** 2 for y, x in sizes]
-    if room is not None and max(patches, default=0) > self._patches(1):
-      shape = images[int(np.argmax(patches))].shape
-      raise BrokenRecord(f'an image of {shape[1]}x{shape[0]} is too long and narrow to be shown in {self.max_tokens} tokens')
+    images, merged = [imaging.read(reference) for reference in references], self.pixels.merge ** 2
+    cut = [self._limits.patches(image) for image in images]
+    for image, (patches, _) in zip(images, cut):
+      if room is not None and len(patches) > self._patches(1):
+        raise BrokenRecord(f'an image of {image.shape[1]}x{image.shape[0]} is too long and narrow to be shown in '
+                           f'{self.max_tokens} tokens')
+    total = sum(len(patches) for patches, _ in cut)
     # Without a room, a power of two: few shapes to compile
-    space = self._patches(room) if room is not None else 1 << (sum(patches) - 1).bit_length()
-    return (qwen_patches.pack(images, pixels, space, len(references) if room is None else room),
-            tuple(n // pixels.merge ** 2 for n in patches))
+    space = self._patches(room) if room is not None else 1 << (total - 1).bit_length()
+    packed = qwen3_vl.PackedImages(np.zeros((space, self.pixels.patch_size), np.uint8),
+                                   np.zeros((len(references) if room is None else room, 2), np.int32))
+    if cut:
+      packed.patches[:total] = np.concatenate([patches for patches, _ in cut])
+      packed.grids[:len(cut)] = [grid for _, grid in cut]
+    return packed, tuple(len(patches) // merged for patches, _ in cut)
 
   def _patches(self, references: int) -> int:
     return references * self.max_tokens * self.pixels.merge ** 2
 
   def spec(self, references: int):
-    width = 3 * self.pixels.frames * self.pixels.patch ** 2
-    return qwen3_vl.PackedImages(jax.ShapeDtypeStruct((self._patches(references), width), np.float32),
-                             jax.ShapeDtypeStruct((references, 2), np.int32))
+    return qwen3_vl.PackedImages(
+        jax.ShapeDtypeStruct((self._patches(references), self.pixels.patch_size), np.uint8),
+        jax.ShapeDtypeStruct((references, 2), np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
 class NoImages:
   """A language model: it reads text alone."""
   image_tokens = None
+  markers = 0
   max_tokens = 0
 
   def preprocess(self, references, room: int | None = None):
@@ -120,39 +177,28 @@ ImageProcessor = TiledImages | PackedPatches | NoImages
 
 
 def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None = None) -> ImageProcessor:
-  """The eye of a VLM of that configuration; `folder` says how its pixels are normalised (None: as its family does).
+  """The image processor of a VLM of that configuration.
 
-  ValueError for an encoder that takes no chat.
+  `folder` holds the preprocessor_config.json, without which a VLM's images would be shown to it in a guessed way; None
+  takes what the public checkpoints of its family have. UserError for an encoder that takes no chat.
   """
   match config:
     case internvl.InternVLConfig():
-      image_processor = TiledImages(config.vision.tile, config.tile_tokens, tiles)
-      if folder is None:
-        return image_processor
-      pixels = _pixels(folder)
-      return dataclasses.replace(image_processor, mean=tuple(pixels['image_mean']), std=tuple(pixels['image_std']))
+      if folder is not None:
+        encoders.preprocessor(folder)
+      return TiledImages(config.vision.tile, config.tile_tokens, tiles)
     case qwen3_vl.Qwen3VLConfig():
-      return PackedPatches(qwen_patches.PixelConfig() if folder is None else qwen_patches.PixelConfig.from_json(_pixels(folder)), tiles)
+      limits = PixelLimits() if folder is None else PixelLimits.from_json(encoders.preprocessor(folder))
+      return PackedPatches(limits, tiles)
     case t5.T5Config():
       raise UserError(f'{folder} is an encoder, which writes nothing: take a VLM or a causal language model')
   return NoImages()
 
 
 def check(config: encoders.Config, chat: verifi.Chat) -> None:
-  """ValueError where a VLM's tokenizer and its config.json do not agree on the id that image tokens stand under."""
+  """UserError where a VLM's tokenizer and its config.json do not agree on the id that image tokens stand under."""
   wanted = getattr(config, 'image_token_id', None)
   if chat.image_id != wanted:
-    raise UserError(f'{chat.folder}: images stand under the id {chat.image_id} for its tokenizer and under {wanted} for '
-                     'its config.json, so they would be read as words: the folder mixes files of different checkpoints')
-
-
-def _pixels(folder: pathlib.Path) -> dict:
-  """The image processor's settings, which newer checkpoints keep in processor_config.json."""
-  for name in ('preprocessor_config.json', 'processor_config.json'):
-    if (folder / name).exists():
-      settings = json.loads((folder / name).read_text())
-      settings = settings.get('image_processor', settings)
-      if 'image_mean' in settings:
-        return settings
-  raise UserError(f'{folder} has no preprocessor_config.json that says how images are normalised (image_mean): copy '
-                   'it there from the public checkpoint')
+    raise UserError(f'{chat.folder}: images stand under the id {chat.image_id} for its tokenizer and under {wanted} '
+                    'for its config.json, so they would be read as words: the folder mixes files of different '
+                    'checkpoints')

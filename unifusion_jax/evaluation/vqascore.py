@@ -1,38 +1,75 @@
-"""VQAScore (arXiv 2404.01291): how sure a VLM is that an image shows what was asked for."""
+"""VQAScore (arXiv 2404.01291): a VLM's probability that an image shows a description."""
+
+import collections
+import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import sharding, verifi
-from unifusion_jax.data import transforms
-from unifusion_jax.scenes import questions
+from unifusion_jax import pipeline, sharding, verifi
+from unifusion_jax.data import loader, transforms
+from unifusion_jax.models.decoder import last_valid
+
+QUESTION = 'does this picture show {}?'
+
+
+@dataclasses.dataclass
+class VQAScore:
+  """Mean VQAScore of images sampled for the first records of `data.path`, beside that of their targets."""
+  examples: int = 200
+  batch_size: int = 32
+
+  report = 'eval'
+
+  def problems(self, config) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    del config
+    return [f'eval.{name}={getattr(self, name)} must be 1 or more' for name in ('examples', 'batch_size')
+            if getattr(self, name) < 1]
+
+  def run(self, config, params, folder: pathlib.Path) -> dict:
+    """The report; nothing is written into `folder`."""
+    del folder
+    pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
+    (source, _), *_ = loader.mix(dataclasses.replace(config.data, rewrites=None))
+    groups = collections.defaultdict(list)  # by shape: a batch has one
+    for record in loader.whole_records(source, self.examples):
+      groups[(*record['target'].shape[:2], len(record['references']))].append(record)
+    images, targets, captions = [], [], []
+    for (height, width, _), records in groups.items():
+      for part, rows in sharding.batched(records, self.batch_size):
+        images += [sample.image for sample in pipe.generate(pipeline.requests_of(rows), height, width)][:len(part)]
+      targets += [record['target'] for record in records]
+      captions += [record['caption'] for record in records]
+    probabilities = {name: scores(pipe.frozen.vlm, pipe.prompt_encoder, shown, captions, self.batch_size)
+                     for name, shown in (('vqascore', images), ('vqascore_truth', targets))}
+    return dict(examples=len(captions), **{name: round(float(np.mean(p)), 4) for name, p in probabilities.items()})
 
 
 def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],
            batch_size: int) -> np.ndarray:
-  """The probability of yes to 'does this image show ...?', [n] f32, of images uint8 [y x 3] and descriptions."""
+  """Probabilities of "yes" to 'does this image show ...?', [n] f32; images are uint8 [y x 3]."""
   chat, size = layout.chat, sharding.padded_batch(batch_size)
   yes = tuple(sorted({chat.text_ids(word)[0] for word in ('yes', 'Yes')}))
-  shown, prompts = zip(*(layout.image_processor.preprocess((image,), 1) for image in images))
-  spans = [chat.spans(questions.shows(text), counts, None, 'answer') for text, counts in zip(descriptions, prompts)]
+  inputs, image_tokens = zip(*(layout.image_processor.preprocess((image,), 1) for image in images))
+  spans = [chat.spans(QUESTION.format(text), counts, None, 'answer')
+           for text, counts in zip(descriptions, image_tokens)]
   length = max(sum(len(span.ids) for span in each) for each in spans)
   rows = [verifi.arrays(each, length, length) for each in spans]
-  found = []
+  probabilities = []
   for _, chosen in sharding.batched(range(len(rows)), size):
     tokens, valid, tiles = (sharding.shard(jax.tree.map(lambda *x: np.stack(x), *part)) for part in (
         [rows[i]['input_ids'] for i in chosen], [rows[i]['attention_mask'] for i in chosen],
-        [shown[i] for i in chosen]))
-    found.append(sharding.gather(_of_yes(vlm, tokens, valid, tiles, yes)))
-  return np.concatenate(found)[:len(rows)]
+        [inputs[i] for i in chosen]))
+    probabilities.append(sharding.gather(_probability_of(vlm, tokens, valid, tiles, yes)))
+  return np.concatenate(probabilities)[:len(rows)]
 
 
 @jax.jit(static_argnums=4)
-def _of_yes(vlm, tokens, valid, tiles, yes: tuple[int, ...]):
-  """The probability that the next word is one of `yes`, [b] f32."""
-  last = vlm.last(tokens, valid, tiles)
-  # The state of the last token, as a sum over one-hot weights: a gather would have to name its sharding
-  ends = jnp.sum(valid, axis=1) - 1
-  state = jnp.sum(jnp.where((jnp.arange(last.shape[1]) == ends[:, None])[..., None], last, 0), axis=1, keepdims=True)
-  words = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
-  return jnp.sum(jnp.where(jnp.isin(jnp.arange(words.shape[-1]), jnp.array(yes)), words, 0), axis=-1)
+def _probability_of(vlm, tokens, valid, tiles, ids: tuple[int, ...]):
+  """The probability that the next token is one of `ids`, [b] f32."""
+  state = last_valid(vlm.last(tokens, valid, tiles), valid)
+  probabilities = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
+  return jnp.sum(jnp.where(jnp.isin(jnp.arange(probabilities.shape[-1]), jnp.array(ids)), probabilities, 0), axis=-1)

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax.errors import UserError
+from unifusion_jax.models.attention import attention
 from unifusion_jax.models.layers import (
-  attention,
   constant,
   einsum,
   heads_axis,
   RESIDUAL,
   rms_norm,
   rope,
-  scan,
+  scan_taps,
   stack,
   SwiGLU,
   weight,
@@ -49,7 +49,6 @@ class DecoderConfig:
   max_positions: int = 32768
   llama3: tuple = ()  # (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), or empty
   tied: bool = False  # the head is the embedding table
-  unroll: bool = False  # unrolled layers run faster on a CPU; scanned ones compile faster, which is what a TPU wants
 
   @classmethod
   def from_json(cls, text: dict) -> 'DecoderConfig':
@@ -114,18 +113,18 @@ def tied_head(described: dict, head: bool, base: bool = False) -> bool:
   A `base` class never writes one: there, a single level that says so is enough.
   """
   levels = (described, *(described.get(key) or {} for key in ('text_config', 'llm_config')))
-  said = [level.get('tie_word_embeddings') for level in levels]
-  return not head and (False not in said or base and True in said)
+  tied = [level.get('tie_word_embeddings') for level in levels]
+  return not head and (False not in tied or base and True in tied)
 
 
 def resolve_lm_head(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
-  """Tensors under the names of the class with a head, and `tied_head`; a base class (LlamaModel) leaves out `model.`."""
+  """Tensors under the names of the class with a head, and `tied_head`; a base class (LlamaModel) omits `model.`."""
   base = not {'embed_tokens.weight', 'language_model.embed_tokens.weight'}.isdisjoint(tensors)
   head = 'lm_head.weight' in tensors
   tied = tied_head(described, head, base)
   if base and not head and not tied:
     raise UserError(f'{folder} was saved from a class without a head, and its config.json says that the head is not '
-                     'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
+                    'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
   if base:
     tensors = {name if name == 'lm_head.weight' else f'model.{name}': tensor for name, tensor in tensors.items()}
   return tensors, tied
@@ -138,12 +137,12 @@ class Cache(NamedTuple):
 
 
 class Prompt(NamedTuple):
-  """What a VLM hands to its decoder for one batch of prompts."""
+  """A batch of prompts as the decoder reads it."""
   x: jax.Array  # [b s d] embeddings, images in place
   angles: jax.Array  # [b s k/2]
-  valid: jax.Array  # [b s]
+  attention_mask: jax.Array  # [b s] False on padding
   length: jax.Array  # [b] the RoPE position of the token that follows
-  added: jax.Array | None = None  # [n b s d] what joins the outputs of the first n blocks
+  deepstack: jax.Array | None = None  # [n b s d] what joins the outputs of the first n blocks (Qwen3-VL)
 
 
 class Block(nnx.Module):
@@ -154,10 +153,10 @@ class Block(nnx.Module):
     self.eps = config.eps
     axis = heads_axis(h, g)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wk = weight(rngs, (d, g, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, g, k), ('fsdp', axis, None), d, dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), h * k, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, g, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, g, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     biased, normed = config.model_type == 'qwen2', config.model_type == 'qwen3'
     self.bq = constant(0.0, (h, k), (axis, None), dtype) if biased else None
     self.bk = constant(0.0, (g, k), (axis, None), dtype) if biased else None
@@ -167,7 +166,7 @@ class Block(nnx.Module):
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.mlp = SwiGLU(d, config.hidden, dtype, rngs=rngs)
 
-  def project(self, x: jax.Array, angles: jax.Array):
+  def qkv(self, x: jax.Array, angles: jax.Array):
     """x [b s d] -> rotated q [b s h k], rotated k and v [b s g k]."""
     x = rms_norm(x, self.norm1, self.eps)
     q, k, v = (einsum('bsd,dhk->bshk', x, w) for w in (self.wq, self.wk, self.wv))
@@ -177,8 +176,8 @@ class Block(nnx.Module):
       q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
     return rope(q, angles), rope(k, angles), v
 
-  def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-    """x [b s d] and what its queries read [b s h k] -> the block's output [b s d]."""
+  def output(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    """The block's output [b s d], of its input x [b s d] and the attention's result [b s h k]."""
     x = x + einsum('bshk,hkd->bsd', attended, self.wo, RESIDUAL)
     return x + self.mlp(rms_norm(x, self.norm2, self.eps))
 
@@ -189,32 +188,34 @@ class Decoder(nnx.Module):
   def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     if config.heads % config.kv_heads:
       raise UserError(f'{config.heads} query heads cannot share {config.kv_heads} key/value heads: '
-                       'the second must divide the first')
+                      'the second must divide the first')
     self.config = config
     # Split over the width alone: public vocabularies (151674, 92553) divide by nothing
-    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), config.width, dtype)
+    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), contract=None, dtype=dtype,
+                            std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
     self.norm = constant(1.0, (config.width,), dtype=dtype)
-    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), config.width, dtype)
+    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), contract=1,
+                                                dtype=dtype)
 
-  def embed(self, tokens: jax.Array) -> jax.Array:
+  def embed(self, input_ids: jax.Array) -> jax.Array:
     """Token ids [b s] -> embeddings [b s d]."""
     # Each device looks up its columns of the table for all of its fsdp group's tokens, then the group swaps columns for
     # examples: the activations travel, not the table.
-    tokens = jax.sharding.reshard(tokens, P('data'))
-    return jax.sharding.reshard(self.embedding[...].at[tokens].get(out_sharding=P('data', None, 'fsdp')), RESIDUAL)
+    input_ids = jax.sharding.reshard(input_ids, P('data'))
+    return jax.sharding.reshard(self.embedding[...].at[input_ids].get(out_sharding=P('data', None, 'fsdp')), RESIDUAL)
 
   def angles(self, positions: jax.Array) -> jax.Array:
     """Rotation angles [b s k/2], f32, of positions [b s]."""
     config = self.config
     if positions.shape[-1] > config.max_positions:
       raise UserError(f'{positions.shape[-1]} positions are more than the {config.max_positions} this model was '
-                       'trained for: shorten the sequence')
+                      'trained for: shorten the sequence')
     frequencies = config.theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.llama3:
       factor, low, high, original = config.llama3
-      kept = np.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
-      frequencies = frequencies * (kept + (1 - kept) / factor)
+      unscaled = np.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+      frequencies = frequencies * (unscaled + (1 - unscaled) / factor)
     return positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
 
   def cache(self, batch: int, slots: int) -> Cache:
@@ -224,53 +225,36 @@ class Decoder(nnx.Module):
                       out_sharding=P(None, BATCH, None, heads_axis(c.heads, c.kv_heads)))
     return Cache(zeros, zeros)
 
-  def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array, *, taps: tuple[int, ...] = (),
+  def __call__(self, x: jax.Array, angles: jax.Array, attention_mask: jax.Array, *, taps: tuple[int, ...] = (),
                depth: int | None = None, cache: Cache | None = None, start: jax.Array | int = 0,
-               added: jax.Array | None = None):
-    """Runs the first `depth` blocks (all when None) -> (x [b s d], tapped [b s l d] or None, cache).
+               deepstack: jax.Array | None = None):
+    """Runs the first `depth` blocks (None: all) -> (x [b s d], tapped [b s l d] or None, cache).
 
-    x [b s d] embeddings; angles [b s k/2]; mask broadcastable to [b h s t], True where a query may look.
-    taps: increasing block counts, none above `depth`.
-    cache: this call's keys and values go to its slots start .. start + s, and queries look at its first t slots.
-    added [n b s d]: addend i joins the output of block i (Qwen3-VL's deepstack), after that output was tapped.
+    Args:
+      x, angles: embeddings [b s d] of tokens one after another, and their rotation angles [b s k/2].
+      attention_mask: [b t], False on padding; t = s, or with a cache its first t slots, this call's among them. A token
+        sees the tokens up to itself.
+      taps: increasing block counts, none above `depth`.
+      cache: this call's keys and values go to its slots start .. start + s.
+      deepstack: [n b s d]; addend i joins the output of block i after that output was tapped.
     """
-    depth = self.config.depth if depth is None else depth
-    taps = tuple(taps)
-    if not 0 <= depth <= self.config.depth or list(taps) != sorted(set(taps) & set(range(depth + 1))):
-      raise UserError(f'taps {taps} within the first {depth} blocks: taps must increase and lie in 0 .. {depth}, and '
-                       f'this model has {self.config.depth} blocks')
-    # Every block writes into the slot of the next tap, so the tapped block writes there last; blocks after the last
-    # tap share one more slot, dropped at the end. The untapped states are never alive together.
-    slots = np.searchsorted(taps, np.arange(1, depth + 1))
-    tapped = None
-    if taps:
-      count = max([len(taps), *(slots + 1)])
-      tapped = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], count, x.shape[2]))
+    segments = attention_mask.astype(jnp.int32)
+    mine = jax.lax.dynamic_slice_in_dim(segments, start, x.shape[1], axis=1)
 
-    def block(carry, inputs):
-      x, tapped, cache = carry
-      index, slot, layer = inputs
-      if layer is None:
-        layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self.blocks)
-      q, k, v = layer.project(x, angles)
+    def block(x, layer, index, cache):
+      q, k, v = layer.qkv(x, angles)
       if cache is not None:
         at = (index, 0, start, 0, 0)
         cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (k, v))))
-        k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False)[:, :mask.shape[-1]] for a in cache)
-      x = layer.finish(x, attention(q, k, v, mask))
-      if taps:
-        tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 2)
-      if added is not None:
-        addend = jax.lax.dynamic_index_in_dim(added, jnp.minimum(index, len(added) - 1), keepdims=False)
-        x = x + jnp.where(index < len(added), addend, 0).astype(x.dtype)
-      return (x, tapped, cache), None
+        k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False)[:, :segments.shape[1]] for a in cache)
+      y = attention(q, k, v, q_segments=mine, kv_segments=segments, causal=True, q_offset=start)
+      return layer.output(x, y), cache
 
-    # A scan over part of the stack would copy that part first; indexing the whole does not. For gradients it is the
-    # other way round, and training runs every block.
-    layers = self.blocks if depth == self.config.depth else None
-    inputs = (jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers)
-    (x, tapped, cache), _ = scan(block, (x, tapped, cache), inputs, unroll=self.config.unroll or 1)
-    return x, tapped[:, :, :len(taps)] if taps else None, cache
+    def add(x, index):
+      addend = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(index, len(deepstack) - 1), keepdims=False)
+      return x + jnp.where(index < len(deepstack), addend, 0).astype(x.dtype)
+
+    return scan_taps(block, x, self.blocks, tuple(taps), depth, carry=cache, after=None if deepstack is None else add)
 
   def final(self, x: jax.Array) -> jax.Array:
     """The final norm: last block's output [b s d] -> [b s d]."""
@@ -284,12 +268,38 @@ class Decoder(nnx.Module):
     return einsum('bsd,dv->bsv', x, self.head).astype(jnp.float32)
 
 
-def positions_of(valid: jax.Array) -> jax.Array:
-  """RoPE positions [b s] that count the valid tokens [b s], whichever side the padding is on."""
-  return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+def positions_of(attention_mask: jax.Array) -> jax.Array:
+  """RoPE positions [b s] that count the tokens of a mask [b s], whichever side the padding is on."""
+  return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-def causal_mask(valid: jax.Array) -> jax.Array:
-  """[b 1 s s]: a query looks at valid tokens up to itself."""
-  index = jnp.arange(valid.shape[1])
-  return valid[:, None, None, :] & (index[:, None] >= index)
+def last_valid(x: jax.Array, attention_mask: jax.Array) -> jax.Array:
+  """The state of each row's last token [b 1 d]: states x [b s d], mask [b s] with padding on either side."""
+  s = x.shape[1]
+  ends = s - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
+  # A sum over one-hot weights: a gather would have to name its sharding
+  return jnp.sum(jnp.where((jnp.arange(s) == ends[:, None])[..., None], x, 0), axis=1, keepdims=True)
+
+
+# The verbs of every model over this decoder, each of which has its own `prompt(input_ids, attention_mask, images)`:
+
+
+def hidden(vlm, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...], images=None) -> jax.Array:
+  """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
+
+  As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature joins.
+  """
+  prompt = vlm.prompt(input_ids, attention_mask, images)
+  return vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=taps, depth=max(taps),
+                     deepstack=prompt.deepstack)[1]
+
+
+def last(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None) -> jax.Array:
+  """The last block's output [b s e], which `decoder.logits` takes at any chosen positions."""
+  prompt = vlm.prompt(input_ids, attention_mask, images)
+  return vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, deepstack=prompt.deepstack)[0]
+
+
+def logits(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None) -> jax.Array:
+  """Next-token logits [b s v], f32."""
+  return vlm.decoder.logits(last(vlm, input_ids, attention_mask, images))

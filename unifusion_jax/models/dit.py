@@ -11,13 +11,11 @@ import functools
 import einops
 from flax import nnx
 import jax
-from jax import P
 import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
-from unifusion_jax.sharding import BATCH
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -35,7 +33,6 @@ class DiTConfig:
   rope_theta: float = 1000.0
   eps: float = 1e-5
   remat: bool = False
-  unroll: int = 1
 
   @property
   def width(self) -> int:
@@ -54,11 +51,11 @@ class Block(nnx.Module):
     self.norm2 = constant(0.0, (c.width,))
     self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
 
-  def __call__(self, x: jax.Array, modulation: jax.Array, mask: jax.Array, angles: jax.Array) -> jax.Array:
-    """x [b s d], modulation [b m d] f32 with m of 6, mask [b 1 1 s], angles [s k/2] -> [b s d]."""
+  def __call__(self, x: jax.Array, modulation: jax.Array, segments: jax.Array, angles: jax.Array) -> jax.Array:
+    """x [b s d], modulation [b m d] f32 with m of 6, segments [b s], angles [s k/2] -> [b s d]."""
     slots = (modulation + self.table[...].astype(jnp.float32))[:, :, None]
     scale1, shift1, gate1, scale2, shift2, gate2 = (slots[:, m] for m in range(6))
-    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), mask, angles)
+    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), segments, angles)
     x = x + (gate1 * y).astype(x.dtype)
     y = self.mlp(modulate(x, self.norm2, scale2, shift2, self.eps))
     return x + (gate2 * y).astype(x.dtype)
@@ -70,17 +67,17 @@ class DiT(nnx.Module):
   def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
     if sum(config.rope_axes) != config.head_dim or any(a % 2 for a in config.rope_axes):
       raise UserError(f'rope_axes {config.rope_axes} must be three even numbers that add up to the head dim '
-                       f'{config.head_dim}')
+                      f'{config.head_dim}')
     if config.heads % config.kv_heads:
       raise UserError(f'{config.heads} heads cannot share {config.kv_heads} key/value heads evenly: '
-                       'kv_heads must divide heads')
+                      'kv_heads must divide heads')
     c = self.config = dataclasses.replace(config)
     d, p = c.width, c.channels * c.patch ** 2
-    self.image_w = weight(rngs, (p, d), (None, 'fsdp'), p)
+    self.image_w = weight(rngs, (p, d), (None, 'fsdp'), contract=1, int8=False)
     self.image_b = constant(0.0, (d,))
-    self.time_w1 = weight(rngs, (c.time_dim, d), ('fsdp', 'tp'), c.time_dim)
+    self.time_w1 = weight(rngs, (c.time_dim, d), ('fsdp', 'tp'), contract=1, int8=False)
     self.time_b1 = constant(0.0, (d,))
-    self.time_w2 = weight(rngs, (d, d), ('tp', 'fsdp'), d)
+    self.time_w2 = weight(rngs, (d, d), ('tp', 'fsdp'), contract=1, int8=False)
     self.time_b2 = constant(0.0, (d,))
     # Zero modulation and a zero last layer: training starts from blocks that are the identity and velocity 0.
     self.mod_w = constant(0.0, (d, 6, d), ('fsdp', None, 'tp'))
@@ -94,37 +91,33 @@ class DiT(nnx.Module):
   def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
     """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32.
 
-    With a tap, (that, the states of the image's patches after so many blocks [b y x d]).
+    With a tap, (velocity, the image patches' states after that many blocks [b y x d]).
     """
     c = self.config
     b, height, width, channels = z.shape
     if channels != c.channels or height % c.patch or width % c.patch:
       raise UserError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
-                       f'multiples of the patch {c.patch}')
+                      f'multiples of the patch {c.patch}')
     rows, columns = height // c.patch, width // c.patch
     image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)
     x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)
-    keys = jnp.concatenate([mask, jnp.ones((b, rows * columns), bool, out_sharding=P(BATCH))], axis=1)
-    keys, angles = keys[:, None, None, :], self._angles(cond.shape[1], rows, columns)
+    segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, rows * columns)), constant_values=1)
+    angles = self._angles(cond.shape[1], rows, columns)
 
     time = layers.sinusoid(t * 1000, c.time_dim)
     time = jax.nn.gelu(einsum('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
     time = einsum('bf,fd->bd', time, self.time_w2, RESIDUAL) + self.time_b2[...]
     modulation = einsum('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w, RESIDUAL) + self.mod_b[...]
 
-    tapped = None
-    if tap is None:
-      x, _ = layers.scan(lambda x, block: (block(x, modulation, keys, angles), None), x, self.blocks,
-                         remat=c.remat, unroll=c.unroll)
-    else:
-      x, kept = layers.scan_taps(lambda x, block: block(x, modulation, keys, angles), x, self.blocks, (tap,), c.depth,
-                                 remat=c.remat, unroll=c.unroll)
-      tapped = kept[:, cond.shape[1]:, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
+    x, tapped, _ = layers.scan_taps(lambda x, block, *_: (block(x, modulation, segments, angles), None), x, self.blocks,
+                                    () if tap is None else (tap,), remat=c.remat)
     scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
     x = modulate(x[:, cond.shape[1]:], self.norm, scale, shift, c.eps)
     x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)
     velocity = unpatchify(x, c.patch, rows, columns)
-    return velocity if tap is None else (velocity, tapped)
+    if tap is None:
+      return velocity
+    return velocity, tapped[:, cond.shape[1]:, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
 
   def _angles(self, text: int, rows: int, columns: int) -> jax.Array:
     """Rotation angles [s k/2] of `text` condition tokens at 0, then of the image's patches row by row."""

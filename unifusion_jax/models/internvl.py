@@ -14,20 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt, tied_head
+from unifusion_jax.models import decoder
+from unifusion_jax.models.attention import attention
+from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, Prompt, tied_head
 from unifusion_jax.models.layers import (
-  attention,
   constant,
   einsum,
   heads_axis,
   layer_norm,
+  normalise,
   RESIDUAL,
   rms_norm,
   scan,
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,8 @@ class VisionConfig:
   eps: float = 1e-6
   qkv_bias: bool = True
   qk_norm: bool = False
-  unroll: bool = False
+  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixels from 0 to 1, for tiles that come as uint8
+  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class InternVLConfig:
     return (self.vision.tile // self.vision.patch // self.shuffle) ** 2
 
   @classmethod
-  def from_original(cls, config: dict, image_token_id: int, unroll: bool = False) -> 'InternVLConfig':
+  def from_original(cls, config: dict, image_token_id: int) -> 'InternVLConfig':
     """From the config.json of OpenGVLab's own layout, which leaves the image token's id to the tokenizer."""
     vision, size = config['vision_config'], config.get('force_image_size')
     wrong = [f'{key}={config[key]!r}' for key, value in {'ps_version': 'v2', 'use_backbone_lora': 0, 'use_llm_lora': 0}
@@ -73,10 +76,10 @@ class InternVLConfig:
              'norm_type': vision.get('norm_type', 'rms_norm')}
     return cls.from_json({
         'vision_config': vision | names, 'text_config': config['llm_config'], 'image_token_id': image_token_id,
-        'vision_feature_layer': config.get('select_layer', -1), 'downsample_ratio': config['downsample_ratio']}, unroll)
+        'vision_feature_layer': config.get('select_layer', -1), 'downsample_ratio': config['downsample_ratio']})
 
   @classmethod
-  def from_json(cls, config: dict, unroll: bool = False) -> 'InternVLConfig':
+  def from_json(cls, config: dict) -> 'InternVLConfig':
     """From the config.json of a `-hf` checkpoint; ValueError for what is not computed here."""
     vision = config['vision_config']
     tile, patch = (value if isinstance(value, list) else [value, value]
@@ -99,8 +102,8 @@ class InternVLConfig:
             width=vision.get('hidden_size', 1024), depth=vision.get('num_hidden_layers', 24),
             heads=vision.get('num_attention_heads', 16), hidden=vision.get('intermediate_size', 4096), tile=tile[0],
             patch=patch[0], norm=vision.get('norm_type', 'layer_norm'), eps=vision.get('layer_norm_eps', 1e-6),
-            qkv_bias=vision.get('attention_bias', False), qk_norm=vision.get('use_qk_norm', False), unroll=unroll),
-        text=dataclasses.replace(text, tied=tied, unroll=unroll),
+            qkv_bias=vision.get('attention_bias', False), qk_norm=vision.get('use_qk_norm', False)),
+        text=dataclasses.replace(text, tied=tied),
         image_token_id=config['image_token_id'], shuffle=round(1 / config.get('downsample_ratio', 0.5)))
 
   def to_json(self) -> dict:
@@ -131,22 +134,22 @@ class VisionBlock(nnx.Module):
     centred = config.norm == 'layer_norm'
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
     self.bq = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
     self.bk = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
     self.bv = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
     self.q_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
     self.k_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.scale1 = constant(1.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
     self.scale2 = constant(1.0, (d,), dtype=dtype)
 
@@ -171,7 +174,7 @@ class VisionBlock(nnx.Module):
 def sinusoids(side: int, width: int) -> np.ndarray:
   """Where learned positions start: [1 + side^2 width], zero for the class token, then waves along y and along x.
 
-  From small random numbers, attention to neighbours takes an eye trained from scratch thousands of steps longer.
+  From small random numbers, a tower trained from scratch takes thousands of steps longer to attend to neighbours.
   """
   frequencies = 100.0 ** -np.linspace(0, 1, width // 4)
   angles = np.arange(side)[:, None] * frequencies
@@ -187,9 +190,9 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch ** 2 * 3
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
+    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
-    self.class_token = weight(rngs, (d,), (None,), 2500, dtype)  # std 0.02
+    self.class_token = weight(rngs, (d,), (None,), contract=None, dtype=dtype, std=0.02)
     self.positions = nnx.Param(jnp.asarray(sinusoids(config.tile // config.patch, d), dtype))
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
 
@@ -201,7 +204,7 @@ class Vision(nnx.Module):
     x = einsum('bsp,pd->bsd', x, self.patch, RESIDUAL) + self.patch_bias[...]
     first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1]), out_sharding=RESIDUAL)
     x = jnp.concatenate([first, x], axis=1) + self.positions[...]
-    x, _ = scan(lambda x, block: (block(x), None), x, self.blocks, unroll=self.config.unroll or 1)
+    x, _ = scan(lambda x, block: (block(x), None), x, self.blocks)
     return x[:, 1:]
 
 
@@ -211,9 +214,9 @@ class Projector(nnx.Module):
   def __init__(self, width_in: int, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.norm = constant(1.0, (width_in,), dtype=dtype)
     self.norm_bias = constant(0.0, (width_in,), dtype=dtype)
-    self.w1 = weight(rngs, (width_in, width), ('fsdp', 'tp'), width_in, dtype)
+    self.w1 = weight(rngs, (width_in, width), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (width,), ('tp',), dtype)
-    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), width, dtype)
+    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (width,), dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -222,7 +225,10 @@ class Projector(nnx.Module):
 
 
 class InternVL(nnx.Module):
-  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles [b r y x 3] normalised."""
+  """The whole model; input_ids [b s] int32, attention_mask [b s] (False on padding, either side), images: tiles.
+
+  Tiles [b r y x 3] are uint8, or floats that were normalised before.
+  """
 
   def __init__(self, config: InternVLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
@@ -233,52 +239,42 @@ class InternVL(nnx.Module):
   def image_features(self, tiles: jax.Array) -> jax.Array:
     """Tiles [b r y x 3] -> image embeddings [b r*n e], n = config.tile_tokens of each tile, rows first."""
     b, r, *size = tiles.shape
-    side = self.config.vision.tile
-    if size != [side, side, 3]:
-      raise UserError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {side} x {side} x 3')
+    vision = self.config.vision
+    if size != [vision.tile, vision.tile, 3]:
+      raise UserError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {vision.tile} x '
+                      f'{vision.tile} x 3')
+    tiles = normalise(tiles, vision.mean, vision.std)
     x = self.vision(tiles.reshape(b * r, *size, out_sharding=RESIDUAL))
-    n, a = side // self.config.vision.patch // self.config.shuffle, self.config.shuffle
+    n, a = vision.tile // vision.patch // self.config.shuffle, self.config.shuffle
     x = x.reshape(b * r, n, a, n, a, -1, out_sharding=RESIDUAL)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b * r, n * n, -1, out_sharding=RESIDUAL)
     return self.projector(x).reshape(b, r * n * n, -1, out_sharding=RESIDUAL)
 
-  def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None,
+  def prompt(self, input_ids: jax.Array, attention_mask: jax.Array, images: jax.Array | None = None,
              image_features: jax.Array | None = None) -> Prompt:
-    """Embeddings with the images in place, and where each token stands; `image_features` stands in for what tiles give.
+    """Embeddings with the images in place, and where each token stands.
 
-    Image embeddings replace the valid image tokens in order; padded tiles at the end are never used. An example
-    with more image tokens than its tiles give gets NaN there: a shape known only at run time cannot raise.
+    `image_features`, when given, are used in place of those of `images`. Image embeddings replace the image tokens in
+    order; padded tiles at the end are never used. An example with more image tokens than its tiles give gets NaN there:
+    a shape known only at run time cannot raise.
     """
-    tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)  # plain arrays are welcome
-    x = self.decoder.embed(tokens)
-    if tiles is not None:
-      image_features = self.image_features(jax.sharding.reshard(tiles, RESIDUAL))
+    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # plain arrays are welcome
+    x = self.decoder.embed(input_ids)
+    if images is not None:
+      image_features = self.image_features(jax.sharding.reshard(images, RESIDUAL))
     if image_features is not None:
-      here = (tokens == self.config.image_token_id) & valid
+      here = (input_ids == self.config.image_token_id) & attention_mask
       index = jnp.where(here, jnp.cumsum(here, axis=1) - 1, 0)
       pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
       picked = pick(image_features.astype(x.dtype), index)
       x = jnp.where(here[..., None], picked, x)
-    positions = positions_of(valid)
-    return Prompt(x, self.decoder.angles(positions), valid, jnp.sum(valid, axis=1, dtype=jnp.int32))
+    angles = self.decoder.angles(positions_of(attention_mask))
+    return Prompt(x, angles, attention_mask, jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
 
-  def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...],
-             tiles: jax.Array | None = None) -> jax.Array:
-    """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run."""
-    prompt = self.prompt(tokens, valid, tiles)
-    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), taps=taps, depth=max(taps))[1]
-
-  def last(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None) -> jax.Array:
-    """The last block's output [b s e], which `decoder.logits` takes at any chosen positions."""
-    prompt = self.prompt(tokens, valid, tiles)
-    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid))[0]
-
-  def logits(self, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None) -> jax.Array:
-    """Next-token logits [b s v], f32."""
-    return self.decoder.logits(self.last(tokens, valid, tiles))
+  hidden, last, logits = decoder.hidden, decoder.last, decoder.logits
 
 
-def dims(config: InternVLConfig) -> dict[str, int]:
+def axis_sizes(config: InternVLConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules: h g k of the decoder, a c the ViT's heads and head dim, y x its patch,
   n the three of its fused qkv, r what one key head of InternLM2's fused wqkv has: its queries, itself, its value."""
   text, vision = config.text, config.vision
@@ -286,24 +282,24 @@ def dims(config: InternVLConfig) -> dict[str, int]:
           'a': vision.heads, 'c': vision.width // vision.heads, 'n': 3, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> InternVL:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> InternVL:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it; `each`: see
+  Reads the `-hf` layout and OpenGVLab's own, the latter with its tokenizer's files beside it; `on_leaf`: see
   `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
-  tensors = convert.read(folder)
+  tensors = safetensors_io.read(folder)
   if 'llm_config' in described:
-    config = InternVLConfig.from_original(described, image_token(folder), unroll)
+    config = InternVLConfig.from_original(described, image_token(folder))
     rules = INTERNLM2_RULES if described['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
   else:
-    config, rules = InternVLConfig.from_json(described, unroll), RULES
+    config, rules = InternVLConfig.from_json(described), RULES
   tied = tied_head(described, not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors))
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
-  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, dims(config), dtype,
-                      ignore=(r'.*rotary_emb\.inv_freq',), each=each)
+  return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, axis_sizes(config), dtype,
+                      ignore=(r'.*rotary_emb\.inv_freq',), on_leaf=on_leaf)
 
 
 def image_token(folder: pathlib.Path) -> int:
@@ -316,16 +312,13 @@ def image_token(folder: pathlib.Path) -> int:
   ids |= {token['content']: token['id'] for token in parse('tokenizer.json').get('added_tokens', [])}
   if '<IMG_CONTEXT>' not in ids:
     raise UserError(f'{folder}: no added_tokens.json, tokenizer_config.json or tokenizer.json gives the id of '
-                     "<IMG_CONTEXT>; copy the checkpoint's tokenizer files next to its config.json")
+                    "<IMG_CONTEXT>; copy the checkpoint's tokenizer files next to its config.json")
   return ids['<IMG_CONTEXT>']
 
 
 def save(vlm: InternVL, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' InternVLForConditionalGeneration loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
+  """Writes the folder that transformers' InternVLForConditionalGeneration loads; all processes call it together."""
+  convert.save(vlm, RULES, axis_sizes(vlm.config), folder, vlm.config.to_json())
 
 
 _LAYER = r'language_model\.model\.layers\.(\d+)\.'
@@ -437,31 +430,34 @@ ORIGINAL_RULES = TEXT_RULES + _ORIGINAL_VISION_RULES
 INTERNLM2_RULES = INTERNLM2_TEXT_RULES + _ORIGINAL_VISION_RULES
 
 
-def _preset(kind: str, width: int, depth: int, heads: int, kv_heads: int, hidden: int, head_dim: int = 128,
+def _preset(kind: str, *, width: int, depth: int, heads: int, kv_heads: int, hidden: int, head_dim: int = 128,
             vision: VisionConfig = VisionConfig()) -> InternVLConfig:
-  model_type, vocab, image, eps, limit = {
-      'internlm2': ('llama', 92553, 92546, 1e-5, 32768), 'qwen2': ('qwen2', 151674, 151667, 1e-6, 32768),
-      'qwen3': ('qwen3', 151936, 151671, 1e-6, 40960)}[kind]
-  return InternVLConfig(vision, DecoderConfig(model_type, vocab, width, depth, heads, kv_heads, head_dim, hidden, eps,
-                                              max_positions=limit), image)
+  families = {
+      'internlm2': dict(model_type='llama', vocab=92553, eps=1e-5, max_positions=32768),
+      'qwen2': dict(model_type='qwen2', vocab=151674, eps=1e-6, max_positions=32768),
+      'qwen3': dict(model_type='qwen3', vocab=151936, eps=1e-6, max_positions=40960)}
+  image_token_ids = {'internlm2': 92546, 'qwen2': 151667, 'qwen3': 151671}
+  text = DecoderConfig(width=width, depth=depth, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
+                       **families[kind])
+  return InternVLConfig(vision=vision, text=text, image_token_id=image_token_ids[kind])
 
 
-_VIT_6B = VisionConfig(3200, 45, 25, 12800, norm='rms_norm', qkv_bias=False, qk_norm=True)
+_VIT_6B = VisionConfig(width=3200, depth=45, heads=25, hidden=12800, norm='rms_norm', qkv_bias=False, qk_norm=True)
 
 # For planning without a checkpoint; `load` goes by the checkpoint's own config.json
 PRESETS = {
-    'InternVL2_5-1B': _preset('qwen2', 896, 24, 14, 2, 4864, 64),
-    'InternVL2_5-2B': _preset('internlm2', 2048, 24, 16, 8, 8192),
-    'InternVL2_5-4B': _preset('qwen2', 2048, 36, 16, 2, 11008),
-    'InternVL2_5-8B': _preset('internlm2', 4096, 32, 32, 8, 14336),
-    'InternVL3-1B': _preset('qwen2', 896, 24, 14, 2, 4864, 64),
-    'InternVL3-2B': _preset('qwen2', 1536, 28, 12, 2, 8960),
-    'InternVL3-8B': _preset('qwen2', 3584, 28, 28, 4, 18944),
-    'InternVL3-14B': _preset('qwen2', 5120, 48, 40, 8, 13824),
-    'InternVL3_5-1B': _preset('qwen3', 1024, 28, 16, 8, 3072),
-    'InternVL3_5-2B': _preset('qwen3', 2048, 28, 16, 8, 6144),
-    'InternVL3_5-4B': _preset('qwen3', 2560, 36, 32, 8, 9728),
-    'InternVL3_5-8B': _preset('qwen3', 4096, 36, 32, 8, 12288),
-    'InternVL3_5-14B': _preset('qwen3', 5120, 40, 40, 8, 17408),
-    'InternVL3_5-38B': _preset('qwen3', 5120, 64, 64, 8, 25600, vision=_VIT_6B),
+    'InternVL2_5-1B': _preset('qwen2', width=896, depth=24, heads=14, kv_heads=2, hidden=4864, head_dim=64),
+    'InternVL2_5-2B': _preset('internlm2', width=2048, depth=24, heads=16, kv_heads=8, hidden=8192),
+    'InternVL2_5-4B': _preset('qwen2', width=2048, depth=36, heads=16, kv_heads=2, hidden=11008),
+    'InternVL2_5-8B': _preset('internlm2', width=4096, depth=32, heads=32, kv_heads=8, hidden=14336),
+    'InternVL3-1B': _preset('qwen2', width=896, depth=24, heads=14, kv_heads=2, hidden=4864, head_dim=64),
+    'InternVL3-2B': _preset('qwen2', width=1536, depth=28, heads=12, kv_heads=2, hidden=8960),
+    'InternVL3-8B': _preset('qwen2', width=3584, depth=28, heads=28, kv_heads=4, hidden=18944),
+    'InternVL3-14B': _preset('qwen2', width=5120, depth=48, heads=40, kv_heads=8, hidden=13824),
+    'InternVL3_5-1B': _preset('qwen3', width=1024, depth=28, heads=16, kv_heads=8, hidden=3072),
+    'InternVL3_5-2B': _preset('qwen3', width=2048, depth=28, heads=16, kv_heads=8, hidden=6144),
+    'InternVL3_5-4B': _preset('qwen3', width=2560, depth=36, heads=32, kv_heads=8, hidden=9728),
+    'InternVL3_5-8B': _preset('qwen3', width=4096, depth=36, heads=32, kv_heads=8, hidden=12288),
+    'InternVL3_5-14B': _preset('qwen3', width=5120, depth=40, heads=40, kv_heads=8, hidden=17408),
+    'InternVL3_5-38B': _preset('qwen3', width=5120, depth=64, heads=64, kv_heads=8, hidden=25600, vision=_VIT_6B),
 }

@@ -29,7 +29,6 @@ class LAPConfig:
   mlp: int = 6912
   eps: float = 1e-5
   remat: bool = False
-  unroll: int = 1
 
 
 class Block(nnx.Module):
@@ -43,8 +42,8 @@ class Block(nnx.Module):
     self.norm2 = constant(0.0, (c.width,))
     self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
 
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    x = x + self.attn(rms_norm(x, self.norm1, self.eps, 1.0), mask)
+  def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    x = x + self.attn(rms_norm(x, self.norm1, self.eps, 1.0), segments)
     return x + self.mlp(rms_norm(x, self.norm2, self.eps, 1.0))
 
 
@@ -59,9 +58,9 @@ class LAP(nnx.Module):
     self.pool = constant(1 / c.taps, (c.taps,))
     self.refiner = layers.stack(Block, c.refiner_depth, c, rngs=rngs)
     self.norm = constant(0.0, (c.width,))
-    self.w1 = weight(rngs, (c.width, width), ('fsdp', 'tp'), c.width)
+    self.w1 = weight(rngs, (c.width, width), ('fsdp', 'tp'), contract=1)
     self.b1 = constant(0.0, (width,))
-    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), width)
+    self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), contract=1)
     self.b2 = constant(0.0, (width,))
 
   def __call__(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -70,16 +69,14 @@ class LAP(nnx.Module):
     c = self.config
     if (l, e) != (c.taps, c.width):
       raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
-                       "set the config's taps and width to those of the vision-language model")
-    run = lambda x, blocks, mask=None: layers.scan(
-        lambda x, block: (block(x, mask), None), x, blocks, remat=c.remat, unroll=c.unroll)[0]
+                      "set the config's taps and width to those of the vision-language model")
+    run = lambda x, blocks, segments=None: layers.scan(
+        lambda x, block: (block(x, segments), None), x, blocks, remat=c.remat)[0]
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
     x = run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks).reshape(b, s, l, e, out_sharding=RESIDUAL)
     x = einsum('bsle,l->bse', x, self.pool)
-    # With the diagonal a row of nothing but padding still has a key to look at.
-    keys = mask[:, None, None, :] | jnp.eye(s, dtype=bool)
-    x = rms_norm(run(x, self.refiner, keys), self.norm, c.eps, 1.0)
+    x = rms_norm(run(x, self.refiner, mask.astype(jnp.int32)), self.norm, c.eps, 1.0)
     x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
     return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
 

@@ -11,28 +11,46 @@ Modules hold Params only and are plain pytrees. A parameter's sharding is an arg
 import functools
 import math
 
+from absl import logging
 from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import quantize
+from unifusion_jax.errors import UserError
+from unifusion_jax.models.attention import attention
+from unifusion_jax.sharding import BATCH, is_main_process
 
 RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
-MASKED = -1e30  # a logit whose softmax weight is 0
+# Whether layers are unrolled. None: by the devices of the mesh in context. Unrolled, a step takes a fifth less on a CPU
+# and a quarter longer to compile; elsewhere scanned layers run as fast and compile many times faster.
+UNROLL: bool | None = None
 
 
-def weight(rngs: nnx.Rngs, shape, spec, fan_in: int, dtype=jnp.float32) -> nnx.Param:
-  """A matrix drawn from N(0, 1/fan_in), sharded as `spec` (one mesh axis, or None, for each dim of `shape`).
+def weight(rngs: nnx.Rngs, shape, spec, contract: int | None, dtype=jnp.float32, std: float | None = None,
+           int8: bool = True) -> nnx.Param:
+  """A Param from N(0, std^2), sharded as `spec` (one mesh axis, or None, for each dim of `shape`).
 
-  Dims that a product sums over come first, and their sizes multiply to fan_in. What is no such matrix (tables, vectors)
-  takes any fan_in. The Param says which it is: `matrix` is (dims summed over, dims made) or None (`step.optimizer`).
+  Args:
+    contract: how many leading dims its product sums over; None for tables, vectors and convolution kernels, which no
+      `einsum` multiplies with. Muon, int8 and adapters go by this.
+    std: None: the contracted sizes' product ** -0.5, which keeps the scale of what is multiplied.
+    int8: False for the few matrices that are never rounded: those of pixels, latents and times.
   """
-  summed = next((n for n in range(1, len(shape)) if math.prod(shape[:n]) == fan_in), None)
-  return nnx.Param(nnx.initializers.normal(fan_in ** -0.5)(rngs.params(), shape, dtype, out_sharding=P(*spec)),
-                   matrix=summed and (summed, len(shape) - summed))
+  if contract is None and std is None or contract is not None and not 0 < contract < len(shape):
+    raise ValueError(f'a weight {shape} cannot contract {contract} of its dims: name from 1 to {len(shape) - 1} of '
+                     'them, or None and a std')
+  std = math.prod(shape[:contract]) ** -0.5 if std is None else std
+  value = nnx.initializers.normal(std)(rngs.params(), shape, dtype, out_sharding=P(*spec))
+  # Counted from the end, an axis is the same in one layer and in a stack of them
+  axes = contract and tuple(range(-len(shape), contract - len(shape)))
+  return nnx.Param(value, contract=axes, int8=axes is not None and int8)
+
+
+def contracted(param) -> tuple[int, ...] | None:
+  """The axes of a Param, counted from the end, that its product sums over (the output's follow); None: no matrix."""
+  return param.get_metadata().get('contract') if isinstance(param, nnx.Param) else None
 
 
 def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
@@ -43,33 +61,53 @@ def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
 def heads_axis(heads: int, kv_heads: int) -> str | None:
   """The mesh axis of attention heads: tp if it divides both counts, else None (attention is then repeated over tp)."""
   tp = jax.sharding.get_abstract_mesh().shape['tp']
-  return 'tp' if heads % tp == 0 and kv_heads % tp == 0 else None
+  if heads % tp or kv_heads % tp:
+    _warn_of_repeated_heads(heads, kv_heads, tp)
+    return None
+  return 'tp'
+
+
+@functools.cache  # once for each
+def _warn_of_repeated_heads(heads: int, kv_heads: int, tp: int) -> None:
+  if is_main_process():
+    logging.warning('mesh.tp=%d does not divide %d heads over %d key/value heads: that attention is computed whole on '
+                    'each of the %d devices', tp, heads, kv_heads, tp)
 
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
-  """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is."""
-  if isinstance(w, quantize.Int8):
-    return w.times(equation, x, out)
-  return _product(equation, out, x, w[...].astype(x.dtype))
+  """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is.
+
+  A weight that is no plain array (`quantize.Int8`) answers `times(equation, x, out)` itself.
+  """
+  return w.times(equation, x, out) if hasattr(w, 'times') else _product(equation, out, w.dtype, x, w[...])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(equation, out, x, w):
-  return jnp.einsum(equation, x, w, out_sharding=out)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(equation, out, dtype, x, w):
+  return _product_forward(equation, out, dtype, x, w)[0]
 
 
-def _product_backward(equation, out, saved, gradient):
+def _product_forward(equation, out, dtype, x, w):
+  del dtype
+  w = w.astype(x.dtype)  # saved like this, so that with remat one gather over fsdp serves both products of the backward
+  return jnp.einsum(equation, x, w, out_sharding=out), (x, w)
+
+
+def _product_backward(equation, out, dtype, saved, gradient):
   # As autodiff would, but with x first in the product for w. Autodiff puts the gradient first, and XLA for CPU then
   # transposes it together with all the elementwise work that made it, which takes longer than the product itself.
+  # And the gradient of w is f32 whatever the compute dtype: it is a sum over all tokens and devices, of which bfloat16
+  # would keep 8 bits in each partial sum. Its reduction over fsdp then carries twice the bytes.
   x, w = saved
   letters, result = equation.split('->')
   of_x, of_w = letters.split(',')
   like = lambda array: jax.typeof(array).sharding.spec
   return (jnp.einsum(f'{result},{of_w}->{of_x}', gradient, w, out_sharding=like(x)),
-          jnp.einsum(f'{of_x},{result}->{of_w}', x, gradient, out_sharding=like(w)))
+          jnp.einsum(f'{of_x},{result}->{of_w}', x, gradient, out_sharding=like(w),
+                     preferred_element_type=jnp.float32).astype(dtype))
 
 
-_product.defvjp(lambda equation, out, x, w: (_product(equation, out, x, w), (x, w)), _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):
@@ -77,36 +115,49 @@ def stack(cls, depth: int, *args, rngs: nnx.Rngs):
   return jax.vmap(lambda key: cls(*args, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
-def scan(block, x, layers, *, remat: bool = False, unroll: int | bool = 1):
+def scan(block, x, layers, *, remat: bool = False):
   """Runs `block(x, layer) -> (x, y)` over stacked layers; returns (x, stacked y)."""
+  device = jax.sharding.get_abstract_mesh().abstract_device  # None: of a mesh over devices that are not here
+  unroll = device is not None and device.platform == 'cpu' if UNROLL is None else UNROLL
   return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=unroll)
 
 
-def scan_taps(block, x, layers, taps: tuple[int, ...], depth: int, *, remat: bool = False, unroll: int | bool = 1):
-  """Runs `block(x, layer) -> x` over the first `depth` stacked layers: (x [b s d], x after `taps` blocks [b s l d]).
+def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = None, *, carry=None, after=None,
+              remat: bool = False):
+  """Runs the first `depth` stacked layers (None: all) -> (x [b s d], x after `taps` layers [b s l d] or None, carry).
 
-  taps increase and lie in 0 .. depth; 0 is x as it came. The untapped states are never alive together.
+  Args:
+    block: `block(x, layer, index, carry) -> (x, carry)`; `carry` is whatever else goes from layer to layer.
+    taps: numbers of layers, increasing, in 0 .. depth; 0 is x as it came. The untapped states are never alive together.
+    after: `after(x, index) -> x`, what is done to a layer's output once it was tapped.
   """
-  if list(taps) != sorted(set(taps) & set(range(depth + 1))):
-    raise ValueError(f'taps {taps} must increase and lie in 0 .. {depth}')
+  layers_there = len(jax.tree.leaves(layers)[0])
+  depth = layers_there if depth is None else depth
+  if not 0 <= depth <= layers_there or list(taps) != sorted(set(taps) & set(range(depth + 1))):
+    raise UserError(f'taps {taps} within the first {depth} layers: taps must increase and lie in 0 .. {depth}, and '
+                    f'this model has {layers_there} layers')
   # Every layer writes into the slot of the next tap, so the tapped one writes there last; layers after the last tap
   # share one more slot, dropped at the end.
   slots = np.searchsorted(taps, np.arange(1, depth + 1))
-  kept = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], max([len(taps), *(slots + 1)]), x.shape[2]))
+  tapped = None
+  if taps:
+    tapped = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], max([len(taps), *(slots + 1)]), x.shape[2]))
 
-  def step(carry, inputs):
-    x, kept = carry
+  def step(state, inputs):
+    x, tapped, carry = state
     index, slot, layer = inputs
     if layer is None:
       layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
-    x = block(x, layer)
-    return (x, jax.lax.dynamic_update_index_in_dim(kept, x, slot, 2)), None
+    x, carry = block(x, layer, index, carry)
+    if taps:
+      tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 2)
+    return (x if after is None else after(x, index), tapped, carry), None
 
-  # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time.
-  all_of_it = layers if depth == len(jax.tree.leaves(layers)[0]) else None
-  inputs = (jnp.arange(depth), jnp.asarray(slots, jnp.int32), all_of_it)
-  (x, kept), _ = scan(step, (x, kept), inputs, remat=remat, unroll=unroll)
-  return x, kept[:, :, :len(taps)]
+  # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time. For
+  # gradients it is the other way round, and training runs every layer.
+  inputs = jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers if depth == layers_there else None
+  (x, tapped, carry), _ = scan(step, (x, tapped, carry), inputs, remat=remat)
+  return x, tapped[:, :, :len(taps)] if taps else None, carry
 
 
 def rms_norm(x: jax.Array, scale=None, eps: float = 1e-6, offset: float = 0.0) -> jax.Array:
@@ -118,12 +169,27 @@ def rms_norm(x: jax.Array, scale=None, eps: float = 1e-6, offset: float = 0.0) -
   return y.astype(x.dtype)
 
 
+def normalise_pixels(pixels: jax.Array, mean, std) -> jax.Array:
+  """uint8 [... c] -> (x / 255 - mean) / std, f32, with one mean and one std for each c; floats come back as they are."""
+  if pixels.dtype != jnp.uint8:
+    return pixels
+  mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+  return pixels.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
 def layer_norm(x: jax.Array, scale, bias, eps: float = 1e-6) -> jax.Array:
   """(x - mean) / std * scale + bias over the last axis, in f32; result in x's dtype."""
   y = x.astype(jnp.float32)
   y = y - jnp.mean(y, axis=-1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   return (y * scale[...].astype(jnp.float32) + bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def normalise(pixels: jax.Array, mean, std) -> jax.Array:
+  """uint8 pixels -> (pixels / 255 - mean) / std in f32, over the last axis; floats are normalised already and stay."""
+  if pixels.dtype != jnp.uint8:
+    return pixels
+  return (pixels.astype(jnp.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def rope_angles(positions: jax.Array, dim: int, theta: float) -> jax.Array:
@@ -140,38 +206,13 @@ def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *,
-              causal: bool = False, scale: float | None = None) -> jax.Array:
-  """Softmax attention, the one door to kernels: q [b q h k], k and v [b s g k] with g dividing h -> [b q h k].
-
-  `mask` is boolean, True where a query may look, broadcastable to [b h q s]. Softmax in f32.
-  """
-  b, queries, heads, dim = q.shape
-  keys, groups = k.shape[1:3]
-  # Heads before tokens at once, and normalisation after the product with v: on CPU that is twice as fast as
-  # jax.nn.dot_product_attention, gradient included.
-  q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  logits = jnp.einsum('bghqk,bgsk->bghqs', q, k, preferred_element_type=jnp.float32) * (scale or dim ** -0.5)
-  if causal:
-    logits = jnp.where(jnp.arange(queries)[:, None] >= jnp.arange(keys), logits, MASKED)
-  if mask is not None:
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], groups, -1, *mask.shape[2:])
-    logits = jnp.where(mask, logits, MASKED)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-  y = jnp.einsum('bghqs,bgsk->bghqk', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  y = (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
-  return y.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads, dim)
-
-
 class SwiGLU(nnx.Module):
   """down(silu(gate x) * up x)."""
 
   def __init__(self, width: int, hidden: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
-    self.gate = weight(rngs, (width, hidden), ('fsdp', 'tp'), width, dtype)
-    self.up = weight(rngs, (width, hidden), ('fsdp', 'tp'), width, dtype)
-    self.down = weight(rngs, (hidden, width), ('tp', 'fsdp'), hidden, dtype)
+    self.gate = weight(rngs, (width, hidden), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.up = weight(rngs, (width, hidden), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.down = weight(rngs, (hidden, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     hidden = jax.nn.silu(einsum('bsd,df->bsf', x, self.gate)) * einsum('bsd,df->bsf', x, self.up)
@@ -186,23 +227,24 @@ class GatedAttention(nnx.Module):
 
   def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, eps: float, *, rngs: nnx.Rngs):
     self.eps = eps
-    self.wq = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), width)
-    self.wk = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), width)
-    self.wv = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), width)
-    self.gate = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), width)
-    self.wo = weight(rngs, (heads, head_dim, width), ('tp', None, 'fsdp'), heads * head_dim)
+    self.wq = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.wk = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.wv = weight(rngs, (width, kv_heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.gate = weight(rngs, (width, heads, head_dim), ('fsdp', 'tp', None), contract=1)
+    self.wo = weight(rngs, (heads, head_dim, width), ('tp', None, 'fsdp'), contract=2)
     self.q_norm = constant(0.0, (head_dim,))
     self.k_norm = constant(0.0, (head_dim,))
 
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-    """[b s d] -> [b s d]; `mask` as in `attention`, `angles` as in `rope` (none: no positions)."""
+  def __call__(self, x: jax.Array, segments: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
+    """[b s d] -> [b s d]; `segments` [b s] as in `attention`, `angles` as in `rope` (none: no positions)."""
     q = rms_norm(einsum('bsd,dhk->bshk', x, self.wq), self.q_norm, self.eps, 1.0)
     k = rms_norm(einsum('bsd,dgk->bsgk', x, self.wk), self.k_norm, self.eps, 1.0)
     v = einsum('bsd,dgk->bsgk', x, self.wv)
     if angles is not None:
       q, k = rope(q, angles), rope(k, angles)
     gate = jax.nn.sigmoid(einsum('bsd,dhk->bshk', x, self.gate))
-    return einsum('bshk,hkd->bsd', attention(q, k, v, mask) * gate, self.wo, RESIDUAL)
+    y = attention(q, k, v, q_segments=segments, kv_segments=segments)
+    return einsum('bshk,hkd->bsd', y * gate, self.wo, RESIDUAL)
 
 
 def sinusoid(t: jax.Array, dim: int, period: float = 1e4) -> jax.Array:

@@ -6,7 +6,7 @@ becomes one image embedding, which replaces an image token of the prompt, and on
 first decoder blocks, which joins that block's output at the same token. A token's rotary position has three parts
 (time, row, column), which differ at image tokens only; the text goes on after the longer side of an image.
 
-PackedImages vary in shape and arrays must not: the patches of all images of an example lie end to end in `PackedImages`,
+Images vary in shape and arrays must not: the patches of all images of an example lie end to end in `PackedImages`,
 padded at the end, beside their grids. What depends on a grid (positions, rotations, interpolation, masks) is computed
 from it on the device, so that one compiled program serves all images that fit, mixed within a batch as they like.
 """
@@ -22,14 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.models.decoder import causal_mask, Decoder, DecoderConfig, positions_of, Prompt, resolve_lm_head
+from unifusion_jax.models import decoder
+from unifusion_jax.models.attention import attention
+from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, Prompt, resolve_lm_head
 from unifusion_jax.models.internvl import TEXT_RULES
 from unifusion_jax.models.layers import (
-  attention,
   constant,
   einsum,
   heads_axis,
   layer_norm,
+  normalise,
   RESIDUAL,
   rope,
   rope_angles,
@@ -37,19 +39,17 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
-
-QUERIES = 1024  # patches that look at all others at a time: the logits of all at once grow with p^2
+from unifusion_jax.weights import convert, safetensors_io
 
 
 class PackedImages(NamedTuple):
-  """What a prompt's images are given as, in the place of InternVL's tiles (`data/qwen_patches.py` makes them)."""
-  patches: jax.Array  # [b p c] f32 normalised, c = 3 * 2 * 16 * 16; p is divisible by 4, and padding is at the end
+  """The images of a batch of prompts; `data/qwen_patches.py` packs them."""
+  patches: jax.Array  # [b p c] uint8 or normalised floats, c = 3 * 2 * 16 * 16; 4 divides p, and padding is at the end
   grids: jax.Array  # [b r 2] int32 rows and columns of patches, both even; 0, 0 where there is no image
 
 
 class ImageFeatures(NamedTuple):
-  """What the vision tower makes of them."""
+  """The vision tower's result for the images of a batch of prompts."""
   features: jax.Array  # [b n 1+l e], n = p / 4: the image embedding, then those of deepstack
   grids: jax.Array  # [b r 2]
 
@@ -66,7 +66,8 @@ class VisionConfig:
   merge: int = 2  # patches joined along each side
   side: int = 48  # of the square of learned positions
   deepstack: tuple[int, ...] = (5, 11, 17)  # 0-based blocks whose outputs reach the decoder
-  unroll: bool = False
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels from 0 to 1, for patches that come as uint8
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   @property
   def patch_size(self) -> int:
@@ -83,7 +84,7 @@ class Qwen3VLConfig:
   sections: tuple[int, int, int] = (24, 20, 20)  # rotary frequencies that turn with time, row and column
 
   @classmethod
-  def from_json(cls, config: dict, unroll: bool = False) -> 'Qwen3VLConfig':
+  def from_json(cls, config: dict) -> 'Qwen3VLConfig':
     """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
     vision, text = config['vision_config'], config['text_config']
     patch, frames = (value[0] if isinstance(value, list) and len(set(value)) == 1 else value for value in (
@@ -108,13 +109,13 @@ class Qwen3VLConfig:
       raise UserError(f'this Qwen3-VL does not support {", ".join(wrong)}')
     # transformers' own defaults, where the text config is silent
     defaults = {'rope_theta': 500000.0, 'max_position_embeddings': 128000}
-    decoder = DecoderConfig.from_json(defaults | text | {'model_type': 'qwen3'})
+    text = DecoderConfig.from_json(defaults | text | {'model_type': 'qwen3'})
     return cls(
         vision=VisionConfig(
             width=vision.get('hidden_size', 1152), depth=vision.get('depth', 27), heads=vision.get('num_heads', 16),
             hidden=vision.get('intermediate_size', 4304), patch=patch, frames=frames,
-            merge=vision.get('spatial_merge_size', 2), side=side, deepstack=deepstack, unroll=unroll),
-        text=dataclasses.replace(decoder, tied=config.get('tie_word_embeddings', decoder.tied), unroll=unroll),
+            merge=vision.get('spatial_merge_size', 2), side=side, deepstack=deepstack),
+        text=dataclasses.replace(text, tied=config.get('tie_word_embeddings', text.tied)),
         image_token_id=config.get('image_token_id', 151655),
         sections=tuple(rotary.get('mrope_section', (24, 20, 20))))
 
@@ -135,9 +136,9 @@ class Qwen3VLConfig:
 
 
 def grid_position(index: jax.Array, grids: jax.Array):
-  """Which image and which of its cells are number `index` [b s] of images laid end to end, grids [b r 2].
+  """The place of cell `index` [b s] in images laid end to end, grids [b r 2]: (image, cell, rows, columns), [b s] each.
 
-  Returns (image, cell, rows, columns), [b s] each; past the last image: the number of images, and no rows.
+  `cell` counts within the image, of that many rows and columns. Past the last image: the number of images, and no rows.
   """
   sizes = grids[..., 0] * grids[..., 1]
   past = index[..., None] >= jnp.cumsum(sizes, axis=1)[:, None]
@@ -146,25 +147,6 @@ def grid_position(index: jax.Array, grids: jax.Array):
   mine = image[..., None] == jnp.arange(grids.shape[1])
   rows, columns = (jnp.sum(jnp.where(mine, grids[:, None, :, i], 0), axis=-1) for i in (0, 1))
   return image, cell, rows, columns
-
-
-def per_image_attention(q: jax.Array, k: jax.Array, v: jax.Array, image: jax.Array) -> jax.Array:
-  """Attention [b p h k] of patches to those of their own image [b p], at most QUERIES at a time."""
-  def part(inputs):
-    q, mine = inputs
-    return attention(q, k, v, mine[:, None, :, None] == image[:, None, None, :])
-
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, parts * size - p)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], parts, size, *x.shape[2:]), 1, 0)
-
-  b, p = image.shape
-  if p <= QUERIES:
-    return part((q, image))
-  parts = -(-p // QUERIES)
-  size = -(-p // parts)
-  y = jnp.moveaxis(jax.lax.map(part, (split(q), split(image))), 0, 1)
-  return y.reshape(b, parts * size, *y.shape[3:])[:, :p]
 
 
 class VisionBlock(nnx.Module):
@@ -176,27 +158,27 @@ class VisionBlock(nnx.Module):
     axis = heads_axis(h, h)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype)
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
     self.bq = constant(0.0, (h, k), (axis, None), dtype)
     self.bk = constant(0.0, (h, k), (axis, None), dtype)
     self.bv = constant(0.0, (h, k), (axis, None), dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), d, dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype)
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
+    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
 
-  def __call__(self, x: jax.Array, angles: jax.Array, image: jax.Array) -> jax.Array:
-    """[b p d] -> [b p d]; angles [b p k/2], image [b p]: the one that a patch belongs to."""
+  def __call__(self, x: jax.Array, angles: jax.Array, segments: jax.Array) -> jax.Array:
+    """[b p d] -> [b p d]; angles [b p k/2], segments [b p]: patches attend within their image."""
     y = layer_norm(x, self.norm1, self.norm1_bias)
     q, k, v = (einsum('bsd,dhk->bshk', y, w) + b[...] for w, b in (
         (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)))
-    y = per_image_attention(rope(q, angles), rope(k, angles), v, image)
+    y = attention(rope(q, angles), rope(k, angles), v, q_segments=segments, kv_segments=segments)
     x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL) + self.bo[...]
     y = einsum('bsd,df->bsf', layer_norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
     return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, RESIDUAL) + self.b2[...]
@@ -210,9 +192,9 @@ class Merger(nnx.Module):
     self.joined_norm = joined_norm
     self.norm = constant(1.0, (joined if joined_norm else d,), dtype=dtype)
     self.norm_bias = constant(0.0, (joined if joined_norm else d,), dtype=dtype)
-    self.w1 = weight(rngs, (joined, joined), ('fsdp', 'tp'), joined, dtype)
+    self.w1 = weight(rngs, (joined, joined), ('fsdp', 'tp'), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (joined,), ('tp',), dtype)
-    self.w2 = weight(rngs, (joined, width), ('tp', 'fsdp'), joined, dtype)
+    self.w2 = weight(rngs, (joined, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (width,), dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -233,9 +215,9 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch_size
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), p, dtype)
+    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
-    self.positions = weight(rngs, (config.side ** 2, d), (None, None), 2500, dtype)  # std 0.02
+    self.positions = weight(rngs, (config.side ** 2, d), (None, None), contract=None, dtype=dtype, std=0.02)
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
     self.merger = Merger(config, width, False, dtype, rngs=rngs)
     self.deepstack = stack(Merger, len(config.deepstack), config, width, True, dtype, rngs=rngs)
@@ -252,9 +234,10 @@ class Vision(nnx.Module):
     x = x + self.interpolated(row, column, rows, columns).astype(x.dtype)
     k = c.width // c.heads
     angles = jnp.concatenate([rope_angles(row, k // 2, 1e4), rope_angles(column, k // 2, 1e4)], axis=-1)
-    x, kept = scan_taps(lambda x, block: block(x, angles, image), x, self.blocks, tuple(i + 1 for i in c.deepstack),
-                        c.depth, unroll=c.unroll or 1)
-    deep = jax.lax.map(lambda pair: pair[0](pair[1]), (self.deepstack, jnp.moveaxis(kept, 2, 0)))
+    segments = jnp.where(rows > 0, image + 1, 0)
+    x, tapped, _ = scan_taps(lambda x, block, *_: (block(x, angles, segments), None), x, self.blocks,
+                             tuple(i + 1 for i in c.deepstack))
+    deep = jax.lax.map(lambda pair: pair[0](pair[1]), (self.deepstack, jnp.moveaxis(tapped, 2, 0)))
     return jnp.moveaxis(jnp.concatenate([self.merger(x)[None], deep]), 0, 2)
 
   def interpolated(self, row, column, rows, columns) -> jax.Array:
@@ -275,38 +258,41 @@ class Vision(nnx.Module):
 
 
 class Qwen3VL(nnx.Module):
-  """The whole model; tokens [b s] int32, valid [b s] (False on padding, either side), tiles: `PackedImages`."""
+  """The whole model; input_ids [b s] int32, attention_mask [b s] (False on padding, either side), PackedImages."""
 
   def __init__(self, config: Qwen3VLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     self.vision = Vision(config.vision, config.text.width, dtype, rngs=rngs)
     self.decoder = Decoder(config.text, dtype, rngs=rngs)
 
-  def image_features(self, tiles: PackedImages) -> ImageFeatures:
-    """What the vision tower makes of the images."""
+  def image_features(self, images: PackedImages) -> ImageFeatures:
+    """The vision tower's features of the images; uint8 patches are normalised here."""
     vision = self.config.vision
-    if tiles.patches.shape[-1] != vision.patch_size or tiles.patches.shape[1] % vision.merge ** 2:
-      raise UserError(f'patches are {list(tiles.patches.shape)}; this model wants {vision.patch_size} numbers in each '
-                       f'(3 x {vision.frames} x {vision.patch} x {vision.patch}) and a multiple of {vision.merge ** 2} '
-                       'patches')
-    return ImageFeatures(self.vision(tiles.patches, tiles.grids), tiles.grids)
+    if images.patches.shape[-1] != vision.patch_size or images.patches.shape[1] % vision.merge ** 2:
+      raise UserError(f'patches are {list(images.patches.shape)}; this model wants {vision.patch_size} numbers in each '
+                      f'(3 x {vision.frames} x {vision.patch} x {vision.patch}) and a multiple of {vision.merge ** 2} '
+                      'patches')
+    # A patch has its channels one after another
+    mean, std = (np.repeat(values, vision.patch_size // 3) for values in (vision.mean, vision.std))
+    return ImageFeatures(self.vision(normalise(images.patches, mean, std), images.grids), images.grids)
 
-  def prompt(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None,
+  def prompt(self, input_ids: jax.Array, attention_mask: jax.Array, images: PackedImages | None = None,
              image_features: ImageFeatures | None = None) -> Prompt:
-    """Embeddings with the images in place, and where each token stands; `image_features` stands in for what tiles give.
+    """Embeddings with the images in place, and where each token stands.
 
-    Image embeddings replace the valid image tokens in order. An example with more image tokens than its grids
-    and patches give gets NaN there: a shape known only at run time cannot raise.
+    `image_features`, when given, are used in place of those of `images`. Image embeddings replace the image tokens in
+    order. An example with more image tokens than its grids and patches give gets NaN there: a shape known only at run
+    time cannot raise.
     """
-    tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)  # plain arrays are welcome
-    x = self.decoder.embed(tokens)
-    if tiles is not None:
-      image_features = self.image_features(PackedImages(*jax.sharding.reshard(tuple(tiles), RESIDUAL)))
+    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # plain arrays are welcome
+    x = self.decoder.embed(input_ids)
+    if images is not None:
+      image_features = self.image_features(PackedImages(*jax.sharding.reshard(tuple(images), RESIDUAL)))
     if image_features is None:
-      angles = self.decoder.angles(positions_of(valid))
-      return Prompt(x, angles, valid, jnp.sum(valid, axis=1, dtype=jnp.int32))
-    here = (tokens == self.config.image_token_id) & valid
-    text = valid & ~here
+      angles = self.decoder.angles(positions_of(attention_mask))
+      return Prompt(x, angles, attention_mask, jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
+    here = (input_ids == self.config.image_token_id) & attention_mask
+    text = attention_mask & ~here
     before = jnp.cumsum(here, axis=1, dtype=jnp.int32) - here
     grids = image_features.grids // self.config.vision.merge
     image, cell, rows, columns = grid_position(before, grids)
@@ -321,9 +307,9 @@ class Qwen3VL(nnx.Module):
     picked = pick(image_features.features.astype(x.dtype), jnp.where(here, before, 0))
     picked = jnp.where((rows > 0)[..., None, None], picked, jnp.nan)
     x = jnp.where(here[..., None], picked[:, :, 0], x)
-    added = jnp.moveaxis(jnp.where(here[..., None, None], picked[:, :, 1:], 0), 2, 0)
-    length = jnp.max(jnp.where(valid[..., None], positions, -1), axis=(1, 2)) + 1
-    return Prompt(x, self.angles(positions), valid, length, added)
+    deepstack = jnp.moveaxis(jnp.where(here[..., None, None], picked[:, :, 1:], 0), 2, 0)
+    length = jnp.max(jnp.where(attention_mask[..., None], positions, -1), axis=(1, 2)) + 1
+    return Prompt(x, self.angles(positions), attention_mask, length, deepstack)
 
   def angles(self, positions: jax.Array) -> jax.Array:
     """Rotation angles [b s k/2] of positions [b s 3]: time, row and column take turns as long as each one's section."""
@@ -333,27 +319,10 @@ class Qwen3VL(nnx.Module):
     time, row, column = (self.decoder.angles(positions[..., i]) for i in range(3))
     return jnp.where(part == 0, time, jnp.where(part == 1, row, column))
 
-  def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...],
-             tiles: PackedImages | None = None) -> jax.Array:
-    """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
-
-    As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature joins.
-    """
-    prompt = self.prompt(tokens, valid, tiles)
-    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), taps=taps, depth=max(taps),
-                        added=prompt.added)[1]
-
-  def last(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None) -> jax.Array:
-    """The last block's output [b s e], which `decoder.logits` takes at any chosen positions."""
-    prompt = self.prompt(tokens, valid, tiles)
-    return self.decoder(prompt.x, prompt.angles, causal_mask(prompt.valid), added=prompt.added)[0]
-
-  def logits(self, tokens: jax.Array, valid: jax.Array, tiles: PackedImages | None = None) -> jax.Array:
-    """Next-token logits [b s v], f32."""
-    return self.decoder.logits(self.last(tokens, valid, tiles))
+  hidden, last, logits = decoder.hidden, decoder.last, decoder.logits
 
 
-def dims(config: Qwen3VLConfig) -> dict[str, int]:
+def axis_sizes(config: Qwen3VLConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules: h g k of the decoder, a c the tower's heads and head dim, n the three of
   its fused qkv, i t y x a patch's channels, frames, rows and columns."""
   text, vision = config.text, config.vision
@@ -361,25 +330,23 @@ def dims(config: Qwen3VLConfig) -> dict[str, int]:
           'n': 3, 'i': 3, 't': vision.frames, 'y': vision.patch, 'x': vision.patch}
 
 
-def load(folder, dtype=jnp.bfloat16, unroll: bool = False, each=None) -> Qwen3VL:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> Qwen3VL:
   """From a checkpoint folder (config.json and safetensors), sharded over the mesh in context.
 
-  `each`: see `convert.load`.
+  `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
   described = json.loads((folder / 'config.json').read_text())
-  config = Qwen3VLConfig.from_json(described, unroll)
-  tensors, tied = resolve_lm_head(convert.read(folder), described, folder)
+  config = Qwen3VLConfig.from_json(described)
+  tensors, tied = resolve_lm_head(safetensors_io.read(folder), described, folder)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
-  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype, each=each)
+  return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
+                      on_leaf=on_leaf)
 
 
 def save(vlm: Qwen3VL, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' Qwen3VLForConditionalGeneration loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(vlm.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(vlm, RULES, dims(vlm.config)))
+  """Writes the folder that transformers' Qwen3VLForConditionalGeneration loads; all processes call it together."""
+  convert.save(vlm, RULES, axis_sizes(vlm.config), folder, vlm.config.to_json())
 
 
 _VISION = r'model\.visual\.blocks\.(\d+)\.'
@@ -422,16 +389,17 @@ RULES = tuple(
 )
 
 
-def _preset(width: int, depth: int, heads: int, hidden: int, tied: bool,
+def _preset(*, width: int, depth: int, heads: int, hidden: int, tied: bool,
             vision: VisionConfig = VisionConfig()) -> Qwen3VLConfig:
-  return Qwen3VLConfig(vision, DecoderConfig('qwen3', 151936, width, depth, heads, 8, 128, hidden, theta=5e6,
-                                             max_positions=262144, tied=tied))
+  text = DecoderConfig(model_type='qwen3', vocab=151936, width=width, depth=depth, heads=heads, kv_heads=8,
+                       head_dim=128, hidden=hidden, theta=5e6, max_positions=262144, tied=tied)
+  return Qwen3VLConfig(vision=vision, text=text)
 
 
 # For planning without a checkpoint; `load` goes by the checkpoint's own config.json
 PRESETS = {
-    'Qwen3-VL-2B-Instruct': _preset(2048, 28, 16, 6144, True),
-    'Qwen3-VL-4B-Instruct': _preset(2560, 36, 32, 9728, True),
-    'Qwen3-VL-8B-Instruct': _preset(4096, 36, 32, 12288, False,
-                                    VisionConfig(1152, 27, hidden=4304, deepstack=(8, 16, 24))),
+    'Qwen3-VL-2B-Instruct': _preset(width=2048, depth=28, heads=16, hidden=6144, tied=True),
+    'Qwen3-VL-4B-Instruct': _preset(width=2560, depth=36, heads=32, hidden=9728, tied=True),
+    'Qwen3-VL-8B-Instruct': _preset(width=4096, depth=36, heads=32, hidden=12288, tied=False,
+                                    vision=VisionConfig(width=1152, depth=27, hidden=4304, deepstack=(8, 16, 24))),
 }

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax.errors import UserError
+from unifusion_jax.models.attention import MASKED
 from unifusion_jax.models.layers import (
   constant,
   einsum,
   heads_axis,
-  MASKED,
   RESIDUAL,
   rms_norm,
   scan_taps,
   stack,
   weight,
 )
-from unifusion_jax.weights import convert
+from unifusion_jax.weights import convert, safetensors_io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,12 @@ class T5Config:
       raise UserError(f'the model is {config.get("model_type")!r}; this encoder is t5')
     if config.get('feed_forward_proj') != 'gated-gelu':
       raise UserError(f'feed_forward_proj is {config.get("feed_forward_proj", "relu")!r}, as in the first T5; this '
-                       'encoder is that of T5 v1.1 and Flan-T5, with gated-gelu')
-    return cls(config['vocab_size'], config['d_model'], config['num_layers'], config['num_heads'], config['d_kv'],
-               config['d_ff'], config.get('relative_attention_num_buckets', 32),
-               config.get('relative_attention_max_distance', 128), config.get('layer_norm_epsilon', 1e-6))
+                      'encoder is that of T5 v1.1 and Flan-T5, with gated-gelu')
+    return cls(vocab=config['vocab_size'], width=config['d_model'], depth=config['num_layers'],
+               heads=config['num_heads'], head_dim=config['d_kv'], hidden=config['d_ff'],
+               buckets=config.get('relative_attention_num_buckets', 32),
+               max_distance=config.get('relative_attention_max_distance', 128),
+               eps=config.get('layer_norm_epsilon', 1e-6))
 
   def to_json(self) -> dict:
     """The config.json of a transformers checkpoint of the encoder alone."""
@@ -82,21 +84,21 @@ class Block(nnx.Module):
     self.eps = config.eps
     axis = heads_axis(h, h)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
-    # What would be scaled elsewhere starts smaller here
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), d * k, dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), d, dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), h * k, dtype)
+    # Logits are not scaled by k^-0.5 here: the weight starts smaller instead
+    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype, std=(d * k) ** -0.5)
+    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
-    self.gate = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
-    self.up = weight(rngs, (d, f), ('fsdp', 'tp'), d, dtype)
-    self.down = weight(rngs, (f, d), ('tp', 'fsdp'), f, dtype)
+    self.gate = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.up = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
+    self.down = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
     """[b s d] -> [b s d]; bias [h s s] f32 joins the logits, mask [b 1 1 s] is True where a key may be seen."""
     y = rms_norm(x, self.norm1, self.eps)
     q, k, v = (einsum('bsd,dhk->bshk', y, w) for w in (self.wq, self.wk, self.wv))
-    # Not `layers.attention`: the kernels behind it know no bias
+    # Not `attention.attention`: its kernels know no bias, and T5 reads texts of some hundred tokens, never images
     logits = jnp.einsum('bqhk,bshk->bhqs', q, k, preferred_element_type=jnp.float32) + bias
     weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
     y = jnp.einsum('bhqs,bshk->bqhk', weights.astype(v.dtype), v)
@@ -107,64 +109,64 @@ class Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-  """The encoder; tokens [b s] int32, valid [b s] (False on padding)."""
+  """The encoder; input_ids [b s] int32, attention_mask [b s] (False on padding)."""
 
   def __init__(self, config: T5Config, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
-    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), 1, dtype)
+    self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), contract=None, dtype=dtype, std=1.0)
     axis = heads_axis(config.heads, config.heads)
-    self.bias = weight(rngs, (config.buckets, config.heads), (None, axis), config.width, dtype)
+    self.bias = weight(rngs, (config.buckets, config.heads), (None, axis), contract=None, dtype=dtype,
+                       std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
     self.norm = constant(1.0, (config.width,), dtype=dtype)
 
-  def hidden(self, tokens: jax.Array, valid: jax.Array, taps: tuple[int, ...], tiles: None = None) -> jax.Array:
+  def hidden(self, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...],
+             images: None = None) -> jax.Array:
     """Tapped states [b s l d]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run."""
-    if tiles is not None:
+    if images is not None:
       raise UserError('T5 reads text alone: give it no images')
     config = self.config
-    tokens, valid = jax.sharding.reshard((tokens, valid), RESIDUAL)
+    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)
     # Looked up by columns, as in decoder.py
-    x = self.embedding[...].at[jax.sharding.reshard(tokens, P('data'))].get(out_sharding=P('data', None, 'fsdp'))
+    x = self.embedding[...].at[jax.sharding.reshard(input_ids, P('data'))].get(out_sharding=P('data', None, 'fsdp'))
     x = jax.sharding.reshard(x, RESIDUAL)
-    index = np.arange(tokens.shape[1])
+    index = np.arange(input_ids.shape[1])
     buckets = bucket_of(index - index[:, None], config.buckets, config.max_distance)
     heads = P(None, None, heads_axis(config.heads, config.heads))
     bias = self.bias[...].at[buckets].get(out_sharding=heads).transpose(2, 0, 1).astype(jnp.float32)
-    mask = valid[:, None, None]
-    return scan_taps(lambda x, block: block(x, bias, mask), x, self.blocks, tuple(taps), max(taps))[1]
+    mask = attention_mask[:, None, None]
+    return scan_taps(lambda x, block, *_: (block(x, bias, mask), None), x, self.blocks, tuple(taps), max(taps))[1]
 
-  def last(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+  def last(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
     """The encoder's result [b s d], final-normed: what T5's decoder, and the models conditioned on T5, read."""
-    return rms_norm(self.hidden(tokens, valid, (self.config.depth,))[:, :, 0], self.norm, self.config.eps)
+    x = self.hidden(input_ids, attention_mask, (self.config.depth,))[:, :, 0]
+    return rms_norm(x, self.norm, self.config.eps)
 
 
-def dims(config: T5Config) -> dict[str, int]:
+def axis_sizes(config: T5Config) -> dict[str, int]:
   """The sizes behind the letters of the rules."""
   return {'h': config.heads, 'k': config.head_dim}
 
 
-def load(folder, dtype=jnp.bfloat16, each=None) -> T5Encoder:
+def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> T5Encoder:
   """From a checkpoint folder (config.json and safetensors) of the encoder or of the whole T5, sharded over the mesh.
 
-  `each`: see `convert.load`.
+  `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
   config = T5Config.from_json(json.loads((folder / 'config.json').read_text()))
-  tensors = convert.read(folder)
+  tensors = safetensors_io.read(folder)
   # One table under two names, of which files have either or both
   if 'encoder.embed_tokens.weight' in tensors:
     table = tensors.pop('encoder.embed_tokens.weight')
     tensors.setdefault('shared.weight', table)
-  return convert.load(lambda: T5Encoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, dims(config), dtype,
-                      ignore=(r'decoder\..*', r'lm_head\.weight'), each=each)
+  return convert.load(lambda: T5Encoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
+                      ignore=(r'decoder\..*', r'lm_head\.weight'), on_leaf=on_leaf)
 
 
 def save(model: T5Encoder, folder) -> None:
-  """Writes config.json and model.safetensors, which transformers' T5EncoderModel loads."""
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(model.config.to_json(), indent=2) + '\n')
-  convert.write(folder / 'model.safetensors', convert.export(model, RULES, dims(model.config)))
+  """Writes the folder that transformers' T5EncoderModel loads; all processes call it together."""
+  convert.save(model, RULES, axis_sizes(model.config), folder, model.config.to_json())
 
 
 _ATTENTION = r'encoder\.block\.(\d+)\.layer\.0\.'

@@ -1,6 +1,6 @@
-"""Autoregressive writing with a VLM: one prefill, then one token at a time over a static cache, in a single program.
+"""Text generation with a VLM: one prefill, then one token at a time over a static cache, in a single program.
 
-VERIFI's rewriting wants both the tokens and their tapped states, so every written token, the stop token included, is
+VERIFI's rewriting wants both the ids and their tapped states, so every written token, the stop token included, is
 fed once and its states are kept. `generate` compiles once for each shape (batch, prompt length, max_new): pad prompts
 to a few lengths.
 """
@@ -12,57 +12,56 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.models.decoder import causal_mask
+from unifusion_jax.models.decoder import last_valid
 from unifusion_jax.models.layers import RESIDUAL
 
 
 class Generated(NamedTuple):
-  """What was written; slots from `lengths` on hold 0. Arrays [b n ...] with n = max_new."""
-  tokens: jax.Array  # [b n] int32
+  """Generated text; slots from `lengths` on hold 0. Arrays [b n ...] with n = max_new."""
+  ids: jax.Array  # [b n] int32
   lengths: jax.Array  # [b] int32, the stop token counted
   logprobs: jax.Array  # [b n] f32, of each written token under the model itself: temperature 1, the whole vocabulary
   prompt_hidden: jax.Array | None  # [b s l e] tapped states of the prompt; None without taps
   hidden: jax.Array | None  # [b n l e] tapped states of the written tokens
 
 
-def generate(vlm, tokens: jax.Array, valid: jax.Array, tiles: jax.Array | None = None, *, max_new: int,
+def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, *, max_new: int,
              stop_ids: tuple[int, ...], taps: tuple[int, ...] = (), temperature: float = 0.0, top_p: float = 1.0,
              key: jax.Array | None = None) -> Generated:
-  """Continues prompts [b s] (padding where `valid` is False) by up to `max_new` tokens, until each wrote a stop id.
+  """Continues prompts [b s] (padding where `attention_mask` is False) by up to `max_new` tokens, each to a stop id.
 
   temperature 0 takes the most probable token; above 0 one is drawn with `key` from the smallest set of tokens whose
-  probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b]: what a row draws then
+  probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b], whose text then
   depends on its own key alone. Arguments as in `vlm.prompt`.
   """
   if max_new < 1:
     raise UserError(f'max_new is {max_new}; it must be at least 1')
   limit = vlm.decoder.config.max_positions
-  if tokens.shape[1] + max_new > limit:
-    raise UserError(f'a prompt of {tokens.shape[1]} tokens and {max_new} new ones are more than the {limit} positions '
-                     'this model was trained for: shorten either')
+  if input_ids.shape[1] + max_new > limit:
+    raise UserError(f'a prompt of {input_ids.shape[1]} tokens and {max_new} new ones are more than the {limit} '
+                    'positions this model was trained for: shorten either')
   if temperature < 0 or not 0 < top_p <= 1:
     raise UserError(f'temperature {temperature} must be 0 or more, and top_p {top_p} above 0 and at most 1')
   if temperature > 0 and key is None:
     raise UserError('sampling at a temperature above 0 needs a random key: pass key=jax.random.key(seed)')
   sampling = None
   if temperature > 0:
-    keys = jax.random.split(key, len(tokens)) if key.ndim == 0 else key
+    keys = jax.random.split(key, len(input_ids)) if key.ndim == 0 else key
     sampling = jnp.float32(temperature), jnp.float32(top_p), jax.sharding.reshard(keys, RESIDUAL)
-  return _generate(vlm, tokens, valid, tiles, sampling, max_new, tuple(stop_ids), tuple(taps))
+  return _generate(vlm, input_ids, attention_mask, images, sampling, max_new, tuple(stop_ids), tuple(taps))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _generate(vlm, tokens, valid, tiles, sampling, max_new: int, stop_ids, taps) -> Generated:
-  b, s = tokens.shape
+def _generate(vlm, input_ids, attention_mask, images, sampling, max_new: int, stop_ids, taps) -> Generated:
+  b, s = input_ids.shape
   decoder = vlm.decoder
-  prompt = vlm.prompt(tokens, valid, tiles)
-  valid = prompt.valid
+  prompt = vlm.prompt(input_ids, attention_mask, images)
   cache = decoder.cache(b, s + max_new)
-  x, prompt_hidden, cache = decoder(prompt.x, prompt.angles, causal_mask(valid), taps=taps, cache=cache,
-                                    added=prompt.added)
-  # The last valid state of each row, as a sum over one-hot weights: a gather would have to name its sharding
-  ends = s - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-  x = jnp.sum(jnp.where((jnp.arange(s) == ends[:, None])[..., None], x, 0), axis=1, keepdims=True)
+  x, prompt_hidden, cache = decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=taps, cache=cache,
+                                    deepstack=prompt.deepstack)
+  x = last_valid(x, prompt.attention_mask)
+  # Slots that are not yet written lie after every query, which causality hides
+  slots_mask = jnp.pad(prompt.attention_mask, ((0, 0), (0, max_new)), constant_values=True)
 
   def choose(x, i):
     """Last states [b 1 d] -> token i [b] and its log-probability [b]."""
@@ -83,11 +82,9 @@ def _generate(vlm, tokens, valid, tiles, sampling, max_new: int, stop_ids, taps)
       values = jnp.where(live.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
       return jax.lax.dynamic_update_index_in_dim(slots, values.astype(slots.dtype), i, 1)
 
-    slots = jnp.arange(s + max_new)
-    seen = jnp.pad(valid, ((0, 0), (0, max_new))) | ((slots >= s) & (slots <= s + i))
-    x, tapped, cache = decoder(decoder.embed(token[:, None]), decoder.angles((prompt.length + i)[:, None]),
-                               seen[:, None, None], taps=taps, cache=cache, start=s + i)
-    out = Generated(put(out.tokens, token), out.lengths + live, put(out.logprobs, logprob), None,
+    x, tapped, cache = decoder(decoder.embed(token[:, None]), decoder.angles((prompt.length + i)[:, None]), slots_mask,
+                               taps=taps, cache=cache, start=s + i)
+    out = Generated(put(out.ids, token), out.lengths + live, put(out.logprobs, logprob), None,
                     None if tapped is None else put(out.hidden, tapped[:, 0]))
     done = done | functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], jnp.zeros_like(done))
     return i + 1, choose(x, i + 1), done, cache, out

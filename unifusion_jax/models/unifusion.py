@@ -17,9 +17,7 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap
 from unifusion_jax.models.dit import DiT, DiTConfig
 from unifusion_jax.models.lap import LAP, LAPConfig
-from unifusion_jax.weights import convert
-
-WEIGHTS = 'diffusion_pytorch_model.safetensors'
+from unifusion_jax.weights import convert, safetensors_io
 
 
 @dataclasses.dataclass
@@ -94,7 +92,7 @@ def to_json(config: UniFusionConfig) -> dict:
 
 
 def from_json(fields: dict) -> UniFusionConfig:
-  """The configuration of a config.json; how to compute (dtype, remat, unroll) is left at its defaults."""
+  """The configuration of a config.json; how to compute (dtype, remat) is left at its defaults."""
   fields = to_json(krea2()) | {k: v for k, v in fields.items() if not k.startswith('_')}
   unknown = sorted(fields.keys() - to_json(krea2()).keys())
   if unknown:
@@ -120,31 +118,28 @@ def read_config(folder) -> UniFusionConfig:
   path = pathlib.Path(folder) / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
-                     'of a Krea 2 pipeline')
+                    'of a Krea 2 pipeline')
   return from_json(json.loads(path.read_text()))
 
 
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
   """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
 
-  `config` chooses how to compute (dtype, remat, unroll); ValueError where its sizes are not the checkpoint's.
+  `config` chooses how to compute (dtype, remat); ValueError where its sizes are not the checkpoint's.
   """
   stored = read_config(folder)
   config = config or stored
-  wanted, found = to_json(config), to_json(stored)
-  differ = [f'{k} is {found[k]}, not {wanted[k]}' for k in wanted if wanted[k] != found[k]]
+  wanted, present = to_json(config), to_json(stored)
+  differ = [f'{k} is {present[k]}, not {wanted[k]}' for k in wanted if wanted[k] != present[k]]
   if differ:
     raise UserError(f'{folder} does not hold the model asked for: {"; ".join(differ)}')
-  return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), convert.read(folder), RULES, DIMS, dtype)
+  tensors = safetensors_io.read(folder)
+  return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), tensors, RULES, AXIS_SIZES, dtype)
 
 
 def save(model: UniFusion, folder) -> None:
-  """Writes config.json and the weights, in the model's own dtype, into `folder`. Every process must call it."""
-  folder, tensors = pathlib.Path(folder), convert.export(model, RULES, DIMS)
-  if jax.process_index() != 0:
-    return
-  convert.write(folder / WEIGHTS, tensors)
-  (folder / 'config.json').write_text(json.dumps(to_json(model.config), indent=2) + '\n')
+  """Writes config.json and the weights, in the model's own dtype, into `folder`; all processes call it together."""
+  convert.save(model, RULES, AXIS_SIZES, folder, to_json(model.config), stem='diffusion_pytorch_model')
 
 
-RULES, DIMS = lap.RULES + dit.RULES, {'two': 2}
+RULES, AXIS_SIZES = lap.RULES + dit.RULES, {'two': 2}

@@ -2,6 +2,10 @@
 
 Images and latents are [b y x c], batch sharded, parameters replicated. Every level but the last halves y and x, so
 four levels make latents of an eighth. Computes in the dtype of its weights, with group norm statistics in f32.
+
+Not nnx.Conv and nnx.Linear, which run sharded as well: they take a random key for their zero biases too, so every later
+layer would start from other values. Not nnx.GroupNorm: see `GroupNorm`. Convolutions are no `layers.einsum`, so int8
+never reaches them.
 """
 
 import dataclasses
@@ -14,10 +18,11 @@ import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
+from unifusion_jax.models.attention import attention
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import convert, hub
+from unifusion_jax.weights import convert, safetensors_io
 
-WEIGHTS = 'diffusion_pytorch_model.safetensors'
+STEM = 'diffusion_pytorch_model'  # of the files of weights
 EPS = 1e-6  # of every norm, in diffusers too
 ENCODER_BLOCK, DECODER_BLOCK = 'DownEncoderBlock2D', 'UpDecoderBlock2D'
 FIXED = {'act_fn': 'silu', 'latents_mean': None, 'latents_std': None}  # the only values that are implemented
@@ -25,7 +30,7 @@ UNREAD = ('sample_size', 'force_upcast')  # diffusers' own tiling and precision
 OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}  # of attention before 2023
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)  # not frozen: flags set the fields of a recipe's model; modules hold a copy
 class VAEConfig:
   in_channels: int = 3
   out_channels: int = 3
@@ -74,7 +79,8 @@ class Conv(nnx.Module):
   """A square convolution with bias; `padding` is (before, after) along y and x alike."""
 
   def __init__(self, inputs: int, outputs: int, size: int, dtype, *, rngs: nnx.Rngs):
-    self.kernel = layers.weight(rngs, (size, size, inputs, outputs), (), size * size * inputs, dtype)
+    self.kernel = layers.weight(rngs, (size, size, inputs, outputs), (), contract=None, dtype=dtype,
+                                std=(size * size * inputs) ** -0.5)
     self.bias = layers.constant(0.0, (outputs,), dtype=dtype)
 
   def __call__(self, x: jax.Array, stride: int = 1, padding: tuple[int, int] | None = None) -> jax.Array:
@@ -127,7 +133,7 @@ class ResBlock(nnx.Module):
 class Linear(nnx.Module):
 
   def __init__(self, width: int, dtype, *, rngs: nnx.Rngs):
-    self.kernel = layers.weight(rngs, (width, width), (), width, dtype)
+    self.kernel = layers.weight(rngs, (width, width), (), contract=1, dtype=dtype)
     self.bias = layers.constant(0.0, (width,), dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -144,7 +150,7 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
     q, k, v = (part(y)[:, :, None] for part in (self.q, self.k, self.v))
-    return x + self.out(layers.attention(q, k, v)[:, :, 0]).reshape(x.shape)
+    return x + self.out(attention(q, k, v)[:, :, 0]).reshape(x.shape)
 
 
 class Middle(nnx.Module):
@@ -230,16 +236,26 @@ class Autoencoder(nnx.Module):
     if bad:
       raise UserError(f'VAE config: block_out_channels {bad} do not divide into norm_num_groups='
                        f'{config.norm_num_groups} groups')
-    self.config = config
+    self.config = dataclasses.replace(config)
     self.encoder = Encoder(config, dtype, rngs=rngs)
     self.decoder = Decoder(config, dtype, rngs=rngs)
     c = config.latent_channels
     self.quant_conv = Conv(2 * c, 2 * c, 1, dtype, rngs=rngs) if config.use_quant_conv else None
     self.post_quant_conv = Conv(c, c, 1, dtype, rngs=rngs) if config.use_post_quant_conv else None
 
+  @property
+  def downsampling(self) -> int:
+    """Pixels per latent, along y and along x."""
+    return self.config.downsampling
+
+  @property
+  def channels(self) -> int:
+    """Channels of a latent."""
+    return self.config.latent_channels
+
   def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images [b y x 3] in [-1, 1] -> (mean, log variance) of the latents [b y/8 x/8 c], unscaled, f32."""
-    step = self.config.downsampling
+    step = self.downsampling
     if x.shape[1] % step or x.shape[2] % step:
       raise UserError(f'the autoencoder takes images of multiples of {step} pixels, got {x.shape[1]} x {x.shape[2]}')
     h = self.encoder(x.astype(self.encoder.conv_in.kernel.dtype))
@@ -247,14 +263,9 @@ class Autoencoder(nnx.Module):
     mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
-  def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Images [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32 as diffusion sees them, of unit variance or so.
-
-    The mean of the posterior, or a sample of it when given a key.
-    """
-    z, logvar = self.moments(x)
-    if key is not None:
-      z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape, out_sharding=jax.P(BATCH))
+  def encode(self, x: jax.Array) -> jax.Array:
+    """Images [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32: the posterior's mean, scaled to unit variance or so."""
+    z, _ = self.moments(x)
     return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
   def decode(self, z: jax.Array) -> jax.Array:
@@ -270,24 +281,20 @@ PRESETS = {'black-forest-labs/FLUX.1-schnell/vae': VAEConfig(scaling_factor=0.36
 
 
 def load(folder, dtype=jnp.float32) -> Autoencoder:
-  """From a diffusers folder, or a hub id of one: config.json and *.safetensors. Needs the mesh in context."""
-  folder = hub.resolve(folder)
+  """From a diffusers folder (config.json and *.safetensors), replicated over the mesh in context."""
+  folder = pathlib.Path(folder)
   config = VAEConfig.from_json(json.loads((folder / 'config.json').read_text()))
-  plain = folder / WEIGHTS  # releases may have an fp16 variant beside it
+  plain = folder / f'{STEM}.safetensors'  # releases may have an fp16 variant beside it
   tensors = {}
-  for name, tensor in convert.read(plain if plain.exists() else folder).items():
+  for name, tensor in safetensors_io.read(plain if plain.exists() else folder).items():
     *head, part, kind = name.split('.')
     tensors['.'.join([*head, OLD_NAMES.get(part, part), kind])] = tensor
   return convert.load(lambda: Autoencoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, {})
 
 
-def save(vae: Autoencoder, folder):
-  """Writes what diffusers' AutoencoderKL.from_pretrained, and `load`, read."""
-  folder = pathlib.Path(folder)
-  tensors = convert.export(vae, RULES, {})
-  if jax.process_index() == 0:
-    convert.write(folder / WEIGHTS, tensors)
-    (folder / 'config.json').write_text(json.dumps(vae.config.to_json(), indent=2) + '\n')
+def save(vae: Autoencoder, folder) -> None:
+  """Writes what diffusers' AutoencoderKL.from_pretrained, and `load`, read; all processes call it together."""
+  convert.save(vae, RULES, {}, folder, vae.config.to_json(), stem=STEM)
 
 
 def _rules():

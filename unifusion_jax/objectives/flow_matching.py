@@ -1,133 +1,197 @@
-"""Training the DiT, LAP and refiner by rectified flow, conditioned on a frozen VLM (text to image, edits)."""
+"""Flow matching: trains the DiT, LAP and refiner by rectified flow, conditioned on a frozen VLM."""
 
 import dataclasses
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from unifusion_jax import flow
-from unifusion_jax.conditioning import condition_states, Frozen, select_tokens
-from unifusion_jax.models import internvl, layers, text_generation, unifusion
+from unifusion_jax import conditioning, flow, pipeline, sharding
+from unifusion_jax.commands import sample
+from unifusion_jax.data import imaging, loader, transforms
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import internvl, text_generation, unifusion
+from unifusion_jax.objectives import repa
 from unifusion_jax.sharding import BATCH
+from unifusion_jax.weights import autoencoders, encoders
+
+PREVIEWED = 8  # rows of a preview
 
 
 @dataclasses.dataclass
 class FlowMatching:
-  """The loss of the DiT, and what of the condition is dropped for guidance."""
-  mean: float = 0.0             # of the logit-normal times
+  """Flow-matching loss and the dropout rates of its condition, for classifier-free guidance."""
+  mean: float = 0.0              # of the logit-normal times
   std: float = 1.0
-  noises_per_example: int = 1                # times and noises for each example, which share the work of everything before the DiT
-  shift: float = 1.0            # resolution shift of the times: 2, 3, 4 at 256, 512, 1024 px (Iris-3B)
-  cond_dropout: float = 0.1             # share of examples with the null condition
-  image_dropout: float = 0.05   # share of examples with references whose image tokens are masked
-  text_dropout: float = 0.05    # share of examples with references about which nothing is written
-  instruction_prob: float = 0.0              # share of examples conditioned on the user's words instead of the rewritten ones
-  rewrite_online: bool = False          # the VLM writes as training goes (slow) instead of captions or --mode=rewrite
-  # Representation alignment (REPA, arXiv 2410.06940): what the frozen VLM's own eye sees in the finished image is to be
-  # told from the DiT's states after `repa_depth` blocks. 0: off. Its head is no part of the model.
-  repa_weight: float = 0.0            # weight of its loss
-  repa_depth: int = 0
+  shift: float = 1.0             # resolution shift of the times: 2, 3, 4 at 256, 512, 1024 px (Iris-3B)
+  noises_per_example: int = 1    # (time, noise) pairs of an example, which share all work before the DiT
+  cond_dropout: float = 0.1      # share of examples with the null condition
+  image_dropout: float = 0.05    # share of examples with references whose image tokens are masked
+  text_dropout: float = 0.05     # share of examples with references whose text is left empty
+  instruction_prob: float = 0.0  # share of examples conditioned on the instruction instead of a rewrite
+  rewrite_online: bool = False   # the VLM rewrites during training (slow) instead of captions or --mode=rewrite
+  repa_weight: float = 0.0       # weight of the REPA term (objectives/repa.py); 0: none, and no head
+  repa_depth: int = 0            # DiT blocks before the states that REPA aligns
+
+  tasks = ('t2i', 'edit', 'reconstruct')
+  pretrained = ('vlm', 'vae')  # folders of the configuration that it reads
+
+  def unit(self, config) -> int:
+    """Pixels that both sides of an image must be multiples of: one patch of latents."""
+    return autoencoders.config(config.vae).downsampling * config.model.dit.patch
+
+  def problems(self, config, devices: int) -> list[str]:
+    """Settings that cannot work together, a sentence each."""
+    if not isinstance(config.model, unifusion.UniFusionConfig):
+      return [f'flow matching trains a UniFusion model, not a {type(config.model).__name__}']
+    lap, dit, (_, fsdp, tp) = config.model.lap, config.model.dit, config.mesh.shape(devices)
+    shares = ('cond_dropout', 'image_dropout', 'text_dropout', 'instruction_prob')
+    checks = {
+        f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={lap.taps}': len(config.taps) == lap.taps,
+        f'taps={config.taps} must rise': list(config.taps) == sorted(set(config.taps)),
+        f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'":
+            config.vlm_quantized in encoders.QUANTIZED,
+        f'objective.rewrite_online rewrites during training, but data.rewrites={config.data.rewrites} names rewrites '
+        'made before: leave one of them out': not (self.rewrite_online and config.data.rewrites),
+        f'objective.noises_per_example={self.noises_per_example} must be 1 or more': self.noises_per_example >= 1,
+        f'mesh.tp={tp} must divide the heads, key/value heads and mlp of model.lap ({lap.heads}, {lap.kv_heads}, '
+        f'{lap.mlp}) and model.dit ({dit.heads}, {dit.kv_heads}, {dit.mlp})':
+            not any(n % tp for n in (lap.heads, lap.kv_heads, lap.mlp, dit.heads, dit.kv_heads, dit.mlp)),
+        f'mesh.fsdp={fsdp} must divide model.lap.width={lap.width}, the width {dit.width} of model.dit and its '
+        f'time_dim={dit.time_dim}': not any(n % fsdp for n in (lap.width, dit.width, dit.time_dim)),
+        f'objective.repa_weight={self.repa_weight} must be 0 or more': self.repa_weight >= 0,
+        f'objective.repa_depth={self.repa_depth} must be one of the {dit.depth} blocks that model.dit.depth counts':
+            not self.repa_weight or 0 < self.repa_depth <= dit.depth,
+        **{f'objective.{name}={getattr(self, name)} is a share: between 0 and 1': 0 <= getattr(self, name) <= 1
+           for name in shares}}
+    return [text for text, holds in checks.items() if not holds] + config.sample.problems(self.unit(config))
+
+  def init(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
+    """Parameters to start from: random ones, or those of `config.init`. A REPA head always starts anew."""
+    if not config.init:
+      return jax.jit(lambda: self.random(config))()
+    model = self.load(config, config.init)
+    if not self.repa_weight:
+      return model
+    params = jax.jit(lambda: self.random(config))()
+    params.model = model
+    return params
+
+  def random(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
+    """Parameters of random weights; traceable."""
+    rngs = nnx.Rngs(config.seed)
+    if not self.repa_weight:
+      return unifusion.UniFusion(config.model, rngs=rngs)
+    encoder = encoders.config(config.vlm)
+    if not isinstance(encoder, internvl.InternVLConfig):
+      raise UserError(f'objective.repa_weight={self.repa_weight} aligns with the vision tower of an InternVL, which '
+                      f'{config.vlm} is not: set it to 0')
+    return repa.WithREPA(config.model, encoder.vision.width, rngs=rngs)
+
+  def load(self, config, folder: str) -> unifusion.UniFusion:
+    """The model in a checkpoint folder."""
+    return unifusion.load(folder, config.model)
+
+  def export(self, config, params, folder) -> None:
+    """Writes the model alone, in bfloat16 as such models are published, and what a pipeline needs beside it."""
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(params))
+    unifusion.save(model, folder)
+    pipeline.save_description(folder, config)
+
+  def frozen(self, config) -> conditioning.Frozen:
+    """VLM and autoencoder; UserError where they do not fit the model."""
+    return conditioning.Frozen.load(config)
+
+  def abstract_frozen(self, config) -> conditioning.Frozen:
+    """The shapes of `frozen` on the abstract mesh in context; reads no weights."""
+    return conditioning.Frozen.abstract(config)
+
+  def transform(self, config) -> transforms.GenerationExample:
+    """Record -> arrays of one example."""
+    return transforms.GenerationExample(
+        transforms.prompt_encoder(config), self.cond_dropout, self.image_dropout, self.text_dropout,
+        self.instruction_prob, self.rewrite_online)
+
+  def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The largest batch, as it reaches the train step."""
+    encoder = transforms.abstract_prompt_encoder(config)
+    transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
+    return sharding.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
+
+  def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
+    """The pipeline of a model in training or just loaded."""
+    return pipeline.UniFusionPipeline(model_of(params), frozen, transforms.prompt_encoder(config), config.sample,
+                                     config.data.size)
+
+  def preview(self, config):
+    """`preview(params, frozen)` -> uint8 grid of test requests: references, request, rewrite, result, target."""
+    records = loader.preview_records(config.data, PREVIEWED, transforms.prompt_encoder(config).fits)
+
+    def preview(params, frozen):
+      return sample.preview_grid(self.pipeline(config, params, frozen), records) if records else None
+    return preview
+
+  def loss(self, params, frozen: conditioning.Frozen, batch, key):
+    """Mean squared error of the velocity plus the weighted REPA term: (scalar f32, metrics).
+
+    Args:
+      params: a UniFusion; with `repa_weight` a WithREPA.
+      frozen: VLM and autoencoder, and the taps and stop ids that go with them.
+      batch: target uint8 [b y x 3]; input_ids, attention_mask [b s]; cond_index, cond_mask [b q]; tiles if any; with
+        `rewrite_online` needs_rewrite [b], and fallback_index, fallback_mask [b n] of the instruction, which conditions
+        where the rewrite is invalid.
+      key: of times and noise.
+
+    A metric is a scalar, or a pair (sum, count) whose ratio over many steps is the mean.
+    """
+    time_key, noise_key = jax.random.split(key)
+    z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
+    hidden, mask, metrics = self._hidden(frozen, batch)
+    model = model_of(params)
+    cond = model.condition(jax.lax.stop_gradient(hidden), mask)
+    z, cond, mask = (_repeat(x, self.noises_per_example) for x in (z, cond, mask))
+    t = flow.sample_time(time_key, z.shape[0], self.mean, self.std, self.shift)
+    noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
+    noised = flow.interpolate(z, noise, t)
+    total = 0.0
+    if self.repa_weight:
+      velocity, states = model.velocity(noised, t, cond, mask, self.repa_depth)
+      targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
+      metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, self.noises_per_example))
+      total = self.repa_weight * metrics['repa']
+    else:
+      velocity = model.velocity(noised, t, cond, mask)
+    errors = flow.loss(velocity, z, noise)
+    noisy = t > 0.5
+    for name, part in (('noisy', noisy), ('clean', ~noisy)):
+      metrics[f'loss_{name}'] = jnp.sum(errors * part), jnp.sum(part, dtype=jnp.float32)
+    loss = jnp.mean(errors)
+    return loss + total, dict(loss=loss, **metrics)
+
+  def _hidden(self, frozen: conditioning.Frozen, batch):
+    """Tapped states of the tokens that condition the DiT [b q l e], their mask [b q], and metrics."""
+    images = batch.get('tiles')
+    if not self.rewrite_online:
+      hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, images)
+      return conditioning.select_tokens(hidden, batch['cond_index']), batch['cond_mask'], {}
+    out = text_generation.generate(frozen.vlm, batch['input_ids'], batch['attention_mask'], images,
+                                   max_new=frozen.max_rewrite, stop_ids=frozen.stop_ids, taps=frozen.taps)
+    valid = conditioning.is_valid_generation(out.ids, out.lengths, frozen.stop_ids, frozen.image_id)
+    fallback = batch['needs_rewrite'] & ~valid
+    lengths = out.lengths * (batch['needs_rewrite'] & valid)
+    hidden, mask = conditioning.condition_states(
+        out.prompt_hidden, out.hidden, lengths, batch['cond_index'], batch['cond_mask'])
+    hidden = jnp.concatenate([hidden, conditioning.select_tokens(out.prompt_hidden, batch['fallback_index'])], axis=1)
+    mask = jnp.concatenate([mask, batch['fallback_mask'] & fallback[:, None]], axis=1)
+    return hidden, mask, dict(fallback_rate=jnp.mean(fallback.astype(jnp.float32)))
 
 
-class WithREPA(nnx.Module):
-  """The model with the head that its states are aligned through, which no export holds."""
-
-  def __init__(self, config: unifusion.UniFusionConfig, width: int, *, rngs: nnx.Rngs):
-    self.model = unifusion.UniFusion(config, rngs=rngs)
-    d = config.dit.width
-    self.w1 = layers.weight(rngs, (d, d), ('fsdp', 'tp'), d)
-    self.b1 = layers.constant(0.0, (d,), ('tp',))
-    self.w2 = layers.weight(rngs, (d, width), ('tp', None), d)
-
-  def distance(self, states: jax.Array, seen: jax.Array) -> jax.Array:
-    """One minus the mean cosine between what the states [b y x d] tell and what is seen [b y x e]: a scalar, f32."""
-    b, *_, d = states.shape
-    y = layers.einsum('bsd,df->bsf', states.reshape(b, -1, d, out_sharding=layers.RESIDUAL), self.w1)
-    y = layers.einsum('bsf,fd->bsd', jax.nn.silu(y + self.b1[...].astype(y.dtype)), self.w2, layers.RESIDUAL)
-    a, b = (layers.rms_norm(x.astype(jnp.float32)) for x in (y, seen.reshape(y.shape, out_sharding=layers.RESIDUAL)))
-    return 1 - jnp.mean(a * b)
-
-
-def repa_targets(vlm: internvl.InternVL, pixels, images: jax.Array, rows: int, columns: int) -> jax.Array:
-  """The states of the VLM's vision tower for images [b y x 3] in [-1, 1], shown whole in one tile: [b rows columns e] f32.
-
-  Standardised over the places of each image, as only what differs between them says what is where (iREPA, arXiv
-  2512.10794). `pixels` is the (mean, std) of the tower's own normalisation.
-  """
-  vision, (mean, std) = vlm.config.vision, (np.array(x, np.float32) for x in pixels)
-  side = vision.tile // vision.patch
-
-  def resized(x, y, x_):
-    resize = lambda x: jax.image.resize(x, (x.shape[0], y, x_, x.shape[-1]), 'linear')
-    return jax.sharding.auto_axes(resize, out_sharding=layers.RESIDUAL)(x)
-
-  tiles = ((resized(images, vision.tile, vision.tile) + 1) / 2 - mean) / std
-  states = vlm.vision(tiles).astype(jnp.float32).reshape(len(images), side, side, -1, out_sharding=layers.RESIDUAL)
-  states = states - jnp.mean(states, axis=(1, 2), keepdims=True)
-  states = states / (jnp.std(states, axis=(1, 2), keepdims=True) + 1e-6)
-  return resized(states, rows, columns)
-
-
-def is_valid_generation(tokens: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...], image_id: int | None) -> jax.Array:
-  """Which answers [b n], of lengths [b], found an end, have something before it and no image token: as `pipeline.read_rewrites`."""
-  last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-  found = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
-  if image_id is None:
-    return found
-  counted = jnp.arange(tokens.shape[1]) < lengths[:, None]
-  return found & ~jnp.any((tokens == image_id) & counted, axis=1)
+def model_of(params: 'unifusion.UniFusion | repa.WithREPA') -> unifusion.UniFusion:
+  """The model, with or without a REPA head beside it."""
+  return params.model if isinstance(params, repa.WithREPA) else params
 
 
 def _repeat(x: jax.Array, n: int) -> jax.Array:
-  """Each row n times in a row, on the device that has it: [b ...] -> [b*n ...]."""
-  many = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
-  return jnp.reshape(many, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))
-
-
-def loss(config: FlowMatching, taps: tuple[int, ...], writing, pixels, params, frozen: Frozen, batch, key):
-  """Mean squared error of the velocity, f32, with the weighted distance of alignment; and the parts of the error by time.
-
-  Args:
-    writing: (most tokens, stop ids, image id) of the answers that the VLM writes to prompts with `open`; None without.
-    pixels: as in `repa_targets`; read where config.repa_weight.
-    params: a UniFusion; with config.repa_weight an WithREPA.
-    batch: target [b y x 3] f32 in [-1, 1]; tokens, valid [b s]; cond_index, cond_mask [b q]; tiles [b r y x 3] if any;
-      if any is to be written, open [b], whether it is, and asked, fallback_mask [b n], the request that stands in for it.
-    key: drives times and noise.
-  """
-  time_key, noise_key = jax.random.split(key)
-  z = jax.lax.stop_gradient(frozen.vae.encode(batch['target'])).astype(jnp.float32)
-  mask, metrics = batch['cond_mask'], {}
-  if writing is None:
-    hidden = select_tokens(frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], taps, batch.get('tiles')), batch['cond_index'])
-  else:
-    most, stop_ids, image_id = writing
-    out = text_generation.generate(frozen.vlm, batch['input_ids'], batch['attention_mask'], batch.get('tiles'), max_new=most,
-                            stop_ids=stop_ids, taps=taps)
-    fell = batch['needs_rewrite'] & ~is_valid_generation(out.tokens, out.lengths, stop_ids, image_id)
-    hidden, mask = condition_states(out.prompt_hidden, out.hidden, out.lengths * (batch['needs_rewrite'] & ~fell), batch['cond_index'], mask)
-    hidden = jnp.concatenate([hidden, select_tokens(out.prompt_hidden, batch['fallback_index'])], axis=1)
-    mask = jnp.concatenate([mask, batch['fallback_mask'] & fell[:, None]], axis=1)
-    metrics['fallback_rate'] = jnp.mean(fell.astype(jnp.float32))
-  model = params.model if config.repa_weight else params
-  condition = model.condition(jax.lax.stop_gradient(hidden), mask)
-  z, condition, mask = (_repeat(x, config.noises_per_example) for x in (z, condition, mask))
-  t = flow.sample_time(time_key, z.shape[0], config.mean, config.std, config.shift)
-  noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
-  noised = flow.interpolate(z, noise, t)
-  aligning = 0.0
-  if config.repa_weight:
-    velocity, states = model.velocity(noised, t, condition, mask, config.repa_depth)
-    seen = jax.lax.stop_gradient(repa_targets(frozen.vlm, pixels, batch['target'], *states.shape[1:3]))
-    metrics['align'] = params.distance(states, _repeat(seen, config.noises_per_example))
-    aligning = config.repa_weight * metrics['align']
-  else:
-    velocity = model.velocity(noised, t, condition, mask)
-  errors = flow.loss(velocity, z, noise)
-  value = jnp.mean(errors)
-  late = t > 0.5
-  for name, part in (('noisy', late), ('clean', ~late)):
-    metrics[f'loss_{name}'] = jnp.sum(errors * part) / jnp.maximum(jnp.sum(part), 1)
-  return value + aligning, dict(loss=value, **metrics)
+  """Each row n times in a row, on the device that holds it: [b ...] -> [b*n ...]."""
+  rows = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
+  return jnp.reshape(rows, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))

@@ -1,27 +1,98 @@
-"""Training the embedded autoencoder: squared error and a KL term that keeps its latents near a unit normal."""
+"""Training the embedded autoencoder: squared error, and a KL term that keeps its latents near a unit normal."""
 
 import dataclasses
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unifusion_jax.models import vae as autoencoder
+from unifusion_jax import sharding
+from unifusion_jax.commands import train
+from unifusion_jax.data import imaging, loader, transforms
+from unifusion_jax.models import vae
+from unifusion_jax.scenes.evaluation import reconstruction
+
+PREVIEWED = 8    # images of a preview
+MEASURED = 8     # batches that the scaling factor is measured on
 
 
 @dataclasses.dataclass
 class AutoencoderObjective:
-  # Of the mean KL of a latent number, beside the mean squared error of a pixel. At sigma^2 / 6 the two are the bound of
-  # a Gaussian with that sigma on pixels, for 12 pixel numbers to a latent number: 4e-4 is sigma 0.05.
+  """Reconstruction loss of an autoencoder.
+
+  kl: weight of the mean KL of a latent number beside the mean squared error of a pixel. At sigma^2 / 6 the two are the
+    bound of a Gaussian with that sigma on pixels, for 12 pixel numbers to a latent number: 4e-4 is sigma 0.05.
+  """
   kl: float = 4e-4
 
+  tasks = ('t2i', 'edit', 'reconstruct')
+  pretrained = ()
 
-def loss(config: AutoencoderObjective, params: autoencoder.Autoencoder, frozen, batch, key):
-  """batch: target [b y x 3] f32 in [-1, 1]. The autoencoder trains with scaling factor 1."""
-  del frozen
-  x = batch['target']
-  mean, log_variance = params.moments(x)
-  noise = jax.random.normal(key, mean.shape, out_sharding=jax.typeof(mean).sharding.spec)
-  back = params.decode(mean + jnp.exp(0.5 * log_variance) * noise)
-  error = jnp.mean(jnp.square(back - x))
-  kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
-  return error + config.kl * kl, dict(loss=error, kl=kl, latent_std=jnp.std(mean))
+  def unit(self, config) -> int:
+    """Pixels that both sides of an image must be multiples of."""
+    return config.model.downsampling
+
+  def problems(self, config, devices: int) -> list[str]:
+    """Settings that cannot work together, a sentence each."""
+    del devices
+    if config.model.scaling_factor == 1.0 and not config.model.shift_factor:
+      return []
+    return [f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures it']
+
+  def init(self, config) -> vae.Autoencoder:
+    """Parameters to start from: random ones, or those of `config.init`."""
+    return self.load(config, config.init) if config.init else jax.jit(lambda: self.random(config))()
+
+  def random(self, config) -> vae.Autoencoder:
+    """Parameters of random weights; traceable."""
+    return vae.Autoencoder(config.model, rngs=nnx.Rngs(config.seed))
+
+  def load(self, config, folder: str) -> vae.Autoencoder:
+    """The autoencoder in a folder, unscaled: the scaling factor is measured anew at the export."""
+    model = vae.load(folder, jnp.float32)
+    model.config = config.model
+    return model
+
+  def export(self, config, params: vae.Autoencoder, folder) -> None:
+    """Writes the autoencoder with the scaling factor that gives latents of training images unit variance."""
+    batches = train.batches(config)
+    spread = jax.jit(lambda model, x: jnp.std(model.moments(imaging.to_float(x))[0]))
+    stds = [float(spread(params, sharding.shard(next(batches)['target']))) for _ in range(MEASURED)]
+    batches.close()
+    params.config = dataclasses.replace(params.config, scaling_factor=1.0 / float(np.mean(stds)))
+    vae.save(params, folder)
+
+  def frozen(self, config) -> None:
+    """Nothing is frozen."""
+
+  abstract_frozen = frozen
+
+  def transform(self, config) -> transforms.TargetOnly:
+    """Record -> arrays of one example."""
+    return transforms.TargetOnly()
+
+  def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as it reaches the train step."""
+    return sharding.batch_spec(self.transform(config).spec(config.data.size, config.data.size), config.data.batch_size)
+
+  def preview(self, config):
+    """`preview(params, frozen)` -> uint8 grid: test images and their reconstructions."""
+    records = loader.preview_records(config.data, PREVIEWED)
+
+    def preview(params, frozen):
+      if not records:
+        return None
+      images = np.stack([imaging.read(record['target']) for record in records])
+      return imaging.grid([list(images), list(reconstruction.round_trip(params, images))], cell=128)
+    return preview
+
+  def loss(self, params: vae.Autoencoder, frozen, batch, key):
+    """Squared error plus weighted KL: (scalar f32, metrics). batch: target uint8 [b y x 3]."""
+    x = imaging.to_float(batch['target'])
+    mean, log_variance = params.moments(x)
+    noise = jax.random.normal(key, mean.shape, out_sharding=jax.typeof(mean).sharding.spec)
+    decoded = params.decode(mean + jnp.exp(0.5 * log_variance) * noise)
+    error = jnp.mean(jnp.square(decoded - x))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+    return error + self.kl * kl, dict(loss=error, kl=kl, latent_std=jnp.std(mean))

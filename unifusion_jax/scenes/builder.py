@@ -3,7 +3,7 @@
   python -m unifusion_jax.scenes.builder --out=DIR --task=edit --split=train --examples=10000
 
 Writes DIR/scenes/edit_train/1.0.0 in the schema of data/sources.py, example i at place i. Read it back with
-`sources.ArrayRecordSource(DIR, 'edit', 'train')`, or with `tfds.builder_from_directory(...).as_data_source()`.
+`data.sources.ArrayRecordSource(DIR, 'edit', 'train')`, or with `tfds.builder_from_directory(...).as_data_source()`.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import io
 from absl import app, flags
 import tensorflow_datasets as tfds
 
-from unifusion_jax.data import imaging, sources
+from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
-from unifusion_jax.scenes import splits
+from unifusion_jax.scenes import sources, splits
 
 TASKS = ('t2i', 'edit', 'reconstruct', 'multi')  # those that end in an image; with numbers of objects too, as 't2i/1-2'
 
@@ -63,15 +63,16 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
 
 def write(out, task: str, split: str, count: int, size: int = 64, seed: int = 0) -> str:
-  """Writes `count` examples below `out`; returns the folder. ValueError when there is one of that name already."""
+  """Writes `count` examples below `out`; returns the folder. UserError when there is one of that name already."""
   if task.partition('/')[0] not in TASKS:
     raise UserError(f'task {task!r} has no images to write: choose one of {", ".join(TASKS)}')
-  config = ScenesConfig(name=f'{task.replace("/", "_")}_{split}', task=task, split=split, size=size, examples=count, seed=seed)
-  made = Scenes(data_dir=str(out), config=config, file_format='array_record')
-  if made.data_path.exists():
-    raise UserError(f'{made.data_path} is there already: remove it, or give another folder')
-  made.download_and_prepare()
-  return str(made.data_path)
+  config = ScenesConfig(name=f'{task.replace("/", "_")}_{split}', task=task, split=split, size=size, examples=count,
+                        seed=seed)
+  builder = Scenes(data_dir=str(out), config=config, file_format='array_record')
+  if builder.data_path.exists():
+    raise UserError(f'{builder.data_path} is there already: remove it, or give another folder')
+  builder.download_and_prepare()
+  return str(builder.data_path)
 
 
 def main(argv) -> None:
@@ -83,7 +84,8 @@ def main(argv) -> None:
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module.
   flags.DEFINE_string('out', None, 'folder to write to', required=True)
-  flags.DEFINE_string('task', 't2i', f'what the examples ask for: {", ".join(TASKS)}, each also as t2i/1-2: so many objects')
+  flags.DEFINE_string('task', 't2i', f'what the examples ask for: {", ".join(TASKS)}, each also as t2i/1-2: so many '
+                                     'objects')
   flags.DEFINE_enum('split', 'train', tuple(splits.SPLITS), 'which compositions')
   flags.DEFINE_integer('examples', 10_000, 'how many', lower_bound=1)
   flags.DEFINE_integer('size', 64, 'side in pixels of a square canvas', lower_bound=16)

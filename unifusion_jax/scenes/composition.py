@@ -1,6 +1,8 @@
-"""Drawing random scenes, and finding room for one more object."""
+"""Random scenes, and room for one more object."""
 
+import bisect
 from collections.abc import Callable, Sequence
+import functools
 
 import numpy as np
 
@@ -13,21 +15,50 @@ KIND_WEIGHTS = (0.5, 0.25, 0.25)  # of BACKGROUND_KINDS
 GAP, MARGIN = 2.5 / 64, 1 / 64
 BORDER = 0.012  # fraction of the canvas kept free on both sides of a border between two places
 TRIES = 40  # positions tried before an object is said not to fit
+STANDS_OUT = 75  # least RGB distance of an object from its background and from every blend of its two colours
+# The wider world: how often a background is not of the six alone, of which kind, and how likely a colour is (else 1).
+WIDE_SHARE, WIDE_KIND_WEIGHTS = 0.7, (0.7, 0.15, 0.15)
+_WIDE_ODDS = {'white': 9, 'black': 4, 'light grey': 3, 'grey': 2}
+_SHAPES, _COLOURS, _SIZES = world.SHAPES, tuple(world.COLOURS), tuple(world.SIZES)
+_GROUNDS, _WIDE_GROUNDS = tuple(world.BACKGROUND_COLOURS), tuple(world.WIDE_BACKGROUND_COLOURS)
+_WIDE_GROUND_WEIGHTS = tuple(_WIDE_ODDS.get(name, 1) for name in _WIDE_GROUNDS)
 
 
+@functools.cache
+def _cumulative(weights: tuple[float, ...]) -> list[float]:
+  total = np.cumsum(weights)
+  return (total / total[-1]).tolist()
+
+
+def weighted(rng: np.random.Generator, options: Sequence, weights: tuple[float, ...]):
+  """One of the options. Draws what `rng.choice(options, p=weights)` does, sooner."""
+  return options[bisect.bisect_right(_cumulative(weights), rng.random())]
+
+
+def pick(rng: np.random.Generator, options: Sequence):
+  """One of the options, all alike."""
+  return options[rng.integers(len(options))]
+
+
+@functools.cache
 def _sides(aspect: str) -> tuple[float, float]:
   """Canvas (width, height) in units of the square root of its area."""
   w, h = world.ASPECTS[aspect]
   return (w / h) ** 0.5, (h / w) ** 0.5
 
 
-def _clear(obj: Object, others: Sequence[Object], aspect: str) -> bool:
-  """Whether obj keeps its distance from all others; every shape lies within the circle of its radius."""
+def _clear(x: float, y: float, size: str, others: Sequence[Object], aspect: str) -> bool:
+  """Whether an object there keeps its distance from all others; every shape lies within the circle of its radius."""
   w, h = _sides(aspect)
-  return all(np.hypot((obj.x - o.x) * w, (obj.y - o.y) * h) >=
-             world.SIZES[obj.size] + world.SIZES[o.size] + GAP for o in others)
+  own = world.SIZES[size] + GAP
+  for o in others:
+    dx, dy = (x - o.x) * w, (y - o.y) * h
+    if dx * dx + dy * dy < (own + world.SIZES[o.size]) ** 2:
+      return False
+  return True
 
 
+@functools.cache
 def _ranges(size: str, aspect: str) -> list[list[tuple[float, float]]]:
   """For x and for y: the interval of allowed centres in each third of the canvas (possibly empty)."""
   both = []
@@ -44,7 +75,7 @@ def fits(objects: Sequence[Object], aspect: str) -> bool:
     # Positions carry four decimals, so a centre at the end of its interval may be off by half of the last one.
     inside = all(any(low - 1e-4 <= v <= high + 1e-4 for low, high in thirds)
                  for v, thirds in zip((obj.x, obj.y), _ranges(obj.size, aspect)))
-    if not inside or not _clear(obj, objects[:i], aspect):
+    if not inside or not _clear(obj.x, obj.y, obj.size, objects[:i], aspect):
       return False
   return True
 
@@ -61,30 +92,66 @@ def place_object(rng: np.random.Generator, shape: str, colour: str, size: str, f
     (x0, x1), (y0, y1) = columns[index % 3], rows[index // 3]
     if x0 > x1 or y0 > y1:
       continue
-    obj = Object(shape, colour, size, fill, round(rng.uniform(x0, x1), 4), round(rng.uniform(y0, y1), 4))
-    if _clear(obj, others, aspect):
-      return obj
+    x, y = round(x0 + (x1 - x0) * rng.random(), 4), round(y0 + (y1 - y0) * rng.random(), 4)
+    if _clear(x, y, size, others, aspect):
+      return Object(shape, colour, size, fill, x, y)
   return None
 
 
-def random_background(rng: np.random.Generator) -> Background:
-  kind = str(rng.choice(world.BACKGROUND_KINDS, p=KIND_WEIGHTS))
-  colours = rng.choice(list(world.BACKGROUND_COLOURS), 1 if kind == 'plain' else 2, replace=False)
-  return Background(kind, tuple(str(c) for c in colours))
+@functools.cache
+def stands_out(colour: str, background: Background) -> bool:
+  """Whether an object of that colour is far from the background's colours and from all blends of the two."""
+  ends = [np.array(world.WIDE_BACKGROUND_COLOURS[name], float) for name in background.colours]
+  first, step, own = ends[0], ends[-1] - ends[0], np.array(world.COLOURS[colour], float)
+  along = float(np.clip((own - first) @ step / max(step @ step, 1.0), 0, 1))
+  return bool(np.linalg.norm(own - first - along * step) >= STANDS_OUT)
+
+
+def visible(scene: Scene) -> bool:
+  """Whether every object stands out from the background, as all do from the six backgrounds of the narrow world."""
+  return all(stands_out(o.colour, scene.background) for o in scene.objects)
+
+
+def random_background(rng: np.random.Generator, wide: bool = False) -> Background:
+  """A background of the six colours; `wide`: mostly of any colour that leaves enough object colours to stand out."""
+  if wide and rng.random() < WIDE_SHARE:
+    return _wide_background(rng)
+  kind = weighted(rng, world.BACKGROUND_KINDS, KIND_WEIGHTS)
+  chosen = rng.choice(len(_GROUNDS), 1 if kind == 'plain' else 2, replace=False)
+  return Background(kind, tuple(_GROUNDS[k] for k in chosen))
+
+
+def _wide_background(rng: np.random.Generator) -> Background:
+  kind = weighted(rng, world.BACKGROUND_KINDS, WIDE_KIND_WEIGHTS)
+  while True:
+    first, second = (weighted(rng, _WIDE_GROUNDS, _WIDE_GROUND_WEIGHTS) for _ in range(2))
+    background = Background(kind, (first,) if kind == 'plain' else (first, second))
+    if kind == 'plain' or (first != second and _usable(background)):
+      return background
+
+
+@functools.cache
+def _usable(background: Background) -> bool:
+  """Whether the two colours are told apart and leave at least half of the object colours to stand out."""
+  first, second = (np.array(world.WIDE_BACKGROUND_COLOURS[name], float) for name in background.colours)
+  apart = np.linalg.norm(first - second) >= STANDS_OUT
+  return bool(apart and sum(stands_out(colour, background) for colour in _COLOURS) >= len(_COLOURS) // 2)
 
 
 def random_scene(rng: np.random.Generator, objects: int | tuple[int, int] = (1, 4), aspect: str = 'square',
-                 allowed: Callable[[Object], bool] = lambda obj: True) -> Scene:
-  """A scene of that many objects, or of between two numbers of them. `allowed` judges an object by its attributes, before its position is settled."""
+                 allowed: Callable[[Object], bool] = lambda obj: True, wide: bool = False) -> Scene:
+  """A scene of that many objects, or of between two numbers of them.
+
+  allowed: judges an object by its attributes, before its position is settled. wide: on a background of any colour.
+  """
   low, high = (objects, objects) if isinstance(objects, int) else objects
-  weights = np.array(COUNT_WEIGHTS[low - 1:high])
-  count = low + int(rng.choice(len(weights), p=weights / weights.sum()))
-  colours = list(world.COLOURS)
+  count = low + weighted(rng, range(high - low + 1), COUNT_WEIGHTS[low - 1:high])
+  background = random_background(rng, wide=True) if wide else None
   while True:
     drawn = []
     while len(drawn) < count:
-      obj = Object(*(str(rng.choice(v)) for v in (world.SHAPES, colours, list(world.SIZES), world.FILLS)), 0.5, 0.5)
-      if allowed(obj):
+      obj = Object(pick(rng, _SHAPES), pick(rng, _COLOURS), pick(rng, _SIZES), pick(rng, world.FILLS), 0.5, 0.5)
+      if allowed(obj) and (background is None or stands_out(obj.colour, background)):
         drawn.append(obj)
     placed = []
     # The largest first: they find room more often, so fewer scenes are thrown away and sizes stay mixed.
@@ -94,4 +161,5 @@ def random_scene(rng: np.random.Generator, objects: int | tuple[int, int] = (1, 
         break
       placed.append(obj)
     if len(placed) == count:
-      return Scene(tuple(placed[i] for i in rng.permutation(count)), random_background(rng), aspect)
+      order = rng.permutation(count)
+      return Scene(tuple(placed[i] for i in order), background or random_background(rng), aspect)

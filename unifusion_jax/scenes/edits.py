@@ -1,4 +1,4 @@
-"""Edits of one image: a source scene, an instruction in words, and the target scene the two determine.
+"""Edits of one image: a source scene, an instruction in words, and the target scene that the two determine.
 
 What the instruction does not name stays exactly where and as it was. Targets always fit on their canvas, and no
 instruction points at an object in a way that could mean another.
@@ -8,11 +8,11 @@ import dataclasses
 
 import numpy as np
 
-from unifusion_jax.scenes import splits, words
-from unifusion_jax.scenes.composition import fits, place_object, random_background
+from unifusion_jax.scenes import casual, splits, words
+from unifusion_jax.scenes.composition import fits, pick, place_object, random_background, visible, weighted
 from unifusion_jax.scenes.constraints import Wanted
 from unifusion_jax.scenes.pointing import phrase, random_pointer
-from unifusion_jax.scenes.prompts import ground, pick, thing
+from unifusion_jax.scenes.prompts import ground, thing
 from unifusion_jax.scenes.world import ASPECTS, COLOURS, FILLS, PLACES, Scene, SHAPES, SIZES
 
 EDIT_KINDS = ('recolour', 'resize', 'move', 'add', 'remove', 'replace', 'refill', 'background', 'swap', 'mirror',
@@ -21,20 +21,22 @@ EDIT_WEIGHTS = (0.14, 0.09, 0.13, 0.12, 0.10, 0.12, 0.09, 0.09, 0.06, 0.03, 0.03
 TRIES = 8
 
 # {it}: the object pointed at. The second row of each kind is for tests only: its words occur in training, in other
-# phrases.
+# phrases. casual.py has those of the wider world.
 INSTRUCTIONS = {
     'recolour': (
         ('make {it} {colour}', 'paint {it} {colour}', 'change the colour of {it} to {colour}', 'turn {it} {colour}',
          '{it} should be {colour}', 'recolour {it}: {colour}', 'give {it} a new colour, namely {colour}',
          'please make {it} {colour}', 'I want {it} to be {colour}', '{it} becomes {colour}', 'let {it} be {colour}',
          'the colour of {it} should be {colour}', 'I would like to see {it} in {colour}', 'keep {it}, but {colour}',
-         'can you make {it} {colour}?', 'I want {it} to become {colour}', 'could you paint {it} {colour}?', 'now {it} is {colour}'),
+         'can you make {it} {colour}?', 'I want {it} to become {colour}', 'could you paint {it} {colour}?',
+         'now {it} is {colour}'),
         ('I would like {it} to be {colour}', 'let {it} become {colour}', 'the new colour of {it} is {colour}')),
     'resize': (
         ('make {it} {size}', 'change the size of {it} to {size}', '{it} should be {size}', 'resize {it} to {size}',
          'please make {it} {size}', 'draw {it} {size} instead', 'I want {it} to be {size}', '{it} becomes {size}',
          'let {it} be {size}', 'the size of {it} should be {size}', 'I would like to see {it} {size}',
-         'keep {it}, but {size}', 'can you make {it} {size}?', 'give {it} a new size, namely {size}', 'now {it} is {size}'),
+         'keep {it}, but {size}', 'can you make {it} {size}?', 'give {it} a new size, namely {size}',
+         'now {it} is {size}'),
         ('I would like {it} to be {size}', 'let {it} become {size}', 'the new size of {it} is {size}')),
     'move': (
         ('move {it} {to}', 'put {it} {place}', 'place {it} {place}', '{it} should be {place}',
@@ -47,8 +49,8 @@ INSTRUCTIONS = {
         ('add {new}', 'put {new} into the picture', 'draw {new} as well', 'there should also be {new}',
          'please add {new}', 'include {new}', 'add one more thing: {new}', 'I want to see {new} as well',
          'let me see {new} too', '{new} is missing', 'and {new} too', 'I would like to have {new} in the picture',
-         'can you add {new}?', 'could you draw {new} too?', 'let the picture have {new} too', 'what I want to add is {new}',
-         'there is {new} as well'),
+         'can you add {new}?', 'could you draw {new} too?', 'let the picture have {new} too',
+         'what I want to add is {new}', 'there is {new} as well'),
         ('I would like to see {new} too', 'let there be {new} as well', 'what is missing is {new}')),
     'remove': (
         ('remove {it}', 'delete {it}', 'take away {it}', 'erase {it}', 'get rid of {it}', 'please remove {it}',
@@ -80,10 +82,11 @@ INSTRUCTIONS = {
         ('I would like to have {ground}', 'let there be {ground} behind the shapes', 'set it all on {ground}')),
     'swap': (
         ('swap {it} and {other}', 'exchange {it} and {other}', 'let {it} and {other} trade places',
-         'swap the places of {it} and {other}', 'please swap {it} and {other}', 'put {it} where {other} is and {other} '
-         'where {it} is', '{it} and {other} change places', 'I want {it} and {other} to trade places',
-         '{it} should be where {other} is, and the other way round', 'I would like to see {it} in the place of {other}, and '
-         'the other way round', 'can you swap {it} and {other}?', '{it} goes where {other} is, and {other} where {it} is'),
+         'swap the places of {it} and {other}', 'please swap {it} and {other}',
+         'put {it} where {other} is and {other} where {it} is', '{it} and {other} change places',
+         'I want {it} and {other} to trade places', '{it} should be where {other} is, and the other way round',
+         'I would like to see {it} in the place of {other}, and the other way round', 'can you swap {it} and {other}?',
+         '{it} goes where {other} is, and {other} where {it} is'),
         ('I would like {it} and {other} to change places', '{it} goes to the place of {other}, and the other way '
          'round')),
     'mirror': (
@@ -153,10 +156,10 @@ def _shape_words(rng: np.random.Generator, shape: str, colour: str | None) -> st
   return thing(rng, Wanted(shape, colour), kind=kind, first=True, commas=False)
 
 
-def _auto_sharded(rng: np.random.Generator, kind: str, source: Scene, aspect: str | None):
+def _whole(rng: np.random.Generator, kind: str, source: Scene, aspect: str | None, wide: bool):
   """A change of the whole image: (target, slots)."""
   if kind == 'background':
-    new = random_background(rng)
+    new = random_background(rng, wide)
     return dataclasses.replace(source, background=new), {'ground': ground(rng, new)}
   if kind == 'mirror':
     flipped = tuple(dataclasses.replace(o, x=round(1 - o.x, 4)) for o in source.objects)
@@ -175,8 +178,9 @@ def _addition(rng: np.random.Generator, source: Scene, split: str, shape: str | 
   if not new:
     return None
   kind = 'paraphrase' if rng.random() < 0.8 else pick(rng, ('colour fact', 'shape fact', 'both facts'))
-  named = thing(rng, Wanted(*attributes, place), kind=kind, first=True)
-  return dataclasses.replace(source, objects=source.objects + (new,)), {'new': named}
+  wanted = Wanted(*attributes, place)
+  slots = {'new': thing(rng, wanted, kind=kind, first=True), 'addition': wanted}
+  return dataclasses.replace(source, objects=source.objects + (new,)), slots
 
 
 def _change(rng: np.random.Generator, kind: str, source: Scene, i: int, split: str):
@@ -195,7 +199,7 @@ def _change(rng: np.random.Generator, kind: str, source: Scene, i: int, split: s
     shape = _other(rng, SHAPES, obj.shape)
     colour = _other(rng, tuple(COLOURS), obj.colour) if rng.random() < 0.3 else None
     target = _with(source, i, shape=shape, colour=colour or obj.colour)
-    return target, {'new': _shape_words(rng, shape, colour)}
+    return target, {'new': _shape_words(rng, shape, colour), 'addition': Wanted(shape, colour)}
   if kind == 'move':
     place = _free_place(rng, source)
     others = source.objects[:i] + source.objects[i + 1:]
@@ -215,15 +219,16 @@ def _change(rng: np.random.Generator, kind: str, source: Scene, i: int, split: s
   if not pointer:
     return None
   swapped = _with(_with(source, i, x=other.x, y=other.y), j, x=obj.x, y=obj.y)
-  return swapped, {'other': phrase(rng, pointer)}
+  return swapped, {'other': phrase(rng, pointer), 'second': pointer}
 
 
-def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, heldout_language: bool, shape: str | None,
-             aspect: str | None) -> Edit | None:
+def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, style: str, shape: str | None,
+             aspect: str | None, wide: bool) -> Edit | None:
+  pointer = None
   if kind == 'add':
     proposal = _addition(rng, source, split, shape)
   elif kind in ('background', 'mirror', 'aspect'):
-    proposal = _auto_sharded(rng, kind, source, aspect)
+    proposal = _whole(rng, kind, source, aspect, wide)
   else:
     able = [i for i, o in enumerate(source.objects)
             if splits.edit_allowed(split)(kind, o.shape) and shape in (None, o.shape)]
@@ -237,10 +242,13 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, hel
   if not proposal:
     return None
   target, slots = proposal
-  if target == source or not all(map(splits.allowed(split), target.objects)) or not fits(target.objects, target.aspect):
+  if (target == source or not all(map(splits.allowed(split), target.objects)) or
+      not fits(target.objects, target.aspect) or not visible(target)):
     return None
-  templates = INSTRUCTIONS[kind][int(heldout_language)]
-  if kind == 'refill' and not heldout_language and rng.random() < 0.35:
+  if style == 'casual':
+    return Edit(kind, source, _casual(rng, kind, source, target, slots, pointer), target)
+  templates = INSTRUCTIONS[kind][int(style == 'heldout')]
+  if kind == 'refill' and style != 'heldout' and rng.random() < 0.35:
     templates = TURNS[slots['new fill']]
   if kind == 'move' and (pointer.place or pointer.relation):
     # 'Put the star above the ring ...' would sound like the destination.
@@ -251,15 +259,30 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, hel
   return Edit(kind, source, instruction, target)
 
 
-def random_edit(rng: np.random.Generator, source: Scene, kind: str | None = None, heldout_language: bool = False,
-                split: str = 'train', shape: str | None = None, aspect: str | None = None) -> Edit | None:
+def _casual(rng: np.random.Generator, kind: str, source: Scene, target: Scene, slots: dict, pointer) -> str:
+  meant = {**slots, 'it': pointer}
+  if kind in ('add', 'replace'):
+    meant['new'] = slots['addition']
+  elif kind == 'swap':
+    meant['other'] = slots['second']
+  elif kind == 'background':
+    meant['ground'] = target.background
+  elif kind == 'aspect':
+    meant['aspect'] = pick(rng, casual.CANVASES[target.aspect])
+  return casual.slips(rng, casual.instruction(rng, kind, meant, alone=len(source.objects) == 1))
+
+
+def random_edit(rng: np.random.Generator, source: Scene, kind: str | None = None, style: str = 'paraphrase',
+                split: str = 'train', shape: str | None = None, aspect: str | None = None,
+                wide: bool = False) -> Edit | None:
   """An edit of the source, or None if none of the tried ones can be done to it.
 
   split: whose objects, relations and pairs of edit and shape may occur. shape: of the object to be edited (or added).
-  aspect: the new canvas of an 'aspect' edit. heldout_language: use the instructions kept for tests.
+  aspect: the new canvas of an 'aspect' edit. style: 'paraphrase', 'heldout' (instructions kept for tests) or 'casual'.
+  wide: new backgrounds may be of any colour.
   """
-  kind = kind or str(rng.choice(EDIT_KINDS, p=EDIT_WEIGHTS))
+  kind = kind or weighted(rng, EDIT_KINDS, EDIT_WEIGHTS)
   for _ in range(TRIES):
-    if edit := _propose(rng, kind, source, split, heldout_language, shape, aspect):
+    if edit := _propose(rng, kind, source, split, style, shape, aspect, wide):
       return edit
   return None

@@ -1,7 +1,15 @@
-"""The i-th example of a task in a split: a pure function of its arguments, made when it is asked for.
+"""Examples: the i-th of a task in a split is a pure function of its arguments, made when it is asked for.
 
 Tasks: t2i (prompt -> image), edit (one reference), reconstruct (one reference, drawn again), multi (two or three
 references), caption and question (about one reference), rewrite (prompt -> description, without any image).
+
+Training may draw from a wider world (`wide`): backgrounds of any colour, requests as people type them (casual.py),
+references as people draw and photograph them (looks.py). `test` and `heldout` know no such thing. What goes where:
+  prompts of t2i and rewrite    half are casual; targets are drawn cleanly, so the judge reads them
+  references                    `LOOKED` of them have a look
+  targets of edit, reconstruct  drawn as their reference is, without what the camera did to it: what an edit does not
+                                name stays as it was
+  targets of multi              drawn cleanly; nothing trains on them
 """
 
 import dataclasses
@@ -9,19 +17,21 @@ import dataclasses
 import numpy as np
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.scenes import splits
-from unifusion_jax.scenes.composition import random_scene
+from unifusion_jax.scenes import casual, looks, splits
+from unifusion_jax.scenes.composition import pick, random_scene, weighted
 from unifusion_jax.scenes.constraints import Constraints, Wanted
 from unifusion_jax.scenes.edits import Edit, EDIT_KINDS, EDIT_WEIGHTS, random_edit
+from unifusion_jax.scenes.evaluation import handwritten
 from unifusion_jax.scenes.language import caption, constraints_of, constraints_to_json, describe, full_description
 from unifusion_jax.scenes.multi import random_multi
-from unifusion_jax.scenes.prompts import pick, prompt
+from unifusion_jax.scenes.prompts import prompt
 from unifusion_jax.scenes.questions import random_question
 from unifusion_jax.scenes.render import render
 from unifusion_jax.scenes.world import ASPECTS, Scene
 
 TASKS = {'t2i': 0, 'edit': 1, 'reconstruct': 2, 'multi': 3, 'caption': 4, 'question': 5, 'rewrite': 6}
 ASPECT_WEIGHTS = {'square': 0.8, 'wide': 0.1, 'tall': 0.1}
+_ASPECT_WEIGHTS, _EVEN = tuple(ASPECT_WEIGHTS[a] for a in ASPECTS), (1 / 3,) * 3
 STYLE_WEIGHTS = {'plain': 0.35, 'paraphrase': 0.4, 'knowledge': 0.25}
 ALIKE = 0.2  # how often some of the objects of a t2i scene are alike, so that prompts count
 MORE = 4  # further questions about an image of the train split, which are answered at the price of their words alone
@@ -29,18 +39,22 @@ WORDS = 48  # of a prompt: a rare longer one would set the length that all are p
 AGAIN = ('draw this picture again', 'repeat the picture', 'the same picture, please', 'copy this', 'keep it as it is',
          'reproduce the picture', 'change nothing')
 CAPTION = ('describe the picture', 'what does the picture show?', 'describe this image', 'caption this picture')
+# The wider world: shares of casual requests and of references with a look, and more ways to ask.
+CASUAL, LOOKED = 0.5, 0.6
+MORE_AGAIN = ('again please', 'same again', 'the same picture once more', 'no changes', 'leave it as it is',
+              'just copy it')
+MORE_CAPTION = ('what is in the picture?', 'what do you see?', 'what is this?', 'say what is in it', 'describe it')
 
 
 def _start(task: str, split: str, i: int, seed: int) -> tuple[np.random.Generator, str, str]:
-  """(rng, canvas of the target, kind of edit or ''): what is drawn first, for `aspect` to know without the rest."""
+  """(rng, canvas of the target, kind of edit or ''): drawn first, alike in both worlds, for `aspect` to know."""
   if task not in TASKS or split not in splits.SPLITS:
     raise UserError(f'There is no task {task!r} in split {split!r}; tasks are {", ".join(TASKS)} and splits '
                      f'{", ".join(splits.SPLITS)}.')
   rng = np.random.default_rng([seed, splits.SPLITS[split], TASKS[task], i])
-  kind = str(rng.choice(EDIT_KINDS, p=EDIT_WEIGHTS)) if task == 'edit' else ''
-  even = kind == 'aspect'
-  weights = [1 / len(ASPECTS)] * len(ASPECTS) if even else [ASPECT_WEIGHTS[a] for a in ASPECTS]
-  return rng, str(rng.choice(list(ASPECTS), p=weights)), kind
+  kind = weighted(rng, EDIT_KINDS, EDIT_WEIGHTS) if task == 'edit' else ''
+  weights = _EVEN if kind == 'aspect' else _ASPECT_WEIGHTS
+  return rng, weighted(rng, tuple(ASPECTS), weights), kind
 
 
 def aspect(task: str, split: str, i: int, seed: int = 0) -> str:
@@ -53,14 +67,14 @@ def _count(rng: np.random.Generator) -> int:
 
 
 def references(task: str, split: str, i: int, seed: int = 0) -> int:
-  """How many references the example has, without making it."""
+  """The number of references of the example, without making it."""
   if task == 'multi':
     return _count(_start(task, split, i, seed)[0])
   return 0 if task in ('t2i', 'rewrite') else 1
 
 
-def _scene(rng: np.random.Generator, split: str, canvas: str, objects) -> Scene:
-  scene = random_scene(rng, objects, canvas, splits.allowed(split))
+def _scene(rng: np.random.Generator, split: str, canvas: str, objects, wide: bool) -> Scene:
+  scene = random_scene(rng, objects, canvas, splits.allowed(split), wide)
   return splits.with_heldout_object(rng, scene) if split == 'heldout' else scene
 
 
@@ -80,11 +94,11 @@ def _counted(rng: np.random.Generator, scene: Scene) -> Constraints:
   return Constraints(tuple(sorted(wanted, key=wanted.index)), background)
 
 
-def _prompted(rng: np.random.Generator, split: str, canvas: str, objects) -> tuple[Scene, Constraints]:
+def _prompted(rng: np.random.Generator, split: str, canvas: str, objects, wide: bool) -> tuple[Scene, Constraints]:
   """A scene and what is said of it."""
   held = split == 'heldout'
   while True:
-    scene = random_scene(rng, objects, canvas, splits.allowed('train'))
+    scene = random_scene(rng, objects, canvas, splits.allowed('train'), wide)
     several = len(scene.objects) > 1
     alike = several and not held and rng.random() < ALIKE
     related = several and held and rng.random() < 0.3
@@ -106,10 +120,18 @@ def _prompted(rng: np.random.Generator, split: str, canvas: str, objects) -> tup
 def _style(rng: np.random.Generator, split: str, weights=STYLE_WEIGHTS) -> str:
   if split == 'test' and rng.random() < 0.5:
     return 'heldout'
-  return str(rng.choice(list(weights), p=list(weights.values())))
+  return weighted(rng, tuple(weights), tuple(weights.values()))
 
 
-def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, heldout_language: bool, objects) -> Edit:
+def _requested(rng: np.random.Generator, canvas: str, objects) -> tuple[Scene, Constraints, str]:
+  """A scene, what is asked of it, and the words, in the wider world."""
+  while True:
+    scene = random_scene(rng, objects, canvas, splits.allowed('train'), wide=True)
+    if asked := casual.request(rng, scene):
+      return *asked[:2], casual.slips(rng, asked[2])
+
+
+def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, style: str, objects, wide: bool) -> Edit:
   pairs = dict(splits.HELDOUT_EDITS)
   while True:
     shape = None
@@ -124,64 +146,81 @@ def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, heldou
         changed = dataclasses.replace(source.objects[k], shape=shape)
         source = dataclasses.replace(source, objects=source.objects[:k] + (changed,) + source.objects[k + 1:])
     else:
-      source = _scene(rng, split, before, objects)
-    if edit := random_edit(rng, source, kind, heldout_language, split, shape, canvas):
+      source = _scene(rng, split, before, objects, wide)
+    if edit := random_edit(rng, source, kind, style, split, shape, canvas, wide):
       return edit
 
 
 def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, objects: int | tuple[int, int] = (1, 4),
-            images: bool = True) -> dict:
+            images: bool = True, wide: bool = False, reference_size: int | None = None) -> dict:
   """Example i of a task in a split ('train', 'test' or 'heldout').
 
-  size: of the images (scene.canvas). objects: how many a scene starts with (a number, or a least and a most).
+  size: of the images (world.canvas). objects: how many a scene starts with (a number, or a least and a most).
   images: False leaves the references empty and the target None, for whoever needs the words and the scenes only.
+  wide: train alone: an example of the wider world. reference_size: of the references (None: `size`).
 
   Returns references (list of uint8 [y x 3]), instruction, caption (what the VLM should write: a description of the
   target as far as it is determined, an answer, or a caption), target (uint8 [y x 3] or None), kind (of prompt, edit,
   multi-reference example or question), style (of language; '' where there is one only), source (the references as
-  JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or ''); of a question to train on also more (further questions
-  with their answers).
+  JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or ''); of a question to train on
+  also more (further questions with their answers).
   """
   rng, canvas, edit_kind = _start(task, split, i, seed)
+  wide = wide and split == 'train'
   references, target, constraints, style, more = (), None, None, '', []
   if task in ('t2i', 'rewrite'):
-    kind = style = _style(rng, split)
+    kind = style = 'casual' if wide and rng.random() < CASUAL else _style(rng, split)
     while True:
-      target, constraints = _prompted(rng, split, canvas, objects)
-      instruction, text = prompt(constraints, rng, style), describe(constraints)
-      if len(instruction.split()) <= WORDS:
+      if style == 'casual':
+        target, constraints, instruction = _requested(rng, canvas, objects)
+      else:
+        target, constraints = _prompted(rng, split, canvas, objects, wide)
+        instruction = prompt(constraints, rng, style)
+      text = describe(constraints)
+      if len(instruction.split()) <= WORDS and not (wide and handwritten.is_kept(instruction)):
         break
     if task == 'rewrite':
       target = None
   elif task == 'edit':
-    style = _style(rng, split, {'paraphrase': 1.0})
-    edit = _edited(rng, split, canvas, edit_kind, style == 'heldout', objects)
+    style = 'casual' if wide and rng.random() < CASUAL else _style(rng, split, {'paraphrase': 1.0})
+    edit = _edited(rng, split, canvas, edit_kind, style, objects, wide)
+    while wide and handwritten.is_kept(edit.instruction):
+      edit = _edited(rng, split, canvas, edit_kind, style, objects, wide)
     references, instruction, target, kind = (edit.source,), edit.instruction, edit.target, edit.kind
     text, constraints = caption(target), full_description(target)
   elif task == 'multi':
     count = _count(rng)
     while True:
-      made = random_multi(rng, count, split, canvas)
+      made = random_multi(rng, count, split, canvas, wide=wide)
       if split != 'heldout' or any(map(splits.scene_is_heldout, (*made.references, made.target))):
         break
     references, instruction, target, kind = made.references, made.instruction, made.target, made.kind
     text, constraints = caption(target), full_description(target)
   elif task == 'reconstruct':
-    target = _scene(rng, split, canvas, objects)
-    references, instruction, kind = (target,), pick(rng, AGAIN), 'reconstruct'
+    target = _scene(rng, split, canvas, objects, wide)
+    references, instruction, kind = (target,), pick(rng, AGAIN + MORE_AGAIN * wide), 'reconstruct'
     text, constraints = caption(target), full_description(target)
   else:
-    seen = _scene(rng, split, canvas, objects)
+    seen = _scene(rng, split, canvas, objects, wide)
     references = (seen,)
     if task == 'caption':
-      instruction, text, kind = pick(rng, CAPTION), caption(seen), 'caption'
+      instruction, text, kind = pick(rng, CAPTION + MORE_CAPTION * wide), caption(seen), 'caption'
     else:
       instruction, text, kind = random_question(rng, seen, split=split)
       more = [random_question(rng, seen, split=split)[:2] for _ in range(MORE if split == 'train' else 0)]
+      if wide and rng.random() < CASUAL:
+        instruction = casual.slips(rng, instruction)
+  shown = [looks.random_look(rng, s) if wide and rng.random() < LOOKED else None for s in references]
+  again = shown[0].after(references[0], target) if task in ('edit', 'reconstruct') and shown[0] else None
   return {
-      'task': task, 'references': [render(s, size) for s in references] if images else [],
+      'task': task,
+      'references': [_image(s, look, reference_size or size) for s, look in zip(references, shown)] if images else [],
       'instruction': instruction, 'caption': text,
-      'target': render(target, size) if target and images else None, 'kind': kind, 'style': style,
+      'target': _image(target, again, size) if target and images else None, 'kind': kind, 'style': style,
       'source': [s.to_json() for s in references], 'scene': target.to_json() if target else '',
       'constraints': constraints_to_json(constraints) if constraints else '',
       **({'more': more} if more else {})}
+
+
+def _image(scene: Scene, look: looks.Look | None, size: int) -> np.ndarray:
+  return looks.draw(scene, look, size) if look else render(scene, size)

@@ -1,8 +1,9 @@
-"""Reading an image back into a scene by analysis through synthesis, without a neural network, and scoring it.
+"""The judge: it reads an image back into a scene by analysis through synthesis, with no neural network, and scores it.
 
-The background is the best of all that can be drawn. What differs from it falls into connected pieces; each piece is
-compared with every shape, size and fill in every colour, laid with its centre of mass on the piece's, and takes the
-one that leaves the least squared difference. Images are read at 64 px whatever their size.
+The background is the best of all that can be drawn: of the six colours, or of all (`wide`). What differs from it falls
+into connected pieces; each piece is compared with every shape, size and fill in every colour, laid with its centre of
+mass on the piece's, and takes the one that leaves the least squared difference. Images are read at 64 px whatever their
+size.
 """
 
 from collections.abc import Iterator
@@ -40,10 +41,15 @@ LIKELY_COLOURS, FINALISTS = 4, 6
 TEMPLATES = tuple(itertools.product(world.SHAPES, world.SIZES, world.FILLS))
 ATTRIBUTES = ('shape', 'colour', 'size', 'fill')
 COLOURS = np.array(list(world.COLOURS.values()), np.float32)
-BACKGROUNDS = tuple(
-    [Background('plain', (c,)) for c in world.BACKGROUND_COLOURS] +
-    [Background(kind, pair) for kind in ('gradient', 'checkered')
-     for pair in itertools.permutations(world.BACKGROUND_COLOURS, 2)])
+
+
+@functools.cache
+def backgrounds(wide: bool = False) -> tuple[Background, ...]:
+  """All backgrounds that are looked for."""
+  names = world.WIDE_BACKGROUND_COLOURS if wide else world.BACKGROUND_COLOURS
+  return tuple([Background('plain', (name,)) for name in names] +
+               [Background(kind, pair) for kind in ('gradient', 'checkered')
+                for pair in itertools.permutations(names, 2)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +69,15 @@ def _blur(images: np.ndarray, sigma: float, axes) -> np.ndarray:
   return ndimage.gaussian_filter(images, sigma, axes=axes, mode='constant', truncate=3.5)
 
 
-@functools.lru_cache(maxsize=3)
-def _backgrounds(width: int, height: int) -> np.ndarray:
-  """Every background, f32 [background y x 3]."""
-  return np.stack([
-      render.background(b.kind, [world.BACKGROUND_COLOURS[c] for c in b.colours], width, height) for b in BACKGROUNDS])
+def _drawn(background: Background, width: int, height: int) -> np.ndarray:
+  colours = [world.WIDE_BACKGROUND_COLOURS[name] for name in background.colours]
+  return render.background(background.kind, colours, width, height)
+
+
+@functools.lru_cache(maxsize=6)
+def _candidates(width: int, height: int, wide: bool) -> np.ndarray:
+  """Every third pixel of every background, f32 [background y x 3]."""
+  return np.stack([_drawn(b, width, height)[1::3, 1::3] for b in backgrounds(wide)])
 
 
 @functools.lru_cache(maxsize=2)
@@ -130,8 +140,19 @@ def _pieces(distance: np.ndarray) -> tuple[np.ndarray, int]:
   return np.where(reach <= 2.5, labels[tuple(nearest)], 0), len(kept)
 
 
-def _match(difference: np.ndarray, ground: np.ndarray, side: float) -> tuple[float, Object, float, float]:
+def _left_over(difference: np.ndarray, ground: np.ndarray, obj: Object) -> float:
+  """Squared difference that the object leaves, when its own is blurred like the piece's."""
+  height, width = ground.shape[:2]
+  drawn = ground.copy()
+  render.paint(drawn, *render.placed(obj, width, height), np.array(world.COLOURS[obj.colour], np.float32))
+  return float(((difference - _blur(drawn - ground, BLUR, (0, 1))) ** 2).sum())
+
+
+def _match(difference: np.ndarray, ground: np.ndarray, side: float, harsh: bool) -> tuple[float, Object, float, float]:
   """The object that best explains a piece's difference from the background, both f32 [y x 3].
+
+  Blurred coverage times contrast stands for the blurred product of the two, which is so where the background is smooth
+  or its two colours are alike. On a `harsh` one the finalists are compared by the product itself.
 
   Returns the explained share of the squared difference, the object without its place, and its centre in pixels.
   """
@@ -140,7 +161,7 @@ def _match(difference: np.ndarray, ground: np.ndarray, side: float) -> tuple[flo
   contrasts = COLOURS[:, None, None] - ground
   strength = (contrasts ** 2).sum(-1)
   along = np.einsum('yxk,cyxk->cyx', difference, contrasts)
-  coverage = np.clip(along / strength, 0, 1)
+  coverage = np.clip(along / np.maximum(strength, 1.0), 0, 1)  # 0 where the background has that very colour
   unlike = (coverage * (coverage * strength - 2 * along)).sum((1, 2))
   colours = unlike.argsort()[:LIKELY_COLOURS]
 
@@ -169,15 +190,26 @@ def _match(difference: np.ndarray, ground: np.ndarray, side: float) -> tuple[flo
     x, y = starts[k]
     best = min(best, *((left_over(template, k, x + dx, y + dy), template, k, x + dx, y + dy)
                        for dx in (-1, 0, 1) for dy in (-1, 0, 1)))
-  remains, template, k, x, y = best
-  centre_x, centre_y = np.array((x, y)) / phases + centres[template]
-  shape, size, fill = TEMPLATES[template]
-  obj = Object(shape, list(world.COLOURS)[colours[k]], size, fill, 0, 0)
-  return float(1 - remains / max(total, 1e-6)), obj, float(centre_x), float(centre_y)
+
+  def placed(template, k, x, y):
+    centre_x, centre_y = np.array((x, y)) / phases + centres[template]
+    shape, size, fill = TEMPLATES[template]
+    return Object(shape, list(world.COLOURS)[colours[k]], size, fill, float(centre_x), float(centre_y))
+
+  def at_canvas(obj):
+    return dataclasses.replace(obj, x=obj.x / ground.shape[1], y=obj.y / ground.shape[0])
+
+  remains, *chosen = best
+  obj = placed(*chosen)
+  if harsh:
+    finalists = [obj, *(placed(t, k, *starts[k]) for _, t, k in sorted(candidates)[:FINALISTS])]
+    remains, which = min((_left_over(difference, ground, at_canvas(o)), i) for i, o in enumerate(finalists))
+    obj = finalists[which]
+  return float(1 - remains / max(total, 1e-6)), dataclasses.replace(obj, x=0, y=0), obj.x, obj.y
 
 
-def read(image: np.ndarray) -> Reading:
-  """Reads an image, uint8 [y x 3] of any size; its proportions tell the aspect."""
+def read(image: np.ndarray, wide: bool = False) -> Reading:
+  """Reads an image, uint8 [y x 3] of any size; its proportions tell the aspect. wide: on a background of any colour."""
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
     raise UserError(f'The judge reads images as uint8 [y x 3] and got {image.dtype} {list(image.shape)}; '
                      'convert the image to 8-bit RGB first.')
@@ -188,11 +220,10 @@ def read(image: np.ndarray) -> Reading:
     image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
   image = image.astype(np.float32)
 
-  candidates = _backgrounds(width, height)
-  squares = ((candidates[:, 1::3, 1::3] - image[1::3, 1::3]) ** 2).sum(-1)
-  which = np.minimum(squares, 35.0 ** 2).mean((1, 2)).argmin()
-  ground = candidates[which]
-  if BACKGROUNDS[which].kind == 'checkered':
+  squares = ((_candidates(width, height, wide) - image[1::3, 1::3]) ** 2).sum(-1)
+  background = backgrounds(wide)[np.minimum(squares, 35.0 ** 2).mean((1, 2)).argmin()]
+  ground = _drawn(background, width, height)
+  if background.kind == 'checkered':
     ground = _soften(ground, image)
   difference = image - ground
   distance = np.sqrt((_blur(difference, SMOOTH, (0, 1)) ** 2).sum(-1))
@@ -201,14 +232,16 @@ def read(image: np.ndarray) -> Reading:
   error = float(np.sqrt((distance[bare] ** 2).mean())) if bare.any() else math.inf
 
   found = []
+  harsh = wide and background.kind == 'checkered'
   for i in range(1, count + 1):
-    score, obj, x, y = _match(np.where((labels == i)[..., None], difference, 0), ground, (width * height) ** 0.5)
+    piece = np.where((labels == i)[..., None], difference, 0)
+    score, obj, x, y = _match(piece, ground, (width * height) ** 0.5, harsh)
     if score >= MATCH[obj.fill]:
       x, y = (round(min(max(v, 0), n) / n, 4) for v, n in ((x, width), (y, height)))
       found.append((dataclasses.replace(obj, x=x, y=y), score))
-  order = Scene(tuple(o for o, _ in found), BACKGROUNDS[which], aspect).in_reading_order()
+  order = Scene(tuple(o for o, _ in found), background, aspect).in_reading_order()
   scores = dict(found)
-  return Reading(Scene(order, BACKGROUNDS[which], aspect), tuple(scores[o] for o in order), count - len(found), error)
+  return Reading(Scene(order, background, aspect), tuple(scores[o] for o in order), count - len(found), error)
 
 
 def _distance(a: Object, b: Object) -> float:

@@ -1,4 +1,4 @@
-"""The plain language of scenes: one canonical sentence for a scene or for a partial description of one.
+"""Plain language of scenes: one canonical sentence for a scene or for a partial description of one.
 
     caption   = item {", " item} [", " background]
     item      = objects [relation objects | "between" objects "and" objects]
@@ -23,7 +23,6 @@ from unifusion_jax.scenes.constraints import Constraints, PAIRWISE, RELATIONS, W
 from unifusion_jax.scenes.words import article, plural
 from unifusion_jax.scenes.world import (
   Background,
-  BACKGROUND_COLOURS,
   COLOURS,
   FILLS,
   Object,
@@ -31,13 +30,14 @@ from unifusion_jax.scenes.world import (
   Scene,
   SHAPES,
   SIZES,
+  WIDE_BACKGROUND_COLOURS,
 )
 
 COUNTS = {2: 'two', 3: 'three', 4: 'four'}
 # Objects closer than this along an axis (a fraction of the canvas) are neither left of nor right of each other in
 # anything that is said; the judge may be more generous.
 CLEAR = 0.15
-# 'Between' two others is who stands in the middle half of the way from one to the other, this close to the line at most.
+# 'Between' two others is what stands in the middle half of the way from one to the other, at most so far beside it.
 ASIDE = 0.12
 
 
@@ -54,11 +54,11 @@ def _objects_phrase(wanted: Wanted, count: int) -> str:
 def background_phrase(background: Background) -> str:
   """'a cream background' and its like, without the 'on'."""
   if background.kind == 'plain':
-    return f'a {background.colours[0]} background'
+    return f'{article(background.colours[0])} background'
   first, second = background.colours
   if background.kind == 'gradient':
     return f'a background fading from {first} to {second}'
-  return f'a {first} and {second} checkered background'
+  return f'{article(first)} and {second} checkered background'
 
 
 def in_canonical_order(constraints: Constraints) -> Constraints:
@@ -92,8 +92,9 @@ def describe(constraints: Constraints) -> str:
   for i, relation, *others in constraints.relations:
     joined = {i, *others}
     if others != list(range(i + 1, i + 2 + (relation == 'between'))) or joined & related:
-      raise UserError(f'The relation {(i, relation, *others)} cannot be said: relations must join neighbours, each object in '
-                       "at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2); reorder the objects.")
+      raise UserError(f'The relation {(i, relation, *others)} cannot be said: relations must join neighbours, each '
+                      "object in at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2); "
+                      'reorder the objects.')
     related |= joined
     joints.update(zip(others, (f' {relation} ', ' and ')))
   constraints = in_canonical_order(constraints)
@@ -122,11 +123,11 @@ def _any(words) -> str:
 _OBJECTS = re.compile(
     rf'(?:(a|an|{_any(COUNTS.values())}) )(?:({_any(SIZES)}) )?(?:({_any(FILLS)}) )?(?:({_any(COLOURS)}) )?'
     rf'({_any(list(SHAPES) + ["shape"] + [plural(s) for s in SHAPES] + ["shapes"])})(?: at the ({_any(PLACES)}))?')
-_MUTED = _any(BACKGROUND_COLOURS)
+_GROUNDS = _any(WIDE_BACKGROUND_COLOURS)
 _BACKGROUNDS = {
-    'plain': re.compile(rf'on a ({_MUTED}) background'),
-    'gradient': re.compile(rf'on a background fading from ({_MUTED}) to ({_MUTED})'),
-    'checkered': re.compile(rf'on a ({_MUTED}) and ({_MUTED}) checkered background')}
+    'plain': re.compile(rf'on an? ({_GROUNDS}) background'),
+    'gradient': re.compile(rf'on a background fading from ({_GROUNDS}) to ({_GROUNDS})'),
+    'checkered': re.compile(rf'on an? ({_GROUNDS}) and ({_GROUNDS}) checkered background')}
 _RELATION = re.compile(rf' ({_any(RELATIONS)}) (?=(?:a|an) )')
 _SINGULAR = {plural(s): s for s in SHAPES} | {s: s for s in SHAPES} | {'shapes': None, 'shape': None}
 _NUMBER = {word: n for n, word in COUNTS.items()} | {'a': 1, 'an': 1}
@@ -135,7 +136,8 @@ _NUMBER = {word: n for n, word in COUNTS.items()} | {'a': 1, 'an': 1}
 def _parse_background(text: str) -> Background | None:
   for kind, pattern in _BACKGROUNDS.items():
     if found := pattern.fullmatch(text):
-      return Background(kind, found.groups())
+      background = Background(kind, found.groups())
+      return background if f'on {background_phrase(background)}' == text else None
   return None
 
 
@@ -173,8 +175,15 @@ def parse(text: str) -> Constraints | None:
   return Constraints(tuple(objects), background, relations=tuple(relations)) if objects else None
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(Wanted))
+
+
 def constraints_to_json(constraints: Constraints) -> str:
-  return json.dumps(dataclasses.asdict(constraints))
+  background = constraints.background
+  return json.dumps({
+      'objects': [{name: getattr(w, name) for name in _FIELDS} for w in constraints.objects],
+      'background': background and {'kind': background.kind, 'colours': background.colours},
+      'exact_count': constraints.exact_count, 'relations': constraints.relations})
 
 
 def constraints_from_json(text: str) -> Constraints:
@@ -185,7 +194,7 @@ def constraints_from_json(text: str) -> Constraints:
 
 
 def on_the_way(a: Object, b: Object, c: Object) -> tuple[float, float]:
-  """How far a is on the way from b (0) to c (1), and how far beside the line, as fractions of the canvas."""
+  """(way, aside): the place of a on the way from b (0) to c (1), and its distance from the line, in canvases."""
   x, y = c.x - b.x, c.y - b.y
   length = max(math.hypot(x, y), 1e-6)
   return (((a.x - b.x) * x + (a.y - b.y) * y) / length ** 2, abs((a.x - b.x) * y - (a.y - b.y) * x) / length)
@@ -195,7 +204,9 @@ def clearly(relation: str, a: Object, *others: Object) -> bool | None:
   """Whether a stands in the relation to the other object (to two, for 'between'); None where it is a close call."""
   if relation == 'between':
     way, aside = on_the_way(a, *others)
-    return True if abs(way - 0.5) <= 0.25 and aside <= ASIDE else False if abs(way - 0.5) > 0.5 or aside > 3 * ASIDE else None
+    if abs(way - 0.5) <= 0.25 and aside <= ASIDE:
+      return True
+    return False if abs(way - 0.5) > 0.5 or aside > 3 * ASIDE else None
   b, = others
   lead = {'left of': b.x - a.x, 'right of': a.x - b.x, 'above': b.y - a.y, 'below': a.y - b.y}[relation]
   return True if lead > CLEAR else False if lead <= 0 else None

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 from unifusion_jax.scenes import splits, words
+from unifusion_jax.scenes.composition import pick
 from unifusion_jax.scenes.constraints import PAIRWISE
 from unifusion_jax.scenes.language import clearly, clearly_between
-from unifusion_jax.scenes.prompts import pick
 from unifusion_jax.scenes.world import Object, Scene
 
 EXTREMES = {'leftmost': ('x', 1), 'rightmost': ('x', -1), 'topmost': ('y', 1), 'bottommost': ('y', -1)}
@@ -60,7 +60,7 @@ def resolve(pointer: Pointer, scene: Scene) -> tuple[int, ...]:
 
 def _random_attributes(rng: np.random.Generator, scene: Scene, i: int, more: bool) -> Pointer:
   """Attributes in random order until they single the object out, and sometimes one more; the shape is likely first."""
-  names = [str(n) for n in rng.permutation(['colour', 'size', 'fill'])]
+  names = [('colour', 'size', 'fill')[k] for k in rng.permutation(3)]
   names.insert(0 if rng.random() < 0.7 else 1, 'shape')
   said = {}
   for name in names + ['place']:

@@ -1,4 +1,4 @@
-"""How people ask for an image: prompts that carry exactly what the constraints say, in four styles.
+"""Requests for an image: prompts that carry exactly what the constraints say, in four styles.
 
 'plain' is the canonical sentence; 'paraphrase' asks in many other ways; 'heldout' asks in ways that 'paraphrase'
 never takes, with the same words (for tests only); 'knowledge' names facts in place of colours, shapes and numbers.
@@ -12,6 +12,7 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import words
+from unifusion_jax.scenes.composition import pick
 from unifusion_jax.scenes.constraints import Constraints, Wanted
 from unifusion_jax.scenes.language import describe, grouped, in_canonical_order
 from unifusion_jax.scenes.world import Background
@@ -66,8 +67,8 @@ FRAMES = {
         'can you draw {things}?', 'give me {things}', 'I need {things}', 'let me see {things}', '{things}, please',
         'could you paint {things}?', 'the image has {things}', 'make {things}', 'a drawing of {things}',
         'now I want {things}', 'there should be {things}', 'an image that shows {things}', 'the picture: {things}',
-        'I would like {things}', 'what I want: {things}', 'get me {things}', '{things}, nothing else', 'now draw me {things}',
-        'the drawing should show {things}'),
+        'I would like {things}', 'what I want: {things}', 'get me {things}', '{things}, nothing else',
+        'now draw me {things}', 'the drawing should show {things}'),
     'heldout': (
         'now {things}', 'I would like to see {things}', 'a drawing that shows {things}',
         'could I get an image of {things}?', 'what I need is {things}', 'the picture should have {things}',
@@ -82,10 +83,6 @@ GROUNDS = {
 _STARTS = ('{things}', 'now {things}', 'draw {things}')  # frames in which a place may come first
 COUNTED = {2: ('two', '2', 'a pair of'), 3: ('three', '3'), 4: ('four', '4')}
 _SLOT, _OPTIONAL = re.compile(r'{(\w+)}'), re.compile(r'\[([^\[\]]*)\]')
-
-
-def pick(rng: np.random.Generator, options):
-  return options[rng.integers(len(options))]
 
 
 @functools.lru_cache(maxsize=None)
@@ -141,7 +138,7 @@ def thing(rng: np.random.Generator, wanted: Wanted, count: int = 1, kind: str = 
 
 
 def ground(rng: np.random.Generator, background: Background) -> str:
-  return pick(rng, words.BACKGROUNDS[background.kind]).format(*background.colours)
+  return pick(rng, words.BACKGROUNDS[background.kind]).format(*background.colours).replace('a orange', 'an orange')
 
 
 def _listed(rng: np.random.Generator, things: list[str], related: bool, loose: bool) -> str:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unifusion_jax.evaluation import vqascore
 from unifusion_jax.scenes import splits, words
-from unifusion_jax.scenes.composition import random_background
+from unifusion_jax.scenes.composition import pick, random_background, weighted
 from unifusion_jax.scenes.constraints import Constraints, PAIRWISE, Wanted
 from unifusion_jax.scenes.language import (
   background_phrase,
@@ -18,15 +19,15 @@ from unifusion_jax.scenes.language import (
   plural,
 )
 from unifusion_jax.scenes.pointing import phrase, random_pointer
-from unifusion_jax.scenes.prompts import pick
 from unifusion_jax.scenes.world import BACKGROUND_KINDS, COLOURS, FILLS, Object, PLACES, Scene, SHAPES, SIZES
 
-# How often each kind is asked: in tests, and in training. Training asks at length too (kinds that no test has): which object
-# is meant, what has one attribute, what stands where, what of a description is wrong; and for single attributes with yes or
-# no ('has'). A yes alone teaches too little to find what the questions that join several attributes are about.
+# How often each kind is asked: in tests, and in training. Training also has kinds that no test has, answered at length:
+# which object is meant, what has one attribute, what stands where, what is wrong in a description; and single
+# attributes with yes or no ('has'). A yes alone teaches too little to find what longer questions are about.
 _SHARES = {
     'which': (0.0, 0.20), 'what': (0.0, 0.11), 'wrong': (0.0, 0.15), 'beside': (0.0, 0.09), 'has': (0.0, 0.03),
-    'shows': (0.25, 0.14), 'exists': (0.13, 0.05), 'relation': (0.09, 0.10), 'compare': (0.06, 0.06), 'count': (0.11, 0.02),
+    'shows': (0.25, 0.14), 'exists': (0.13, 0.05), 'relation': (0.09, 0.10), 'compare': (0.06, 0.06),
+    'count': (0.11, 0.02),
     'colour': (0.09, 0.01), 'shape': (0.08, 0.01), 'size': (0.04, 0.005), 'fill': (0.04, 0.005), 'where': (0.06, 0.01),
     'background': (0.05, 0.01)}
 QUESTION_KINDS = tuple(_SHARES)
@@ -41,11 +42,6 @@ class Question(NamedTuple):
   kind: str
 
 
-def shows(description: str) -> str:
-  """The yes/no question that VQAScore asks about a description."""
-  return f'does this picture show {description}?'
-
-
 def _satisfied(wanted: Wanted, obj: Object) -> bool:
   return all(getattr(wanted, a) in (None, getattr(obj, a)) for a in VALUES)
 
@@ -57,7 +53,8 @@ def holds(constraints: Constraints, scene: Scene) -> bool:
 
   def assign(chosen: tuple[int, ...]) -> bool:
     if len(chosen) == len(scene.objects):
-      return all(clearly(r, *(scene.objects[chosen[k]] for k in (i, *others))) for i, r, *others in constraints.relations)
+      return all(clearly(r, *(scene.objects[chosen[k]] for k in (i, *others)))
+                 for i, r, *others in constraints.relations)
     return any(assign(chosen + (k,)) for k, obj in enumerate(scene.objects)
                if k not in chosen and _satisfied(constraints.objects[len(chosen)], obj))
 
@@ -78,7 +75,7 @@ def _spoilt(rng: np.random.Generator, wanted: Wanted, split: str) -> Wanted | No
 
 
 def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
-  """A whole description, true or with one thing wrong, and what should stand there instead ('' where nothing should)."""
+  """A whole description, true or with one thing wrong, and the words that should stand there ('' if it is true)."""
   may_relate = splits.relation_allowed(split)
   constraints = constraints_of(scene, rng, relation_allowed=may_relate)
   if rng.random() < 0.5:
@@ -87,10 +84,12 @@ def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
   part = lambda *chosen: describe(Constraints(tuple(objects[k] for k in chosen)))
   draw = rng.random()
   if constraints.background and draw < 0.2:
-    wrong, right = dataclasses.replace(constraints, background=random_background(rng)), background_phrase(constraints.background)
+    wrong = dataclasses.replace(constraints, background=random_background(rng))
+    right = background_phrase(constraints.background)
   elif constraints.relations and draw < 0.6:
     (i, old, j, *more), = constraints.relations
-    right = describe(Constraints(tuple(objects[k] for k in (i, j, *more)), relations=((0, old, *range(1, 2 + len(more))),)))
+    related = tuple(objects[k] for k in (i, j, *more))
+    right = describe(Constraints(related, relations=((0, old, *range(1, len(related))),)))
     if more:  # another of the three is said to be in the middle
       wrong = dataclasses.replace(constraints, objects=(objects[1], objects[0], *objects[2:]))
       return None if holds(wrong, scene) else (wrong, right)
@@ -125,19 +124,21 @@ def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
 def _shows(rng, scene, split):
   """Whether a description is true."""
   claim = _claim(rng, scene, split)
-  return claim and (shows(describe(claim[0])), 'no' if claim[1] else 'yes')
+  return claim and (vqascore.QUESTION.format(describe(claim[0])), 'no' if claim[1] else 'yes')
 
 
 def _wrong(rng, scene, split):
   """What a description should have said instead, if anything."""
   claim = _claim(rng, scene, split)
-  templates = ('what is wrong here: {}?', 'the picture shows {}: what is wrong?', 'what should be different in this: {}?')
+  templates = ('what is wrong here: {}?', 'the picture shows {}: what is wrong?',
+               'what should be different in this: {}?')
   return claim and (pick(rng, templates).format(describe(claim[0])), claim[1] or 'nothing')
 
 
 def _fully(objects) -> str:
   """All that can be said of objects, in reading order; 'nothing' of none."""
-  return describe(Constraints(tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in objects))) if objects else 'nothing'
+  wanted = tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in objects)
+  return describe(Constraints(wanted)) if wanted else 'nothing'
 
 
 def _which(rng, scene, split):
@@ -181,7 +182,8 @@ def _what(rng, scene, split):
   matching = [o for o in scene.objects if getattr(o, name) == value]
   if len(matching) > 2:
     return None
-  templates = {'place': ('what is at the {}?', 'which shape is at the {}?'), 'shape': ('which {} are there?', 'what {} can you see?')}
+  templates = {'place': ('what is at the {}?', 'which shape is at the {}?'),
+               'shape': ('which {} are there?', 'what {} can you see?')}
   named = plural(value) if name == 'shape' else value
   asked = pick(rng, templates.get(name, ('what is {}?', 'which shapes are {}?'))).format(named)
   return asked, _fully(matching)
@@ -282,7 +284,7 @@ def _count(rng, scene, split):
 
 
 def _attribute(rng, scene, split, name, templates):
-  """Points at an object without telling the attribute, and asks for it."""
+  """The attribute of an object that is pointed at without it."""
   i = int(rng.integers(len(scene.objects)))
   for _ in range(5):
     pointer = random_pointer(rng, scene, i, split)
@@ -327,16 +329,16 @@ def _background(rng, scene, split):
   return f'is the background {asked}?', 'yes' if kind == scene.background.kind else 'no'
 
 
-_ASK = {'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has': _has, 'shows': _shows, 'exists': _exists,
-        'relation': _relation, 'compare': _compare, 'count': _count, 'colour': _colour, 'shape': _shape, 'size': _size,
-        'fill': _fill, 'where': _where, 'background': _background}
+_ASK = {'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has': _has, 'shows': _shows,
+        'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count, 'colour': _colour,
+        'shape': _shape, 'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
 
 
 def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = None, split: str = 'train') -> Question:
   """A question about the scene with its answer. kind: asked for if the scene allows it (None: any)."""
   weights = TRAIN_WEIGHTS if split == 'train' else QUESTION_WEIGHTS
   for _ in range(12):
-    asked = kind or str(rng.choice(QUESTION_KINDS, p=weights))
+    asked = kind or weighted(rng, QUESTION_KINDS, weights)
     if found := _ASK[asked](rng, scene, split):
       return Question(*found, asked)
   return Question(*_count(rng, scene, split), 'count')

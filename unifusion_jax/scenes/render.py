@@ -1,4 +1,4 @@
-"""Drawing a scene: Pillow draws each shape finely, and its mean over a pixel is the pixel's coverage.
+"""Images of scenes: Pillow draws each shape finely, and its mean over a pixel is the pixel's coverage.
 
 Every shape is left-right symmetric, so the mirrored image is the image of the mirrored scene.
 """
@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import world
-from unifusion_jax.scenes.world import Scene
+from unifusion_jax.scenes.world import Background, Object, Scene
 
 FINE = 8  # drawn pixels per pixel, along each side
 PHASES = 4  # sub-pixel positions per pixel, along each side
@@ -67,8 +67,8 @@ def _silhouette(shape: str, radius: float) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=512)
-def _drawn(shape: str, fill: str, radius: float, side: float) -> np.ndarray:
-  """Where the object's colour goes, FINE times as fine as the image; bool [n n]. radius and side in pixels."""
+def _fine(shape: str, fill: str, radius: float, side: float) -> np.ndarray:
+  """The places that the object's colour covers, FINE times as fine as the image: bool [n n]. Lengths are in pixels."""
   inside = _silhouette(shape, radius * FINE)
   if fill == 'solid':
     return inside
@@ -87,14 +87,31 @@ def coverage(shape: str, fill: str, radius: float, side: float, phase_x: int, ph
 
   `radius` is the object's and `side` the square root of the canvas area, both in pixels.
   """
-  drawn = _drawn(shape, fill, radius, side)
+  drawn = _fine(shape, fill, radius, side)
   half = math.ceil(len(drawn) / 2 / FINE) + 1
-  fine = np.zeros((2 * half * FINE, 2 * half * FINE), np.float32)
+  fine = np.zeros((2 * half * FINE, 2 * half * FINE), np.uint8)
   y, x = (half * FINE - len(drawn) // 2 + p * FINE // PHASES for p in (phase_y, phase_x))
   fine[y:y + len(drawn), x:x + len(drawn)] = drawn
-  share = fine.reshape(2 * half, FINE, 2 * half, FINE).mean((1, 3))
+  rows = fine.reshape(2 * half, FINE, 2 * half * FINE).sum(1, dtype=np.uint8)
+  share = rows.reshape(2 * half, 2 * half, FINE).sum(2, dtype=np.uint8).astype(np.float32) / FINE ** 2
   share.flags.writeable = False
   return share
+
+
+def placed(obj: Object, width: int, height: int) -> tuple[np.ndarray, int, int]:
+  """The object's coverage f32 [n n] on a canvas, and the column and row of its first pixel."""
+  side = (width * height) ** 0.5
+  column, row = (math.floor(v * n * PHASES + 0.5) for v, n in ((obj.x, width), (obj.y, height)))
+  share = coverage(obj.shape, obj.fill, world.SIZES[obj.size] * side, side, column % PHASES, row % PHASES)
+  return share, column // PHASES - len(share) // 2, row // PHASES - len(share) // 2
+
+
+def paint(image: np.ndarray, share: np.ndarray, left: int, top: int, ink: np.ndarray) -> None:
+  """Lays ink f32 [3] on the image f32 [y x 3], in place, as `share` f32 [n n] of its pixels from (left, top) on."""
+  y0, x0 = max(top, 0), max(left, 0)
+  part = image[y0:top + len(share), x0:left + len(share)]
+  share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]
+  part += share * (ink - part)
 
 
 def background(kind: str, colours, width: int, height: int) -> np.ndarray:
@@ -112,20 +129,22 @@ def background(kind: str, colours, width: int, height: int) -> np.ndarray:
   return image
 
 
+@functools.lru_cache(maxsize=1024)
+def _ground(ground: Background, width: int, height: int) -> np.ndarray:
+  image = background(ground.kind, [world.WIDE_BACKGROUND_COLOURS[name] for name in ground.colours], width, height)
+  image.flags.writeable = False
+  return image
+
+
+_INKS = {name: np.array(rgb, np.float32) for name, rgb in world.COLOURS.items()}
+
+
 def render(scene: Scene, size: int = 64) -> np.ndarray:
-  """The scene as an image, uint8 [y x 3], of about size^2 pixels (see scene.canvas); size is a multiple of 16."""
+  """The scene as an image, uint8 [y x 3], of about size^2 pixels (see world.canvas); size is a multiple of 16."""
   if size % 16:
-    raise UserError(f'A picture of size {size} has no whole checkerboard squares; choose a multiple of 16.')
+    raise UserError(f'An image of size {size} has no whole checkerboard squares; choose a multiple of 16.')
   width, height = world.canvas(scene.aspect, size)
-  side = (width * height) ** 0.5
-  colours = [world.BACKGROUND_COLOURS[c] for c in scene.background.colours]
-  image = background(scene.background.kind, colours, width, height)
+  image = _ground(scene.background, width, height).copy()
   for obj in scene.objects:
-    column, row = (math.floor(v * n * PHASES + 0.5) for v, n in ((obj.x, width), (obj.y, height)))
-    share = coverage(obj.shape, obj.fill, world.SIZES[obj.size] * side, side, column % PHASES, row % PHASES)
-    left, top = (v // PHASES - len(share) // 2 for v in (column, row))
-    y0, x0 = max(top, 0), max(left, 0)
-    part = image[y0:top + len(share), x0:left + len(share)]
-    share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]
-    part += share * (np.array(world.COLOURS[obj.colour], np.float32) - part)
+    paint(image, *placed(obj, width, height), _INKS[obj.colour])
   return (image + 0.5).astype(np.uint8)

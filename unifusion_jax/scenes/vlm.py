@@ -1,8 +1,8 @@
-"""Training the embedded VLM: next-token loss on what it has to write, and two heads that teach it to see and to find.
+"""Training the embedded VLM: next-token loss on its answers, and two heads that teach it to see and to find.
 
-The read-out is a linear head on the projected image tokens that has to tell what of the scene each of them covers.
-The pointer has to tell, half-way up the decoder at the end of an edit's instruction, which image tokens show what the edit
-changes. Both are dropped when the VLM is exported.
+The attributes head, linear on the projected image tokens, predicts the object or background that each of them covers.
+The grounding head predicts, half-way up the decoder at the end of an edit's instruction, which image tokens show what
+the edit changes. Both are dropped when the VLM is exported.
 """
 
 import dataclasses
@@ -14,87 +14,147 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax.data import transforms, vision_inputs
+from unifusion_jax import sharding
+from unifusion_jax.data import transforms
 from unifusion_jax.models import internvl, layers
-from unifusion_jax.models.decoder import causal_mask
-from unifusion_jax.scenes import world
+from unifusion_jax.scenes import chat_examples, world
+from unifusion_jax.scenes.evaluation import language
 
+PREVIEWED = 8  # images of a preview
 
-@dataclasses.dataclass
-class VLMObjective:
-  lm_weight: float = 1.0    # weight of the written tokens' loss; at 0 the eye alone is trained, several times as fast
-  attributes_weight: float = 1.0  # weight of the read-out's loss; it only exists for scenes
-  grounding_weight: float = 1.0  # weight of the pointer's loss; it only exists for edits of scenes
-
-
-# Sizes of the read-out's outputs: covered, the object's attributes, its centre, background kind and colours.
-_PARTS = (1, *(len(names) for _, names in transforms.READOUT), 2, len(world.BACKGROUND_KINDS),
+# Sizes of the attributes head's outputs: covered, the object's attributes, its centre, background kind and colours.
+_PARTS = (1, *(len(names) for _, names in chat_examples.ATTRIBUTES), 2, len(world.BACKGROUND_KINDS),
           len(world.BACKGROUND_COLOURS) ** 2)
 
 
 class VLMWithHeads(nnx.Module):
-  """The VLM with the heads that it is trained with."""
+  """The VLM and the two heads that it is trained with."""
 
   def __init__(self, config: internvl.InternVLConfig, *, rngs: nnx.Rngs):
     self.vlm = internvl.InternVL(config, rngs=rngs)
     width = config.text.width
-    self.head = layers.weight(rngs, (width, sum(_PARTS)), (None, None), width)
-    self.pointer = layers.weight(rngs, (width, width), (None, None), width)
+    self.attributes = layers.weight(rngs, (width, sum(_PARTS)), (None, None), contract=1)
+    self.grounding = layers.weight(rngs, (width, width), (None, None), contract=1)
     self.grounding_bias = layers.constant(0.0, ())
 
 
-def loss(config: VLMObjective, params: VLMWithHeads, frozen, batch, key):
-  """Cross-entropy of the written tokens (and the two heads' losses), f32.
+@dataclasses.dataclass
+class VLMObjective:
+  """Weights of the three losses; 'scenes' are the only data that has all of them."""
+  lm_weight: float = 1.0          # next-token loss; at 0 the vision tower alone is trained, several times as fast
+  attributes_weight: float = 1.0  # attributes head
+  grounding_weight: float = 1.0   # grounding head, on edits
 
-  Args:
-    batch: as `transforms.ChatExample` gives it, batched.
+  tasks = ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')
+  pretrained = ()
+
+  def unit(self, config) -> int:
+    """Pixels that both sides of an image must be multiples of: any size will do."""
+    del config
+    return 1
+
+  def problems(self, config, devices: int) -> list[str]:
+    """Settings that cannot work together, a sentence each."""
+    del devices
+    if config.data.path.endswith(('.jsonl', '.parquet')):
+      return [f'data.path={config.data.path}: the embedded VLM trains on scenes, which know the answers to its questions']
+    return []
+
+  def init(self, config) -> VLMWithHeads:
+    """Parameters to start from: random ones, or those of `config.init` with new heads."""
+    return self.load(config, config.init) if config.init else jax.jit(lambda: self.random(config))()
+
+  def random(self, config) -> VLMWithHeads:
+    """Parameters of random weights; traceable."""
+    return VLMWithHeads(config.model, rngs=nnx.Rngs(config.seed))
+
+  def load(self, config, folder: str) -> VLMWithHeads:
+    """The VLM in a folder, which holds no heads: these start anew."""
+    params = jax.jit(lambda: self.random(config))()
+    params.vlm = internvl.load(folder, jnp.float32)
+    return params
+
+  def export(self, config, params: VLMWithHeads, folder) -> None:
+    """Writes the VLM without its heads, and its tokenizer."""
+    save(params.vlm, config.vlm, folder)
+
+  def frozen(self, config) -> None:
+    """Nothing is frozen."""
+
+  abstract_frozen = frozen
+
+  def transform(self, config) -> chat_examples.ChatExample:
+    """Record -> arrays of one chat."""
+    return chat_examples.ChatExample(self.prompt_encoder(config))
+
+  def prompt_encoder(self, config) -> transforms.PromptEncoder:
+    """The prompt encoder of the VLM in training: its configuration is the recipe's, its tokenizer `config.vlm`'s."""
+    return transforms.prompt_encoder(config, config.model)
+
+  def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The largest batch, as it reaches the train step."""
+    size, transform = config.data.size, self.transform(config)
+    return sharding.batch_spec(transform.spec(size, size, references=1, task='edit'), config.data.batch_size)
+
+  def preview(self, config):
+    """`preview(params, frozen)` -> uint8 grid: images, requests, answers and the truth; None for a tower alone."""
+    encoder = self.prompt_encoder(config)
+
+    def preview(params, frozen):
+      return language.preview_grid(params.vlm, encoder, config.data, PREVIEWED) if self.lm_weight else None
+    return preview
+
+  def loss(self, params: VLMWithHeads, frozen, batch, key):
+    """Cross-entropy of the answers' tokens plus the two heads' losses: (scalar f32, metrics).
+
+    batch: as `chat_examples.ChatExample` gives it, batched.
+    """
+    image_features, metrics = None, {}
+    attributes_loss = jnp.zeros((), jnp.float32)
+    if 'tiles' in batch:
+      image_features = params.vlm.image_features(batch['tiles'])
+      outputs = layers.einsum('bse,ef->bsf', image_features, params.attributes)
+      attributes_loss, metrics = _attributes_loss(outputs, batch['attributes'])
+    if not self.lm_weight:
+      return attributes_loss, dict(loss=attributes_loss, **metrics)
+    prompt = params.vlm.prompt(batch['input_ids'], batch['attention_mask'], image_features=image_features)
+    half = params.vlm.config.text.depth // 2
+    last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=(half, half + 1))
+    grounding = 0.0
+    if self.grounding_weight and 'grounding' in batch:
+      ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
+      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['grounding'])
+    logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
+    mask = batch['target_mask'].astype(jnp.float32)
+    targets = batch['targets'].astype(jnp.int32)
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+    count = jnp.sum(mask)
+    loss = -jnp.sum(chosen * mask) / count
+    right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
+    heads = self.attributes_weight * attributes_loss + self.grounding_weight * grounding
+    return self.lm_weight * loss + heads, dict(loss=loss, accuracy=right, **metrics)
+
+
+def grounding_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, changes: jax.Array):
+  """Loss of the grounding head, and the share of examples with every image token right.
+
+  ends [b 1 l e], states of a few layers at the end of the instruction; image_features [b s e]; changes [b s] bool,
+  the tokens that show what the edit changes.
   """
-  del frozen, key
-  image_features = None
-  metrics = {}
-  readout = jnp.zeros((), jnp.float32)
-  if 'tiles' in batch:
-    image_features = params.vlm.image_features(batch['tiles'])
-    readout, metrics = _readout_loss(layers.einsum('bse,ef->bsf', image_features, params.head), batch['readout'])
-  if not config.lm_weight:
-    return readout, dict(loss=readout, **metrics)
-  prompt = params.vlm.prompt(batch['input_ids'], batch['attention_mask'], image_features=image_features)
-  half = params.vlm.config.text.depth // 2
-  last, tapped, _ = params.vlm.decoder(prompt.x, prompt.angles, causal_mask(batch['attention_mask']), taps=(half, half + 1))
-  pointing = 0.0
-  if config.grounding_weight and 'changes' in batch:
-    ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
-    pointing, metrics['pointed'] = _pointer_loss(params, ends, image_features, batch['changes'])
-  logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
-  mask = batch['target_mask'].astype(jnp.float32)
-  targets = batch['targets'].astype(jnp.int32)
-  log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-  chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
-  count = jnp.sum(mask)
-  value = -jnp.sum(chosen * mask) / count
-  right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
-  heads = config.attributes_weight * readout + config.grounding_weight * pointing
-  return config.lm_weight * value + heads, dict(loss=value, accuracy=right, **metrics)
+  queries = layers.einsum('ble,ef->blf', layers.rms_norm(ends[:, 0].astype(jnp.float32)), params.grounding)
+  keys = layers.rms_norm(image_features.astype(jnp.float32))
+  logits = jnp.einsum('blf,bsf->bls', queries, keys) / keys.shape[-1] ** 0.5 + params.grounding_bias[...]
+  changes = changes[:, None]
+  right = jnp.all((logits[:, -1:] > 0) == changes, axis=(1, 2))
+  return jnp.mean(jnp.logaddexp(0.0, jnp.where(changes, -logits, logits))), jnp.mean(right.astype(jnp.float32))
 
 
-def _pointer_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, wanted: jax.Array):
-  """Whether each image token shows what will change, told from a few layers' states at the end of the instruction.
-
-  ends [b 1 l e], image_features [b s e], wanted [b s] bool -> (mean loss, share of the examples with every token right).
-  """
-  asked = layers.einsum('ble,ef->blf', layers.rms_norm(ends[:, 0].astype(jnp.float32)), params.pointer)
-  shown = layers.rms_norm(image_features.astype(jnp.float32))
-  logits = jnp.einsum('blf,bsf->bls', asked, shown) / shown.shape[-1] ** 0.5 + params.grounding_bias[...]
-  wanted = wanted[:, None]
-  right = jnp.all((logits[:, -1:] > 0) == wanted, axis=(1, 2))
-  return jnp.mean(jnp.logaddexp(0.0, jnp.where(wanted, -logits, logits))), jnp.mean(right.astype(jnp.float32))
-
-
-def _readout_loss(outputs: jax.Array, wanted: jax.Array):
-  """outputs [b s sum(_PARTS)], wanted [b s 9] as `transforms.readout` -> (mean loss, accuracies)."""
+def _attributes_loss(outputs: jax.Array, truth: jax.Array):
+  """Loss and accuracies of the attributes head: outputs [b s sum(_PARTS)], truth [b s 9] of `chat_examples`."""
   edges = [sum(_PARTS[:i + 1]) for i in range(len(_PARTS) - 1)]
   covered, shape, colour, size, fill, centre, kind, colours = jnp.split(outputs.astype(jnp.float32), edges, axis=-1)
-  present = wanted[..., 0]
+  present = truth[..., 0]
 
   def mean(x, where):
     return jnp.sum(x * where) / jnp.maximum(jnp.sum(where), 1.0)
@@ -106,23 +166,26 @@ def _readout_loss(outputs: jax.Array, wanted: jax.Array):
 
   everywhere = jnp.ones_like(present)
   losses = {'covered': mean(jnp.logaddexp(0.0, jnp.where(present > 0, -1, 1) * covered[..., 0]), everywhere),
-            'centre': mean(jnp.mean(jnp.abs(centre - wanted[..., 5:7]), -1), present)}
+            'centre': mean(jnp.mean(jnp.abs(centre - truth[..., 5:7]), -1), present)}
   rates = {}
   for i, (name, logits) in enumerate((('shape', shape), ('colour', colour), ('size', size), ('fill', fill)), 1):
-    losses[name], rates[f'readout_{name}'] = chosen(logits, wanted[..., i], present)
-  losses['kind'], rates['readout_background'] = chosen(kind, wanted[..., 7], everywhere)
-  losses['colours'], _ = chosen(colours, wanted[..., 8], everywhere)
-  return sum(losses.values()), dict(rates, readout_centre=losses['centre'])
+    losses[name], rates[f'attributes_{name}'] = chosen(logits, truth[..., i], present)
+  losses['kind'], rates['attributes_background'] = chosen(kind, truth[..., 7], everywhere)
+  losses['colours'], _ = chosen(colours, truth[..., 8], everywhere)
+  return sum(losses.values()), dict(rates, attributes_centre=losses['centre'])
 
 
 def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
-  """Writes a Hugging Face folder: weights, config.json, preprocessor_config.json and the tokenizer's files."""
+  """Writes a Hugging Face folder, tokenizer and preprocessor_config.json included; all processes call it together."""
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
-  tile = vlm.config.vision.tile
-  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=tile, width=tile), image_mean=list(vision_inputs.TiledImages.mean),
-                image_std=list(vision_inputs.TiledImages.std), crop_to_patches=True, min_patches=1, max_patches=12, do_convert_rgb=True)
+  if not sharding.is_main_process():
+    return
+  vision = vlm.config.vision
+  pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=vision.tile, width=vision.tile),
+                image_mean=list(vision.mean), image_std=list(vision.std), crop_to_patches=True, min_patches=1,
+                max_patches=12, do_convert_rgb=True)
   (folder / 'preprocessor_config.json').write_text(json.dumps(pixels, indent=2) + '\n')
-  for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-    if pathlib.Path(tokenizer).resolve() != folder.resolve():
+  if pathlib.Path(tokenizer).resolve() != folder.resolve():
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
       shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)

@@ -1,4 +1,4 @@
-"""Words for the world's things: synonyms, and the facts that a prompt may name instead of a colour or a shape.
+"""Words for the world's things: synonyms, and facts that a prompt may name instead of a colour or a shape.
 
 Every phrase means one thing only, so that what is asked for can be read off every prompt.
 """
@@ -92,8 +92,29 @@ COUNT_FACTS = {
 
 def plural(noun: str) -> str:
   """'plus signs', 'crosses', 'crescent moons'."""
-  return PLURALS.get(noun, noun + 's')
+  return PLURALS.get(noun) or MORE_PLURALS.get(noun, noun + 's')
 
 
 def article(phrase: str) -> str:
   return f'an {phrase}' if phrase[0] in 'aeiou' else f'a {phrase}'
+
+
+# The wider world's further words, for training alone; each still means one thing only.
+MORE_SIZES = {'small': ('mini', 'wee'), 'medium': ('middle-sized', 'average-sized'), 'large': ('giant', 'enormous')}
+MORE_FILLS = {'solid': ('filled-in',), 'striped': ('stripey',), 'outlined': ('unfilled', 'empty')}
+MORE_COLOURS = {'red': ('scarlet',), 'cyan': ('aqua',), 'blue': ('royal blue',), 'pink': ('hot pink',)}
+MORE_SHAPES = {'circle': ('disk', 'round shape'), 'square': ('box',), 'heart': ('love heart',), 'cross': ('plus',),
+               'ring': ('donut', 'hoop'), 'crescent': ('moon crescent',), 'diamond': ('lozenge',)}
+MORE_PLURALS = {'box': 'boxes', 'plus': 'pluses'}
+MORE_PLACES = {
+    'top left': ('top left', 'upper left', 'top-left', 'in the top left', 'top left corner', 'on the top left'),
+    'top center': ('top center', 'top middle', 'in the top middle', 'at the top in the middle'),
+    'top right': ('top right', 'upper right', 'top-right', 'in the top right', 'top right corner', 'on the top right'),
+    'middle left': ('middle left', 'center left', 'on the left in the middle', 'at the left halfway down'),
+    'center': ('center', 'in the middle', 'right in the center', 'middle of the picture'),
+    'middle right': ('middle right', 'center right', 'on the right in the middle', 'at the right halfway down'),
+    'bottom left': ('bottom left', 'lower left', 'bottom-left', 'in the bottom left', 'bottom left corner',
+                    'on the bottom left'),
+    'bottom center': ('bottom center', 'bottom middle', 'in the bottom middle', 'at the bottom in the middle'),
+    'bottom right': ('bottom right', 'lower right', 'bottom-right', 'in the bottom right', 'bottom right corner',
+                     'on the bottom right')}

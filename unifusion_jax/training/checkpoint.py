@@ -1,7 +1,6 @@
-"""Training checkpoints in orbax: items `state` (with the EMA apart, as `ema`) and `data`, the loader's position.
+"""Training checkpoints in orbax: items `state`, `ema` (the state's, apart) and `data`, the loader's position.
 
-Trees are saved as flat dicts from path to array ('params/dit/blocks/attn/wq/value'), so what is on disk is independent
-of the classes that hold it here.
+Trees are saved as flat dicts from path to array ('params/dit/blocks/attn/wq/value'), so files do not depend on classes.
 """
 
 import dataclasses
@@ -13,19 +12,20 @@ from orbax.checkpoint.experimental import v1 as ocp
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.training.step import State
+from unifusion_jax.weights import hub
 
 
 class Checkpoints:
   """The checkpoints of one workdir.
 
-  Saving is asynchronous; an interrupted save leaves a temporary folder that is never taken for a checkpoint. Who trains
-  there removes those with `tidy`; who only reads must not, for a run may be writing one at that moment.
+  Saving is asynchronous; an interrupted save leaves a temporary folder, which is never read. `tidy` removes such
+  folders: right for the run that trains there, wrong for a reader, as that run may be writing one.
   """
 
   def __init__(self, workdir: str | pathlib.Path, keep: int = 2, tidy: bool = False):
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._folder.mkdir(parents=True, exist_ok=True)
-    # Small arrays are written by one replica: sharing them out would compile a program for every slice.
+    # Small arrays are written by one replica: dividing them among replicas compiles a program for every slice.
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
     self._writer = ocp.training.Checkpointer(
@@ -38,7 +38,7 @@ class Checkpoints:
     return None if newest is None else newest.step
 
   def save(self, state: State, data) -> None:
-    """Saves under `state.step`; does nothing when that step is there already."""
+    """Saves under `state.step`, unless that step is there already."""
     step = int(state.step)
     if self.latest() != step:
       rest = dataclasses.replace(state, ema=None)
@@ -46,14 +46,14 @@ class Checkpoints:
       self._writer.save_checkpointables_async(step, items, force=True)
 
   def restore(self, abstract: State, data, mesh) -> State:
-    """The newest state, sharded as `abstract` is on `mesh`; `data` is moved to where that run stood."""
+    """The newest state, sharded as `abstract` on `mesh`; moves `data` to that run's position."""
     abstract = sharding.abstract(abstract, mesh)
     rest = dataclasses.replace(abstract, ema=None)
     loaded = self._writer.load_checkpointables(None, dict(state=_named(rest), ema=_named(abstract.ema), data=data))
     return dataclasses.replace(_like(rest, loaded['state']), ema=_like(abstract.ema, loaded['ema']))
 
   def restore_ema(self, abstract_params, mesh):
-    """The newest EMA alone: sampling never reads an optimizer."""
+    """The newest EMA alone, without the optimizer's state."""
     if self.latest() is None:
       raise UserError(f'{self._folder} holds no checkpoint: train first (--mode=train)')
     abstract = sharding.abstract(abstract_params, mesh)
@@ -64,6 +64,27 @@ class Checkpoints:
 
   def close(self) -> None:
     self._writer.close()
+
+
+def trained(config, workdir: pathlib.Path):
+  """Parameters to sample, measure or export, and where they are from; the mesh must be in context.
+
+  They are the EMA of the workdir's last checkpoint; without a run there, what `sample.weights` or `init` names.
+  """
+  objective = config.objective
+  if (workdir / 'checkpoints').exists():
+    checkpoints = Checkpoints(workdir)
+    try:
+      if (step := checkpoints.latest()) is not None:
+        params = checkpoints.restore_ema(jax.eval_shape(lambda: objective.random(config)), jax.sharding.get_mesh())
+        return params, f'{workdir} at step {step}'
+    finally:
+      checkpoints.close()
+  weights = config.sample.weights or config.init
+  if weights is None:
+    raise UserError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), or '
+                    'give --config.sample.weights=FOLDER')
+  return objective.load(config, str(hub.resolve(weights))), str(weights)
 
 
 def _named(tree) -> dict[str, object]:

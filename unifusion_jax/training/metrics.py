@@ -1,39 +1,49 @@
-"""Scalars on their way out: a progress bar, `metrics.jsonl` and TensorBoard events."""
+"""Where training's scalars go: progress on stderr, `metrics.jsonl` and TensorBoard events."""
 
 import json
 import os
 import pathlib
 import sys
+import time
 
 import jax
 import tensorboardX
 import tqdm
 
+SECONDS = 10.0  # between two lines of progress where stderr is no terminal
+
 
 class Writer:
-  """Writes the metrics of one run; only the first of several processes does.
+  """Metrics and progress of one run; only the first of several processes writes.
 
-  On a resumed run, lines of `metrics.jsonl` from `step` on belong to work that was lost and are dropped.
+  On a resumed run, lines of `metrics.jsonl` after `step` are dropped: the work that they tell of was lost.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, step: int, steps: int):
+  def __init__(self, workdir: str | pathlib.Path, step: int, steps: int, *, stream=None, clock=time.monotonic):
     self._active = jax.process_index() == 0
     if not self._active:
       return
     path = pathlib.Path(workdir) / 'metrics.jsonl'
     kept = []
     if path.exists():
-      whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]  # an end may be cut off
-      kept = [line for line in whole if line.strip() and json.loads(line)['step'] <= step]
+      lines = path.read_text().splitlines(keepends=True)
+      whole = [line for line in lines if line.strip() and line.endswith('\n')]  # the last one may be cut off
+      kept = [line for line in whole if json.loads(line)['step'] <= step]
     part = path.with_name(path.name + '.part')
     part.write_text(''.join(kept))
     os.replace(part, path)
     self._file = path.open('a')
-    self._shown = {}
+    self._postfix = {}
     self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True, purge_step=step + 1 if step else None)
-    self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, file=sys.stderr, smoothing=0.1)
+    self._stream = stream or sys.stderr
+    if self._stream.isatty():
+      self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, smoothing=0.1,
+                            file=self._stream)
+    else:
+      self._bar = _Lines(step, steps, self._stream, clock)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Scalars of a log step into the file and the events, and the main ones to the progress."""
     if not self._active:
       return
     scalars = {name: float(value) for name, value in scalars.items()}
@@ -41,25 +51,53 @@ class Writer:
     self._file.flush()
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
-    self.show(scalars)
+    self.set_postfix(scalars)
 
-  def show(self, scalars: dict[str, float]) -> None:
-    """What of them the bar tells."""
+  def set_postfix(self, scalars: dict[str, float]) -> None:
+    """Updates what the progress shows from its next refresh on."""
     if self._active:
-      self._shown |= {k: f'{float(v):.4g}' for k, v in scalars.items() if k in ('loss', 'images_per_second')}
-      self._bar.set_postfix(self._shown, refresh=False)
+      shown = {'loss': 'loss', 'images_per_second': 'images/s'}
+      self._postfix |= {shown[name]: f'{float(value):.4g}' for name, value in scalars.items() if name in shown}
+      self._bar.set_postfix(self._postfix, refresh=False)
 
-  def advance(self, step: int) -> None:
+  def step(self, step: int) -> None:
+    """Moves the progress to `step` steps done."""
     if self._active:
       self._bar.update(step - self._bar.n)
 
-  def say(self, text: str) -> None:
+  def note(self, text: str) -> None:
     """A line of its own, above the bar."""
     if self._active:
-      tqdm.tqdm.write(text, file=sys.stderr)
+      self._bar.write(text, file=self._stream)
 
   def close(self) -> None:
     if self._active:
       self._bar.close()
       self._events.close()
       self._file.close()
+
+
+class _Lines:
+  """Progress on a pipe or into a file: a line every SECONDS at most, and one at the end. Called like tqdm's bar."""
+
+  def __init__(self, step: int, steps: int, stream, clock):
+    self.n, self._steps, self._stream, self._clock = step, steps, stream, clock
+    self._printed = clock()
+    self._postfix = {}
+
+  def set_postfix(self, values: dict[str, str], refresh: bool) -> None:
+    del refresh
+    self._postfix = values
+
+  def update(self, steps: int) -> None:
+    self.n += steps
+    if self._clock() - self._printed >= SECONDS or self.n == self._steps and steps:
+      self._printed = self._clock()
+      values = [f'{value} {name}' if '/' in name else f'{name} {value}' for name, value in self._postfix.items()]
+      self.write(' '.join([f'step {self.n}/{self._steps}', *values]), file=self._stream)
+
+  def write(self, text: str, file) -> None:
+    print(text, file=file, flush=True)
+
+  def close(self) -> None:
+    pass

@@ -1,4 +1,4 @@
-"""The train step, and what it carries: one pure function for every objective."""
+"""Train step, optimizer and training state: pure functions, the same for every objective."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from unifusion_jax.models.layers import contracted
 from unifusion_jax.sharding import BATCH
 
 
@@ -17,7 +18,7 @@ class OptimConfig:
   name: str = 'adamw'           # adamw | muon (matrices by Muon, the rest by NAdamW)
   learning_rate: float = 1e-3
   warmup: int = 200             # steps from 0 to learning_rate
-  decay: float = 0.2            # last share of the run over which it falls to a hundredth (warm-up, stable, decay)
+  decay: float = 0.2            # last share of the run, over which learning_rate falls to a hundredth
   b1: float = 0.9
   b2: float = 0.95
   weight_decay: float = 0.0
@@ -25,60 +26,82 @@ class OptimConfig:
   ema: float = 0.999
   accumulate: int = 1           # micro-batches a step
 
+  def problems(self) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    checks = {
+        f'optim.name={self.name!r} must be adamw or muon': self.name in ('adamw', 'muon'),
+        f'optim.learning_rate={self.learning_rate} must be above 0': self.learning_rate > 0,
+        f'optim.ema={self.ema} must be in [0, 1)': 0 <= self.ema < 1,
+        f'optim.accumulate={self.accumulate} must be 1 or more': self.accumulate >= 1,
+        f'optim.decay={self.decay} is a share of the run: between 0 and 1': 0 <= self.decay <= 1,
+        f'optim.clip={self.clip} must be above 0': self.clip > 0}
+    return [text for text, holds in checks.items() if not holds]
+
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-  """What training changes. `ema` is the average that is sampled from and exported."""
+  """Training state. `ema` is the average of `params` that is sampled from and exported."""
   step: jax.Array
+  progress: jax.Array  # share of a wall-clock budget that was used; 0 without one
   params: object
   ema: object
   opt: optax.OptState
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-  """Warm-up, stable, decay (WSD): linear up, flat, linear down over the last `decay` share of `steps`."""
-  falling = int(config.decay * steps)
-  flat = steps - falling
-  warmup = min(config.warmup, flat)
-  return optax.join_schedules(
-      [optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1)),
-       optax.constant_schedule(config.learning_rate),
-       optax.linear_schedule(config.learning_rate, config.learning_rate / 100, max(falling, 1))],
-      [warmup, flat])
+def schedule(config: OptimConfig, steps: int):
+  """Learning rate `rate(step, progress=None)`: linear warm-up, flat, linear down over the last `decay` share.
 
-
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """AdamW or Muon, after clipping by the global norm; matrices and tables decay, as norms do (Krea 2's report).
-
-  Muon (with Nesterov momentum) takes the matrices that `layers.weight` marks, layer by layer, and scales its updates
-  to 0.2 rms, about what AdamW's have (arXiv 2502.16982), so one learning rate serves them and the rest, which is left
-  to AdamW with the same momentum.
+  progress: share of the run that is done, for runs that end by the clock; None: step / steps.
   """
-  rate = schedule(config, steps)
+  warmup = min(config.warmup, (1 - config.decay) * steps)
+
+  def rate(step, progress=None):
+    progress = step / steps if progress is None else progress
+    rising = jnp.minimum(step / warmup, 1) if warmup >= 1 else 1.0
+    falling = jnp.clip((progress - (1 - config.decay)) / max(config.decay, 1 / steps), 0, 1)
+    return config.learning_rate * rising * (1 - 0.99 * falling)
+  return rate
+
+
+def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+  """AdamW or Muon after clipping by the global norm; weight decay is for all parameters, norms too (Krea 2's report).
+
+  Muon (with Nesterov momentum) updates the matrices that `layers.weight` marks, layer by layer; NAdamW with the same
+  momentum updates the rest. Muon's updates are scaled to 0.2 rms, about that of AdamW's (arXiv 2502.16982), so both
+  share one learning rate. `update(..., progress=)` as in `schedule`.
+  """
   if config.name == 'adamw':
-    update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    update = optax.adamw(1.0, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
   else:
     update = _auto_sharded(optax.contrib.muon(
-        rate, weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
+        1.0, weight_decay=config.weight_decay, adam_b1=config.b1, adam_b2=config.b2,
         adam_weight_decay=config.weight_decay, muon_weight_dimension_numbers=_muon_dims, consistent_rms=0.2))
-  return optax.chain(optax.clip_by_global_norm(config.clip), update)
+  return optax.chain(optax.clip_by_global_norm(config.clip), update, _scale_by(schedule(config, steps)))
+
+
+def _scale_by(rate) -> optax.GradientTransformationExtraArgs:
+  """Updates times the learning rate `rate(step, progress)`; counts the steps."""
+  def update(updates, count, params=None, *, progress=None, **others):
+    del params, others
+    factor = rate(count, progress)
+    return jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates), count + 1
+
+  return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def _muon_dims(params):
-  """What of `params` is a matrix: its dims as Muon wants them, in place of each Param; None for the others."""
+  """Muon dimension numbers for each matrix Param; None for every other leaf."""
   def dims(param):
-    if not (isinstance(param, nnx.Param) and param.get_metadata().get('matrix')):
-      return None
-    summed, made = param.get_metadata()['matrix']
-    layers = param.ndim - summed - made
-    return optax.contrib.MuonDimensionNumbers(tuple(range(layers, layers + summed)),
-                                              tuple(range(layers + summed, param.ndim)))
+    axes = contracted(param)
+    return axes and optax.contrib.MuonDimensionNumbers(tuple(param.ndim + axis for axis in axes),
+                                                       tuple(range(param.ndim + axes[-1] + 1, param.ndim)))
   return jax.tree.map(dims, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """tx with its products of sharded matrices left to the compiler, which explicit sharding would refuse."""
+  """tx with shardings inside it left to the compiler: explicit sharding would refuse its products of matrices."""
   def update(updates, state, params=None):
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
     return jax.sharding.auto_axes(tx.update, out_sharding=specs)(updates, state, params)
@@ -87,18 +110,18 @@ def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def init(params, tx: optax.GradientTransformation) -> State:
-  """State around freshly drawn or loaded parameters."""
-  return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
+  """State of step 0 around parameters."""
+  return State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 
 def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig):
-  """A jitted `train_step(state, frozen, batch, key) -> (state, metrics)`; `state` is donated.
+  """A jitted `train_step(state, frozen, batch, key, progress=None) -> (state, metrics)`; `state` is donated.
 
   Args:
-    loss: `loss(params, frozen, batch, key) -> (scalar f32, dict of scalars)`.
-    tx: the optimizer that `state.opt` belongs to.
-    config: its settings. With `accumulate` > 1 the batch [b ...] is cut into that many micro-batches, one after
-      another, and their gradients are averaged.
+    loss: `loss(params, frozen, batch, key) -> (scalar f32, dict of scalars or pairs of them)`.
+    tx: the optimizer of `state.opt`.
+    config: its settings. With `accumulate` = n the batch [b ...] is split into n micro-batches [b/n ...], which run one
+      after another; gradients and metrics are averaged.
   """
   gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -106,28 +129,31 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
     n = config.accumulate
 
     def cut(x):
-      # The outer factor keeps the sharding of the batch, so every micro-batch is spread over all devices.
+      # The outer factor keeps the batch's sharding, so every micro-batch is spread over all devices.
       x = jnp.reshape(x, (x.shape[0] // n, n, *x.shape[1:]), out_sharding=jax.P(BATCH))
       return jnp.moveaxis(x, 1, 0)
 
     def add(total, part):
-      return jax.tree.map(lambda t, p: t + p / n, total, gradient(params, frozen, part[0], part[1])), None
+      return jax.tree.map(lambda t, p: t + p / n, total, gradient(params, frozen, *part)), None
 
     parts = jax.tree.map(cut, batch), jax.random.split(key, n)
-    first = gradient(params, frozen, *jax.tree.map(lambda x: x[0], parts))
-    return jax.lax.scan(add, jax.tree.map(lambda x: x / n, first), jax.tree.map(lambda x: x[1:], parts))[0]
+    # From zeros, so that the gradient is compiled once; only its shapes and shardings are known before it runs.
+    shapes = jax.eval_shape(lambda parts: gradient(params, frozen, *jax.tree.map(lambda x: x[0], parts)), parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def train_step(state, frozen, batch, key):
+  def train_step(state, frozen, batch, key, progress=None):
     key = jax.random.fold_in(key, state.step)
     run = gradient if config.accumulate == 1 else accumulated
     (_, metrics), gradients = run(state.params, frozen, batch, key)
-    updates, opt = tx.update(gradients, state.opt, state.params)
+    updates, opt = tx.update(gradients, state.opt, state.params, progress=progress)
     params = optax.apply_updates(state.params, updates)
-    # Early on the average would be of the initial noise: shorten its memory until enough steps are behind.
+    # A short memory at first, or the average would hold the initial weights for thousands of steps.
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     metrics = dict(metrics, gradient_norm=optax.tree.norm(gradients))
-    return State(state.step + 1, params, ema, opt), metrics
+    progress = state.progress if progress is None else progress
+    return State(state.step + 1, progress, params, ema, opt), metrics
 
   return train_step

@@ -6,6 +6,7 @@
 All models answer to the same verbs; docs/encoders.md has the table and says how to add one.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -25,35 +26,34 @@ from unifusion_jax.weights import hub, quantize
 Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | causal_lm.TextConfig | t5.T5Config
 Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | causal_lm.TextModel | t5.T5Encoder
 QUANTIZED = ('', 'int8', 'w8a8')
-FORMAT = 1  # of what `cache` keeps: raise it when other numbers come out of the same files and tables of names
+FORMAT = 1  # of the cache: raise it when other numbers come out of the same files and tables of names
 
 
-def load(name, dtype=jnp.bfloat16, unroll: bool = False, quantized: str = '', cache: str | None = None) -> Encoder:
+def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None) -> Encoder:
   """The encoder in a folder or behind a hub id, in `dtype`, sharded over the mesh in context.
 
   Args:
-    name: as in `hub.resolve`.
-    unroll: unrolled layers run faster on a CPU, scanned ones compile faster.
+    name: as in `hub.resolve`: a folder (as `hub.pin` gave it: then no other revision can be met), or a hub id.
     quantized: 'int8' for int8 weights, 'w8a8' for int8 activations as well, '' for neither.
     cache: a folder (one for all processes) that keeps the converted form: the next load reads its own slices of it.
 
   Raises:
-    ValueError: for a model that is not supported, and for everything that `hub`, `convert` and the model refuse.
+    UserError: for a model that is not supported, and for everything that `hub`, `convert` and the model refuse.
   """
   if quantized not in QUANTIZED:
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
   folder = hub.resolve(name)
-  if not cache:
-    return _read(folder, dtype, unroll, quantized)
-  kept, whole = _kept(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
-  if whole:
-    return _restore(kept, dtype, unroll, quantized)
-  model = _read(folder, dtype, unroll, quantized)
-  _keep(model, kept)
+  path = stored = None
+  if cache:
+    path, stored = _cache_entry(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
+  model = _restore(path, dtype, quantized) if stored else _read(folder, dtype, quantized)
+  model.config = _with_pixel_statistics(model.config, folder)
+  if cache and not stored:
+    _store(model, path)
   return model
 
 
-def config(name, unroll: bool = False) -> Config:
+def config(name) -> Config:
   """What config.json says of a folder, of a hub id, or of a public name in a model's PRESETS; reads no weights.
 
   Whether a head is tied, on which files and their configs may disagree, is only sure once `load` has seen the file.
@@ -64,12 +64,34 @@ def config(name, unroll: bool = False) -> Config:
   if short in presets and not pathlib.Path(name).expanduser().is_dir():
     return presets[short]
   folder = hub.resolve(name, weights=False)
-  return _config(_described(folder), folder, unroll)
+  return _with_pixel_statistics(_config(_described(folder), folder), folder)
 
 
-def abstract(made: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
+def preprocessor(folder: pathlib.Path) -> dict:
+  """The image processor's settings, which newer checkpoints keep in processor_config.json."""
+  for name in ('preprocessor_config.json', 'processor_config.json'):
+    if (folder / name).exists():
+      settings = json.loads((folder / name).read_text())
+      settings = settings.get('image_processor', settings)
+      if 'image_mean' in settings:
+        return settings
+  raise UserError(f'{folder} has no preprocessor_config.json that says how images are normalised (image_mean): copy '
+                  'it there from the public checkpoint')
+
+
+def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
+  """The configuration with the mean and std by which the folder's image processor normalises, where it has one."""
+  if not hasattr(config, 'vision') or not any((folder / f'{name}_config.json').exists()
+                                              for name in ('preprocessor', 'processor')):
+    return config
+  settings = preprocessor(folder)
+  mean, std = (tuple(settings[name]) for name in ('image_mean', 'image_std'))
+  return dataclasses.replace(config, vision=dataclasses.replace(config.vision, mean=mean, std=std))
+
+
+def abstract(config: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
   """The shapes and shardings, on the mesh in context, of the model with that configuration."""
-  return sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_abstract_mesh())
+  return sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_abstract_mesh())
 
 
 def _described(folder: pathlib.Path) -> dict:
@@ -79,16 +101,16 @@ def _described(folder: pathlib.Path) -> dict:
   return json.loads(path.read_text())
 
 
-def _config(described: dict, folder: pathlib.Path, unroll: bool) -> Config:
+def _config(described: dict, folder: pathlib.Path) -> Config:
   match described.get('model_type'):
     case 'internvl':
-      return internvl.InternVLConfig.from_json(described, unroll)
+      return internvl.InternVLConfig.from_json(described)
     case 'internvl_chat':
-      return internvl.InternVLConfig.from_original(described, internvl.image_token(folder), unroll)
+      return internvl.InternVLConfig.from_original(described, internvl.image_token(folder))
     case 'qwen3_vl':
-      return qwen3_vl.Qwen3VLConfig.from_json(described, unroll)
+      return qwen3_vl.Qwen3VLConfig.from_json(described)
     case 'llama' | 'qwen2' | 'qwen3':
-      return causal_lm.TextConfig.from_json(described, unroll)
+      return causal_lm.TextConfig.from_json(described)
     case 't5':
       return t5.T5Config.from_json(described)
     case other:
@@ -97,58 +119,59 @@ def _config(described: dict, folder: pathlib.Path, unroll: bool) -> Config:
                        '(the encoder of T5 v1.1 and Flan-T5)')
 
 
-def _draw(made: Config, dtype) -> Encoder:
-  """The model of a configuration, of random weights."""
+def _initialised(config: Config, dtype) -> Encoder:
+  """The model of a configuration, with random weights."""
   rngs = nnx.Rngs(0)
-  match made:
+  match config:
     case internvl.InternVLConfig():
-      return internvl.InternVL(made, dtype, rngs=rngs)
+      return internvl.InternVL(config, dtype, rngs=rngs)
     case qwen3_vl.Qwen3VLConfig():
-      return qwen3_vl.Qwen3VL(made, dtype, rngs=rngs)
+      return qwen3_vl.Qwen3VL(config, dtype, rngs=rngs)
     case causal_lm.TextConfig():
-      return causal_lm.TextModel(made, dtype, rngs=rngs)
+      return causal_lm.TextModel(config, dtype, rngs=rngs)
     case t5.T5Config():
-      return t5.T5Encoder(made, dtype, rngs=rngs)
+      return t5.T5Encoder(config, dtype, rngs=rngs)
 
 
-def _shapes(made: Config, dtype, quantized: str) -> Encoder:
-  shapes = jax.eval_shape(lambda: _draw(made, dtype))
+def _shapes(config: Config, dtype, quantized: str) -> Encoder:
+  shapes = jax.eval_shape(lambda: _initialised(config, dtype))
   return jax.eval_shape(lambda model: quantize.quantize(model, quantized == 'w8a8'), shapes) if quantized else shapes
 
 
-def _read(folder: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
-  def read(each=None):
-    match _config(_described(folder), folder, unroll):
+def _read(folder: pathlib.Path, dtype, quantized: str) -> Encoder:
+  def read(on_leaf=None):
+    match _config(_described(folder), folder):
       case internvl.InternVLConfig():
-        return internvl.load(folder, dtype, unroll, each)
+        return internvl.load(folder, dtype, on_leaf)
       case qwen3_vl.Qwen3VLConfig():
-        return qwen3_vl.load(folder, dtype, unroll, each)
+        return qwen3_vl.load(folder, dtype, on_leaf)
       case causal_lm.TextConfig():
-        return causal_lm.load(folder, dtype, unroll, each)
+        return causal_lm.load(folder, dtype, on_leaf)
       case t5.T5Config():
-        return t5.load(folder, dtype, each)
+        return t5.load(folder, dtype, on_leaf)
 
   return quantize.load(read, activations=quantized == 'w8a8') if quantized else read()
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
-  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the form that is kept."""
+  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the converted form."""
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-  how = FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES, t5.RULES
-  made = _config(_described(folder), folder, False).to_json()
-  return hashlib.sha256(repr((facts, how, made, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+  how = (FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES,
+         t5.RULES)
+  described = _config(_described(folder), folder).to_json()
+  return hashlib.sha256(repr((facts, how, described, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
 
 
-def _kept(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
-  """The kept form's folder, and whether it is there, as process 0 finds them: files have other times on each host."""
+def _cache_entry(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
+  """The folder of the converted form and whether it is there, by process 0: files have other times on each host."""
   facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([(cache / fingerprint).exists()]), np.uint8)
   if jax.process_count() > 1:
     facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
   return cache / facts[:-1].tobytes().hex(), bool(facts[-1])
 
 
-def _keep(model: Encoder, path: pathlib.Path) -> None:
+def _store(model: Encoder, path: pathlib.Path) -> None:
   from orbax.checkpoint.experimental import v1 as ocp  # seconds that loading without a cache need not spend
   context = ocp.Context()
   context.array.saving.use_compression = False
@@ -158,14 +181,14 @@ def _keep(model: Encoder, path: pathlib.Path) -> None:
     with context:
       ocp.save(path, model, custom_metadata={'config': json.dumps(model.config.to_json())})
   except ValueError:
-    if not path.exists():  # else another run kept the same in the meantime
+    if not path.exists():  # else another run stored the same in the meantime
       raise
 
 
-def _restore(path: pathlib.Path, dtype, unroll: bool, quantized: str) -> Encoder:
+def _restore(path: pathlib.Path, dtype, quantized: str) -> Encoder:
   from orbax.checkpoint.experimental import v1 as ocp
-  made = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path, unroll)
+  config = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path)
   try:
-    return ocp.load(path, sharding.abstract(_shapes(made, dtype, quantized), jax.sharding.get_mesh()))
+    return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))
   except ValueError as error:
-    raise UserError(f'{path} was kept by another version of this model: remove that folder and load again') from error
+    raise UserError(f'{path} was stored by another version of this model: remove that folder and load again') from error

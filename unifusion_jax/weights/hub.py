@@ -5,49 +5,92 @@ commit). Only data is ever fetched: safetensors, JSON, chat templates and the to
 Offline mode, the cache's place and access tokens are `huggingface_hub`'s own: HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
 """
 
+import dataclasses
 import hashlib
 import os
 import pathlib
 import re
 
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
+from unifusion_jax.weights.safetensors_io import PICKLES
 
 TEXTS = ('*.json', '*.jinja', '*.txt', '*.model')  # configs, chat templates and all kinds of tokenizer files
 WEIGHTS = ('*.safetensors',)
-PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _TAIL = 1 << 20  # bytes of a file of weights that tell it from others
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 
 
-def resolve(name: str | os.PathLike, revision: str | None = None, weights: bool = True) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+  """A name that was resolved."""
+  name: str             # means the same anywhere and at any time: a hub id at its commit; or the local folder
+  folder: pathlib.Path  # on this host
+  commit: str           # '' for a local folder, whose `fingerprint` tells it from others
+
+
+def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
+  """What a name stands for from now on: one commit, on all processes; they call this together, once for each name.
+
+  Arguments and errors as of `resolve`. When one process fails all of them do.
+  """
+  if jax.process_count() == 1:
+    return _pinned(name, weights)
+  # The first process looks the name up and the others take its commit: a branch may move between two look-ups
+  first, pinned, error = sharding.is_main_process(), None, None
+  try:
+    pinned = _pinned(name, weights) if first else None
+  except UserError as problem:
+    error = problem
+  commit = bytes.fromhex(pinned.commit) if pinned and pinned.commit else bytes(20)
+  known = np.frombuffer(bytes([pinned is not None, bool(pinned and pinned.commit)]) + commit, np.uint8)
+  known = np.asarray(multihost_utils.broadcast_one_to_all(known))
+  if known[0] and not first:
+    try:
+      pinned = _pinned(f'{str(name).partition("@")[0]}@{known[2:].tobytes().hex()}' if known[1] else name, weights)
+      if bool(pinned.commit) != bool(known[1]):
+        raise UserError(f'{name} is a local folder on some hosts and a hub id on others: make it the same on all')
+    except UserError as problem:
+      error = problem
+  failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+  if len(failed):
+    raise error or UserError(f'{name}: process {failed[0]} has no such checkpoint, and its message says why')
+  return pinned
+
+
+def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
   """The folder behind a name, downloaded first where it is a hub id.
 
   Args:
     name: a folder that exists, or a hub id.
-    revision: of a hub id, as `@revision` in it; None: the id's own, else the main branch.
     weights: False leaves the weights where they are: configuration and tokenizer alone.
 
   Raises:
-    ValueError: when it is neither, when the hub cannot give it (offline and not in the cache, unknown, gated), or when
+    UserError: when it is neither, when the hub cannot give it (offline and not in the cache, unknown, gated), or when
       it holds no safetensors.
   """
+  return _pinned(name, weights).folder
+
+
+def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
-    if revision is not None:
-      raise UserError(f'{path} is a local folder, which has no revision {revision!r}: leave the revision out')
-    return path
+    return Pinned(str(name), path, '')
   if path.is_file():
     raise UserError(f'{path} is a file: give the folder that holds it, with its config.json')
-  found = _ID.fullmatch(str(name))
-  if found is None or str(name).startswith('.'):
+  parts = _ID.fullmatch(str(name))
+  if parts is None or str(name).startswith('.'):
     raise UserError(f'{name}: no such folder, and no hub id either, which is owner/name, owner/name/subfolder, or '
                      'one of these with @revision')
-  repository, subfolder, pinned = found[1], found[2].strip('/'), found[3]
-  if revision is not None and pinned is not None and revision != pinned:
-    raise UserError(f'{name} is pinned to {pinned!r} and revision={revision!r} asks for another: give one of them')
-  revision = revision if revision is not None else pinned
-  folder = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights) / subfolder
-  here = f'{repository}{f"/{subfolder}" if subfolder else ""}{f"@{revision}" if revision else ""}'
+  repository, subfolder, revision = parts[1], parts[2].strip('/'), parts[3]
+  snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights)
+  folder = snapshot / subfolder
+  place = f'{repository}{f"/{subfolder}" if subfolder else ""}'
+  here = f'{place}{f"@{revision}" if revision else ""}'
   if not folder.is_dir():
     raise UserError(f'{here}: that repository has no such subfolder')
   if weights and not any(folder.glob('*.safetensors')):
@@ -56,11 +99,11 @@ def resolve(name: str | os.PathLike, revision: str | None = None, weights: bool 
     raise UserError(f'{here} has no .safetensors file{seen}. A pickle (.bin, .pt, .pth, .ckpt) is never fetched or '
                      'read: reading one runs any code that its author put there. Take a safetensors release, or '
                      'convert it in a place you trust and give the local folder')
-  return folder
+  return Pinned(f'{place}@{snapshot.name}', folder, snapshot.name)  # huggingface_hub names a snapshot by its commit
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-  """A model is known by its sizes, its tokenizer and the end of its weights: a folder may have moved."""
+  """Hash of config.json, tokenizer and the ends of the weights files: the same wherever the folder lies."""
   digest = hashlib.sha256()
   for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
     if (folder / name).exists():
@@ -73,30 +116,30 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
-  import huggingface_hub  # half a second that local folders need not spend
+  import huggingface_hub  # takes half a second
   from huggingface_hub import errors
   place = f'{subfolder}/' if subfolder else ''
-  asked = f'{repository}{f" at {revision}" if revision else ""}'
+  here = f'{repository}{f" at {revision}" if revision else ""}'
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
         repository, revision=revision, allow_patterns=[place + pattern for pattern in patterns],
         ignore_patterns=[f'{place}*/*']))  # the patterns' * also matches /: folders below are other models
   except errors.IncompleteSnapshotError as error:
-    raise UserError(f'{asked}: its copy in the cache is not whole, and the rest cannot be fetched now; go online once '
+    raise UserError(f'{here}: its copy in the cache is not whole, and the rest cannot be fetched now; go online once '
                      '(unset HF_HUB_OFFLINE) to finish the download') from error
   except errors.LocalEntryNotFoundError as error:
-    raise UserError(f'{asked}: there is no such local folder, it is not in the cache of {_cache()}, and the hub '
+    raise UserError(f'{here}: there is no such local folder, it is not in the cache of {_cache()}, and the hub '
                      'cannot be reached (offline mode, or no network): download it where there is a network, or give '
                      'a local folder') from error
   except errors.GatedRepoError as error:
-    raise UserError(f'{asked} is gated: accept its terms on its page, then set HF_TOKEN to your token') from error
+    raise UserError(f'{here} is gated: accept its terms on its page, then set HF_TOKEN to your token') from error
   except errors.RevisionNotFoundError as error:
-    raise UserError(f'{asked}: the hub has that repository but not that revision') from error
+    raise UserError(f'{here}: the hub has that repository but not that revision') from error
   except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-    raise UserError(f'{asked}: neither a local folder nor a repository on the hub (a private one needs HF_TOKEN)'
+    raise UserError(f'{here}: neither a local folder nor a repository on the hub (a private one needs HF_TOKEN)'
                      ) from error
   except errors.HfHubHTTPError as error:
-    raise UserError(f'{asked}: the hub answered with an error, try again later: {error}') from error
+    raise UserError(f'{here}: the hub answered with an error, try again later: {error}') from error
 
 
 def _cache() -> str:

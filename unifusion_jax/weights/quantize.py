@@ -1,9 +1,11 @@
-"""int8 weights for frozen encoders: symmetric, one scale for each output channel.
+"""int8 weights for frozen models: symmetric, one scale for each output channel.
 
-A quantised matrix is an `Int8` in the place of its Param. `layers.einsum` multiplies with it: the integers are exact in
-bfloat16, so only the scale, which is applied to the product, is new. Embeddings, norms, biases and patch projections
-stay as they are. With `activations`, what a matrix is multiplied with becomes int8 too (one scale for each token), and
-the product runs in integers: faster where the device has them (TPU, recent GPUs), and less exact.
+An `Int8` takes the place of a matrix's Param, and `layers.einsum` multiplies with it: the integers are exact in
+bfloat16, so only the scale, which is applied to the product, is new. The matrices are the Params whose `layers.weight`
+names contracted dims and not `int8=False`: attention, MLPs, projectors, heads. Embeddings, norms, biases, convolutions
+and what reads pixels, latents and times stay as they are. With `activations`, what a matrix is multiplied with becomes
+int8 too (one scale for each token), and the product runs in integers: faster where the device has them (TPU, recent
+GPUs), and less exact.
 
 Why not qwix: at 0.1.8 its einsum gives `out_sharding` to the product before its axes are put in order, so under
 explicit sharding the batch's axes land on another dimension, and its providers leave `out_sharding` out.
@@ -18,12 +20,8 @@ from jax import P
 import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
-
-# The matrices by name: the axes that their products contract, then those of their output channels. A stacked matrix
-# has a layer axis before them.
-MATRICES = {'wq': ('d', 'hk'), 'wk': ('d', 'gk'), 'wv': ('d', 'gk'), 'wo': ('hk', 'd'),
-            'gate': ('d', 'f'), 'up': ('d', 'f'), 'down': ('f', 'd'), 'w1': ('d', 'f'), 'w2': ('f', 'd'),
-            'head': ('d', 'v')}
+from unifusion_jax.models.layers import contracted
+from unifusion_jax.sharding import BATCH
 
 
 @jax.tree_util.register_dataclass
@@ -43,14 +41,17 @@ class Int8:
     letters, result = equation.split('->')
     of_x, of_w = letters.split(',')
     if any(n != 1 and letter not in result for n, letter in zip(self.scale.shape, of_w)):
-      raise UserError(f'{equation} contracts an axis that this matrix {self.shape} has scales {self.scale.shape} for: '
-                       'quantize.MATRICES has its axes wrong')
+      raise ValueError(f'{equation} contracts an axis that this matrix {self.shape} has scales {self.scale.shape} for: '
+                       'its `weight` names other dims as contracted')
     scale = _aligned(self.scale, of_w, result)
+    # Gathered over the axes of the batch as int8: left to the compiler, it is cast first and travels at twice the bytes
+    values = jax.sharding.reshard(self.values, P(*(None if axis in BATCH else axis
+                                                   for axis in jax.typeof(self.values).sharding.spec)))
     if not self.activations:
-      y = jnp.einsum(equation, x, self.values.astype(x.dtype), out_sharding=out)
+      y = jnp.einsum(equation, x, values.astype(x.dtype), out_sharding=out)
       return (y.astype(jnp.float32) * scale).astype(x.dtype)
     rounded, of_tokens = _rounded(x, tuple(i for i, letter in enumerate(of_x) if letter not in result))
-    y = jnp.einsum(equation, rounded, self.values, preferred_element_type=jnp.int32, out_sharding=out)
+    y = jnp.einsum(equation, rounded, values, preferred_element_type=jnp.int32, out_sharding=out)
     return (y.astype(jnp.float32) * _aligned(of_tokens, of_x, result) * scale).astype(x.dtype)
 
 
@@ -58,37 +59,23 @@ nnx.register_data_type(Int8)
 
 
 def quantize(model, activations: bool = False):
-  """The model with its matrices as `Int8`; ValueError when it has none of MATRICES.
+  """The model with its matrices as `Int8`; UserError when it has none in floating point.
 
   Matrix by matrix: called on a model that nothing else refers to, as in `quantize(internvl.load(folder))`, it frees
   each before it looks at the next. `load` never holds the whole model at all.
   """
-  paths, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)
+  leaves, structure = jax.tree.flatten(model, is_leaf=_is_param)
   del model
-  names = [jax.tree_util.keystr(path[-1:], simple=True) for path, _ in paths]
-  leaves = [leaf for _, leaf in paths]
-  del paths
-  made = 0
-  for i, name in enumerate(names):
-    if name in MATRICES and _is_param(leaves[i]):
-      leaves[i] = _int8(name, leaves[i][...], activations)
-      made += 1
-  if not made:
-    raise UserError(f'nothing to quantise: this model has no {", ".join(MATRICES)} in floating point')
-  return jax.tree.unflatten(tree, leaves)
+  if not any(map(_is_matrix, leaves)):
+    raise UserError('nothing to quantise: this model has no matrix in floating point')
+  for i in range(len(leaves)):
+    leaves[i] = _quantized(leaves[i], activations)
+  return jax.tree.unflatten(structure, leaves)
 
 
 def load(read, activations: bool = False):
-  """`quantize(read(None))`, each matrix as soon as it is filled; `read(each)`: a load with `each` of `convert.load`."""
-  def each(path, leaf):
-    name = path.split('/')[-1]
-    return _int8(name, leaf, activations) if name in MATRICES else leaf
-
-  def bare(param):
-    inside = jax.tree.leaves(param, is_leaf=_is_int8)
-    return inside[0] if len(inside) == 1 and _is_int8(inside[0]) else param
-
-  return jax.tree.map(bare, read(each), is_leaf=_is_param)
+  """A model with each matrix quantised as soon as it is filled: `read(on_leaf)` is a load as `convert.load`."""
+  return read(functools.partial(_quantized, activations=activations))
 
 
 def size(model) -> int:
@@ -100,20 +87,21 @@ def _is_param(leaf) -> bool:
   return isinstance(leaf, nnx.Param)
 
 
-def _is_int8(leaf) -> bool:
-  return isinstance(leaf, Int8)
+def _is_matrix(leaf) -> bool:
+  return contracted(leaf) is not None and leaf.get_metadata()['int8']
 
 
-def _int8(name: str, matrix: jax.Array, activations: bool) -> Int8:
-  contracted, kept = (len(axes) for axes in MATRICES[name])
-  return jax.block_until_ready(Int8(*_matrix(matrix, contracted, kept), activations))
+def _quantized(leaf, activations: bool):
+  """A Param's Int8 where it is a matrix; all else as it is."""
+  if not _is_matrix(leaf):
+    return leaf
+  return jax.block_until_ready(Int8(*_matrix(leaf[...], contracted(leaf)), activations))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _matrix(w: jax.Array, contracted: int, kept: int):
-  """(int8, scale) of a matrix whose last axes are `contracted` + `kept`."""
-  first = w.ndim - contracted - kept
-  values, scale = _rounded(w, tuple(range(first, first + contracted)))
+@functools.partial(jax.jit, static_argnums=1)
+def _matrix(w: jax.Array, axes: tuple[int, ...]):
+  """(int8, scale) of a matrix that is contracted over `axes`."""
+  values, scale = _rounded(w, axes)
   return values, jax.sharding.reshard(scale, P())
 
 

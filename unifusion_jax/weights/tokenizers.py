@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer by transformers, and InternLM2's, whose own class is code in the checkpoint, without that code.
+"""A checkpoint's tokenizer by transformers; and InternLM2's, whose class is code in the checkpoint, without that code.
 
 InternVL2.5-8B brings a sentencepiece model (byte-pair encoding with byte fall-back) and a list of added tokens; that is
 all there is to its tokenizer.
@@ -11,23 +11,23 @@ import pathlib
 
 from unifusion_jax.errors import UserError
 
-_PLACEHOLDER = '[UNUSED_TOKEN_'  # of a piece in whose place added tokens may be listed
+_PLACEHOLDER = '[UNUSED_TOKEN_'  # start of the pieces that added tokens may replace
 _ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
 @functools.cache
 def plain(folder: str):
-  """A tokenizer of its own for text in which special tokens are text (`encode(text, split_special_tokens=True)`).
+  """A second tokenizer, for text whose special tokens are plain text (`encode(text, split_special_tokens=True)`).
 
-  That flag is a state of the tokenizer, which the threads that read data share: one object for both would tokenise a
-  template as text, or a user's text as template, whenever two threads meet.
+  The flag sets a state of the tokenizer, and data threads share it: with one object for both uses, two threads would
+  now and then tokenise a template as text or a user's text as template.
   """
   return copy.deepcopy(load(folder))
 
 
 @functools.cache
 def load(folder: str):
-  """The tokenizer of a folder, with its chat template. FileNotFoundError when there is none."""
+  """The tokenizer of a folder, with its chat template. UserError when there is none."""
   import transformers  # a slow import that only tokenizing needs
   transformers.logging.set_verbosity_error()
   path = pathlib.Path(folder)
@@ -37,11 +37,11 @@ def load(folder: str):
   described = json.loads(settings.read_text()) if settings.exists() else {}
   if described.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
     return _internlm2(path, described)
-  made = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
   processors = path / 'chat_template.json'  # where some checkpoints keep it for their processor alone
-  if not made.chat_template and processors.exists():
-    made.chat_template = json.loads(processors.read_text())['chat_template']
-  return made
+  if not tokenizer.chat_template and processors.exists():
+    tokenizer.chat_template = json.loads(processors.read_text())['chat_template']
+  return tokenizer
 
 
 def _internlm2(path: pathlib.Path, described: dict):
@@ -57,7 +57,8 @@ def _internlm2(path: pathlib.Path, described: dict):
   rules = proto.normalizer_spec
   if proto.trainer_spec.model_type != 2 or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
     raise UserError(f'{path}/tokenizer.model is no byte-pair encoding of the text as it is (model_type '
-                     f'{proto.trainer_spec.model_type}, normalisation {rules.name!r}): this is not InternLM2\'s tokenizer')
+                     f'{proto.trainer_spec.model_type}, normalisation {rules.name!r}): this is not InternLM2\'s '
+                     'tokenizer')
   listed = {int(i): token['content'] for i, token in described.get('added_tokens_decoder', {}).items()}
   names = [listed.get(i, piece.piece) if piece.piece.startswith(_PLACEHOLDER) else piece.piece
            for i, piece in enumerate(proto.pieces)]
@@ -65,23 +66,23 @@ def _internlm2(path: pathlib.Path, described: dict):
   # Control tokens and bytes stand in the vocabulary too, but text that spells them is never merged into them
   ordinary = {piece.piece for piece in proto.pieces if piece.type == 1}
   merges = [pair for pair in generate_merges(vocab) if ''.join(pair) in ordinary]
-  made = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=proto.trainer_spec.unk_piece,
-                                         fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback))
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=proto.trainer_spec.unk_piece, fuse_unk=True,
+                                              byte_fallback=proto.trainer_spec.byte_fallback))
   prefix = [normalizers.Prepend('\u2581')] if rules.add_dummy_prefix else []
-  made.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(' ', '\u2581')])
-  made.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse()]
-                                   + [decoders.Strip(' ', 1, 0)] * len(prefix))
-  of_its_own = [tokenizers.AddedToken(name, normalized=False, special=False) for name, piece in zip(names, proto.pieces)
-                if piece.type == 4 and name == piece.piece]  # user-defined symbols are never cut
-  made.add_tokens(of_its_own)
+  tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(' ', '\u2581')])
+  tokenizer.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse()]
+                                        + [decoders.Strip(' ', 1, 0)] * len(prefix))
+  user_defined = [name for name, piece in zip(names, proto.pieces) if piece.type == 4 and name == piece.piece]
+  user_symbols = [tokenizers.AddedToken(name, normalized=False, special=False) for name in user_defined]  # never cut
+  tokenizer.add_tokens(user_symbols)
   for i, token in sorted(listed.items()):
-    made.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
-    if made.token_to_id(token) != i:
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+    if tokenizer.token_to_id(token) != i:
       raise UserError(f'{path}/tokenizer_config.json gives {token!r} the id {i}, and the tokenizer '
-                       f'{made.token_to_id(token)}: the folder mixes files of different checkpoints')
+                       f'{tokenizer.token_to_id(token)}: the folder mixes files of different checkpoints')
   roles = {role: described[role] if isinstance(described[role], str) else described[role]['content']
            for role in _ROLES if described.get(role)}
   template = path / 'chat_template.jinja'
   return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=made, clean_up_tokenization_spaces=False, **roles,
+      tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles,
       chat_template=template.read_text() if template.exists() else described.get('chat_template'))

@@ -1,4 +1,4 @@
-"""Images drawn from prompts and edits of the embedded world, read by the judge."""
+"""Success rates of text to image and edits on scenes, by the judge."""
 
 import collections
 import pathlib
@@ -14,15 +14,13 @@ SHOWN = 12  # rows of the sheet that goes with each measurement
 
 
 def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
-  """Rates on `config.eval.examples` examples of each task, on the split that is asked for and on the hold-outs.
+  """Rates of `score` on `config.eval.examples` examples of each task, of `config.eval.split` and of `heldout`.
 
-  t2i: one or two objects, every demanded attribute, place, count, relation and background met ('all'), and three or
-  four objects apart. edit: what should change did ('asked'), what should stay did ('kept'), both and nothing else
-  ('all'). Both also get the VLM's own judgement, `vqascore.scores`, beside that of the true images. Sheets of the first
-  examples are written into `folder`.
+  t2i is measured on scenes of one or two objects and on scenes of three or four. `vqascore`, the VLM's own judgement,
+  stands beside that of the true images. Sheets of the first examples are written into `folder`.
   """
   settings = pipe.settings
-  encoder = pipe.prompt_encoder.in_tiles(settings.tiles)
+  encoder = pipe.prompt_encoder.with_tiles(settings.tiles)
   report = dict(examples=config.eval.examples, steps=settings.steps, guidance=settings.guidance, eta=settings.eta)
   tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
   measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]
@@ -33,11 +31,11 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
       samples = generate(pipe, records, config.eval.batch_size)
       name = f'{split}_{task}_{objects[0]}-{objects[1]}'
       report[name] = score(records, samples)
-      if encoder.image_processor.max_tokens:  # the VLM judges what was sampled, and what should have been
-        described = [record['caption'] for record in records]
+      if encoder.image_processor.max_tokens:  # a VLM that reads images
+        captions = [record['caption'] for record in records]
         for whose, images in (('', [sample.image for sample in samples]), ('_truth', [r['target'] for r in records])):
-          sure = vqascore.scores(pipe.frozen.vlm, encoder, images, described, config.eval.batch_size)
-          report[name][f'vqascore{whose}'] = round(float(np.mean(sure)), 4)
+          scores = vqascore.scores(pipe.frozen.vlm, encoder, images, captions, config.eval.batch_size)
+          report[name][f'vqascore{whose}'] = round(float(np.mean(scores)), 4)
       if sharding.is_main_process():
         imaging.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], samples[:SHOWN]))
   return report
@@ -60,9 +58,12 @@ def generate(pipe: pipeline.UniFusionPipeline, records: list[dict], batch_size: 
 
 
 def score(records: list[dict], samples: list[pipeline.Sample]) -> dict:
-  """Rates of each of the judge's verdicts, of each kind of edit, of texts written exactly and of fall-backs.
+  """Shares of examples by verdict.
 
-  What several references make is judged whole, for no one of them is what should stay as it was.
+  t2i: `all` is every attribute, place, count, relation and background of the prompt met. edit: `asked`, the change was
+  made; `kept`, the rest stayed; `all`, both. `all/KIND` is of one kind of prompt or edit; `written_exact` of rewrites
+  that equal the caption; `fallback_rate` of rewrites that were not usable. An image of several references is compared
+  with the whole true scene, as none of them is the one to keep.
   """
   verdicts = collections.defaultdict(list)
   for record, sample in zip(records, samples):

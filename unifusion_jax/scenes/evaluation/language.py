@@ -1,26 +1,26 @@
-"""What the VLM says of scenes, held against the truth: captions, answers, rewritten prompts and edits."""
+"""Rates of right captions, answers, rewrites and descriptions of edits by the VLM, on scenes."""
 
 import collections
 
 import numpy as np
 
 from unifusion_jax import sharding, verifi
-from unifusion_jax.data import imaging, sources, transforms
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.models import text_generation
-from unifusion_jax.scenes import language
+from unifusion_jax.scenes import chat_examples, language, sources
 
 ATTRIBUTES = ('shape', 'colour', 'size', 'fill', 'place')
 
 
 def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_size: int) -> list[str]:
-  """What the VLM writes, greedily, for each record; records are batched by the images they show."""
+  """The VLM's greedy answer to each record; records with equally many images share a batch."""
   chat = layout.chat
   groups = collections.defaultdict(list)
   for i, record in enumerate(records):
     groups[len(record['references']), record['task']].append(i)
   written = [''] * len(records)
   for (_, task), members in groups.items():
-    system = transforms.system(task)
+    system = chat_examples.system(task)
     for part, filled in sharding.batched(members, sharding.padded_batch(batch_size)):
       rows, tiles = [], []
       for i in filled:
@@ -31,7 +31,7 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
         tiles.append(seen)
       batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in ('input_ids', 'attention_mask')})
       images = sharding.shard(np.stack(tiles)) if counts else None
-      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images, max_new=layout.written,
+      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images, max_new=layout.max_rewrite,
                                      stop_ids=chat.stop_ids)
       ids, lengths = sharding.gather(out[:2])
       for i, row, n in zip(part, ids, lengths):
@@ -40,7 +40,7 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
 
 
 def attributes_right(written: str, truth: str) -> tuple[int, int]:
-  """(right, all) attributes of a caption: five of each object, and the background; an object too many is one wrong."""
+  """(right, all) attributes of a caption: five an object, and the background; each surplus object is one wrong."""
   wanted, got = language.parse(truth), language.parse(written)
   total = len(ATTRIBUTES) * len(wanted.objects) + 1
   if got is None:
@@ -54,21 +54,21 @@ def evaluate(vlm, layout: transforms.PromptEncoder, config) -> dict:
   count, split, size = config.eval.examples, config.eval.split, config.data.size
   report = dict(split=split, examples=count)
 
-  def said(task):
+  def answered(task):
     source = sources.SceneSource(task, split, size)
     records = [source[i] for i in range(count)]
     return records, answers(vlm, layout, records, config.eval.batch_size)
 
-  records, written = said('caption')
+  records, written = answered('caption')
   right, total = np.sum([attributes_right(w, r['caption']) for w, r in zip(written, records)], axis=0)
   report['caption_attributes'] = float(right / total)
   report['caption_exact'] = _rate(w == r['caption'] for w, r in zip(written, records))
-  records, written = said('question')
+  records, written = answered('question')
   for name, yes_no in (('yes_no', True), ('short_answer', False)):
     report[name] = _rate(w == r['caption'] for w, r in zip(written, records)
                          if (r['caption'] in ('yes', 'no')) == yes_no)
   for task in ('rewrite', 'edit', 'multi'):
-    records, written = said(task)
+    records, written = answered(task)
     report[f'{task}_exact'] = _rate(w == r['caption'] for w, r in zip(written, records))
     for kind in sorted({r['kind'] for r in records}):
       report[f'{task}_exact/{kind}'] = _rate(w == r['caption'] for w, r in zip(written, records) if r['kind'] == kind)
@@ -81,7 +81,7 @@ def _rate(hits) -> float:
 
 
 def sheet(vlm, layout: transforms.PromptEncoder, data, count: int) -> np.ndarray:
-  """Images of the test split with what is asked, what the VLM says and what it should have said."""
+  """A grid of test images with request, the VLM's answer and the truth."""
   source = sources.SceneSource('edit', 'test', data.size)
   records = [source[i] for i in range(count)]
   rows = [[imaging.read(r['references'][0])] for r in records]

@@ -1,9 +1,10 @@
-"""At which times a DiT falls short: true images noised to a time, sampled on from there and read by the judge.
+"""Success rates by noise level: true images, noised to a time and denoised from there, read by the judge.
 
-  python -m unifusion_jax.main --config=configs/t2i.py --mode=eval --config.eval.study=times --config.eval.split=train
+  python -m unifusion_jax.main --config=configs/t2i.py --mode=eval --config.eval.study=noise_levels \
+      --config.eval.split=train
 
-What is lost between two times is lost by the velocities there, so that is where training should spend more
-(`objective.shift`). A tool to tune with, so it takes the training split, from examples that no run has seen.
+A rate that falls between two times is lost by the velocities there, so training should spend more on them
+(`objective.shift`). As it is for tuning, it takes the training split, with examples that no run has seen.
 """
 
 import pathlib
@@ -19,12 +20,12 @@ SHOWN = 8
 
 
 def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
-  """The judge's verdicts (`generation.score`) by the time to which the truth was noised.
+  """`generation.score` by the time to which the true image was noised.
 
-  `config.eval.examples` square images of one or two objects for the first task of the recipe, each sampled on from
-  there under the words that are true of it.
+  Over `config.eval.examples` square images of one or two objects of the recipe's first task, denoised under their true
+  captions.
   """
-  task = config.data.tasks[0].partition('/')[0]
+  task = config.data.chosen[0].name.partition('/')[0]
   plan = (i for i in range(100 * config.eval.examples) if examples.aspect(task, config.eval.split, i, SEED) == 'square')
   records = [examples.example(task, config.eval.split, i, SEED, config.data.size, (1, 2))
              for i, _ in zip(plan, range(config.eval.examples))]

@@ -1,13 +1,12 @@
-"""How much of an image the autoencoder gives back, and at which noise its latents stop telling images apart."""
+"""Fidelity of the autoencoder, and the noise at which its latents stop telling objects apart."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import sharding
-from unifusion_jax.data import mix
+from unifusion_jax.data import imaging, loader
 from unifusion_jax.scenes import composition, judge, render, world
 
 
@@ -19,18 +18,18 @@ def _round_trip(vae, x):
 def round_trip(vae, images: np.ndarray) -> np.ndarray:
   """uint8 [b y x 3] -> what comes back, uint8 [b y x 3]."""
   back = _round_trip(vae, _pixels(images, len(images)))
-  return sharding.gather(jnp.round(jnp.clip((back + 1.0) * 127.5, 0, 255)).astype(jnp.uint8))[:len(images)]
+  return sharding.gather(imaging.to_uint8(back))[:len(images)]
 
 
 def _pixels(images: np.ndarray, rows: int) -> jax.Array:
   """uint8 [b y x 3] -> [-1, 1] on the devices, filled up to so many rows and to what the devices share evenly."""
   padded = np.resize(images, (sharding.padded_batch(rows), *images.shape[1:]))
-  return sharding.shard(padded.astype(np.float32) / 127.5 - 1.0)
+  return sharding.shard(imaging.to_float(padded))
 
 
 def evaluate(vae, config) -> dict:
   """Rates over `config.eval.examples` scenes of the split, all shapes of canvas."""
-  source, _ = mix.mix(config.data, split=config.eval.split)[0]
+  source, _ = loader.mix(config.data, split=config.eval.split)[0]
   shapes: dict[tuple, list[int]] = {}
   for i in range(config.eval.examples):
     shapes.setdefault(source.bucket(i), []).append(i)
@@ -55,11 +54,11 @@ def _encode(vae, x):
 
 
 def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0) -> dict[str, float]:
-  """Times t up to which an observer of noised latents can tell an object's attribute; beyond, only its text can.
+  """{attribute: time t} up to which noised latents tell an object from its nearest alternative; beyond, the text must.
 
-  Two latents at distance D stay apart by D (1 - t) / t standard deviations of the noise in (1 - t) z + t noise; a
-  choice between an object and its nearest alternative is made well (wrong in 7 of 100) down to `errors` = 3 of them.
-  What a text decides is learned above these times, so they say where training times belong (`objective.shift`).
+  Two latents at distance D, noised to (1 - t) z + t noise, are D (1 - t) / t standard deviations of the noise apart;
+  an observer chooses between them well (wrong in 7 of 100) down to `errors` = 3 of these. A text is learned above these
+  times, so they say where training times belong (`objective.shift`).
   """
   rng = np.random.default_rng(seed)
   values = {'shape': world.SHAPES, 'colour': tuple(world.COLOURS), 'size': tuple(world.SIZES), 'fill': world.FILLS,
@@ -69,12 +68,12 @@ def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0
     scene = composition.random_scene(rng, 1)
     (obj,) = scene.objects
     for name, options in values.items():
-      made = [dataclasses.replace(obj, **(_at(option) if name == 'place' else {name: option})) for option in options]
-      images = np.stack([render.render(dataclasses.replace(scene, objects=(o,)), size) for o in made])
-      z = sharding.gather(_encode(vae, _pixels(images, most)))[:len(made)]
-      z = np.asarray(z, np.float64).reshape(len(made), -1)
+      objects = [dataclasses.replace(obj, **(_at(option) if name == 'place' else {name: option})) for option in options]
+      images = np.stack([render.render(dataclasses.replace(scene, objects=(o,)), size) for o in objects])
+      z = sharding.gather(_encode(vae, _pixels(images, most)))[:len(objects)]
+      z = np.asarray(z, np.float64).reshape(len(objects), -1)
       distance = np.linalg.norm(z[:, None] - z, axis=-1)
-      nearest[name] += list(np.min(distance + np.diag([np.inf] * len(made)), axis=1))
+      nearest[name] += list(np.min(distance + np.diag([np.inf] * len(objects)), axis=1))
   return {name: round(float(np.median(d) / (np.median(d) + errors)), 3) for name, d in nearest.items()}
 
 

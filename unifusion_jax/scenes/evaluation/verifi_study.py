@@ -1,4 +1,4 @@
-"""What rewriting, images, system prompts and tiles do, on scenes (docs/verifi.md).
+"""Study of VERIFI on scenes: rewriting, image tokens, system prompts, several references, tiles (docs/verifi.md).
 
   python -m unifusion_jax.main --config=configs/edit.py --mode=eval --config.eval.study=verifi --workdir=runs/edit
 """
@@ -21,16 +21,15 @@ SIDE = 3          # references of the tiles' study are this many times as large 
 
 
 def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
-  """Success ('all' of the judge), texts written exactly and requests drawn from themselves because their rewrite was no
-  use, of `config.eval.examples` examples of each kind, over `config.eval.seeds` seeds.
+  """Rates MEASURED of `generation.score`, `config.eval.examples` examples of each kind, `config.eval.seeds` seeds.
 
   prompts: plain, paraphrased (by templates kept out of training) and knowledge prompts of one or two objects, with
     VERIFI and on the request itself.
-  edits: conditioned on images and written text, on either alone, and on images with the request itself.
+  edits: conditioned on image tokens and rewrite, on either alone, and on image tokens with the request itself.
   system: under the system prompt of training, and under another one that the embedded VLM knows.
-  references: two and three of them, which the VLM was trained to describe and the DiT was never trained on, named by
-    what they show; each by itself, and stitched into one. `copy` is the best that copying one reference would do.
-  tiles: the error of images drawn again from references shown in 1, 4 and 9 tiles.
+  references: two and three, named by what they show, each by itself and stitched into one; the VLM was trained to
+    describe several, the DiT never saw them. `copy` is the rate of the best single reference, unchanged.
+  tiles: error of images generated again from references in 1, 4 and 9 tiles.
   Each rate is {'mean', 'least', 'most'} over the seeds. All targets are square.
   """
   study = _Study(pipe, config, folder)
@@ -51,10 +50,10 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
   for count in (2, 3):
     records = study.records('multi', (1, 4), lambda record, count=count: len(record['references']) == count and not any(
         number in record['instruction'] for numbers in multi.ORDINALS for number in numbers))
-    made = study.compare(f'references_{count}', records, verifi=on, stitched=dict(stitch=True, tiles=count))
+    rates = study.compare(f'references_{count}', records, verifi=on, stitched=dict(stitch=True, tiles=count))
     copies = [generation.score(records, [pipeline.Sample(r['references'][k], '') for r in records])['all']
               for k in range(count)]
-    report['references'][str(count)] = dict(made, copy=max(copies))
+    report['references'][str(count)] = dict(rates, copy=max(copies))
   report['tiles'] = study.tiles()
   return report
 
@@ -66,30 +65,30 @@ class _Study:
   folder: pathlib.Path
 
   def records(self, task: str, objects, wanted=lambda record: True, size: int = 0) -> list[dict]:
-    """The first examples of the split that are wanted and have a square target: each shape is programs to compile."""
-    made = (examples.example(task, self.config.eval.split, i, size=size or self.config.data.size, objects=objects)
-            for i in itertools.count())
-    square = (record for record in made if record['target'].shape[0] == record['target'].shape[1])
+    """The first examples of the split that are wanted and have a square target, as each shape is compiled anew."""
+    stream = (examples.example(task, self.config.eval.split, i, size=size or self.config.data.size, objects=objects)
+              for i in itertools.count())
+    square = (record for record in stream if record['target'].shape[0] == record['target'].shape[1])
     return list(itertools.islice(filter(wanted, square), self.config.eval.examples))
 
   def generate(self, records: list[dict], seed: int, rewrite: str | None = None, **settings) -> list[pipeline.Sample]:
-    """One image of each record, under other settings of sampling."""
+    """One image of each record, under changed settings of sampling."""
     records = [dict(record, rewrite=rewrite) for record in records]
     return generation.generate(self.pipe, records, self.config.eval.batch_size, seed,
                                self.pipe.settings.changed(**settings))
 
   def compare(self, name: str, records: list[dict], **ways) -> dict:
-    """The success of each way of asking; writes a sheet with a column for each."""
+    """Rates of each way of sampling; writes a sheet with a column for each."""
     rates, samples = {}, {}
     for way, settings in ways.items():
-      found = {measure: [] for measure in MEASURED}
+      by_seed = {measure: [] for measure in MEASURED}
       for seed in range(self.config.eval.seeds):
-        of_seed = self.generate(records, 1_000_003 * seed, **settings)
-        verdicts = generation.score(records, of_seed)
-        for measure in found:
-          found[measure].append(verdicts[measure])
-        samples.setdefault(way, of_seed)
-      rates[way] = {measure: _spread(values) for measure, values in found.items()}
+        images = self.generate(records, 1_000_003 * seed, **settings)
+        verdicts = generation.score(records, images)
+        for measure in MEASURED:
+          by_seed[measure].append(verdicts[measure])
+        samples.setdefault(way, images)
+      rates[way] = {measure: _spread(values) for measure, values in by_seed.items()}
     most = max(len(record['references']) for record in records[:SHOWN])
     rows, captions = [], []
     for i, record in enumerate(records[:SHOWN]):
@@ -104,7 +103,7 @@ class _Study:
       imaging.write_png(self.folder / f'{name}.png', sheet)
 
   def tiles(self) -> dict:
-    """Root mean square error (0 to 255) of images drawn again, by the tiles that the VLM saw them in."""
+    """Root mean square error (0 to 255) of images generated again, by the number of tiles that the VLM read them in."""
     small = self.records('reconstruct', (1, 4))
     large = self.records('reconstruct', (1, 4), size=SIDE * self.config.data.size)
     shown = [dict(record, references=big['references']) for record, big in zip(small, large)]

@@ -1,0 +1,19 @@
+"""Evaluation: what `config.eval` measures, of the workdir's run or of the weights that the configuration names."""
+
+import json
+import pathlib
+
+from unifusion_jax import sharding
+from unifusion_jax.training import checkpoint, record
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Writes and prints a report (`eval.json`, or `eval_STUDY.json`) that says whose weights it measured."""
+  record.check_same_model(config, workdir)
+  params, weights = checkpoint.trained(config, workdir)
+  report = dict(weights=weights, **config.eval.run(config, params, workdir / 'eval'))
+  record.write(config, workdir, 'config_eval.json')
+  if sharding.is_main_process():
+    text = json.dumps(report, indent=2)
+    (workdir / f'{config.eval.report}.json').write_text(text + '\n')
+    print(text)

@@ -1,0 +1,78 @@
+"""How --mode=eval measures the embedded models on scenes: the `eval` of their recipes."""
+
+import dataclasses
+
+from unifusion_jax.scenes import splits
+from unifusion_jax.scenes.evaluation import generation, language, noise_levels, reconstruction, verifi_study
+
+STUDIES = {'rates': generation, 'verifi': verifi_study, 'noise_levels': noise_levels}
+
+
+@dataclasses.dataclass
+class _Scenes:
+  split: str = 'test'
+  examples: int = 200   # of each measurement
+  batch_size: int = 50
+
+  report = 'eval'
+
+  def problems(self, config) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    del config
+    checks = {
+        f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}': self.split in splits.SPLITS,
+        f'eval.batch_size={self.batch_size} and eval.examples={self.examples} must be 1 or more':
+            min(self.batch_size, self.examples) >= 1}
+    return [text for text, holds in checks.items() if not holds]
+
+
+@dataclasses.dataclass
+class GenerationEvaluation(_Scenes):
+  """Images from prompts and edits, read by the judge.
+
+  study: 'rates'; 'verifi', what rewriting, images and system prompts do (docs/verifi.md); or 'noise_levels', at which
+    times sampling falls short.
+  """
+  study: str = 'rates'
+  seeds: int = 3        # of the study of VERIFI
+
+  @property
+  def report(self) -> str:
+    """Name of the report."""
+    return 'eval' if self.study == 'rates' else f'eval_{self.study}'
+
+  def problems(self, config) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    split = {'verifi': 'test', 'noise_levels': 'train'}.get(self.study, self.split)
+    why = {'verifi': 'the study of VERIFI asks in phrasings that only the split test has',
+           'noise_levels': 'the study of noise levels is there to tune training with'}.get(self.study)
+    checks = {
+        f'eval.study={self.study!r} must be one of {", ".join(STUDIES)}': self.study in STUDIES,
+        f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split,
+        f'eval.seeds={self.seeds} must be 1 or more': self.seeds >= 1}
+    return super().problems(config) + [text for text, holds in checks.items() if not holds]
+
+  def run(self, config, params, folder) -> dict:
+    """The report; sheets of images go into `folder`."""
+    pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
+    return STUDIES[self.study].evaluate(pipe, config, folder)
+
+
+@dataclasses.dataclass
+class LanguageEvaluation(_Scenes):
+  """Captions, answers, rewrites and descriptions of edits by the VLM."""
+
+  def run(self, config, params, folder) -> dict:
+    """The report."""
+    del folder
+    return language.evaluate(params.vlm, config.objective.prompt_encoder(config), config)
+
+
+@dataclasses.dataclass
+class AutoencoderEvaluation(_Scenes):
+  """Scenes that the judge reads in reconstructed images."""
+
+  def run(self, config, params, folder) -> dict:
+    """The report."""
+    del folder
+    return reconstruction.evaluate(params, config)

@@ -1,0 +1,79 @@
+"""The embedded world as a source of records (`data/sources.py`), and what it asks of a recipe's data."""
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+import itertools
+from typing import ClassVar
+
+from unifusion_jax.scenes import examples, world
+
+
+def problems(data, unit: int) -> list[str]:
+  """What of a DataConfig scenes cannot be drawn for; canvas sides must be multiples of `unit` pixels."""
+  wrong = []
+  sides = sorted({side for aspect in world.ASPECTS for side in world.canvas(aspect, data.size)})
+  if data.size < 1 or any(side % unit for side in sides):
+    wrong.append(f'data.size={data.size} makes canvases with sides of {sides}, which must be multiples of {unit} '
+                 'pixels (a latent patch): take a multiple of 64')
+  aspects = tuple(f'{width}:{height}' for width, height in world.ASPECTS.values())
+  if tuple(data.aspects) != aspects:
+    wrong.append(f'data.aspects={data.aspects}: scenes are drawn in {", ".join(aspects)} alone')
+  for task in data.tasks:
+    name, slash, objects = task.name.partition('/')
+    least, dash, most = objects.partition('-')
+    if slash and not (dash and least.isdigit() and most.isdigit() and 1 <= int(least) <= int(most) <= 4
+                      and int(most) > 1):
+      wrong.append(f'data.tasks: {task.name!r} must name how many objects its scenes start with as in {name}/1-2, from '
+                   '1 to 4 and not 1 alone')
+  return wrong
+
+
+class SceneSource:
+  """Examples of the embedded world, drawn when asked for: example i is a pure function of (task, split, seed, i).
+
+  A task may name how many objects its scenes start with, as in 'edit/1-2'.
+  """
+
+  def __init__(self, task: str, split: str, size: int = 64, seed: int = 0, length: int = 2 ** 30):
+    self.name = f'scenes {task} {split} {size} px, seed {seed}'
+    self._named = task
+    task, _, objects = task.partition('/')
+    self._objects = tuple(int(n) for n in objects.split('-')) if objects else (1, 4)
+    self._task, self._split, self._size, self._seed, self._length = task, split, size, seed, length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, i: int) -> dict:
+    record = examples.example(self._task, self._split, int(i), self._seed, self._size, self._objects)
+    return {**record, 'task': self._named}
+
+  def bucket(self, i: int) -> tuple[int, int, int]:
+    width, height = world.canvas(examples.aspect(self._task, self._split, int(i), self._seed), self._size)
+    return height, width, examples.references(self._task, self._split, int(i), self._seed)
+
+  def buckets(self) -> dict[tuple[int, int, int], tuple[float, Sequence[int]]]:
+    """Bucket -> (its share of the examples, the indices of its examples), without walking through all of them."""
+    drawn = [self.bucket(i) for i in range(min(self._length, 500))]
+    counts = collections.Counter(drawn)
+    return {bucket: (count / len(drawn), _Drawn(self, bucket)) for bucket, count in counts.items()}
+
+
+@dataclasses.dataclass
+class _Drawn:
+  """The indices of one bucket of a SceneSource: the k-th is the first such index from k x BLOCK on.
+
+  So any of them is found in a few steps, and no two are the same: a bucket that is rarer than one in BLOCK examples
+  would be missing from the sample that named it.
+  """
+
+  source: SceneSource
+  bucket: tuple[int, int, int]
+  BLOCK: ClassVar[int] = 256
+
+  def __len__(self) -> int:
+    return max(1, len(self.source) // self.BLOCK)
+
+  def __getitem__(self, k: int) -> int:
+    return next(i for i in itertools.count(k * self.BLOCK) if self.source.bucket(i) == self.bucket)

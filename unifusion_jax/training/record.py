@@ -1,0 +1,88 @@
+"""The record of a run in its workdir: the configuration it was started with, and comparisons with another."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from unifusion_jax import sharding
+from unifusion_jax.errors import UserError
+from unifusion_jax.weights import hub
+
+COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
+FORMER = ('unroll',)  # fields that older runs have written and that made no other model
+
+
+def pin(config, *names: str) -> None:
+  """Puts the folder of one commit in the place of each hub id, for all processes; they call this together, once."""
+  for name in names:
+    pinned = hub.pin(getattr(config, name))
+    setattr(config, name, str(pinned.folder))
+    if pinned.commit:
+      config.hub[name] = pinned.name
+
+
+def claim(config, workdir: pathlib.Path) -> None:
+  """Writes config.json into the workdir; UserError when a run with another configuration lives there.
+
+  How a run samples and evaluates may change; what it trains may not.
+  """
+  free = ('sample', 'rewrite', 'eval', 'devices', 'mesh')
+  _compare(config, workdir, lambda name: name.split('.')[0] not in free)
+  write(config, workdir, 'config.json', files=fingerprints(config))
+
+
+def check_same_model(config, workdir: pathlib.Path) -> None:
+  """UserError when the workdir's run trained another model, or beside another VLM or autoencoder, than `config` has."""
+  def matters(name):
+    model = name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and name.split('.')[-1] not in COMPUTING
+    return model or name == 'objective.repa_weight'
+  _compare(config, workdir, matters)
+
+
+def write(config, workdir: pathlib.Path, name: str, **more) -> None:
+  """The configuration as a JSON file of the workdir, whole or not at all; the first of several processes writes it."""
+  if sharding.is_main_process():
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = workdir / f'{name}.part'
+    part.write_text(json.dumps(_described(config) | more, indent=2, sort_keys=True) + '\n')
+    os.replace(part, workdir / name)
+
+
+def fingerprints(config) -> dict[str, str]:
+  """{name: fingerprint} of the folders that the objective reads, so that other weights at the same path are noticed."""
+  return {name: hub.fingerprint(hub.resolve(getattr(config, name))) for name in config.objective.pretrained}
+
+
+def _described(config) -> dict:
+  """The configuration as nested dicts; a folder that came from the hub goes by its id and commit, as on any host."""
+  settings = dataclasses.asdict(config)
+  return settings | settings.pop('hub')
+
+
+def differences(there: dict, now: dict, matters=lambda name: True) -> list[str]:
+  """A line for each setting that differs and matters, by its dotted name: 'optim.clip: 0.5 there, 1.0 now'."""
+  return [f'{name}: {old!r} there, {new!r} now' for name, old, new in _different(there, now) if matters(name)]
+
+
+def _different(there: dict, now: dict, prefix: str = ''):
+  for name in sorted(there.keys() | now.keys()):
+    old, new = there.get(name), now.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+      yield from _different(old, new, f'{prefix}{name}.')
+    elif old != new:
+      yield prefix + name, old, new
+
+
+def _compare(config, workdir: pathlib.Path, matters) -> None:
+  path = workdir / 'config.json'
+  if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
+    return  # nothing was trained there
+  old, new = json.loads(path.read_text()), json.loads(json.dumps(_described(config))) | dict(files=fingerprints(config))
+  if str(old.get('init')).partition('@')[0] == new['init']:
+    new['init'] = old['init']  # the same name, of which a run that goes on looks up no commit
+  differ = differences(old, new,
+                       lambda name: matters(name) and name.split('.')[-1] not in FORMER)
+  if differ:
+    raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
+                    + '\n  '.join(differ))

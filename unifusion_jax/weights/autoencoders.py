@@ -1,0 +1,59 @@
+"""Any supported autoencoder by name: a diffusers folder or a hub id, by the _class_name of its config.json.
+
+All answer to the same verbs: `encode` images [b y x 3] in [-1, 1] to latents [b y x c] of about unit variance,
+`decode` them, `downsampling` (pixels per latent) and `channels` (c). Another one is a
+file in models/ and a line in `CLASSES`.
+"""
+
+import json
+import pathlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from unifusion_jax import sharding
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import vae
+from unifusion_jax.weights import hub
+
+Config = vae.VAEConfig
+Autoencoder = vae.Autoencoder
+CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.Autoencoder, vae.load)}  # by _class_name
+
+
+def load(name, dtype=jnp.float32) -> Autoencoder:
+  """The autoencoder in a folder (as `hub.pin` gave it) or behind a hub id, in `dtype`, on the mesh in context."""
+  folder = hub.resolve(name)
+  _, _, load_class = _class(_described(folder), folder)
+  return load_class(folder, dtype)
+
+
+def config(name) -> Config:
+  """What config.json says of a folder, of a hub id, or of a public name in vae.PRESETS; reads no weights."""
+  if str(name) in vae.PRESETS and not pathlib.Path(name).is_dir():
+    return vae.PRESETS[str(name)]
+  folder = hub.resolve(name, weights=False)
+  described = _described(folder)
+  return _class(described, folder)[0].from_json(described)
+
+
+def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:
+  """The shapes and shardings, on the mesh in context, of the autoencoder with that configuration."""
+  model = next(model for kind, model, _ in CLASSES.values() if isinstance(config, kind))
+  shapes = jax.eval_shape(lambda: model(config, dtype, rngs=nnx.Rngs(0)))
+  return sharding.abstract(shapes, jax.sharding.get_abstract_mesh())
+
+
+def _described(folder: pathlib.Path) -> dict:
+  path = folder / 'config.json'
+  if not path.exists():
+    raise UserError(f'{folder} has no config.json: give the folder of a diffusers autoencoder, the `vae` of a pipeline')
+  return json.loads(path.read_text())
+
+
+def _class(described: dict, folder: pathlib.Path):
+  name = described.get('_class_name')
+  if name not in CLASSES:
+    raise UserError(f'{folder}: an autoencoder of class {name!r} is not supported; supported are {", ".join(CLASSES)}')
+  return CLASSES[name]
