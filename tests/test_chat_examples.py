@@ -8,7 +8,7 @@ import pytest
 from unifusion_jax import config
 from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.errors import BrokenRecord
-from unifusion_jax.scenes import chat_examples, examples, world
+from unifusion_jax.scenes import chat_examples, examples, image_tokens
 
 PROMPTS = transforms.PromptEncoder(str(config.ASSETS / 'vlm'), vision_inputs.TiledImages(64, 16, 1), markers=3,
                                    max_prompt=132, max_rewrite=52, budgets=(('edit', 110, 50), ('question', 80, 12)))
@@ -44,22 +44,16 @@ def test_more_questions_are_asked_as_long_as_there_is_room():
     assert list(example['input_ids'][example['attention_mask']]) == ids[asked], (text, written)
 
 
-def test_the_dense_attributes_say_what_covers_each_token():
-  scene = world.Scene((world.Object('star', 'red', 'large', 'solid', 0.30, 0.25),
-                       world.Object('ring', 'blue', 'small', 'striped', 0.80, 0.80)),
-                      world.Background('gradient', ('sky', 'sand')))
-  table = chat_examples.dense_attributes(scene, 4).reshape(4, 4, 9)
-  star = table[0, 1]  # the cell around (.375, .125)
-  assert star[0] == 1 and world.SHAPES[int(star[1])] == 'star' and list(world.COLOURS)[int(star[2])] == 'red'
-  np.testing.assert_allclose(star[5:7], [(0.30 - 0.375) * 4, (0.25 - 0.125) * 4], atol=1e-6)
-  ring = table[3, 3]
-  assert world.SHAPES[int(ring[1])] == 'ring' and world.FILLS[int(ring[4])] == 'striped'
-  assert table[0, 3, 0] == 0 and table[3, 0, 0] == 0
-  assert (table[..., 7] == world.BACKGROUND_KINDS.index('gradient')).all() and len(np.unique(table[..., 8])) == 1
-  without = dataclasses.replace(scene, objects=scene.objects[1:])
-  np.testing.assert_array_equal(chat_examples.grounding(scene, without, 4).reshape(4, 4),
-                                (table[..., 0] > 0) & (table[..., 1] == star[1]))
-  assert not chat_examples.grounding(scene, scene, 4).any()
+@pytest.mark.parametrize('tiles', [1, 4])
+def test_every_image_token_has_its_row_of_attributes(tiles):
+  """As many rows as the processor makes tokens of the references, the rest padding; edits say what changes."""
+  prompts = PROMPTS.with_tiles(tiles)
+  record = dict(examples.example('edit', 'train', 3, reference_size=128), task='edit', tiles=tiles)
+  example = chat_examples.ChatExample(PROMPTS)(record, np.random.default_rng(0))
+  _, (count,) = prompts.image_processor.preprocess(record['references'])
+  assert example['attributes'].shape == (prompts.image_processor.max_tokens, image_tokens.COLUMNS)
+  assert (example['attributes'][:count, 0] >= 0).all() and (example['attributes'][count:] == -1).all()
+  assert not example['grounding'][count:].any() and (example['grounding'] <= (example['attributes'][:, 0] > 0)).all()
 
 
 def test_text_that_does_not_fit_is_a_broken_record():

@@ -76,13 +76,14 @@ def test_the_pointer_is_right_where_every_token_is():
   reader = types.SimpleNamespace(grounding=10 * jnp.eye(width), grounding_bias=jnp.zeros(1))
   ends = jnp.array(rng.normal(size=(3, 1, 2, width)), jnp.float32)
   wanted = rng.random((3, 5)) < 0.5
+  shown = jnp.ones((3, 5), bool)
   images = jnp.where(wanted[..., None], ends[:, 0, -1:], -ends[:, 0, -1:])
   ends = jnp.broadcast_to(ends[:, :, -1:], ends.shape)
-  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wanted))
+  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wanted), shown)
   assert right == 1 and loss < 1e-3
   wrong = wanted.copy()
   wrong[0, 2] ^= True
-  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wrong))
+  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wrong), shown)
   assert right == pytest.approx(2 / 3) and loss > 1
 
 

@@ -47,8 +47,8 @@ class RewriteConfig:
   def problems(self, *, path: str, shards: int) -> list[str]:
     """What cannot work for the data of `path` on so many devices that share a batch, one sentence each."""
     wrong = []
-    if path == 'scenes':
-      wrong.append('data.path=scenes is drawn on the fly and has no end: write a folder with '
+    if path in loader.SCENES:
+      wrong.append(f'data.path={path} is drawn on the fly and has no end: write a folder with '
                    'python -m unifusion_jax.scenes.builder, or name a list of your own')
     if self.batch_size < 1 or self.batch_size % shards:
       wrong.append(f'rewrite.batch_size={self.batch_size} must be a multiple of the {shards} devices that share a '

@@ -27,6 +27,7 @@ from unifusion_jax.errors import BrokenRecord, UserError
 Transform = Callable[[dict, np.random.Generator], dict]
 ENDLESS = 2 ** 50  # examples; grain's own endless repeat overflows at one row a process
 TRIES = 100  # records of one bucket tried in a row before the run stops
+SCENES = ('scenes', 'scenes/wide')  # the embedded world (unifusion_jax/scenes), and a wider one to train on
 THREADS = 2  # batches made at a time in a process that has no workers
 
 
@@ -42,7 +43,7 @@ class Task:
 @dataclasses.dataclass
 class DataConfig:
   """Where examples come from and what shape they take."""
-  # 'scenes': drawn on the fly; a folder written by scenes/builder.py; a .jsonl or .parquet file of your own.
+  # 'scenes' or 'scenes/wide': drawn on the fly; a folder of scenes/builder.py; a .jsonl or .parquet file of your own.
   path: str = 'scenes'
   tasks: tuple[Task, ...] = (Task('t2i'),)   # of your own images there is one source; 'reconstruct' asks for them again
   only: str = ''                             # some of the tasks: 'edit' (edit/1-2 too), or 'edit=0.7,t2i=0.3'
@@ -129,12 +130,12 @@ class DataConfig:
       wrong.append(f'data.workers={self.workers} must be 0 or more')
     if not 0 <= self.skipped <= 1:
       wrong.append(f'data.skipped={self.skipped} is a share: between 0 and 1')
-    for name in ('chosen', *(['canvases'] if self.path != 'scenes' else [])):
+    for name in ('chosen', *([] if self.path in SCENES else ['canvases'])):
       try:
         getattr(self, name)
       except UserError as error:
         wrong.append(str(error))
-    if self.path == 'scenes':
+    if self.path in SCENES:
       wrong += _scenes().problems(self, unit)
     elif self.unit % unit:
       wrong.append(f'data.unit={self.unit} must be a multiple of the {unit} pixels of a latent patch')
@@ -160,25 +161,26 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
   With several numbers of tiles each of these comes once for each number.
   """
   path, tasks = pathlib.Path(data.path), data.chosen
-  if data.path == 'scenes':
-    weighted = [(_scenes().SceneSource(task.name, split, data.size, seed), task.weight) for task in tasks]
-  elif path.suffix in ('.jsonl', '.parquet'):
-    own = sources.FolderSource(path, data.canvases, data.skipped)
-    again = sum(task.weight for task in tasks if task.name == 'reconstruct')
-    first = sum(task.weight for task in tasks if task.name != 'reconstruct')
-    weighted = [(source, weight) for source, weight in ((own, first), (sources.Reconstruct(own), again)) if weight]
-  elif path.is_dir():
-    weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
+  if data.path in SCENES:
+    weighted = _scenes().mix(data, split, seed)
   else:
-    raise UserError(f"data.path={data.path!r} is neither 'scenes' nor a .jsonl or .parquet file nor a folder that "
-                    'unifusion_jax.scenes.builder wrote')
+    if path.suffix in ('.jsonl', '.parquet'):
+      own = sources.FolderSource(path, data.canvases, data.skipped)
+      again = sum(task.weight for task in tasks if task.name == 'reconstruct')
+      first = sum(task.weight for task in tasks if task.name != 'reconstruct')
+      weighted = [(source, weight) for source, weight in ((own, first), (sources.Reconstruct(own), again)) if weight]
+    elif path.is_dir():
+      weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
+    else:
+      raise UserError(f"data.path={data.path!r} is neither 'scenes' or 'scenes/wide' nor a .jsonl or .parquet file nor a "
+                      'folder that unifusion_jax.scenes.builder wrote')
+    if len(data.tiles) > 1:
+      weighted = [(sources.InTiles(source, tiles), weight / len(data.tiles)) for source, weight in weighted
+                  for tiles in data.tiles]
   if data.rewrites:
     table = rewrites.Table(data.rewrites)
     weighted = [(sources.Rewritten(source, table), weight) for source, weight in weighted]
-  if len(data.tiles) == 1:
-    return weighted
-  return [(sources.InTiles(source, tiles), weight / len(data.tiles)) for source, weight in weighted
-          for tiles in data.tiles]
+  return weighted
 
 
 def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch_size: int, seed: int = 0,

@@ -4,8 +4,10 @@ import collections
 from collections.abc import Sequence
 import dataclasses
 import itertools
+import math
 from typing import ClassVar
 
+from unifusion_jax.data import sources
 from unifusion_jax.scenes import examples, world
 
 
@@ -29,14 +31,33 @@ def problems(data, unit: int) -> list[str]:
   return wrong
 
 
+def mix(data, split: str, seed: int) -> list[tuple[object, float]]:
+  """(source, weight) for each task of a DataConfig, and where it has several numbers of tiles for each of these.
+
+  In the wider world references grow with the tiles that they are shown in, so that there is more to see in them.
+  """
+  wide = data.path == 'scenes/wide'
+  weighted = []
+  for task in data.chosen:
+    for tiles in data.tiles:
+      source = SceneSource(task.name, split, data.size, seed, wide=wide, magnified=math.isqrt(tiles) if wide else 1)
+      if len(data.tiles) > 1:
+        source = sources.InTiles(source, tiles)
+      weighted.append((source, task.weight / len(data.tiles)))
+  return weighted
+
+
 class SceneSource:
   """Examples of the embedded world, drawn when asked for: example i is a pure function of (task, split, seed, i).
 
-  A task may name how many objects its scenes start with, as in 'edit/1-2'.
+  A task may name how many objects its scenes start with, as in 'edit/1-2'. wide: the split train is of the wider world.
+  magnified: how many times `size` the references are.
   """
 
-  def __init__(self, task: str, split: str, size: int = 64, seed: int = 0, length: int = 2 ** 30):
-    self.name = f'scenes {task} {split} {size} px, seed {seed}'
+  def __init__(self, task: str, split: str, size: int = 64, seed: int = 0, length: int = 2 ** 30, *,
+               wide: bool = False, magnified: int = 1):
+    self.name = f'scenes{"/wide" if wide else ""} {task} {split} {size} px, seed {seed}'
+    self._wide, self._reference_size = wide, size * magnified
     self._named = task
     task, _, objects = task.partition('/')
     self._objects = tuple(int(n) for n in objects.split('-')) if objects else (1, 4)
@@ -46,7 +67,8 @@ class SceneSource:
     return self._length
 
   def __getitem__(self, i: int) -> dict:
-    record = examples.example(self._task, self._split, int(i), self._seed, self._size, self._objects)
+    record = examples.example(self._task, self._split, int(i), self._seed, self._size, self._objects,
+                              wide=self._wide, reference_size=self._reference_size)
     return {**record, 'task': self._named}
 
   def bucket(self, i: int) -> tuple[int, int, int]:

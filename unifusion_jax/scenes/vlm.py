@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from unifusion_jax import sharding
 from unifusion_jax.data import transforms
 from unifusion_jax.models import internvl, layers
-from unifusion_jax.scenes import chat_examples, world
+from unifusion_jax.scenes import chat_examples, image_tokens, world
 from unifusion_jax.scenes.evaluation import language
 
 PREVIEWED = 8  # images of a preview
 
 # Sizes of the attributes head's outputs: covered, the object's attributes, its centre, background kind and colours.
-_PARTS = (1, *(len(names) for _, names in chat_examples.ATTRIBUTES), 2, len(world.BACKGROUND_KINDS),
-          len(world.BACKGROUND_COLOURS) ** 2)
+_PARTS = (1, *(len(names) for _, names in image_tokens.ATTRIBUTES), 2, len(world.BACKGROUND_KINDS),
+          len(image_tokens.BACKGROUNDS), len(image_tokens.BACKGROUNDS))
 
 
 class VLMWithHeads(nnx.Module):
@@ -123,7 +123,8 @@ class VLMObjective:
     grounding = 0.0
     if self.grounding_weight and 'grounding' in batch:
       ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
-      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['grounding'])
+      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['grounding'],
+                                                            batch['attributes'][..., 0] >= 0)
     logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
     mask = batch['target_mask'].astype(jnp.float32)
     targets = batch['targets'].astype(jnp.int32)
@@ -136,42 +137,44 @@ class VLMObjective:
     return self.lm_weight * loss + heads, dict(loss=loss, accuracy=right, **metrics)
 
 
-def grounding_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, changes: jax.Array):
+def grounding_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, changes: jax.Array,
+                   shown: jax.Array):
   """Loss of the grounding head, and the share of examples with every image token right.
 
   ends [b 1 l e], states of a few layers at the end of the instruction; image_features [b s e]; changes [b s] bool,
-  the tokens that show what the edit changes.
+  the tokens that show what the edit changes; shown [b s] bool, False on padding.
   """
   queries = layers.einsum('ble,ef->blf', layers.rms_norm(ends[:, 0].astype(jnp.float32)), params.grounding)
   keys = layers.rms_norm(image_features.astype(jnp.float32))
   logits = jnp.einsum('blf,bsf->bls', queries, keys) / keys.shape[-1] ** 0.5 + params.grounding_bias[...]
-  changes = changes[:, None]
-  right = jnp.all((logits[:, -1:] > 0) == changes, axis=(1, 2))
-  return jnp.mean(jnp.logaddexp(0.0, jnp.where(changes, -logits, logits))), jnp.mean(right.astype(jnp.float32))
+  changes, shown = changes[:, None], shown[:, None]
+  right = jnp.all(((logits[:, -1:] > 0) == changes) | ~shown, axis=(1, 2))
+  losses = jnp.logaddexp(0.0, jnp.where(changes, -logits, logits))
+  return jnp.sum(losses * shown) / (jnp.sum(shown) * logits.shape[1]), jnp.mean(right.astype(jnp.float32))
 
 
 def _attributes_loss(outputs: jax.Array, truth: jax.Array):
-  """Loss and accuracies of the attributes head: outputs [b s sum(_PARTS)], truth [b s 9] of `chat_examples`."""
+  """Loss and accuracies of the attributes head: outputs [b s sum(_PARTS)], truth [b s COLUMNS] of `image_tokens`."""
   edges = [sum(_PARTS[:i + 1]) for i in range(len(_PARTS) - 1)]
-  covered, shape, colour, size, fill, centre, kind, colours = jnp.split(outputs.astype(jnp.float32), edges, axis=-1)
-  present = truth[..., 0]
+  covered, *attributes, centre, kind, upper, lower = jnp.split(outputs.astype(jnp.float32), edges, axis=-1)
+  shown, present = (truth[..., 0] >= 0).astype(jnp.float32), (truth[..., 0] > 0).astype(jnp.float32)
 
   def mean(x, where):
     return jnp.sum(x * where) / jnp.maximum(jnp.sum(where), 1.0)
 
   def chosen(logits, labels, where):
     log_probabilities = jax.nn.log_softmax(logits)
-    picked = jnp.take_along_axis(log_probabilities, labels.astype(jnp.int32)[..., None], axis=-1)[..., 0]
+    labels = jnp.maximum(labels, 0).astype(jnp.int32)
+    picked = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
     return -mean(picked, where), mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32), where)
 
-  everywhere = jnp.ones_like(present)
-  losses = {'covered': mean(jnp.logaddexp(0.0, jnp.where(present > 0, -1, 1) * covered[..., 0]), everywhere),
+  losses = {'covered': mean(jnp.logaddexp(0.0, jnp.where(present > 0, -1, 1) * covered[..., 0]), shown),
             'centre': mean(jnp.mean(jnp.abs(centre - truth[..., 5:7]), -1), present)}
   rates = {}
-  for i, (name, logits) in enumerate((('shape', shape), ('colour', colour), ('size', size), ('fill', fill)), 1):
+  for i, ((name, _), logits) in enumerate(zip(image_tokens.ATTRIBUTES, attributes, strict=True), 1):
     losses[name], rates[f'attributes_{name}'] = chosen(logits, truth[..., i], present)
-  losses['kind'], rates['attributes_background'] = chosen(kind, truth[..., 7], everywhere)
-  losses['colours'], _ = chosen(colours, truth[..., 8], everywhere)
+  losses['kind'], rates['attributes_background'] = chosen(kind, truth[..., 7], shown)
+  losses['upper'], losses['lower'] = (chosen(logits, truth[..., i], shown)[0] for i, logits in ((8, upper), (9, lower)))
   return sum(losses.values()), dict(rates, attributes_centre=losses['centre'])
 
 
