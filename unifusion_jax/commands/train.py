@@ -24,15 +24,14 @@ class TrainConfig:
   minutes: float = 0.0         # wall-clock budget; above 0 the run and its schedule end with it, or with `steps`
   log_every: int = 10
   save_every: int = 500
-  preview_every: int = 500
+  preview_every: int = 500     # 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
-    counts = [f'train.{name}={getattr(self, name)} must be 1 or more'
-              for name in ('steps', 'log_every', 'save_every', 'preview_every') if getattr(self, name) < 1]
-    minutes = [] if self.minutes >= 0 else [f'train.minutes={self.minutes} must be 0 (no budget) or more']
-    return counts + minutes
+    least = dict(steps=1, log_every=1, save_every=1, preview_every=0, minutes=0)
+    return [f'train.{name}={getattr(self, name)} must be {limit} or more' for name, limit in least.items()
+            if getattr(self, name) < limit]
 
 
 class Diverged(UserError):
@@ -61,20 +60,24 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   preview = objective.preview(config)
 
   start, end = int(state.step), config.train.steps if stop_at is None else min(stop_at, config.train.steps)
+  end = start if state.progress == 1 else end  # a budget of minutes that was used up
   writer = metrics.Writer(workdir, start, config.train.steps)
   clock = Clock(config.train.minutes, float(state.progress))
   guard = DivergenceGuard(config.train.max_loss_ratio)
   key = jax.random.key(config.seed)
   logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
-  rate_clock, rate_step = time.monotonic(), start
+  rate_clock, rate_step, waited = time.monotonic(), start, 0.0
   try:
     writer.note('compiling: the first step of each shape of batch takes its time')
     for done in range(start + 1, end + 1):
+      waiting = time.monotonic()
       batch = next(data)
+      waited += time.monotonic() - waiting
       progress = clock()
       state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key, progress)
       pending.append(scalars)
-      jax.block_until_ready(pending[-2:][0])  # the host runs at most one step ahead
+      if len(pending) > 1:
+        jax.block_until_ready(pending[-2])  # the host runs at most one step ahead
       last = done == end or progress == 1
       logs, saves = (done % every == 0 or last for every in (config.train.log_every, config.train.save_every))
       if logs or saves or done == start + 1:
@@ -87,15 +90,17 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
       writer.step(done)
       if logs:
         now = time.monotonic()
-        rate = (done - rate_step) * config.data.batch_size / (now - rate_clock)
-        rate_clock, rate_step = now, done
-        writer.write(done, dict(_means(logged), images_per_second=rate, skipped=data.skipped))
+        seconds = now - rate_clock
+        images = (done - rate_step) * config.data.batch_size
+        rates = dict(images_per_second=images / seconds, data_wait=waited / seconds)
+        rate_clock, rate_step, waited = now, done, 0.0
+        writer.write(done, dict(_means(logged), **rates, skipped=data.skipped))
         logged = []
-      if done % config.train.preview_every == 0 or last:
+      if config.train.preview_every and (done % config.train.preview_every == 0 or last):
         grid = preview(state.ema, frozen)
         if grid is not None and sharding.is_main_process():
           imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
-        rate_clock, rate_step = time.monotonic(), done
+        rate_clock, rate_step, waited = time.monotonic(), done, 0.0
       if saves:
         checkpoints.save(state, data)
       if last:
@@ -122,7 +127,7 @@ def batches(config) -> loader.Feed:
 
 
 def abstract(config):
-  """(state, frozen, batch) of the train step as shapes on the abstract mesh in context: no device, no weight is needed."""
+  """(state, frozen, batch) of the train step as shapes on the abstract mesh in context; needs no device, no weights."""
   objective, tx = config.objective, step.optimizer(config.optim, config.train.steps)
   state = jax.eval_shape(lambda: step.init(objective.random(config), tx))
   return state, objective.abstract_frozen(config), objective.batch_spec(config)

@@ -1,11 +1,10 @@
-"""The embedded models anew within a budget of wall-clock time: vision tower, VLM, text to image, edits.
+"""The embedded models anew within a budget of wall-clock time: autoencoder, vision tower, VLM, text to image, edits.
 
-  python -m unifusion_jax.scenes.retrain --minutes=9                  # a GPU; launch/embedded.sh makes the environment
-  python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR     # the same command again goes on where it stood
+  python -m unifusion_jax.scenes.retrain --minutes=9                 # a GPU; launch/embedded.sh makes the environment
+  python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR    # the same command again goes on where it stood
 
-Each stage gets a share of the budget, trains by the clock, so that its learning rate falls in its last share, and exports
-to FOLDER/STAGE/export, from which the next one starts. What starting and exporting take is kept in reserve. The autoencoder
-is the shipped one: the DiT learns its latents.
+They learn the wider world (`data.path=scenes/wide`). Each stage gets a share of the budget, trains by the clock, so
+that its learning rate falls towards its end, and exports to FOLDER/STAGE/export, which later stages start from or read.
 """
 
 import dataclasses
@@ -17,56 +16,65 @@ import time
 from absl import app, flags, logging
 import jax
 
-from configs import edit, t2i, vlm
+from configs import edit, t2i, vae, vlm
 from unifusion_jax import config as configuration
 from unifusion_jax import sharding
 from unifusion_jax.commands import export, train
 
-SHARES = {'tower': 0.10, 'vlm': 0.42, 't2i': 0.30, 'edit': 0.18}
-RESERVE = 0.12  # share of the budget for starts, previews, checkpoints and exports
+SHARES = {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16}
+RESERVE = 0.12  # share of the budget for starts, checkpoints and exports
+PROMPT, REWRITE = 150, 52  # one budget of tokens for all tasks: few shapes, so little to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """Settings of a machine: batch sizes of VLM and DiT, loader processes, dtype, and what their learning rates grow by."""
+  """Settings of a machine: batch sizes, noises per example, loader processes, tiles of the VLM, dtype of the DiT, and
+  the factor of all learning rates."""
+  vae_batch: int
   vlm_batch: int
   dit_batch: int
   noises: int
   workers: int
+  tiles: tuple[int, ...]
   dtype: str
   rate: float
 
 
 def scale_of(platform: str, cores: int) -> Scale:
-  """An accelerator takes large batches in bfloat16 and a loader process a core; a CPU the recipes as they are."""
+  """An accelerator takes large batches in bfloat16 and a loader process a core; a CPU the recipes' own sizes."""
   if platform == 'cpu':
-    return Scale(vlm_batch=32, dit_batch=16, noises=4, workers=0, dtype='float32', rate=1.0)
-  return Scale(vlm_batch=512, dit_batch=512, noises=8, workers=max(1, cores - 1), dtype='bfloat16', rate=2.0)
+    return Scale(32, 32, 16, noises=4, workers=0, tiles=(1,), dtype='float32', rate=1.0)
+  return Scale(512, 512, 512, noises=8, workers=max(1, cores - 1), tiles=(1, 4, 9), dtype='bfloat16', rate=2.0)
 
 
 def stages(folder: pathlib.Path, minutes: float, scale: Scale) -> dict[str, configuration.Config]:
   """The configuration of each stage, in order."""
-  exported = {name: str(folder / name / 'export') for name in SHARES}
-  configs = dict(tower=vlm.get_config('tower'), vlm=vlm.get_config(), t2i=t2i.get_config(), edit=edit.get_config())
-  configs['vlm'].init = exported['tower']
-  configs['edit'].init = exported['t2i']
+  exports = {name: str(folder / name / 'export') for name in SHARES}
+  configs = dict(vae=vae.get_config(), tower=vlm.get_config('tower'), vlm=vlm.get_config(), t2i=t2i.get_config(),
+                 edit=edit.get_config())
+  configs['vae'].init = str(configuration.ASSETS / 'vae')
+  configs['vlm'].init, configs['edit'].init = exports['tower'], exports['t2i']
+  batches = dict(vae=scale.vae_batch, tower=scale.vlm_batch, vlm=scale.vlm_batch, t2i=scale.dit_batch,
+                 edit=scale.dit_batch)
   for name, config in configs.items():
-    dit = name in ('t2i', 'edit')
     config.train = dataclasses.replace(
-        config.train, minutes=minutes * (1 - RESERVE) * SHARES[name], steps=1_000_000, log_every=50, save_every=1000,
-        preview_every=1_000_000)
-    config.optim = dataclasses.replace(config.optim, learning_rate=config.optim.learning_rate * scale.rate, decay=0.4)
+        config.train, minutes=minutes * (1 - RESERVE) * SHARES[name], steps=1_000_000, log_every=50, save_every=500,
+        preview_every=0)
+    config.optim = dataclasses.replace(
+        config.optim, learning_rate=config.optim.learning_rate * scale.rate, warmup=100, decay=0.4)
+    tasks = tuple(dataclasses.replace(task, prompt=None, rewrite=None) for task in config.data.tasks)
     config.data = dataclasses.replace(
-        config.data, path='scenes/wide', batch_size=scale.dit_batch if dit else scale.vlm_batch, workers=scale.workers)
-    if dit:
-      config.vlm = exported['vlm']
+        config.data, path='scenes/wide', tasks=tasks, max_prompt_tokens=PROMPT, max_rewrite_tokens=REWRITE,
+        batch_size=batches[name], workers=scale.workers, tiles=scale.tiles if name in ('tower', 'vlm') else (1,))
+    if name in ('t2i', 'edit'):
+      config.vlm, config.vae = exports['vlm'], exports['vae']
       config.model.dtype = scale.dtype
       config.objective.noises_per_example = scale.noises
   return configs
 
 
 def run(folder: pathlib.Path, minutes: float, scale: Scale) -> None:
-  """Trains and exports every stage that has not been exported; interrupted, the next call goes on."""
+  """Trains and exports every stage that has no export yet; after an interruption the next call goes on."""
   for name, config in stages(folder, minutes, scale).items():
     workdir, start = folder / name, time.monotonic()
     if (workdir / 'export').exists():
@@ -76,20 +84,21 @@ def run(folder: pathlib.Path, minutes: float, scale: Scale) -> None:
       state = train.run(config, workdir)
       export.run(config, workdir)
     if sharding.is_main_process():
-      print(f'{name}: {int(state.step)} steps of {config.data.batch_size} in {time.monotonic() - start:.0f} s')
+      print(f'{name}: {int(state.step)} steps of {config.data.batch_size} examples in '
+            f'{time.monotonic() - start:.0f} s, of them {60 * config.train.minutes:.0f} s of training')
 
 
 def main(argv):
   del argv
   jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
   jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.join('.cache', 'jax')))
-  run(pathlib.Path(_FOLDER.value), _MINUTES.value,
-      scale_of(jax.devices()[0].platform, len(os.sched_getaffinity(0))))
+  platform, cores = jax.devices()[0].platform, len(os.sched_getaffinity(0))
+  run(pathlib.Path(flags.FLAGS.folder), flags.FLAGS.minutes, scale_of(platform, cores))
 
-
-_MINUTES = flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together.', lower_bound=0.1)
-_FOLDER = flags.DEFINE_string('folder', 'runs/embedded', 'Folder of the stages.')
 
 if __name__ == '__main__':
+  # Defined here, so that programs with flags of the same names may import this module
+  flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together.', lower_bound=0.1)
+  flags.DEFINE_string('folder', 'runs/embedded', 'Folder of the stages.')
   logging.use_absl_handler()
   app.run(main)

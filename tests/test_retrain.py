@@ -1,0 +1,58 @@
+"""The embedded models within a budget of time: the stages hang together, the clock ends them, interruptions go on."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from unifusion_jax import config as configuration
+from unifusion_jax.commands import train
+from unifusion_jax.scenes import retrain
+
+CPU, GPU = retrain.scale_of('cpu', 2), retrain.scale_of('gpu', 16)
+
+
+@pytest.mark.parametrize('scale', [CPU, GPU])
+def test_stages_start_from_what_earlier_ones_export(scale, tmp_path):
+  stages = retrain.stages(tmp_path, 9.0, scale)
+  assert list(stages) == ['vae', 'tower', 'vlm', 't2i', 'edit']
+  assert stages['vlm'].init.endswith('tower/export') and stages['edit'].init.endswith('t2i/export')
+  for name in ('t2i', 'edit'):
+    assert stages[name].vlm.endswith('vlm/export') and stages[name].vae.endswith('vae/export')
+  assert sum(stage.train.minutes for stage in stages.values()) == pytest.approx(9.0 * (1 - retrain.RESERVE))
+  for stage in stages.values():
+    assert stage.data.path == 'scenes/wide' and len({budget[1:] for budget in stage.data.budgets}) == 1
+    stage.vae = stage.vlm = stage.vae if '/export' not in stage.vae else str(configuration.ASSETS / 'vae')
+    configuration.check(stage, 1)
+
+
+def test_the_clock_ends_a_run_and_its_learning_rate(recipe, tmp_path, monkeypatch):
+  """Progress by the clock: the run stops when it is used up, is not begun again, and one that was cut goes on."""
+  now = [0.0]
+  monkeypatch.setattr(train.time, 'monotonic', lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+  config = recipe()
+  config.train = train.TrainConfig(steps=1000, minutes=1.0, log_every=1, save_every=1, preview_every=0)
+  config.optim.decay = 1.0
+  state = train.run(config, tmp_path, stop_at=2)
+  assert int(state.step) == 2 and 0 < float(state.progress) < 1
+  before = float(state.progress)
+  state = train.run(config, tmp_path)
+  assert float(state.progress) == 1 and 2 < int(state.step) < 60
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == list(range(1, int(state.step) + 1))
+  again = train.run(config, tmp_path)
+  assert int(again.step) == int(state.step) and before < 1
+  jax.block_until_ready(again)
+
+
+def test_interrupted_stages_go_on(recipe, tmp_path, monkeypatch):
+  """A stage with an export is done; the others train and export in order."""
+  config = recipe()
+  config.train = dataclasses.replace(config.train, steps=1, save_every=1, preview_every=0)
+  configs = {name: dataclasses.replace(config) for name in ('one', 'two')}
+  monkeypatch.setattr(retrain, 'stages', lambda *_: configs)
+  (tmp_path / 'one' / 'export').mkdir(parents=True)
+  retrain.run(tmp_path, 1.0, CPU)
+  assert not list((tmp_path / 'one' / 'export').iterdir())
+  assert (tmp_path / 'two' / 'export' / 'unifusion.json').exists()
