@@ -19,11 +19,12 @@ from unifusion_jax import conditioning, config, pipeline, sharding, verifi
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import causal_lm, decoder, text_generation, unifusion, vae
+from unifusion_jax.models import causal_lm, decoder, text_generation, unifusion
 from unifusion_jax.pipeline import Request, UniFusionPipeline
 from unifusion_jax.scenes import examples, judge, render, world
 from unifusion_jax.scenes.evaluation import generation, noise_levels, verifi_study
-from unifusion_jax.weights import encoders
+from unifusion_jax.scenes.evaluation import settings as evaluation
+from unifusion_jax.weights import autoencoders, encoders
 
 SQUARE = [e for e in (examples.example('edit', 'test', i) for i in range(40)) if e['target'].shape == (64, 64, 3)]
 REFERENCES = [e['references'][0] for e in SQUARE[:4]]
@@ -48,7 +49,7 @@ def random_pipe(settings):
   rng = np.random.default_rng(0)
   model = jax.jit(lambda: unifusion.UniFusion(settings.model, rngs=nnx.Rngs(0)))()
   model = jax.tree.map(lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding), model)
-  frozen = conditioning.Frozen(encoders.load(settings.vlm, np.float32), vae.load(settings.vae), settings.taps)
+  frozen = conditioning.Frozen(encoders.load(settings.vlm, np.float32), autoencoders.load(settings.vae), settings.taps)
   return UniFusionPipeline(model, frozen, transforms.prompt_encoder(settings), settings.sample, settings.data.size)
 
 
@@ -87,7 +88,7 @@ def test_only_the_rows_whose_rewrite_is_no_use_fall_back(tiny):
   whole, chat = tiny.encode(edits), tiny.prompt_encoder.chat
   lengths = [len(chat.text_ids(text)) + 1 for text in whole.rewrites]
   room = int(np.median(lengths))
-  narrow = dataclasses.replace(tiny.prompt_encoder, written=room)
+  narrow = dataclasses.replace(tiny.prompt_encoder, max_rewrite=room)
   short = UniFusionPipeline(tiny.model, tiny.frozen, narrow, tiny.settings)
   encoded = short.encode(edits)
   failed = [i for i, length in enumerate(lengths) if length > room]
@@ -142,10 +143,10 @@ def test_without_verifi_the_request_itself_conditions_as_in_training(pipe):
 def test_a_long_request_without_verifi_needs_no_shorter_rewrite(pipe):
   """Longer than the room for rewrites: it still conditions whole, alone and beside a short one."""
   raw = pipe.settings.changed(verifi=False)
-  long = Request('red ' * (pipe.prompt_encoder.written + 5))
+  long = Request('red ' * (pipe.prompt_encoder.max_rewrite + 5))
   words = len(pipe.prompt_encoder.chat.text_ids(long.instruction))
   alone, beside = tokens(pipe.encode([long], raw))[0], tokens(pipe.encode([*requests(1), long], raw))[1]
-  assert len(alone) == words + 1 > pipe.prompt_encoder.written
+  assert len(alone) == words + 1 > pipe.prompt_encoder.max_rewrite
   np.testing.assert_allclose(alone, beside, atol=1e-4, rtol=1e-3)
 
 
@@ -199,7 +200,7 @@ def test_sampled_rewrites_follow_the_seed_and_not_the_noise(tiny):
     words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.arange(8))))
     keys = jax.random.wrap_key_data(sharding.shard(words))
     ids, lengths, *_ = text_generation.generate(
-        tiny.frozen.vlm, batch['input_ids'], batch['attention_mask'], max_new=encoder.written,
+        tiny.frozen.vlm, batch['input_ids'], batch['attention_mask'], max_new=encoder.max_rewrite,
         stop_ids=encoder.chat.stop_ids, taps=tiny.frozen.taps, temperature=2.0, key=keys)
   shared, _ = pipeline.read_rewrites(encoder.chat, np.asarray(ids), np.asarray(lengths))
   assert sum(a == b for a, b in zip(first, shared)) < 4
@@ -244,9 +245,9 @@ def test_the_null_condition_is_the_empty_text_and_computed_once(pipe):
 
 def test_guidance_of_one_computes_no_null(pipe):
   """A model whose token budget has no room for the null prompt: it works as long as nobody asks for that."""
-  encoder = pipe.prompt_encoder.in_tiles(4)  # the room of four tiles that a small image leaves is there for its text
+  encoder = pipe.prompt_encoder.with_tiles(4)  # the room of four tiles that a small image leaves is there for its text
   spans = encoder.chat.spans('', (), '', encoder.system)
-  narrow = dataclasses.replace(encoder, text=sum(len(span.ids) for span in spans) - 1)
+  narrow = dataclasses.replace(encoder, max_prompt=sum(len(span.ids) for span in spans) - 1)
   cramped = UniFusionPipeline(pipe.model, pipe.frozen, narrow, pipe.settings)
   one = cramped.generate(requests(1, rewrite='x'), 64, 64, settings=pipe.settings.changed(guidance=1.0))[0].image
   with pytest.raises(UserError, match='does not fit'):
@@ -304,7 +305,7 @@ def test_part_after_part_is_the_whole_way(pipe, eta):
 
 @pytest.mark.parametrize('eta', [0.0, 1.0])
 def test_sampling_on_from_images(pipe, eta):
-  """From time 1 they leave no trace; from 0 they come back as the autoencoder gives them; between, something of both."""
+  """From time 1 they leave no trace; from 0 the autoencoder gives them back; between, something of both."""
   s = pipe.settings.changed(eta=eta)
   images = [np.random.default_rng(0).integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)] * 3
   plain = pipe.generate(requests(3, rewrite='x'), 64, 64, settings=s)
@@ -338,7 +339,7 @@ def test_a_scene_is_edited_as_asked(tiny):
   """The shipped model on a scene: the judge reads a circle that was red and is blue, and the star as it was."""
   circle = world.Object('circle', 'red', 'medium', 'solid', 0.3, 0.3)
   star = world.Object('star', 'green', 'medium', 'solid', 0.7, 0.7)
-  scene = world.Scene((circle, star), world.Background('plain', ('white',)))
+  scene = world.Scene((circle, star), world.Background('plain', ('mint',)))
   result = tiny('make the circle blue', images=render.render(scene, 64), num_images=4, steps=12)
   assert len(result.images) == 4 and result.warnings == [''] * 4
   wanted = dataclasses.replace(scene, objects=(dataclasses.replace(circle, colour='blue'), star))
@@ -383,7 +384,8 @@ def test_sizes_follow_the_first_reference(pipe):
     (dict(method='rk4'), "must be 'euler' or 'heun'"), (dict(method='heun', eta=0.5), 'between Euler steps'),
     (dict(num_images=0), 'num_images=0'), (dict(seed=-1), 'seed=-1'), (dict(width=60), 'width=60 must be a multiple'),
     (dict(images='gone.png'), 'gone.png is not there'), (dict(images=np.zeros((4, 4), np.float32)), 'image array'),
-    (dict(system='faithfull', rewrite='x'), "did you mean 'faithful'"), (dict(top_p=0.0), 'top_p=0.0'), (dict(eta=2), 'eta=2')])
+    (dict(system='faithfull', rewrite='x'), "did you mean 'faithful'"), (dict(top_p=0.0), 'top_p=0.0'),
+    (dict(eta=2), 'eta=2')])
 def test_arguments_that_cannot_be(pipe, ways, message):
   with pytest.raises(UserError, match=re.escape(message)):
     pipe(**dict(prompt='x', rewrite='x') | ways if 'prompt' not in ways else ways)
@@ -519,7 +521,7 @@ def test_preview_and_evaluation(pipe, recipe, tmp_path):
 
 def test_the_study_of_noise_levels(tiny, recipe, tmp_path):
   """At t = 0 true images stay as they are, also with new noise between steps; at t = 1 they do not."""
-  settings = recipe(eval=config.EvalConfig(study='times', split='train', examples=3, batch_size=4))
+  settings = recipe(eval=evaluation.GenerationEvaluation(study='noise_levels', split='train', examples=3, batch_size=4))
   report = noise_levels.evaluate(with_settings(tiny, steps=2, eta=1.0), settings, tmp_path)
   assert report['examples'] == 3 and report['0.0']['all'] == 1.0 and report['1.0']['all'] < 1.0
   assert imaging.read(tmp_path / 'times.png').shape[1] > 8 * 128
@@ -538,7 +540,7 @@ def test_the_study_of_verifi(recipe, tmp_path):
       noise = np.random.default_rng(settings.tiles).integers(0, 256, (height, width, 3)).astype(np.uint8)
       return [pipeline.Sample(noise, request.instruction) for request in requests]
 
-  made = recipe(eval=config.EvalConfig(examples=3, batch_size=4, seeds=2))
+  made = recipe(eval=evaluation.GenerationEvaluation(examples=3, batch_size=4, seeds=2))
   report = verifi_study.evaluate(Recorder(config.SampleConfig()), made, tmp_path)
   assert set(report['edits']) == {'both', 'written', 'images', 'raw'} and set(report['references']) == {'2', '3'}
   assert report['edits']['both']['all'] == dict(mean=0.0, least=0.0, most=0.0)

@@ -187,7 +187,7 @@ def _in_mesh(method):
 
 
 class UniFusionPipeline:
-  """One model with its frozen VLM and autoencoder, on the mesh in context or else on a mesh over all devices.
+  """One model with its frozen VLM and autoencoder, on the mesh that holds its weights; every call enters that mesh.
 
   Programs are compiled once for every set of shapes. Rows are padded to a number that the devices share evenly, so `b`
   may be larger than the number of requests; a row does not depend on the others.
@@ -196,7 +196,7 @@ class UniFusionPipeline:
   def __init__(self, model: unifusion.UniFusion, frozen: states.Frozen, prompt_encoder: transforms.PromptEncoder,
                settings: SampleConfig | None = None, size: int = 512):
     """`frozen` has vlm, vae and taps; `settings` are the defaults of every call; `size` as in Description."""
-    self.mesh = _mesh()
+    self.mesh = jax.tree.leaves(model)[0].sharding.mesh
     self.model, self.frozen, self.prompt_encoder = model, frozen, prompt_encoder
     self.settings, self.size = settings or SampleConfig(), size
     self._null = None
@@ -204,7 +204,7 @@ class UniFusionPipeline:
   @classmethod
   def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, vlm: str | None = None, vae: str | None = None,
                       dtype: str = 'float32', quantized: str = '', cache: str | None = None) -> 'UniFusionPipeline':
-    """The pipeline of a transformer's folder or hub id.
+    """The pipeline of a transformer's folder or hub id, on the mesh in context or else on one over all devices.
 
     Args:
       name: 'tiny' for the embedded editing model; else a folder with config.json, weights and unifusion.json, or the
@@ -230,12 +230,12 @@ class UniFusionPipeline:
           vlm, description.tiles, description.max_prompt_tokens, description.max_rewrite_tokens,
           system=description.system)
       _check_taps(folder, description.taps, config.lap, vlm, encoders.config(vlm).text)
-      decoder = autoencoders.load(vae, jnp.dtype(dtype))
-      if decoder.config.latent_channels != config.dit.channels:
-        raise UserError(f'{vae} has {decoder.config.latent_channels} latent channels and {folder} wants '
-                        f'{config.dit.channels}: give the autoencoder that it was trained with (vae=)')
-      frozen = states.Frozen(
-          encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache), decoder, description.taps)
+      channels = autoencoders.config(vae).latent_channels
+      if channels != config.dit.channels:
+        raise UserError(f'{vae} has {channels} latent channels and {folder} wants {config.dit.channels}: give the '
+                        'autoencoder that it was trained with (vae=)')
+      frozen = states.Frozen(encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache),
+                             autoencoders.load(vae, jnp.dtype(dtype)), description.taps)
       model = unifusion.load(folder, config, jnp.dtype(dtype))
       return cls(model, frozen, prompt_encoder, SampleConfig().changed(**description.sample), description.size)
 
@@ -352,8 +352,8 @@ class UniFusionPipeline:
   def noise(self, seeds: Sequence[int], height: int, width: int) -> jax.Array:
     """Latents [b y x c] of noise, each the same whatever else is in the batch."""
     self._check_size(height, width)
-    vae = self.frozen.vae.config
-    shape = height // vae.downsampling, width // vae.downsampling, vae.latent_channels
+    vae = self.frozen.vae
+    shape = height // vae.downsampling, width // vae.downsampling, vae.channels
     return sharding.shard(np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32)
                                     for seed in _padded(seeds)]))
 
@@ -401,7 +401,7 @@ class UniFusionPipeline:
   @property
   def unit(self) -> int:
     """Pixels that both sides of an image must be multiples of: one patch of latents."""
-    return self.frozen.vae.config.downsampling * self.model.config.dit.patch
+    return self.frozen.vae.downsampling * self.model.config.dit.patch
 
   def metadata(self, request: Request, sample: Sample, settings: SampleConfig) -> dict:
     """What an image was made from: prompt, rewrite, warning, seed and settings."""
@@ -550,11 +550,14 @@ def read_description(folder: pathlib.Path) -> Description:
   fields = dataclasses.fields(Description)
   required = [field.name for field in fields
               if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
-  kinds = dict(taps=list, sample=dict, size=int, tiles=int, max_prompt_tokens=int, max_rewrite_tokens=int)
+  kinds = dict(taps=(list, 'a list'), sample=(dict, 'an object'))
+  kinds |= {name: (int, 'a whole number') for name in ('size', 'tiles', 'max_prompt_tokens', 'max_rewrite_tokens')}
   wrong = [f'{name} is missing' for name in required if name not in values]
   wrong += [f'{name} is not known' for name in values if name not in [field.name for field in fields]]
-  wrong += [f'{name}={value!r} must be {"a text" if name not in kinds else kinds[name].__name__}'
-            for name, value in values.items() if not isinstance(value, kinds.get(name, str)) or value in ('', [], 0)]
+  for name, value in values.items():
+    kind, named = kinds.get(name, (str, 'a text'))
+    if not isinstance(value, kind) or value in ('', [], 0):
+      wrong.append(f'{name}={value!r} must be {named}')
   if not wrong:
     try:
       wrong = SampleConfig().changed(**values.get('sample', {})).problems()
@@ -668,7 +671,7 @@ def _choose(first, a: Conditioning, b: Conditioning) -> Conditioning:
 @jax.jit
 def _noised(vae, images, noise, t):
   """Latents of images uint8 [b y x 3], noised to the time t."""
-  z = vae.encode(images.astype(jnp.float32) / 127.5 - 1.0).astype(jnp.float32)
+  z = vae.encode(imaging.to_float(images)).astype(jnp.float32)
   return (1 - t) * z + t * noise
 
 
@@ -688,5 +691,4 @@ def _denoise(model, conditioning, null, latents, times, guidance, eta, keys, fir
 @jax.jit
 def _decode(vae, latents):
   """Latents [b y x c] -> uint8 [b y x 3]."""
-  pixels = vae.decode(latents).astype(jnp.float32)
-  return jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+  return imaging.to_uint8(vae.decode(latents))
