@@ -246,6 +246,17 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
     record.claim(other, tmp_path)
 
 
+def test_a_run_from_before_layers_were_unrolled_by_device_goes_on(recipe, tmp_path):
+  """Its config.json has settings of unrolling, which are gone."""
+  config.keep(recipe(), tmp_path)
+  old = json.loads((tmp_path / 'config.json').read_text())
+  old['model']['dit']['unroll'], old['model']['lap']['unroll'] = 6, 2
+  (tmp_path / 'config.json').write_text(json.dumps(old))
+  (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
+  config.check_run(recipe(), tmp_path)
+  config.keep(recipe(), tmp_path)
+
+
 def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
   record.claim(recipe(), tmp_path)
   (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
