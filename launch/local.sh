@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# From nothing to an edited picture on this machine: environment, the main job on the embedded world, a test of its result.
+# From nothing to an edited image on this machine: environment, an edit by the shipped model, then the main job on the
+# embedded world (edits for five minutes or so) and a test of its result.
 # Further arguments go to the job, e.g. bash launch/local.sh --config.train.steps=1000
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt
-.venv/bin/python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit "$@"
+run=(.venv/bin/python -m unifusion_jax.main --config=configs/edit.py)
+echo "an edit by the shipped model (a new machine compiles for half a minute first) ..."
+"${run[@]}" --mode=sample --workdir=runs/first --config.sample.references=docs/embedded/scene.png \
+  --config.sample.prompt="make the circle blue"
+echo "training it further; runs/edit/samples/ shows what it makes of edits that it has not seen ..."
+"${run[@]}" --mode=train --workdir=runs/edit "$@"
