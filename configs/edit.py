@@ -21,7 +21,7 @@ def get_config(scale: str = 'tiny') -> config.Config:
   base = t2i.get_config(scale)
   base.data.tasks = (Task('edit', weight=0.8), Task('t2i', weight=0.15), Task('reconstruct', weight=0.05))
   if scale == 'tiny':
-    # Alignment helps a DiT to begin and hinders it later (HASTE, arXiv 2505.16792), and its head would be new to this base.
+    # REPA helps a DiT to begin and hinders it later (HASTE, arXiv 2505.16792), and its head would be new to this base.
     base.objective.repa_weight = 0.0
     # One budget for all tasks: few shapes, so little to compile for a run of minutes.
     base.data.max_prompt_tokens, base.data.max_rewrite_tokens = 132, 52

@@ -6,8 +6,8 @@
   python -m unifusion_jax.main --config=configs/t2i.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
 :tiny draws scenes at 64 px with the embedded models; docs/embedded.md has its figures, machine and time.
-:8b is the paper's size at 1024 px: InternVL2.5-8B with taps 4, 7, ..., 31, for a TPU v5p pod of 128 chips. It trains on what
-that VLM writes of your own list, so first
+:8b is the paper's size at 1024 px: InternVL2.5-8B with taps 4, 7, ..., 31, for a TPU v5p pod of 128 chips. It trains on
+that VLM's rewrites of your own list, so first
   python -m unifusion_jax.main --config=configs/t2i.py:8b --mode=rewrite --workdir=runs/t2i
 """
 
@@ -31,8 +31,10 @@ def get_config(scale: str = 'tiny') -> config.Config:
 def tiny() -> config.Config:
   return config.Config(
       # What a text decides of these images is decided at t from 0.67 to 0.9 (`decided` in eval.json of configs/vae.py),
-      # and how sharp they get below that (scenes/evaluation/noise_levels.py): half of the training times lie above 0.71, one in six below 0.5.
-      objective=flow_matching.FlowMatching(instruction_prob=0.1, noises_per_example=4, shift=2.5, repa_weight=0.5, repa_depth=3),
+      # and how sharp they get below that (scenes/evaluation/noise_levels.py): half of the training times lie above 0.71,
+      # one in six below 0.5. Noises per example, eta and REPA are ours, not the paper's.
+      objective=flow_matching.FlowMatching(instruction_prob=0.1, noises_per_example=4, shift=2.5, repa_weight=0.5,
+                                           repa_depth=3),
       model=unifusion.UniFusionConfig(
           lap.LAPConfig(width=160, taps=3, heads=5, kv_heads=5, mlp=208),
           dit.DiTConfig(channels=16, patch=1, depth=6, heads=6, kv_heads=2, head_dim=32, mlp=512, time_dim=128,

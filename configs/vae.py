@@ -22,8 +22,8 @@ def get_config(scale: str = 'tiny') -> config.Config:
     raise UserError(f'configs/vae.py has the scale tiny, not {scale!r}')
   return config.Config(
       objective=autoencoder.AutoencoderObjective(),
-      model=vae.VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=8,
-                          scaling_factor=1.0),
+      model=vae.VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=16,
+                          norm_num_groups=8, scaling_factor=1.0),
       data=DataConfig(tasks=(Task('reconstruct'),), batch_size=32),
       optim=OptimConfig(learning_rate=2e-3, warmup=200, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=2600, log_every=20, save_every=500, preview_every=1000),

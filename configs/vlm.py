@@ -1,7 +1,7 @@
 """The embedded VLM: InternVL's architecture at 2.8M parameters, its own tokenizer, on scenes at 64 px.
 
   python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only to change the language
-  python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower          # the vision tower alone, first
+  python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower      # the vision tower alone, first
   python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower --mode=export
   python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/tower/export   # then all of it
   python -m unifusion_jax.main --config=configs/vlm.py --mode=eval

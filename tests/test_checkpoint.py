@@ -16,7 +16,8 @@ from unifusion_jax.training import checkpoint, step
 SMALL = {
     'vlm': (vlm.VLMObjective(), internvl.InternVLConfig(
         vision=internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=64, patch=8),
-        text=decoder.DecoderConfig(vocab=1024, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32, tied=True),
+        text=decoder.DecoderConfig(vocab=1024, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32,
+                                   tied=True),
         image_token_id=5), (loader.Task('caption/1-2'),)),
     'autoencoder': (autoencoder.AutoencoderObjective(), vae.VAEConfig(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=1.0),

@@ -41,7 +41,8 @@ def images(tmp_path_factory):
 def language_model(folder, kind='llama'):
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     shutil.copyfile(describe.EMBEDDED / name, folder / name)
-  causal_lm.save(causal_lm.TextModel(causal_lm.TextConfig(dataclasses.replace(TEXT, model_type=kind)), rngs=nnx.Rngs(4)), folder)
+  model_config = causal_lm.TextConfig(dataclasses.replace(TEXT, model_type=kind))
+  causal_lm.save(causal_lm.TextModel(model_config, rngs=nnx.Rngs(4)), folder)
   return folder
 
 
@@ -54,7 +55,8 @@ def bare(folder, spans, tiles, stop_ids, **settings):
   ids = np.array([token for span in spans for token in span.ids], np.int32)[None]
   with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])):
     vlm = encoders.load(folder, jnp.float32)
-    out = text_generation.generate(vlm, ids, np.ones(ids.shape, bool), jax.tree.map(lambda x: x[None], tiles), max_new=WORDS,
+    images = jax.tree.map(lambda x: x[None], tiles)
+    out = text_generation.generate(vlm, ids, np.ones(ids.shape, bool), images, max_new=WORDS,
                             stop_ids=stop_ids, **settings)
     return np.asarray(out.ids)[0, :int(out.lengths[0])]
 

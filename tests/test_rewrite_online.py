@@ -46,7 +46,7 @@ def _dictated(ids, others=None):
 
 
 def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypatch):
-  """The loss with the VLM's own words is that of a teacher-forced pass over them; raw and null rows are as they were."""
+  """The loss on the VLM's own text is that of a teacher-forced pass over it; raw and null rows are as they were."""
   made = recipe(objective=flow_matching.FlowMatching(cond_dropout=0.2, image_dropout=0.2, text_dropout=0.2,
                                                      instruction_prob=0.2))
   online = dataclasses.replace(made, objective=dataclasses.replace(made.objective, rewrite_online=True))

@@ -13,9 +13,11 @@ from unifusion_jax.weights import tokenizers
 SIZE = 500  # pieces, of which added tokens replace the last two
 FIRST = SIZE - 2
 ADDED = ('<|im_end|>', '<|im_start|>', '<img>', '</img>', '<IMG_CONTEXT>', '<quad>')
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}"
+            "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-TEXTS = ('a red circle', '  two  spaces ', 'a\nb\tc', '\u00e9 \u2605 \u65e5\u672c', 'tile 448 of 1024 pixels.', '<s></s><unk> <0x0A>',
+TEXTS = ('a red circle', '  two  spaces ', 'a\nb\tc', '\u00e9 \u2605 \u65e5\u672c', 'tile 448 of 1024 pixels.',
+         '<s></s><unk> <0x0A>',
          '')
 
 
@@ -36,7 +38,8 @@ def train(folder: pathlib.Path, prefix: bool = False, **changes) -> pathlib.Path
   listed = dict(enumerate(('<unk>', '<s>', '</s>'))) | {FIRST + i: token for i, token in enumerate(ADDED)}
   (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
       added_tokens_decoder={str(i): dict(content=token, special=True) for i, token in listed.items()},
-      auto_map=dict(AutoTokenizer=['tokenization_internlm2.InternLM2Tokenizer', None]), bos_token='<s>', eos_token='</s>',
+      auto_map=dict(AutoTokenizer=['tokenization_internlm2.InternLM2Tokenizer', None]), bos_token='<s>',
+      eos_token='</s>',
       chat_template=TEMPLATE, pad_token='</s>', tokenizer_class='InternLM2Tokenizer', unk_token='<unk>')))
   return folder
 
@@ -67,7 +70,8 @@ def test_it_chats(tmp_path):
 
 
 def test_what_is_not_internlm2s_is_refused(tmp_path):
-  for name, changes in (('unigram', dict(model_type='unigram', hard_vocab_limit=False)), ('nfkc', dict(normalization_rule_name='nmt_nfkc'))):
+  for name, changes in (('unigram', dict(model_type='unigram', hard_vocab_limit=False)),
+                        ('nfkc', dict(normalization_rule_name='nmt_nfkc'))):
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="not InternLM2's tokenizer"):
       tokenizers.load(str(train(tmp_path / name, **changes)))

@@ -46,7 +46,8 @@ class Frozen:
     dtype = jnp.dtype(config.frozen_dtype)
     _check_fit(config, vlm, vae)
     ids = _token_ids(config) if config.objective.rewrite_online else {}
-    return cls(encoders.abstract(vlm, dtype, config.vlm_quantized), autoencoders.abstract(vae, dtype), config.taps, **ids)
+    vlm = encoders.abstract(vlm, dtype, config.vlm_quantized)
+    return cls(vlm, autoencoders.abstract(vae, dtype), config.taps, **ids)
 
 
 def _token_ids(config) -> dict:

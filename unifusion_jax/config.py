@@ -33,7 +33,7 @@ class Config:
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: int = 0
-  # Hub ids at the commits that they were resolved to, by setting; those settings hold the folders. `record.pin` fills it.
+  # Hub ids at the commits that they were resolved to, by setting; `record.pin` puts their folders into those settings.
   hub: dict[str, str] = dataclasses.field(default_factory=dict)
   devices: int = 0                # number of devices of the recipe, for checks where they are not; 0: those here
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -172,8 +172,8 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
     elif path.is_dir():
       weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
     else:
-      raise UserError(f"data.path={data.path!r} is neither 'scenes' or 'scenes/wide' nor a .jsonl or .parquet file nor a "
-                      'folder that unifusion_jax.scenes.builder wrote')
+      raise UserError(f"data.path={data.path!r} is neither 'scenes' or 'scenes/wide' nor a .jsonl or .parquet file nor "
+                      'a folder that unifusion_jax.scenes.builder wrote')
     if len(data.tiles) > 1:
       weighted = [(sources.InTiles(source, tiles), weight / len(data.tiles)) for source, weight in weighted
                   for tiles in data.tiles]

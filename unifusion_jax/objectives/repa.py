@@ -1,4 +1,4 @@
-"""REPA, representation alignment (arXiv 2410.06940): a head predicts vision features of the clean target from DiT states.
+"""REPA, representation alignment (arXiv 2410.06940): a head predicts vision features of the target from DiT states.
 
 The features are those of the frozen VLM's own vision tower, standardised over the positions of each image (iREPA, arXiv
 2512.10794), so no further model is needed. The head is trained beside the model and left out of every export.

@@ -38,7 +38,8 @@ class AutoencoderObjective:
     del devices
     if config.model.scaling_factor == 1.0 and not config.model.shift_factor:
       return []
-    return [f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures it']
+    return [f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures '
+            'it']
 
   def init(self, config) -> vae.Autoencoder:
     """Parameters to start from: random ones, or those of `config.init`."""

@@ -66,7 +66,8 @@ class ChatExample:
     spec = dict(input_ids=shape((s,), np.int32), attention_mask=shape((s,), bool), predict=shape((w,), np.int32),
                 targets=shape((w,), np.int32), target_mask=shape((w,), bool))
     if references:
-      spec |= dict(tiles=self.prompts.image_processor.spec(references), attributes=shape((n, image_tokens.COLUMNS), np.float32))
+      spec |= dict(tiles=self.prompts.image_processor.spec(references),
+                   attributes=shape((n, image_tokens.COLUMNS), np.float32))
     return spec | dict(grounding=shape((n,), bool)) if references and _is_edit(task) else spec
 
 

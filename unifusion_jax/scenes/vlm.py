@@ -57,7 +57,8 @@ class VLMObjective:
     """Settings that cannot work together, a sentence each."""
     del devices
     if config.data.path.endswith(('.jsonl', '.parquet')):
-      return [f'data.path={config.data.path}: the embedded VLM trains on scenes, which know the answers to its questions']
+      return [f'data.path={config.data.path}: the embedded VLM trains on scenes, which know the answers to its '
+              'questions']
     return []
 
   def init(self, config) -> VLMWithHeads:

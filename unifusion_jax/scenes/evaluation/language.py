@@ -31,8 +31,8 @@ def answers(vlm, layout: transforms.PromptEncoder, records: list[dict], batch_si
         tiles.append(seen)
       batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in ('input_ids', 'attention_mask')})
       images = sharding.shard(np.stack(tiles)) if counts else None
-      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images, max_new=layout.max_rewrite,
-                                     stop_ids=chat.stop_ids)
+      out = text_generation.generate(vlm, batch['input_ids'], batch['attention_mask'], images,
+                                     max_new=layout.max_rewrite, stop_ids=chat.stop_ids)
       ids, lengths = sharding.gather(out[:2])
       for i, row, n in zip(part, ids, lengths):
         written[i] = chat.read(row[:n])
