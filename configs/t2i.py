@@ -31,8 +31,8 @@ def get_config(scale: str = 'tiny') -> config.Config:
 def tiny() -> config.Config:
   return config.Config(
       # What a text decides of these images is decided at t from 0.67 to 0.9 (`decided` in eval.json of configs/vae.py),
-      # and how sharp they get below that (scenes/evaluation/noise_levels.py): half of the training times lie above 0.71,
-      # one in six below 0.5. Noises per example, eta and REPA are ours, not the paper's.
+      # and how sharp they get below that (scenes/evaluation/noise_levels.py): half of the training times lie above
+      # 0.71, one in six below 0.5. Noises per example, eta and REPA are ours, not the paper's.
       objective=flow_matching.FlowMatching(instruction_prob=0.1, noises_per_example=4, shift=2.5, repa_weight=0.5,
                                            repa_depth=3),
       model=unifusion.UniFusionConfig(

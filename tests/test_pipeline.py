@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from unifusion_jax import conditioning, config, pipeline, sharding, verifi
+from unifusion_jax import conditioning, config, description, pipeline, prompting, sharding, verifi
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, text_generation, unifusion
-from unifusion_jax.pipeline import Request, UniFusionPipeline
+from unifusion_jax.pipeline import UniFusionPipeline
+from unifusion_jax.request import Request
 from unifusion_jax.scenes import examples, judge, render, world
 from unifusion_jax.scenes.evaluation import generation, noise_levels, verifi_study
 from unifusion_jax.scenes.evaluation import settings as evaluation
@@ -109,7 +110,7 @@ def test_rewrites_that_are_no_use_are_told_from_others(tiny):
   ids = np.zeros((4, 2 * len(good)), int)
   for row, values in zip(ids, rows):
     row[:len(values)] = values
-  texts, failures = pipeline.read_rewrites(chat, ids, np.array(lengths))
+  texts, failures = prompting.read_rewrites(chat, ids, np.array(lengths))
   assert texts[:2] == ['a red circle', ''] and set(failures) == {1, 2, 3}
   assert 'wrote nothing' in failures[1] and 'no end within' in failures[2] and 'image token' in failures[3]
 
@@ -196,13 +197,13 @@ def test_sampled_rewrites_follow_the_seed_and_not_the_noise(tiny):
   encoder = tiny.prompt_encoder
   rows = [verifi.arrays(encoder.chat.spans('a circle'), encoder.lengths(0)[0], 1, ())] * 8
   with jax.set_mesh(tiny.mesh):
-    batch = sharding.shard(pipeline.stacked(rows))
+    batch = sharding.shard(prompting.stacked(rows))
     words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.arange(8))))
     keys = jax.random.wrap_key_data(sharding.shard(words))
     ids, lengths, *_ = text_generation.generate(
         tiny.frozen.vlm, batch['input_ids'], batch['attention_mask'], max_new=encoder.max_rewrite,
         stop_ids=encoder.chat.stop_ids, taps=tiny.frozen.taps, temperature=2.0, key=keys)
-  shared, _ = pipeline.read_rewrites(encoder.chat, np.asarray(ids), np.asarray(lengths))
+  shared, _ = prompting.read_rewrites(encoder.chat, np.asarray(ids), np.asarray(lengths))
   assert sum(a == b for a, b in zip(first, shared)) < 4
 
 
@@ -459,7 +460,7 @@ def test_an_export_is_a_pipeline(recipe, pipe, tmp_path):
   shutil.copytree(settings.vlm, tmp_path / 'run' / 'vlm')
   settings = dataclasses.replace(settings, vlm=str(tmp_path / 'run' / 'vlm'))
   unifusion.save(pipe.model, tmp_path / 'run' / 'export')
-  pipeline.save_description(tmp_path / 'run' / 'export', settings)
+  description.save(tmp_path / 'run' / 'export', settings)
   (tmp_path / 'run').rename(tmp_path / 'moved')
   loaded = UniFusionPipeline.from_pretrained(tmp_path / 'moved' / 'export')
   assert loaded.settings.settings() == settings.sample.settings() and loaded.size == 64

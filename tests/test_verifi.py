@@ -44,7 +44,8 @@ TEMPLATES = {
              "{{ m['content'] | trim }}<|im_end|>{% endfor %}",
     # As Llama 3.1: a preamble with a date stands before what the system prompt says
     'dated': "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{% if m['role'] == 'system' %}"
-             "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{% endif %}{{ m['content'] | trim }}<|im_end|>{% endfor %}",
+             "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{% endif %}"
+             "{{ m['content'] | trim }}<|im_end|>{% endfor %}",
     # As Qwen3: thoughts before the last answer, none here, are marked
     'thinking': "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
                 "<think>\n\n</think>\n\n{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
@@ -182,7 +183,7 @@ def test_a_misspelt_system_prompt_is_no_text(chat):
 
 
 def test_a_start_token_that_the_template_leaves_out(tmp_path):
-  """Processors of VLMs put it there; a template with it has it once, and a language model's template is left as it is."""
+  """Processors of VLMs put it there; a template with it has it once; a language model's template is left as it is."""
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     shutil.copy(f'{VLM}/{name}', tmp_path)
   described = json.loads((tmp_path / 'tokenizer.json').read_text())

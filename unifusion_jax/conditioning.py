@@ -84,7 +84,7 @@ def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int,
                         image_id: int | None) -> jax.Array:
   """[b] bool: the generated ids [b n] of lengths [b] end, are not empty and hold no image token.
 
-  The rule of `pipeline.read_rewrites`, on the device.
+  The rule of `prompting.read_rewrites`, on the device.
   """
   last = jnp.take_along_axis(ids, lengths[:, None] - 1, axis=1)
   ended = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)

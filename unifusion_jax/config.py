@@ -6,18 +6,16 @@ start. `objective` says what is trained and `eval` how it is measured: both are 
 """
 
 import dataclasses
-import pathlib
 
 from unifusion_jax.commands.rewrite import RewriteConfig
 from unifusion_jax.commands.train import TrainConfig
 from unifusion_jax.data.loader import DataConfig
+from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.vqascore import VQAScore
-from unifusion_jax.pipeline import SampleConfig
+from unifusion_jax.request import SampleConfig
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
-
-ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
 
 
 @dataclasses.dataclass

@@ -11,13 +11,9 @@ integrated (`denoise`) and the autoencoder decodes it (`decode`). `Conditioning`
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import difflib
 import functools
-import json
-import numbers
 import os
 import pathlib
-import posixpath
 from typing import NamedTuple
 
 import jax
@@ -26,96 +22,14 @@ import numpy as np
 from PIL import Image
 
 from unifusion_jax import conditioning as states
-from unifusion_jax import flow, sharding, verifi
+from unifusion_jax import description, flow, prompting, sharding, verifi
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
-from unifusion_jax.weights import autoencoders, encoders, hub
+from unifusion_jax.request import Request, requests_for, SampleConfig, shape_like
+from unifusion_jax.weights import autoencoders, encoders, hub, quantize
 
-ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
-DESCRIPTION = 'unifusion.json'
 TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key for sampled tokens; the steps of sampling fold 0, 1, ...
-SYSTEM_BUCKET = 64  # a system prompt longer than training's takes this many more tokens, or a power of 2 above
-
-
-@dataclasses.dataclass
-class SampleConfig:
-  """How images are sampled, and what --mode=sample samples."""
-  weights: str | None = None        # used where the workdir holds no run; None: those that training starts from
-  prompt: str = ''                  # one request a line; @file.txt reads them from a file
-  references: tuple[str, ...] = ()  # image files, the same for every request; give the flag once for each
-  rewrite: str | None = None        # text to condition on instead of what the VLM would write
-  num_images: int = 1               # of each request
-  seed: int = 0                     # of the first image; every further image takes the next number
-  width: int = 0                    # 0: the first reference's shape, else square
-  height: int = 0
-  batch_size: int = 32              # images sampled at a time
-  verifi: bool = True               # False: condition on the request itself
-  system: str | None = None         # another system prompt, a name in verifi.SYSTEM or a text
-  temperature: float = 0.0          # of the rewrites: 0, the most probable one; above 0 each seed samples its own
-  top_p: float = 1.0                # share of probability that they are sampled from
-  tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
-  image_tokens: bool = True         # False: the VLM reads the references, but their tokens do not condition the DiT
-  stitch: bool = False              # show all references as one image, side by side
-  steps: int = 24
-  guidance: float = 3.0             # 1: off
-  method: str = 'euler'             # or 'heun'
-  eta: float = 0.0                  # 0: an ODE. Up to 1: new noise between Euler steps (flow.sample)
-  shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
-
-  def settings(self) -> dict:
-    """How images are sampled, without what belongs to one request or to the command line."""
-    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_A_REQUEST}
-
-  def changed(self, **values) -> 'SampleConfig':
-    """With other values, None for those that stay; UserError for a name or a type that cannot be."""
-    values = {name: value for name, value in values.items() if value is not None}
-    defaults = {field.name: field.default for field in dataclasses.fields(self)}
-    for name, value in values.items():
-      if name not in defaults:
-        near = difflib.get_close_matches(name, defaults, 1)
-        hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(self.settings())}'
-        raise UserError(f'there is no setting {name!r}: {hint}')
-      kind, named = _KINDS.get(type(defaults[name]), (str, 'a text'))
-      if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f'{name}={value!r} must be {named}')
-    return dataclasses.replace(self, **values)
-
-  def problems(self, unit: int = 1, prefix: str = 'sample.') -> list[str]:
-    """Values that cannot be, a sentence each. `unit`: pixels that both sides must be multiples of."""
-    least = dict(steps=1, batch_size=1, num_images=1, seed=0, tiles=0, temperature=0, shift=0, width=0, height=0)
-    checks = {f'{prefix}{name}={getattr(self, name)} must be {limit} or more': getattr(self, name) >= limit
-              for name, limit in least.items()}
-    checks |= {f'{prefix}{name}={side} must be a multiple of {unit} pixels (a latent patch)': side % unit == 0
-               for name, side in (('width', self.width), ('height', self.height))}
-    checks |= {
-        f"{prefix}method={self.method!r} must be 'euler' or 'heun'": self.method in ('euler', 'heun'),
-        f'{prefix}eta={self.eta} must be between 0 and 1': 0 <= self.eta <= 1,
-        f'{prefix}eta={self.eta} renews noise between Euler steps only: set it to 0 with {prefix}method=heun, or take '
-        'euler': not (self.eta and self.method == 'heun'),
-        f'{prefix}top_p={self.top_p} must be above 0 and at most 1': 0 < self.top_p <= 1}
-    return [text for text, holds in checks.items() if not holds]
-
-
-# What a setting may be, by the type of its default
-_KINDS = {bool: (bool, 'True or False'), int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number')}
-_OF_A_REQUEST = ('weights', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height', 'batch_size')
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One image to sample.
-
-  Attributes:
-    instruction: what is asked for.
-    references: images in the order that the VLM is shown them: uint8 [y x 3], or all that `imaging.read` takes.
-    seed: of the noise and of sampled text.
-    rewrite: text to condition on instead of what the VLM would write.
-  """
-  instruction: str
-  references: tuple = ()
-  seed: int = 0
-  rewrite: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,30 +67,6 @@ class Encoded(NamedTuple):
   warnings: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-  """unifusion.json beside a transformer's config.json: the rest of its pipeline.
-
-  Attributes:
-    vlm, vae: a path relative to the folder ('./x', '../x') or absolute, a hub id, or 'tiny' for the embedded model.
-    taps: layers of the VLM that LAP pools.
-    size: side of a square image where no size is asked for.
-    max_prompt_tokens, max_rewrite_tokens: token budgets of a prompt without its images, and of a rewrite.
-    system: system prompt of training, a name in verifi.SYSTEM or a text.
-    tiles: most tiles of a reference in training.
-    sample: defaults of SampleConfig.
-  """
-  vlm: str
-  vae: str
-  taps: tuple[int, ...]
-  size: int
-  max_prompt_tokens: int
-  max_rewrite_tokens: int
-  system: str = 'rewrite'
-  tiles: int = 1
-  sample: dict = dataclasses.field(default_factory=dict)
-
-
 def _in_mesh(method):
   """Runs a method of the pipeline with its mesh in context."""
   @functools.wraps(method)
@@ -203,7 +93,8 @@ class UniFusionPipeline:
 
   @classmethod
   def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, vlm: str | None = None, vae: str | None = None,
-                      dtype: str = 'float32', quantized: str = '', cache: str | None = None) -> 'UniFusionPipeline':
+                      dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
+                      cache: str | None = None) -> 'UniFusionPipeline':
     """The pipeline of a transformer's folder or hub id, on the mesh in context or else on one over all devices.
 
     Args:
@@ -212,6 +103,7 @@ class UniFusionPipeline:
       vlm, vae: a folder or hub id to use instead of those that unifusion.json names.
       dtype: 'float32' or 'bfloat16', of all weights and of the computation.
       quantized: '' or, of the VLM, 'int8' (weights) or 'w8a8' (activations too).
+      transformer_quantized: the same of LAP, refiner and DiT.
       cache: a folder that keeps the converted VLM for the next start.
 
     Raises:
@@ -219,25 +111,30 @@ class UniFusionPipeline:
     """
     if dtype not in ('float32', 'bfloat16'):
       raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
-    name = ASSETS / 'edit' if name == 'tiny' else name
+    if transformer_quantized not in encoders.QUANTIZED:
+      raise UserError(f'transformer_quantized={transformer_quantized!r} must be one of '
+                      f'{", ".join(map(repr, encoders.QUANTIZED))}')
+    name = description.ASSETS / 'edit' if name == 'tiny' else name
     with jax.set_mesh(_mesh()):
       folder = hub.resolve(name)
-      description = read_description(folder)
-      vlm = hub.resolve(vlm or _part('vlm', description.vlm, name, folder))
-      vae = hub.resolve(vae or _part('vae', description.vae, name, folder))
+      parts = description.read(folder)
+      vlm = hub.resolve(vlm or description.part_of('vlm', parts.vlm, name, folder))
+      vae = hub.resolve(vae or description.part_of('vae', parts.vae, name, folder))
       config = dataclasses.replace(unifusion.read_config(folder), dtype=dtype)
       prompt_encoder = transforms.PromptEncoder.load(
-          vlm, description.tiles, description.max_prompt_tokens, description.max_rewrite_tokens,
-          system=description.system)
-      _check_taps(folder, description.taps, config.lap, vlm, encoders.config(vlm).text)
+          vlm, parts.tiles, parts.max_prompt_tokens, parts.max_rewrite_tokens,
+          system=parts.system)
+      _check_taps(folder, parts.taps, config.lap, vlm, encoders.config(vlm).text)
       channels = autoencoders.config(vae).latent_channels
       if channels != config.dit.channels:
         raise UserError(f'{vae} has {channels} latent channels and {folder} wants {config.dit.channels}: give the '
                         'autoencoder that it was trained with (vae=)')
       frozen = states.Frozen(encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache),
-                             autoencoders.load(vae, jnp.dtype(dtype)), description.taps)
+                             autoencoders.load(vae, jnp.dtype(dtype)), parts.taps)
       model = unifusion.load(folder, config, jnp.dtype(dtype))
-      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**description.sample), description.size)
+      if transformer_quantized:
+        model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
+      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**parts.sample), parts.size)
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,
@@ -313,25 +210,25 @@ class UniFusionPipeline:
   def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
     """Lays the requests out, lets the VLM write where it should, and reads what is known: their conditioning.
 
-    A rewrite that is no use (`read_rewrites`) is replaced by the request itself, with a warning.
+    A rewrite that is no use (`prompting.read_rewrites`) is replaced by the request itself, with a warning.
     """
     s = settings or self.settings
     rows = _padded(requests)
-    prompts = _Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
-    images = prompts.images and sharding.shard(stacked(prompts.images))
+    prompts = prompting.Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
+    images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
     # What each row is known to be conditioned on: a text, or RAW, the request itself. None is for the VLM to write
-    known = [row.rewrite if row.rewrite is not None else None if s.verifi else RAW for row in rows]
+    known = [row.rewrite if row.rewrite is not None else None if s.verifi else prompting.RAW for row in rows]
     written, failures = [None] * len(rows), {}
     conditioning = None
     if None in known:
       conditioning, written, failures = self._write(prompts, images, s)
       failures = {i: reason for i, reason in failures.items() if known[i] is None}
-      known = [RAW if i in failures else text for i, text in enumerate(known)]
+      known = [prompting.RAW if i in failures else text for i, text in enumerate(known)]
     if any(text is not None for text in known):
       read = self._read(prompts.answered(known), images)
       chosen = sharding.shard(np.array([text is not None for text in known]))
       conditioning = read if conditioning is None else _choose(chosen, read, conditioning)
-    rewrites = [row.instruction if text is RAW else new if text is None else text
+    rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
                 for row, text, new in zip(rows, known, written)]
     warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else '' for i in range(len(rows))]
     return Encoded(conditioning, rewrites[:len(requests)], warnings[:len(requests)])
@@ -343,7 +240,7 @@ class UniFusionPipeline:
       encoder = self.prompt_encoder
       spans = encoder.chat.spans('', (), '', encoder.system)
       row = verifi.arrays(spans, encoder.lengths(0)[0], 1)  # its one token is the stop token
-      rows = sharding.shard(stacked([row] * sharding.padded_batch(1)))
+      rows = sharding.shard(prompting.stacked([row] * sharding.padded_batch(1)))
       first = jax.tree.map(lambda x: x[:1], sharding.gather(self._read(rows, None)))
       self._null = jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
     return self._null
@@ -418,196 +315,26 @@ class UniFusionPipeline:
   def _max_positions(self) -> int:
     return self.frozen.vlm.decoder.config.max_positions
 
-  def _write(self, prompts: '_Prompts', images, s: SampleConfig):
+  def _write(self, prompts: prompting.Prompts, images, s: SampleConfig):
     """The VLM writes: conditioning from the states in which it wrote, texts, and why some rows are no use."""
-    chat, rows = prompts.encoder.chat, sharding.shard(stacked(prompts.unanswered()))
+    chat, rows = prompts.encoder.chat, sharding.shard(prompting.stacked(prompts.unanswered()))
     keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
     ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
         self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
         stop_ids=chat.stop_ids, taps=self.frozen.taps, temperature=s.temperature, top_p=s.top_p, key=keys)
     conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_index'], rows['cond_mask'])
-    return conditioning, *read_rewrites(chat, *sharding.gather((ids, lengths)))
+    return conditioning, *prompting.read_rewrites(chat, *sharding.gather((ids, lengths)))
 
   def _read(self, rows, images) -> Conditioning:
     """Conditioning of prompts with known answers, from one teacher-forced pass."""
-    rows = sharding.shard(stacked(rows)) if isinstance(rows, list) else rows
+    rows = sharding.shard(prompting.stacked(rows)) if isinstance(rows, list) else rows
     return _condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'],
                            rows['cond_mask'], images, taps=self.frozen.taps)
 
 
-RAW = object()  # conditioned on the request itself, before an empty answer
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prompts:
-  """Requests laid out for the VLM at shapes of few kinds: references and longer system prompts are bucketed.
-
-  Attributes:
-    images: of each request as the VLM takes them; None without references.
-    counts: image tokens of each reference of each request.
-    length: tokens of a prompt without its answer.  image_length: its most image tokens.
-    image_tokens: whether image tokens condition the DiT.
-  """
-  encoder: transforms.PromptEncoder
-  requests: list[Request]
-  images: list | None
-  counts: tuple
-  system: str
-  length: int
-  image_length: int
-  image_tokens: bool
-
-  @classmethod
-  def of(cls, encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig,
-         max_positions: int) -> '_Prompts':
-    encoder = encoder.with_tiles(s.tiles)
-    references = [[imaging.read(image) for image in request.references] for request in requests]
-    references = [(imaging.stitch(images),) if s.stitch and images else images for images in references]
-    most, system = max(map(len, references)), s.system or encoder.system
-    longer = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
-    count = 1 << (most - 1).bit_length() if most else 0
-    extra = max(SYSTEM_BUCKET, 1 << (longer - 1).bit_length()) if longer else 0
-    if encoder.lengths(count)[0] + extra + encoder.max_rewrite > max_positions:
-      count, extra = most, longer  # no room for buckets
-    images, counts = zip(*(encoder.image_processor.preprocess(images, count) for images in references))
-    return cls(encoder, requests, list(images) if count else None, counts, system,
-               encoder.lengths(count)[0] + extra, count * encoder.image_processor.max_tokens, s.image_tokens)
-
-  def unanswered(self) -> list[dict[str, np.ndarray]]:
-    """Prompts that end where the VLM begins to write."""
-    return [verifi.arrays(self._spans(i, None), self.length, self.image_length, self._kinds(('image',)))
-            for i in range(len(self.requests))]
-
-  def answered(self, answers: list) -> list[dict[str, np.ndarray]]:
-    """Prompts with an answer each: a text, or RAW; None is a row that is not used."""
-    rows = [(self._spans(i, '' if answer in (None, RAW) else answer),
-             self._kinds(verifi.COND_RAW if answer is RAW else verifi.COND_VERIFI)) for i, answer in enumerate(answers)]
-    # The length of rewrites where all texts fit it, so that as a rule the DiT runs at one shape
-    most = max(sum(len(span.ids) for span in spans if span.kind in kinds and span.kind != 'image')
-               for spans, kinds in rows)
-    written, text = self.encoder.max_rewrite, self.encoder.max_prompt
-    cond_length = self.image_length + (written if most <= written else max(written, text))
-    return [verifi.arrays(spans, self.length + written, cond_length, kinds) for spans, kinds in rows]
-
-  def _spans(self, i: int, answer: str | None):
-    return self.encoder.chat.spans(self.requests[i].instruction, self.counts[i], answer, self.system)
-
-  def _kinds(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
-    return kinds if self.image_tokens else tuple(kind for kind in kinds if kind != 'image')
-
-
-def requests_for(prompts: Sequence[str], references: tuple, num_images: int = 1, seed: int = 0,
-                 rewrite: str | None = None) -> list[Request]:
-  """`num_images` requests for every prompt, all with the same references, their seeds counting from `seed`."""
-  return [Request(prompt, references, seed + i * num_images + j, rewrite)
-          for i, prompt in enumerate(prompts) for j in range(num_images)]
-
-
-def requests_of(records: Sequence[dict]) -> list[Request]:
-  """Requests of a source's records, their seeds counting from 0."""
-  return [Request(record['instruction'] or record['caption'], tuple(record['references']), seed)
-          for seed, record in enumerate(records)]
-
-
-def shape_like(reference: np.ndarray | None, size: int, height: int = 0, width: int = 0) -> tuple[int, int]:
-  """(height, width): about size^2 pixels in a reference's proportions, multiples of 16; a side that is given stays."""
-  ratio = 1.0 if reference is None else reference.shape[1] / reference.shape[0]
-  if height or width:
-    wanted = (height, height * ratio) if height else (width / ratio, width)
-  else:
-    wanted = (size / ratio ** 0.5, size * ratio ** 0.5)
-  rounded = [max(16, round(side / 16) * 16) for side in wanted]
-  return height or rounded[0], width or rounded[1]
-
-
-def read_rewrites(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
-  """Texts of generated ids [b n], and of the rows that are no use the reason.
-
-  Nothing was written, no end was found, or an image token was, which no later pass could tell from an image.
-  """
-  texts = [chat.read(row[:n]) for row, n in zip(ids, lengths)]
-  failures = {}
-  for i, (row, n) in enumerate(zip(ids, lengths)):
-    if row[n - 1] not in chat.stop_ids:
-      failures[i] = f'the VLM found no end within {len(row)} tokens'
-    elif chat.image_id in row[:n]:
-      failures[i] = 'the VLM wrote an image token'
-    elif not texts[i]:
-      failures[i] = 'the VLM wrote nothing'
-  return texts, failures
-
-
-def read_description(folder: pathlib.Path) -> Description:
-  """unifusion.json of a folder; UserError where it is missing or wrong."""
-  path = pathlib.Path(folder) / DESCRIPTION
-  if not path.exists():
-    raise UserError(f'{folder} has no {DESCRIPTION}, which names the VLM and the autoencoder of this model and how '
-                    'they are used: --mode=export and pipeline.save_description write it')
-  try:
-    values = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path} is no JSON: {error}') from error
-  fields = dataclasses.fields(Description)
-  required = [field.name for field in fields
-              if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
-  kinds = dict(taps=(list, 'a list'), sample=(dict, 'an object'))
-  kinds |= {name: (int, 'a whole number') for name in ('size', 'tiles', 'max_prompt_tokens', 'max_rewrite_tokens')}
-  wrong = [f'{name} is missing' for name in required if name not in values]
-  wrong += [f'{name} is not known' for name in values if name not in [field.name for field in fields]]
-  for name, value in values.items():
-    kind, named = kinds.get(name, (str, 'a text'))
-    if not isinstance(value, kind) or value in ('', [], 0):
-      wrong.append(f'{name}={value!r} must be {named}')
-  if not wrong:
-    try:
-      wrong = SampleConfig().changed(**values.get('sample', {})).problems()
-    except UserError as error:
-      wrong = [f'sample: {error}']
-  if wrong:
-    raise UserError(f'{path}: {"; ".join(wrong)}')
-  return Description(**values | dict(taps=tuple(values['taps'])))
-
-
-def save_description(folder: str | os.PathLike, config) -> None:
-  """Writes unifusion.json of a config.Config into the folder of its transformer."""
-  folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
-  description = Description(
-      _named(config.vlm, folder), _named(config.vae, folder), config.taps, config.data.size, encoder.max_prompt,
-      encoder.max_rewrite, config.system, max(config.data.tiles), config.sample.settings())
-  if sharding.is_main_process():
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
-
-
-def _named(path: str, folder: pathlib.Path) -> str:
-  """A part's place as unifusion.json of `folder` names it: what lies beside the folder moves with it."""
-  place = pathlib.Path(path).expanduser()
-  if not place.is_dir():
-    return path  # a hub id
-  place, folder = place.resolve(), folder.resolve()
-  if place.parent == ASSETS.resolve():
-    return 'tiny'
-  return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else str(place)
-
-
-def _part(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path | str:
-  """The place of the VLM or autoencoder that unifusion.json of `folder`, which is behind `name`, calls `entry`."""
-  if entry == 'tiny':
-    return ASSETS / part
-  if (folder / entry).is_dir():
-    return folder / entry
-  if not entry.startswith('.'):
-    return entry
-  if pathlib.Path(name).expanduser().is_dir():
-    raise UserError(f'{folder / DESCRIPTION} says that the {part} is in {entry}, which is not there: put it there, or '
-                    f'give {part}=FOLDER')
-  repository, at, revision = str(name).partition('@')
-  return posixpath.normpath(posixpath.join(repository, entry)) + at + revision
-
-
 def _check_taps(folder: pathlib.Path, taps: tuple[int, ...], lap, vlm: pathlib.Path, text) -> None:
   if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
-    raise UserError(f'{folder / DESCRIPTION}: taps={list(taps)} must be {lap.taps} rising numbers of layers, as '
+    raise UserError(f'{folder / description.FILE}: taps={list(taps)} must be {lap.taps} rising numbers of layers, as '
                     'many as the model pools')
   if taps[-1] > text.depth or text.width != lap.width:
     raise UserError(f'{vlm} has {text.depth} layers of width {text.width}, but {folder} pools layers {list(taps)} of '
@@ -623,11 +350,6 @@ def _mesh() -> jax.sharding.Mesh:
     raise UserError(f'the mesh in context has the axes {mesh.axis_names}: make it with sharding.make_mesh, which '
                     f'gives it {sharding.AXES}')
   return mesh
-
-
-def stacked(examples):
-  """Examples of one shape as a batch."""
-  return jax.tree.map(lambda *x: np.stack(x), *examples)
 
 
 def _padded(items: Sequence) -> list:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from unifusion_jax import pipeline, sharding, verifi
+from unifusion_jax import prompting, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
@@ -177,7 +177,7 @@ def _rewrite(settings: RewriteConfig, prompts: transforms.PromptEncoder, generat
     rows = [prompt.row for prompt in part] or [_row(prompts, empty, references)]
     seeds = [(int(prompt.key[:8], 16) + prompt.number) % 2 ** 32 for prompt in part] or [0]
     filled = np.resize(np.arange(len(rows)), local)
-    arrays = sharding.shard_batch(pipeline.stacked([rows[i] for i in filled]), mesh)
+    arrays = sharding.shard_batch(prompting.stacked([rows[i] for i in filled]), mesh)
     keys = None
     if settings.temperature:
       words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds)[filled])))
@@ -185,7 +185,7 @@ def _rewrite(settings: RewriteConfig, prompts: transforms.PromptEncoder, generat
     out = generate(arrays['input_ids'], arrays['attention_mask'], arrays.get('tiles'), max_new=prompts.max_rewrite,
                    stop_ids=prompts.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
     ids, lengths = _local(out.ids), _local(out.lengths)
-    texts, failed = pipeline.read_rewrites(prompts.chat, ids, lengths)
+    texts, failed = prompting.read_rewrites(prompts.chat, ids, lengths)
     for i, prompt in enumerate(part):
       its_ids, its_texts = kept.setdefault(prompt.key, ([], []))
       if i not in failed and lengths[i] <= prompt.budget:

@@ -8,6 +8,7 @@ import numpy as np
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
+from unifusion_jax.request import Request, requests_for, requests_of, SampleConfig, shape_like
 from unifusion_jax.training import checkpoint, record
 
 
@@ -24,7 +25,7 @@ def run(config, workdir: pathlib.Path) -> None:
   record.write(config, workdir, 'config_sample.json')
 
 
-def requests(settings: pipeline.SampleConfig, size: int) -> tuple[list[pipeline.Request], int, int]:
+def requests(settings: SampleConfig, size: int) -> tuple[list[Request], int, int]:
   """Requests of `config.sample`, and their height and width: `num_images` for each line of the prompt.
 
   Raises:
@@ -39,11 +40,11 @@ def requests(settings: pipeline.SampleConfig, size: int) -> tuple[list[pipeline.
   if not lines:
     raise UserError('nothing to sample: give --config.sample.prompt="..." (one request a line, or @file.txt)')
   references = tuple(imaging.read(path) for path in settings.references)
-  height, width = pipeline.shape_like(references[0] if references else None, size, settings.height, settings.width)
-  return (pipeline.requests_for(lines, references, settings.num_images, settings.seed, settings.rewrite), height, width)
+  height, width = shape_like(references[0] if references else None, size, settings.height, settings.width)
+  return (requests_for(lines, references, settings.num_images, settings.seed, settings.rewrite), height, width)
 
 
-def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[pipeline.Request], height: int, width: int,
+def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], height: int, width: int,
                  folder: pathlib.Path, **models: str) -> None:
   """Samples the requests, `batch_size` of the pipeline's settings at a time.
 
@@ -73,7 +74,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[pipeline.Reque
 
 def preview_grid(pipe: pipeline.UniFusionPipeline, records: list[dict]) -> np.ndarray:
   """Grid of what the model makes of records: references, request, sample with its rewrite, target; uint8 [y x 3]."""
-  requests = pipeline.requests_of(records)
+  requests = requests_of(records)
   samples = pipe.generate(requests, *records[0]['target'].shape[:2])
   rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]
           for r, sample in zip(records, samples)]

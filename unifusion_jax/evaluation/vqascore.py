@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import pipeline, sharding, verifi
+from unifusion_jax import sharding, verifi
 from unifusion_jax.data import loader, transforms
 from unifusion_jax.models.decoder import last_valid
+from unifusion_jax.request import requests_of
 
 QUESTION = 'does this picture show {}?'
 
@@ -40,7 +41,7 @@ class VQAScore:
     images, targets, captions = [], [], []
     for (height, width, _), records in groups.items():
       for part, rows in sharding.batched(records, self.batch_size):
-        images += [sample.image for sample in pipe.generate(pipeline.requests_of(rows), height, width)][:len(part)]
+        images += [sample.image for sample in pipe.generate(requests_of(rows), height, width)][:len(part)]
       targets += [record['target'] for record in records]
       captions += [record['caption'] for record in records]
     probabilities = {name: scores(pipe.frozen.vlm, pipe.prompt_encoder, shown, captions, self.batch_size)

@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import conditioning, flow, pipeline, sharding
+from unifusion_jax import conditioning, description, flow, pipeline, sharding
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.errors import UserError
@@ -96,7 +96,7 @@ class FlowMatching:
     """Writes the model alone, in bfloat16 as such models are published, and what a pipeline needs beside it."""
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(params))
     unifusion.save(model, folder)
-    pipeline.save_description(folder, config)
+    description.save(folder, config)
 
   def frozen(self, config) -> conditioning.Frozen:
     """VLM and autoencoder; UserError where they do not fit the model."""

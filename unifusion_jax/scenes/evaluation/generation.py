@@ -8,6 +8,7 @@ import numpy as np
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.data import imaging
 from unifusion_jax.evaluation import vqascore
+from unifusion_jax.request import Request, SampleConfig
 from unifusion_jax.scenes import examples, judge, language, world
 
 SHOWN = 12  # rows of the sheet that goes with each measurement
@@ -42,7 +43,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
 
 
 def generate(pipe: pipeline.UniFusionPipeline, records: list[dict], batch_size: int, seed: int = 0,
-             settings: pipeline.SampleConfig | None = None) -> list[pipeline.Sample]:
+             settings: SampleConfig | None = None) -> list[pipeline.Sample]:
   """One image for each record, seeds counting from `seed`; batches hold one shape."""
   groups = collections.defaultdict(list)
   for i, record in enumerate(records):
@@ -50,7 +51,7 @@ def generate(pipe: pipeline.UniFusionPipeline, records: list[dict], batch_size: 
   samples = [None] * len(records)
   for (height, width, _), members in groups.items():
     for part, rows in sharding.batched(members, batch_size):
-      requests = [pipeline.Request(records[i]['instruction'], tuple(records[i]['references']), seed + i,
+      requests = [Request(records[i]['instruction'], tuple(records[i]['references']), seed + i,
                                    records[i].get('rewrite')) for i in rows]
       for i, sample in zip(part, pipe.generate(requests, height, width, settings=settings)):
         samples[i] = sample

@@ -11,6 +11,7 @@ import pathlib
 
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.data import imaging
+from unifusion_jax.request import Request
 from unifusion_jax.scenes import examples
 from unifusion_jax.scenes.evaluation import generation
 
@@ -29,7 +30,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
   plan = (i for i in range(100 * config.eval.examples) if examples.aspect(task, config.eval.split, i, SEED) == 'square')
   records = [examples.example(task, config.eval.split, i, SEED, config.data.size, (1, 2))
              for i, _ in zip(plan, range(config.eval.examples))]
-  requests = [pipeline.Request(r['instruction'], tuple(r['references']), i, r['caption'])
+  requests = [Request(r['instruction'], tuple(r['references']), i, r['caption'])
               for i, r in enumerate(records)]
   report, columns, size = dict(examples=len(records), task=task), [], config.data.size
   for t in TIMES:

@@ -1,0 +1,107 @@
+"""unifusion.json: what a transformer's folder says of the rest of its pipeline."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import posixpath
+
+from unifusion_jax import sharding
+from unifusion_jax.data import transforms
+from unifusion_jax.errors import UserError
+from unifusion_jax.request import SampleConfig
+
+ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
+FILE = 'unifusion.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """unifusion.json beside a transformer's config.json: the rest of its pipeline.
+
+  Attributes:
+    vlm, vae: a path relative to the folder ('./x', '../x') or absolute, a hub id, or 'tiny' for the embedded model.
+    taps: layers of the VLM that LAP pools.
+    size: side of a square image where no size is asked for.
+    max_prompt_tokens, max_rewrite_tokens: token budgets of a prompt without its images, and of a rewrite.
+    system: system prompt of training, a name in verifi.SYSTEM or a text.
+    tiles: most tiles of a reference in training.
+    sample: defaults of SampleConfig.
+  """
+  vlm: str
+  vae: str
+  taps: tuple[int, ...]
+  size: int
+  max_prompt_tokens: int
+  max_rewrite_tokens: int
+  system: str = 'rewrite'
+  tiles: int = 1
+  sample: dict = dataclasses.field(default_factory=dict)
+
+
+def read(folder: pathlib.Path) -> Description:
+  """unifusion.json of a folder; UserError where it is missing or wrong."""
+  path = pathlib.Path(folder) / FILE
+  if not path.exists():
+    raise UserError(f'{folder} has no {FILE}, which names the VLM and the autoencoder of this model and how '
+                    'they are used: --mode=export and description.save write it')
+  try:
+    values = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path} is no JSON: {error}') from error
+  fields = dataclasses.fields(Description)
+  required = [field.name for field in fields
+              if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+  kinds = dict(taps=(list, 'a list'), sample=(dict, 'an object'))
+  kinds |= {name: (int, 'a whole number') for name in ('size', 'tiles', 'max_prompt_tokens', 'max_rewrite_tokens')}
+  wrong = [f'{name} is missing' for name in required if name not in values]
+  wrong += [f'{name} is not known' for name in values if name not in [field.name for field in fields]]
+  for name, value in values.items():
+    kind, named = kinds.get(name, (str, 'a text'))
+    if not isinstance(value, kind) or value in ('', [], 0):
+      wrong.append(f'{name}={value!r} must be {named}')
+  if not wrong:
+    try:
+      wrong = SampleConfig().changed(**values.get('sample', {})).problems()
+    except UserError as error:
+      wrong = [f'sample: {error}']
+  if wrong:
+    raise UserError(f'{path}: {"; ".join(wrong)}')
+  return Description(**values | dict(taps=tuple(values['taps'])))
+
+
+def save(folder: str | os.PathLike, config) -> None:
+  """Writes unifusion.json of a config.Config into the folder of its transformer."""
+  folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
+  description = Description(
+      _named(config.vlm, folder), _named(config.vae, folder), config.taps, config.data.size, encoder.max_prompt,
+      encoder.max_rewrite, config.system, max(config.data.tiles), config.sample.settings())
+  if sharding.is_main_process():
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
+
+
+def _named(path: str, folder: pathlib.Path) -> str:
+  """A part's place as unifusion.json of `folder` names it: what lies beside the folder moves with it."""
+  place = pathlib.Path(path).expanduser()
+  if not place.is_dir():
+    return path  # a hub id
+  place, folder = place.resolve(), folder.resolve()
+  if place.parent == ASSETS.resolve():
+    return 'tiny'
+  return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else str(place)
+
+
+def part_of(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path | str:
+  """The place of the VLM or autoencoder that unifusion.json of `folder`, which is behind `name`, calls `entry`."""
+  if entry == 'tiny':
+    return ASSETS / part
+  if (folder / entry).is_dir():
+    return folder / entry
+  if not entry.startswith('.'):
+    return entry
+  if pathlib.Path(name).expanduser().is_dir():
+    raise UserError(f'{folder / FILE} says that the {part} is in {entry}, which is not there: put it there, or '
+                    f'give {part}=FOLDER')
+  repository, at, revision = str(name).partition('@')
+  return posixpath.normpath(posixpath.join(repository, entry)) + at + revision

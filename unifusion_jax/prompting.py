@@ -1,0 +1,93 @@
+"""Requests laid out for the VLM as VERIFI prompts, and rewrites read from the ids that it wrote."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from unifusion_jax import verifi
+from unifusion_jax.data import imaging, transforms
+from unifusion_jax.request import Request, SampleConfig
+
+SYSTEM_BUCKET = 64  # a system prompt longer than training's takes this many more tokens, or a power of 2 above
+RAW = object()  # conditioned on the request itself, before an empty answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Requests laid out for the VLM at shapes of few kinds: references and longer system prompts are bucketed.
+
+  Attributes:
+    images: of each request as the VLM takes them; None without references.
+    counts: image tokens of each reference of each request.
+    length: tokens of a prompt without its answer.  image_length: its most image tokens.
+    image_tokens: whether image tokens condition the DiT.
+  """
+  encoder: transforms.PromptEncoder
+  requests: list[Request]
+  images: list | None
+  counts: tuple
+  system: str
+  length: int
+  image_length: int
+  image_tokens: bool
+
+  @classmethod
+  def of(cls, encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig,
+         max_positions: int) -> 'Prompts':
+    encoder = encoder.with_tiles(s.tiles)
+    references = [[imaging.read(image) for image in request.references] for request in requests]
+    references = [(imaging.stitch(images),) if s.stitch and images else images for images in references]
+    most, system = max(map(len, references)), s.system or encoder.system
+    longer = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
+    count = 1 << (most - 1).bit_length() if most else 0
+    extra = max(SYSTEM_BUCKET, 1 << (longer - 1).bit_length()) if longer else 0
+    if encoder.lengths(count)[0] + extra + encoder.max_rewrite > max_positions:
+      count, extra = most, longer  # no room for buckets
+    images, counts = zip(*(encoder.image_processor.preprocess(images, count) for images in references))
+    return cls(encoder, requests, list(images) if count else None, counts, system,
+               encoder.lengths(count)[0] + extra, count * encoder.image_processor.max_tokens, s.image_tokens)
+
+  def unanswered(self) -> list[dict[str, np.ndarray]]:
+    """Prompts that end where the VLM begins to write."""
+    return [verifi.arrays(self._spans(i, None), self.length, self.image_length, self._kinds(('image',)))
+            for i in range(len(self.requests))]
+
+  def answered(self, answers: list) -> list[dict[str, np.ndarray]]:
+    """Prompts with an answer each: a text, or RAW; None is a row that is not used."""
+    rows = [(self._spans(i, '' if answer in (None, RAW) else answer),
+             self._kinds(verifi.COND_RAW if answer is RAW else verifi.COND_VERIFI)) for i, answer in enumerate(answers)]
+    # The length of rewrites where all texts fit it, so that as a rule the DiT runs at one shape
+    most = max(sum(len(span.ids) for span in spans if span.kind in kinds and span.kind != 'image')
+               for spans, kinds in rows)
+    written, text = self.encoder.max_rewrite, self.encoder.max_prompt
+    cond_length = self.image_length + (written if most <= written else max(written, text))
+    return [verifi.arrays(spans, self.length + written, cond_length, kinds) for spans, kinds in rows]
+
+  def _spans(self, i: int, answer: str | None):
+    return self.encoder.chat.spans(self.requests[i].instruction, self.counts[i], answer, self.system)
+
+  def _kinds(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    return kinds if self.image_tokens else tuple(kind for kind in kinds if kind != 'image')
+
+
+def read_rewrites(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
+  """Texts of generated ids [b n], and of the rows that are no use the reason.
+
+  Nothing was written, no end was found, or an image token was, which no later pass could tell from an image.
+  """
+  texts = [chat.read(row[:n]) for row, n in zip(ids, lengths)]
+  failures = {}
+  for i, (row, n) in enumerate(zip(ids, lengths)):
+    if row[n - 1] not in chat.stop_ids:
+      failures[i] = f'the VLM found no end within {len(row)} tokens'
+    elif chat.image_id in row[:n]:
+      failures[i] = 'the VLM wrote an image token'
+    elif not texts[i]:
+      failures[i] = 'the VLM wrote nothing'
+  return texts, failures
+
+
+def stacked(examples):
+  """Examples of one shape as a batch."""
+  return jax.tree.map(lambda *x: np.stack(x), *examples)
