@@ -23,7 +23,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
   settings = pipe.settings
   encoder = pipe.prompt_encoder.with_tiles(settings.tiles)
   report = dict(examples=config.eval.examples, steps=settings.steps, guidance=settings.guidance, eta=settings.eta)
-  tasks = dict.fromkeys(task.partition('/')[0] for task in config.data.tasks)
+  tasks = dict.fromkeys(task.name.partition('/')[0] for task in config.data.chosen)
   measures = [(task, objects) for task in tasks for objects in (((1, 2), (3, 4)) if task == 't2i' else ((1, 4),))]
   for split in dict.fromkeys((config.eval.split, 'heldout')):
     for task, objects in measures:
