@@ -75,7 +75,7 @@ def test_from_training_to_images(run, tmp_path):
     (['--config=configs/edit.py', '--mode=sample'], 'nothing to sample'),
     (['--config=configs/edit.py', '--mode=sample', '--config.sample.prompt=x', '--config.sample.references=no.png'],
      'no.png'),
-    (['--config=configs/vlm.py', '--mode=sample'], 'draws nothing'),
+    (['--config=configs/vlm.py', '--mode=sample'], 'samples no images'),
     (['--config=configs/vae.py', '--mode=rewrite'], 'rewritten for a DiT'),
     (['--config=configs/edit.py', '--config.data.path=nowhere'], "data.path='nowhere' is neither"),
     (['--config=configs/edit.py', '--config.data.batch_size=0'], 'data.batch_size=0 must be a multiple of'),
