@@ -9,5 +9,6 @@ run=(.venv/bin/python -m unifusion_jax.main --config=configs/edit.py)
 echo "an edit by the shipped model (a new machine compiles for half a minute first) ..."
 "${run[@]}" --mode=sample --workdir=runs/first --config.sample.references=docs/embedded/scene.png \
   --config.sample.prompt="make the circle blue"
-echo "training it further; runs/edit/samples/ shows what it makes of edits that it has not seen ..."
-"${run[@]}" --mode=train --workdir=runs/edit "$@"
+echo "training it further; runs/local/samples/ shows what it makes of edits that it has not seen ..."
+# Square canvases alone: two shapes to compile and not six
+"${run[@]}" --mode=train --workdir=runs/local --config.data.aspects="('1:1',)" "$@"

@@ -382,7 +382,7 @@ def problems(**changes):
     (dict(tasks=(Task('edit/2-5'),)), 'as in edit/1-2'), (dict(tasks=(Task('edit/'),)), 'as in edit/1-2'),
     (dict(tiles=()), 'data.tiles=()'), (dict(workers=-1), 'data.workers=-1'), (dict(skipped=2.0), 'data.skipped=2.0'),
     (dict(size=50), 'must be multiples of 8 pixels'), (dict(size=48), 'sides of [36, 48, 60]'),
-    (dict(size=0), 'data.size=0'), (dict(aspects=('1:1',)), 'scenes are drawn in 1:1, 5:3, 3:5 alone'),
+    (dict(size=0), 'data.size=0'), (dict(aspects=('4:3',)), 'scenes are drawn in 1:1, 5:3, 3:5: name some'),
     (dict(only='edit'), "no task 'edit' here"), (dict(path='own.jsonl', aspects=('wide',)), "the aspect 'wide'"),
     (dict(path='own.jsonl', aspects=()), 'must name at least one'), (dict(path='own.jsonl', size=0), 'data.size=0'),
     (dict(path='own.jsonl', unit=12), 'data.unit=12 must be a multiple of the 8 pixels'),
@@ -425,3 +425,16 @@ def test_loading_no_prepared_data_imports_none_of_its_libraries():
   program = ('import sys; import unifusion_jax.data.loader; '
              'print([name for name in ("tensorflow_datasets", "pyarrow", "tensorflow") if name in sys.modules])')
   assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout == '[]\n'
+
+
+def test_scenes_of_some_aspects_alone():
+  """Every batch has the canvas that is asked for, and the examples are those of all canvases that have it."""
+  square = [source for source, _ in loader.mix(DataConfig(tasks=(Task('edit'),), aspects=('1:1',)))]
+  whole = [source for source, _ in loader.mix(DataConfig(tasks=(Task('edit'),)))]
+  shares = square[0].buckets()
+  assert {bucket[:2] for bucket in shares} == {(64, 64)}
+  assert sum(share for share, _ in shares.values()) == pytest.approx(1)
+  of_whole = {bucket: indices for bucket, (_, indices) in whole[0].buckets().items()}
+  assert len(of_whole) > len(shares)
+  for bucket, (_, indices) in shares.items():
+    assert [indices[k] for k in range(3)] == [of_whole[bucket][k] for k in range(3)]

@@ -10,6 +10,8 @@ from typing import ClassVar
 from unifusion_jax.data import sources
 from unifusion_jax.scenes import examples, world
 
+ASPECTS = {f'{width}:{height}': name for name, (width, height) in world.ASPECTS.items()}  # as in data.aspects
+
 
 def problems(data, unit: int) -> list[str]:
   """What of a DataConfig scenes cannot be drawn for; canvas sides must be multiples of `unit` pixels."""
@@ -18,9 +20,8 @@ def problems(data, unit: int) -> list[str]:
   if data.size < 1 or any(side % unit for side in sides):
     wrong.append(f'data.size={data.size} makes canvases with sides of {sides}, which must be multiples of {unit} '
                  'pixels (a latent patch): take a multiple of 64')
-  aspects = tuple(f'{width}:{height}' for width, height in world.ASPECTS.values())
-  if tuple(data.aspects) != aspects:
-    wrong.append(f'data.aspects={data.aspects}: scenes are drawn in {", ".join(aspects)} alone')
+  if not data.aspects or not set(data.aspects) <= set(ASPECTS):
+    wrong.append(f'data.aspects={data.aspects}: scenes are drawn in {", ".join(ASPECTS)}: name some of these')
   for task in data.tasks:
     name, slash, objects = task.name.partition('/')
     least, dash, most = objects.partition('-')
@@ -40,7 +41,8 @@ def mix(data, split: str, seed: int) -> list[tuple[object, float]]:
   weighted = []
   for task in data.chosen:
     for tiles in data.tiles:
-      source = SceneSource(task.name, split, data.size, seed, wide=wide, magnified=math.isqrt(tiles) if wide else 1)
+      source = SceneSource(task.name, split, data.size, seed, wide=wide, magnified=math.isqrt(tiles) if wide else 1,
+                           aspects=tuple(ASPECTS[aspect] for aspect in data.aspects))
       if len(data.tiles) > 1:
         source = sources.InTiles(source, tiles)
       weighted.append((source, task.weight / len(data.tiles)))
@@ -51,12 +53,14 @@ class SceneSource:
   """Examples of the embedded world, drawn when asked for: example i is a pure function of (task, split, seed, i).
 
   A task may name how many objects its scenes start with, as in 'edit/1-2'. wide: the split train is of the wider world.
-  magnified: how many times `size` the references are.
+  magnified: how many times `size` the references are. aspects: of the targets, names in world.ASPECTS; `buckets` has no
+  others.
   """
 
   def __init__(self, task: str, split: str, size: int = 64, seed: int = 0, length: int = 2 ** 30, *,
-               wide: bool = False, magnified: int = 1):
+               wide: bool = False, magnified: int = 1, aspects: tuple[str, ...] = tuple(world.ASPECTS)):
     self.name = f'scenes{"/wide" if wide else ""} {task} {split} {size} px, seed {seed}'
+    self._canvases = {world.canvas(aspect, size)[::-1] for aspect in aspects}
     self._wide, self._reference_size = wide, size * magnified
     self._named = task
     task, _, objects = task.partition('/')
@@ -78,6 +82,7 @@ class SceneSource:
   def buckets(self) -> dict[tuple[int, int, int], tuple[float, Sequence[int]]]:
     """Bucket -> (its share of the examples, the indices of its examples), without walking through all of them."""
     drawn = [self.bucket(i) for i in range(min(self._length, 500))]
+    drawn = [bucket for bucket in drawn if bucket[:2] in self._canvases]
     counts = collections.Counter(drawn)
     return {bucket: (count / len(drawn), _Drawn(self, bucket)) for bucket, count in counts.items()}
 
