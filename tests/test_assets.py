@@ -40,9 +40,12 @@ def asked(count: int, task: str = 'edit'):
 
 def test_transformers_reads_the_vlm_and_writes_the_same():
   chat, tokens, valid, tiles = asked(8)
+  settings = json.loads((VLM / 'preprocessor_config.json').read_text())
+  mean, std = (np.array(settings[name], np.float32) for name in ('image_mean', 'image_std'))
+  pixels = (tiles[:, 0].astype(np.float32) / 255 - mean) / std
   model = transformers.InternVLForConditionalGeneration.from_pretrained(VLM, dtype=torch.float32).eval()
   inputs = dict(input_ids=torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(valid).long(),
-                pixel_values=torch.from_numpy(tiles[:, 0]).permute(0, 3, 1, 2).contiguous())
+                pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
   positions = torch.from_numpy(np.maximum(np.cumsum(valid, axis=1) - 1, 0))
   with torch.no_grad():
     theirs = model(**inputs, position_ids=positions, output_hidden_states=True)

@@ -192,7 +192,7 @@ def test_embedded_vlm_describes_a_scene(tmp_path, capsys):
   """Out of the box: the defaults of configs/describe.py and an image."""
   record = sources.SceneSource('caption', 'test', 64)[0]
   imaging.write_png(tmp_path / 'x.png', record['references'][0])
-  describe.run(describe.DescribeConfig(image=str(tmp_path / 'x.png'), max_tokens=64))
+  describe.run(describe.DescribeConfig(image=str(tmp_path / 'x.png'), max_tokens=64), tmp_path)
   said = capsys.readouterr().out.strip()
   assert language.parse(said) is not None, said
   assert describe.EMBEDDED == configuration.ASSETS / 'vlm'

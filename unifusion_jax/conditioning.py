@@ -45,7 +45,8 @@ class Frozen:
     vlm, vae = encoders.config(config.vlm), autoencoders.config(config.vae)
     dtype = jnp.dtype(config.frozen_dtype)
     _check_fit(config, vlm, vae)
-    ids = _token_ids(config) if config.objective.rewrite_online else {}
+    # Any ids will do for shapes; how many tokens are written is known without a tokenizer
+    ids = dict(stop_ids=(0,), image_id=1, max_rewrite=config.data.budget[1])
     vlm = encoders.abstract(vlm, dtype, config.vlm_quantized)
     return cls(vlm, autoencoders.abstract(vae, dtype), config.taps, **ids)
 

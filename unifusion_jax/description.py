@@ -73,9 +73,9 @@ def read(folder: pathlib.Path) -> Description:
 def save(folder: str | os.PathLike, config) -> None:
   """Writes unifusion.json of a config.Config into the folder of its transformer."""
   folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
-  description = Description(
-      _named(config.vlm, folder), _named(config.vae, folder), config.taps, config.data.size, encoder.max_prompt,
-      encoder.max_rewrite, config.system, max(config.data.tiles), config.sample.settings())
+  vlm, vae = (config.hub.get(name) or _named(getattr(config, name), folder) for name in ('vlm', 'vae'))
+  description = Description(vlm, vae, config.taps, config.data.size, encoder.max_prompt, encoder.max_rewrite,
+                            config.system, max(config.data.tiles), config.sample.settings())
   if sharding.is_main_process():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')

@@ -56,10 +56,12 @@ def main(argv):
     raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
   if trains:
     configuration.check(config, jax.device_count())
-    record.pin(config, *config.objective.pretrained)
+  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+  if trains:
+    record.pin(config, workdir, *config.objective.pretrained)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
-    command.run(config, pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem))
+    command.run(config, workdir)
 
 
 def run():

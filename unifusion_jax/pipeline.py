@@ -224,10 +224,17 @@ class UniFusionPipeline:
       conditioning, written, failures = self._write(prompts, images, s)
       failures = {i: reason for i, reason in failures.items() if known[i] is None}
       known = [prompting.RAW if i in failures else text for i, text in enumerate(known)]
-    if any(text is not None for text in known):
-      read = self._read(prompts.answered(known), images)
-      chosen = sharding.shard(np.array([text is not None for text in known]))
-      conditioning = read if conditioning is None else _choose(chosen, read, conditioning)
+    if conditioning is None:
+      conditioning = self._read(prompts.answered(known), images)
+    elif again := [i for i, text in enumerate(known) if text is not None]:
+      # Those rows alone, filled up to a power of two of what the devices share, so that few shapes are ever compiled
+      least = sharding.padded_batch(1)
+      _, rows_read = next(sharding.batched(again, min(len(rows), least << (-(-len(again) // least) - 1).bit_length())))
+      answered = prompts.answered(known)
+      part = prompts.images and sharding.shard(prompting.stacked([prompts.images[i] for i in rows_read]))
+      read = self._read([answered[i] for i in rows_read], part)
+      place = np.array([rows_read.index(i) if i in again else -1 for i in range(len(rows))])
+      conditioning = _replace(conditioning, read, sharding.shard(place))
     rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
                 for row, text, new in zip(rows, known, written)]
     warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else '' for i in range(len(rows))]
@@ -380,14 +387,15 @@ def _condition_written(model, prompt_hidden, hidden, lengths, cond_index, cond_m
 
 
 @jax.jit
-def _choose(first, a: Conditioning, b: Conditioning) -> Conditioning:
-  """Row by row a where `first` [b], else b, padded to the longer of the two."""
-  longest = max(a.mask.shape[1], b.mask.shape[1])
+def _replace(old: Conditioning, new: Conditioning, place: jax.Array) -> Conditioning:
+  """Row i of the result is row place[i] of `new` [n q d], or of `old` [b q d] where place[i] is -1; padded alike."""
+  longest = max(old.mask.shape[1], new.mask.shape[1])
 
-  def choose(x, y):
+  def rows(x, y):
     x, y = (jnp.pad(z, [(0, 0), (0, longest - z.shape[1])] + [(0, 0)] * (z.ndim - 2)) for z in (x, y))
-    return jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-  return jax.tree.map(choose, a, b)
+    taken = jax.sharding.reshard(y, jax.P()).at[jnp.maximum(place, 0)].get(out_sharding=jax.typeof(x).sharding.spec)
+    return jnp.where((place >= 0).reshape(-1, *[1] * (x.ndim - 1)), taken, x)
+  return jax.tree.map(rows, old, new)
 
 
 @jax.jit

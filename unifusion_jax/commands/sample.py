@@ -21,7 +21,7 @@ def run(config, workdir: pathlib.Path) -> None:
   wanted, height, width = requests(config.sample, config.data.size)  # before anything slow is loaded
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
-  run_requests(pipe, wanted, height, width, workdir / 'images', weights=weights, vlm=config.vlm)
+  run_requests(pipe, wanted, height, width, workdir / 'images', weights=weights, vlm=config.hub.get('vlm', config.vlm))
   record.write(config, workdir, 'config_sample.json')
 
 
@@ -33,7 +33,10 @@ def requests(settings: SampleConfig, size: int) -> tuple[list[Request], int, int
   """
   text = settings.prompt
   if text.startswith('@'):
-    text = pathlib.Path(text[1:]).read_text()
+    path = pathlib.Path(text[1:])
+    if not path.is_file():
+      raise UserError(f'sample.prompt={text}: there is no file {path}, and @ names one that holds a request a line')
+    text = path.read_text()
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines and settings.rewrite is not None:
     lines = [settings.rewrite]

@@ -45,8 +45,8 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   """
   mesh, objective = jax.sharding.get_mesh(), config.objective
   checkpoints = checkpoint.Checkpoints(workdir, tidy=True)
-  if config.init and checkpoints.latest() is None:
-    record.pin(config, 'init')
+  if config.init:
+    record.pin(config, workdir, 'init')
   record.claim(config, workdir)
   frozen = objective.frozen(config)
   tx = step.optimizer(config.optim, config.train.steps)
@@ -57,7 +57,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
     logging.info('going on from step %d of %s', int(state.step), workdir)
   train_step = step.make_train_step(objective.loss, tx, config.optim)
-  preview = objective.preview(config)
+  preview = objective.preview(config) if config.train.preview_every else None
 
   start, end = int(state.step), config.train.steps if stop_at is None else min(stop_at, config.train.steps)
   end = start if state.progress == 1 else end  # a budget of minutes that was used up
@@ -96,7 +96,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         rate_clock, rate_step, waited = now, done, 0.0
         writer.write(done, dict(_means(logged), **rates, skipped=data.skipped))
         logged = []
-      if config.train.preview_every and (done % config.train.preview_every == 0 or last):
+      if preview and (done % config.train.preview_every == 0 or last):
         grid = preview(state.ema, frozen)
         if grid is not None and sharding.is_main_process():
           imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
@@ -139,14 +139,14 @@ class Clock:
   All processes read the clock of the first one, so that they decay and stop at the same step.
   """
 
-  def __init__(self, minutes: float, progress: float):
-    self._seconds, self._before, self._start = 60 * minutes, progress, time.monotonic()
+  def __init__(self, minutes: float, progress: float, now=time.monotonic):
+    self._seconds, self._before, self._now, self._start = 60 * minutes, progress, now, now()
 
   def __call__(self) -> np.float32 | None:
     if not self._seconds:
       return None
-    now = np.float32(self._before + (time.monotonic() - self._start) / self._seconds)
-    return min(sharding.from_main_process(now), np.float32(1))
+    progress = np.float32(self._before + (self._now() - self._start) / self._seconds)
+    return min(sharding.from_main_process(progress), np.float32(1))
 
 
 def _means(steps: list[dict]) -> dict[str, float]:

@@ -9,9 +9,10 @@ function of the arguments and k, whatever the number of threads, workers and pro
   batch = next(feed)                    # numpy arrays [b / processes ...]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 
 from absl import flags, logging
@@ -213,20 +214,17 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
   return Batches(grain.MapDataset.mix(datasets, weights), made_of, workers)
 
 
-def whole_records(source, count: int, wanted=lambda record: True):
-  """The first `count` records of a source that can be used and are wanted; fewer where it ends."""
-  for i in range(len(source)):
-    if count < 1:
-      return
-    if source.bucket(i) is None:
-      continue
-    try:
-      record = source[i]
-    except BrokenRecord:
-      continue
-    if wanted(record):
-      count -= 1
-      yield record
+def whole_records(source, count: int) -> Iterator[dict]:
+  """The first `count` records of a source that can be used; fewer where it ends."""
+  records = (_sound(source, i) for i in range(len(source)) if source.bucket(i) is not None)
+  return itertools.islice((record for record in records if record is not None), count)
+
+
+def _sound(source, i: int) -> dict | None:
+  try:
+    return source[i]
+  except BrokenRecord:
+    return None
 
 
 def preview_records(data: DataConfig, count: int, wanted=lambda record: True) -> list[dict]:
@@ -236,16 +234,18 @@ def preview_records(data: DataConfig, count: int, wanted=lambda record: True) ->
     (source, _), *_ = mix(data, split='test')
   except UserError:
     (source, _), *_ = mix(data)
-  shape = None
-
-  def of_one_shape(record):
-    nonlocal shape
-    bucket = (record['target'].shape[:2], len(record['references']))
-    if shape not in (None, bucket) or not wanted(record):
-      return False
-    shape = bucket
-    return True
-  return list(whole_records(source, count, of_one_shape))
+  records, shape = [], None
+  for i in range(len(source)):
+    bucket = source.bucket(i)
+    if len(records) == count:
+      break
+    if bucket is None or shape not in (None, bucket):
+      continue  # not decoded
+    record = _sound(source, i)
+    if record is not None and wanted(record):
+      shape = bucket
+      records.append(record)
+  return records
 
 
 class Batches(grain.DatasetIterator):

@@ -35,15 +35,16 @@ class VQAScore:
     del folder
     pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
     (source, _), *_ = loader.mix(dataclasses.replace(config.data, rewrites=None))
+    records = list(loader.whole_records(source, self.examples))
     groups = collections.defaultdict(list)  # by shape: a batch has one
-    for record in loader.whole_records(source, self.examples):
-      groups[(*record['target'].shape[:2], len(record['references']))].append(record)
+    for record, request in zip(records, requests_of(records)):
+      groups[(*record['target'].shape[:2], len(record['references']))].append((record, request))
     images, targets, captions = [], [], []
-    for (height, width, _), records in groups.items():
-      for part, rows in sharding.batched(records, self.batch_size):
-        images += [sample.image for sample in pipe.generate(requests_of(rows), height, width)][:len(part)]
-      targets += [record['target'] for record in records]
-      captions += [record['caption'] for record in records]
+    for (height, width, _), members in groups.items():
+      for part, rows in sharding.batched([request for _, request in members], self.batch_size):
+        images += [sample.image for sample in pipe.generate(rows, height, width)][:len(part)]
+      targets += [record['target'] for record, _ in members]
+      captions += [record['caption'] for record, _ in members]
     probabilities = {name: scores(pipe.frozen.vlm, pipe.prompt_encoder, shown, captions, self.batch_size)
                      for name, shown in (('vqascore', images), ('vqascore_truth', targets))}
     return dict(examples=len(captions), **{name: round(float(np.mean(p)), 4) for name, p in probabilities.items()})

@@ -53,6 +53,11 @@ def contracted(param) -> tuple[int, ...] | None:
   return param.get_metadata().get('contract') if isinstance(param, nnx.Param) else None
 
 
+def cast(module, dtype):
+  """A module with its floating-point parameters in another dtype, for mixed-precision training."""
+  return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, module)
+
+
 def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
   """A vector or bias that starts at one value."""
   return nnx.Param(jnp.full(shape, value, dtype, out_sharding=P(*spec)))

@@ -38,7 +38,8 @@ class FlowMatching:
 
   def unit(self, config) -> int:
     """Pixels that both sides of an image must be multiples of: one patch of latents."""
-    return autoencoders.config(config.vae).downsampling * config.model.dit.patch
+    patch = config.model.dit.patch if isinstance(config.model, unifusion.UniFusionConfig) else 1
+    return autoencoders.config(config.vae).downsampling * patch
 
   def problems(self, config, devices: int) -> list[str]:
     """Settings that cannot work together, a sentence each."""

@@ -10,7 +10,7 @@ import numpy as np
 from unifusion_jax import sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import imaging, loader, transforms
-from unifusion_jax.models import vae
+from unifusion_jax.models import layers, vae
 from unifusion_jax.scenes.evaluation import reconstruction
 
 PREVIEWED = 8    # images of a preview
@@ -25,6 +25,7 @@ class AutoencoderObjective:
     bound of a Gaussian with that sigma on pixels, for 12 pixel numbers to a latent number: 4e-4 is sigma 0.05.
   """
   kl: float = 4e-4
+  dtype: str = 'float32'  # of the computation; parameters stay f32
 
   tasks = ('t2i', 'edit', 'reconstruct')
   pretrained = ()
@@ -57,9 +58,9 @@ class AutoencoderObjective:
 
   def export(self, config, params: vae.Autoencoder, folder) -> None:
     """Writes the autoencoder with the scaling factor that gives latents of training images unit variance."""
-    batches = train.batches(config)
+    batches, mesh = train.batches(config), jax.sharding.get_mesh()
     spread = jax.jit(lambda model, x: jnp.std(model.moments(imaging.to_float(x))[0]))
-    stds = [float(spread(params, sharding.shard(next(batches)['target']))) for _ in range(MEASURED)]
+    stds = [float(spread(params, sharding.shard_batch(next(batches)['target'], mesh))) for _ in range(MEASURED)]
     batches.close()
     params.config = dataclasses.replace(params.config, scaling_factor=1.0 / float(np.mean(stds)))
     vae.save(params, folder)
@@ -90,7 +91,7 @@ class AutoencoderObjective:
 
   def loss(self, params: vae.Autoencoder, frozen, batch, key):
     """Squared error plus weighted KL: (scalar f32, metrics). batch: target uint8 [b y x 3]."""
-    x = imaging.to_float(batch['target'])
+    x, params = imaging.to_float(batch['target']), layers.cast(params, self.dtype)
     mean, log_variance = params.moments(x)
     noise = jax.random.normal(key, mean.shape, out_sharding=jax.typeof(mean).sharding.spec)
     decoded = params.decode(mean + jnp.exp(0.5 * log_variance) * noise)

@@ -66,18 +66,20 @@ def stages(folder: pathlib.Path, minutes: float, scale: Scale) -> dict[str, conf
     config.data = dataclasses.replace(
         config.data, path='scenes/wide', tasks=tasks, max_prompt_tokens=PROMPT, max_rewrite_tokens=REWRITE,
         batch_size=batches[name], workers=scale.workers, tiles=scale.tiles if name in ('tower', 'vlm') else (1,))
+    if name in ('vae', 'tower', 'vlm'):
+      config.objective.dtype = scale.dtype
     if name in ('t2i', 'edit'):
       config.vlm, config.vae = exports['vlm'], exports['vae']
-      config.model.dtype = scale.dtype
+      config.model.dtype = config.frozen_dtype = scale.dtype
       config.objective.noises_per_example = scale.noises
   return configs
 
 
 def run(folder: pathlib.Path, minutes: float, scale: Scale) -> None:
-  """Trains and exports every stage that has no export yet; after an interruption the next call goes on."""
+  """Trains and exports every stage that is not exported yet; after an interruption the next call goes on."""
   for name, config in stages(folder, minutes, scale).items():
     workdir, start = folder / name, time.monotonic()
-    if (workdir / 'export').exists():
+    if (workdir / 'config_export.json').exists():  # what an export writes last
       continue
     configuration.check(config, jax.device_count())
     with jax.set_mesh(sharding.make_mesh(config.mesh)):

@@ -44,6 +44,7 @@ class VLMObjective:
   lm_weight: float = 1.0          # next-token loss; at 0 the vision tower alone is trained, several times as fast
   attributes_weight: float = 1.0  # attributes head
   grounding_weight: float = 1.0   # grounding head, on edits
+  dtype: str = 'float32'          # of the computation; parameters stay f32
 
   tasks = ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')
   pretrained = ()
@@ -110,6 +111,7 @@ class VLMObjective:
 
     batch: as `chat_examples.ChatExample` gives it, batched.
     """
+    params = layers.cast(params, self.dtype)
     image_features, metrics = None, {}
     attributes_loss = jnp.zeros((), jnp.float32)
     if 'tiles' in batch:

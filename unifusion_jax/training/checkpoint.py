@@ -84,7 +84,8 @@ def trained(config, workdir: pathlib.Path):
   if weights is None:
     raise UserError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), or '
                     'give --config.sample.weights=FOLDER')
-  return objective.load(config, str(hub.resolve(weights))), str(weights)
+  pinned = hub.pin(weights)
+  return objective.load(config, str(pinned.folder)), pinned.name
 
 
 def _named(tree) -> dict[str, object]:

@@ -10,13 +10,19 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.weights import hub
 
 COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
-FORMER = ('unroll',)  # fields that older runs have written and that made no other model
 
 
-def pin(config, *names: str) -> None:
-  """Puts the folder of one commit in the place of each hub id, for all processes; they call this together, once."""
+def pin(config, workdir: pathlib.Path, *names: str) -> None:
+  """Puts the folder of one commit in the place of each hub id, for all processes; they call this together, once.
+
+  A run that goes on keeps the commits of its start, which are in its config.json.
+  """
+  path = workdir / 'config.json'
+  before = json.loads(path.read_text()) if path.exists() else {}
   for name in names:
-    pinned = hub.pin(getattr(config, name))
+    value = getattr(config, name)
+    known = str(before.get(name, ''))
+    pinned = hub.pin(known if known.partition('@')[0] == value else value)
     setattr(config, name, str(pinned.folder))
     if pinned.commit:
       config.hub[name] = pinned.name
@@ -25,10 +31,11 @@ def pin(config, *names: str) -> None:
 def claim(config, workdir: pathlib.Path) -> None:
   """Writes config.json into the workdir; UserError when a run with another configuration lives there.
 
-  How a run samples and evaluates may change; what it trains may not.
+  How a run samples, evaluates and keeps its books may change; what it trains may not.
   """
-  free = ('sample', 'rewrite', 'eval', 'devices', 'mesh')
-  _compare(config, workdir, lambda name: name.split('.')[0] not in free)
+  free = ('sample', 'rewrite', 'eval', 'devices', 'mesh', 'vlm_cache')
+  bookkeeping = ('data.workers', 'train.log_every', 'train.save_every', 'train.preview_every')
+  _compare(config, workdir, lambda name: name.split('.')[0] not in free and name not in bookkeeping)
   write(config, workdir, 'config.json', files=fingerprints(config))
 
 
@@ -79,10 +86,7 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
   old, new = json.loads(path.read_text()), json.loads(json.dumps(_described(config))) | dict(files=fingerprints(config))
-  if str(old.get('init')).partition('@')[0] == new['init']:
-    new['init'] = old['init']  # the same name, of which a run that goes on looks up no commit
-  differ = differences(old, new,
-                       lambda name: matters(name) and name.split('.')[-1] not in FORMER)
+  differ = differences(old, new, matters)
   if differ:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
                     + '\n  '.join(differ))

@@ -80,7 +80,7 @@ def _rate(hits) -> float:
   return round(float(np.mean(hits)), 4) if hits else float('nan')
 
 
-def sheet(vlm, layout: transforms.PromptEncoder, data, count: int) -> np.ndarray:
+def preview_grid(vlm, layout: transforms.PromptEncoder, data, count: int) -> np.ndarray:
   """A grid of test images with request, the VLM's answer and the truth."""
   source = sources.SceneSource('edit', 'test', data.size)
   records = [source[i] for i in range(count)]
