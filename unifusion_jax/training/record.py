@@ -10,11 +10,11 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.weights import hub
 
 COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
-FORMER = ('unroll',)  # fields that older runs have written and that made no other model
+FORMER = ('unroll',)  # fields of older runs, without effect on the model
 
 
 def pin(config, *names: str) -> None:
-  """Puts the folder of one commit in the place of each hub id, for all processes; they call this together, once."""
+  """Replaces hub ids in the settings `names` by the folder of one commit; all processes call this together, once."""
   for name in names:
     pinned = hub.pin(getattr(config, name))
     setattr(config, name, str(pinned.folder))
@@ -23,7 +23,7 @@ def pin(config, *names: str) -> None:
 
 
 def claim(config, workdir: pathlib.Path) -> None:
-  """Writes config.json into the workdir; UserError when a run with another configuration lives there.
+  """Writes config.json into the workdir; UserError when it holds a run with another configuration.
 
   How a run samples and evaluates may change; what it trains may not.
   """
@@ -33,7 +33,7 @@ def claim(config, workdir: pathlib.Path) -> None:
 
 
 def check_same_model(config, workdir: pathlib.Path) -> None:
-  """UserError when the workdir's run trained another model, or beside another VLM or autoencoder, than `config` has."""
+  """UserError when the workdir's run has another model, VLM or autoencoder than `config`."""
   def matters(name):
     model = name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and name.split('.')[-1] not in COMPUTING
     return model or name == 'objective.repa_weight'
@@ -45,7 +45,7 @@ def write(config, workdir: pathlib.Path, name: str, **more) -> None:
   if sharding.is_main_process():
     workdir.mkdir(parents=True, exist_ok=True)
     part = workdir / f'{name}.part'
-    part.write_text(json.dumps(_described(config) | more, indent=2, sort_keys=True) + '\n')
+    part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
     os.replace(part, workdir / name)
 
 
@@ -54,8 +54,8 @@ def fingerprints(config) -> dict[str, str]:
   return {name: hub.fingerprint(hub.resolve(getattr(config, name))) for name in config.objective.pretrained}
 
 
-def _described(config) -> dict:
-  """The configuration as nested dicts; a folder that came from the hub goes by its id and commit, as on any host."""
+def _as_dict(config) -> dict:
+  """The configuration as nested dicts; a folder from the hub is written as its id and commit, the same on any host."""
   settings = dataclasses.asdict(config)
   return settings | settings.pop('hub')
 
@@ -78,11 +78,10 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
   path = workdir / 'config.json'
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
-  old, new = json.loads(path.read_text()), json.loads(json.dumps(_described(config))) | dict(files=fingerprints(config))
+  old, new = json.loads(path.read_text()), json.loads(json.dumps(_as_dict(config))) | dict(files=fingerprints(config))
   if str(old.get('init')).partition('@')[0] == new['init']:
-    new['init'] = old['init']  # the same name, of which a run that goes on looks up no commit
-  differ = differences(old, new,
-                       lambda name: matters(name) and name.split('.')[-1] not in FORMER)
-  if differ:
+    new['init'] = old['init']  # the same id: a resumed run does not resolve its commit again
+  changes = differences(old, new, lambda name: matters(name) and name.split('.')[-1] not in FORMER)
+  if changes:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
-                    + '\n  '.join(differ))
+                    + '\n  '.join(changes))
