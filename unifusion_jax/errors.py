@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-  """Bad settings, files or records. `main` ends with its message alone; every other error keeps its traceback."""
+  """Bad settings, files or records. `main` exits with the message alone; every other error keeps its traceback."""
 
 
 class BrokenRecord(UserError):

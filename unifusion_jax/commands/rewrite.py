@@ -39,7 +39,7 @@ SAMPLING = ('count', 'temperature', 'top_p')  # settings that training on the re
 @dataclasses.dataclass
 class RewriteConfig:
   """How requests are rewritten offline; the VLM, system prompt, tiles and budgets are those of training."""
-  count: int = 1            # rewrites of each request; training reads another one each time
+  count: int = 1            # rewrites of each request; training samples one each time
   temperature: float = 0.0  # 0: the most probable rewrite; only one exists
   top_p: float = 1.0
   batch_size: int = 32      # requests at a time, over all devices
@@ -48,7 +48,7 @@ class RewriteConfig:
     """Settings that cannot work for the data of `path` and a batch over `shards` devices, one sentence each."""
     problems = []
     if path in loader.SCENES:
-      problems.append(f'data.path={path} is drawn on the fly and has no end: write a folder with '
+      problems.append(f'data.path={path} is generated on the fly, without an end: write a folder with '
                       'python -m unifusion_jax.scenes.builder, or name a list of your own')
     if self.batch_size < 1 or self.batch_size % shards:
       problems.append(f'rewrite.batch_size={self.batch_size} must be a multiple of the {shards} devices that share a '
@@ -122,7 +122,7 @@ class _Prompt:
 
 
 def _by_references(source) -> Iterator[tuple[int, np.ndarray]]:
-  """(number of references, indices of this process's records with so many), in one order for all processes."""
+  """(number of references, indices of this process's records with that number), in one order for all processes."""
   buckets = [source.bucket(i) for i in range(len(source))]
   counts = np.array([-1 if bucket is None else bucket[2] for bucket in buckets])
   for references in sorted(set(counts) - {-1}):
@@ -227,7 +227,7 @@ def _compare(folder: pathlib.Path, settings: dict, free: tuple[str, ...] = ()) -
   stored = json.loads((folder / rewrites.SETTINGS).read_text())
   changes = differences(stored, settings, lambda name: name in settings and name not in free)
   if changes:
-    raise UserError(f'{folder} holds rewrites made under other settings; give another folder, or remove that one.\n  '
+    raise UserError(f'{folder} holds rewrites of other settings; give another folder, or remove that one.\n  '
                     + '\n  '.join(changes))
 
 

@@ -111,7 +111,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):
-  """`depth` modules of one kind as one module whose every leaf has a leading layer axis."""
+  """`depth` modules of one class as one module; each leaf has a leading layer axis."""
   return jax.vmap(lambda key: cls(*args, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 

@@ -106,7 +106,7 @@ def _matrix(w: jax.Array, axes: tuple[int, ...]):
 
 
 def _rounded(x: jax.Array, axes: tuple[int, ...]):
-  """(int8, f32 scale of size 1 on `axes`) whose product is x."""
+  """x as (int8 values, f32 scale of size 1 on `axes`)."""
   x = x.astype(jnp.float32)
   peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
   scale = jnp.where(peak > 0, peak / 127, 1.0)
@@ -114,8 +114,8 @@ def _rounded(x: jax.Array, axes: tuple[int, ...]):
 
 
 def _aligned(scale: jax.Array, letters: str, result: str) -> jax.Array:
-  """A scale with axes `letters` as it broadcasts over `result`."""
+  """A scale with axes `letters`, in the shape that broadcasts over `result`."""
   scale = jnp.squeeze(scale, [i for i, letter in enumerate(letters) if letter not in result])
-  kept = [letter for letter in letters if letter in result]
-  scale = jnp.transpose(scale, sorted(range(len(kept)), key=lambda i: result.index(kept[i])))
-  return jnp.expand_dims(scale, [i for i, letter in enumerate(result) if letter not in kept])
+  shared = [letter for letter in letters if letter in result]
+  scale = jnp.transpose(scale, sorted(range(len(shared)), key=lambda i: result.index(shared[i])))
+  return jnp.expand_dims(scale, [i for i, letter in enumerate(result) if letter not in shared])

@@ -1,9 +1,9 @@
-r"""Conversion rules of a model: which torch tensor, or slices of it, holds the numbers of which leaf of ours.
+r"""Conversion rules of a model, between torch tensors (or slices of them) and our leaves.
 
 A rule is (torch name, our path, pattern) or (torch name, our path, pattern, slices):
 
   torch name  a regex of plain text and `(\d+)` groups: r'model\.layers\.(\d+)\.mlp\.up_proj\.weight'
-  our path    'blocks/mlp/up'. `\1` is what group 1 matched; a group that the path does not use is the layer of a
+  our path    'blocks/mlp/up'. `\1` is the text of group 1; a group that the path does not use is the layer of a
               stacked leaf, the leading axis of ours that patterns leave out
   pattern     einops, from torch's layout to ours: 'o i y x -> y x i o', '(h k) d -> d h k', 'd 1 1 -> d'
   slices      for a torch tensor that holds several leaves: one letter of its layout and where this leaf lies on it.
@@ -183,7 +183,7 @@ class Source:
   def read(self, tensor, index: tuple[slice, ...]) -> np.ndarray:
     """Our leaf (or layer) at `index`, from the smallest box of the torch tensor around it."""
     layout = self.layout
-    need, inside = dict(layout.span), []  # of each letter, in torch; and of each of our axes, within what was read
+    need, inside = dict(layout.span), []  # spans of letters in torch; slices of our axes within the box
     for axis, want in zip(layout.ours, index):
       if not axis:
         inside.append(want)

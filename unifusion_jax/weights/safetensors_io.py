@@ -84,13 +84,13 @@ def shards(sizes: dict[str, int], stem: str, most: int) -> dict[str, list[str]]:
 
   Named as transformers and diffusers name them: stem.safetensors, or stem-00001-of-00003.safetensors and so on.
   """
-  groups, room = [[]], most
+  groups, free = [[]], most
   for name, size in sizes.items():
-    if groups[-1] and size > room:
+    if groups[-1] and size > free:
       groups.append([])
-      room = most
+      free = most
     groups[-1].append(name)
-    room -= size
+    free -= size
   count = len(groups)
   names = [f'{stem}.safetensors'] if count == 1 else [
       f'{stem}-{i:05d}-of-{count:05d}.safetensors' for i in range(1, count + 1)]
