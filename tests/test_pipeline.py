@@ -432,7 +432,7 @@ def folder(tmp_path, **changes):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(vlm=None, size=None), 'vlm is missing; size is missing'), (dict(colour='red'), 'colour is not known'),
-    (dict(taps=[2, 4]), 'must be 3 rising numbers'), (dict(taps=[2, 6, 4]), 'must be 3 rising numbers'),
+    (dict(taps=[2, 4]), 'must be 3 increasing layer'), (dict(taps=[2, 6, 4]), 'must be 3 increasing layer'),
     (dict(taps=[2, 4, 60]), 'has 6 layers of width 160'), (dict(taps=7), 'taps=7 must be a list'),
     (dict(sample=dict(stepps=3)), "did you mean 'steps'"), (dict(sample=dict(steps=0)), 'steps=0 must be'),
     (dict(vlm='../nowhere'), 'says that the vlm is in ../nowhere, which is not there')])

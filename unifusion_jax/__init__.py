@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str):
-  if name == 'UniFusionPipeline':  # here, so that other parts of the package start without it
+  if name == 'UniFusionPipeline':  # imported at first use: it is slow
     from unifusion_jax.pipeline import UniFusionPipeline
     return UniFusionPipeline
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,4 +1,4 @@
-"""Command-line overrides `--config.a.b=value` of a recipe, and the sentence that each wrong one ends in."""
+"""Command-line overrides `--config.a.b=value` of a recipe, and one-sentence errors for wrong ones."""
 
 import dataclasses
 import difflib
@@ -17,10 +17,10 @@ _HINT = ('\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.p
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Parses all of argv into flags; the recipe under its overrides is then the value of the flag `config`.
+  """Parses argv into flags; the flag `config` then holds the recipe with its overrides applied.
 
   Raises:
-    UserError: for a flag, a setting or a value that cannot be used. Errors of a recipe's own code pass as they are.
+    UserError: for an unknown flag or setting and for a wrong value. Errors of a recipe's own code pass unchanged.
   """
   try:
     rest = values([_quoted(argument) for argument in argv])
@@ -47,7 +47,7 @@ def _raised_by_recipe(error: BaseException) -> bool:
 
 
 def _quoted(argument: str) -> str:
-  """The path of an existing reference as a string literal: a comma or a space in it would be read as a list."""
+  """The argument, with the path of an existing reference quoted: a comma or a space would make it a list."""
   name, equals, value = argument.partition('=')
   if equals and name.lstrip('-') == 'config.sample.references' and pathlib.Path(value).is_file():
     return f'{name}={value!r}'
@@ -55,7 +55,7 @@ def _quoted(argument: str) -> str:
 
 
 def _check_tuples(values: flags.FlagValues) -> None:
-  """Items of overridden tuples against the field's annotation: ml_collections takes items of any type."""
+  """Checks the items of overridden tuples by the field's annotation: ml_collections takes items of any type."""
   for path in values['config'].override_values:
     *groups, name = path.split('.')
     holder = values['config'].value
@@ -66,17 +66,17 @@ def _check_tuples(values: flags.FlagValues) -> None:
       kind = typing.get_args(annotation)[0]
       wrong = [item for item in value if not isinstance(item, (int, float) if kind is float else kind)]
       if wrong:
-        raise UserError(f'config.{path} holds {wrong[0]!r}, which is no {kind.__name__}: all its items must be{_HINT}')
+        raise UserError(f'config.{path} holds {wrong[0]!r}: all its items must be of type {kind.__name__}{_HINT}')
 
 
 def _sentence(error: Exception, cause: BaseException, values: flags.FlagValues) -> str:
-  """What is wrong on the command line: the settings that exist, or the type that is wanted."""
+  """Message for a command-line error: names the settings that exist, or the expected type."""
   text = str(cause.args[0] if isinstance(cause, KeyError) else cause)
   if match := (re.match(r"Field (?P<name>\w+) not found on dataclass <class '(?P<holder>[\w.]+)'>", text)
                or re.match(r"Attribute <class '(?P<holder>[\w.]+)'>\.(?P<name>\w+) does not exist", text)):
     return _no_such_setting(match['name'], pydoc.locate(match['holder']))
   if 'get_config() takes' in text:
-    return 'this recipe has no scales: leave the colon and what follows it out'
+    return 'this recipe has no scales: remove the colon and the text after it'
   if match := re.match(r'flag --(config\.[\w.]+)=(.*?): ', str(error), re.DOTALL):
     name, value = match.groups()
     flag = values[name]
@@ -93,7 +93,7 @@ def _sentence(error: Exception, cause: BaseException, values: flags.FlagValues) 
 
 def _no_such_setting(name: str, holder: type) -> str:
   if not dataclasses.is_dataclass(holder):
-    return f'there is no setting {name!r}: what holds it is of type {holder.__name__} and has none of its own'
+    return f'there is no setting {name!r}: its parent is of type {holder.__name__} and not a group of settings'
   names = [field.name for field in dataclasses.fields(holder)]
   near = difflib.get_close_matches(name, names, 1)
   question = f'did you mean {near[0]!r}? ' if near else ''

@@ -1,4 +1,4 @@
-"""From frozen models to condition tokens: what training and sampling share before LAP."""
+"""Frozen models, and the VLM states that LAP pools: shared by training and sampling."""
 
 import dataclasses
 
@@ -16,12 +16,13 @@ _static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Frozen:
-  """The models that training reads and never changes, and the facts that belong to them.
+  """Frozen VLM and autoencoder, with the static settings that belong to them.
 
   Attributes:
     taps: layers of the VLM that LAP pools.
-    stop_ids, image_id: token ids that end generated text, and that image tokens stand under.
-    max_rewrite: most tokens of a rewrite.
+    stop_ids: token ids that end generated text.
+    image_id: the id of every image token; None for a language model.
+    max_rewrite: maximum tokens of a rewrite.
   """
   vlm: encoders.Encoder
   vae: autoencoder.Autoencoder
@@ -32,7 +33,7 @@ class Frozen:
 
   @classmethod
   def load(cls, config) -> 'Frozen':
-    """The models of a config.Config; UserError where they do not fit the model that they condition."""
+    """Loads both models of a config.Config; UserError where they do not fit `config.model`."""
     dtype = jnp.dtype(config.frozen_dtype)
     vlm = encoders.load(config.vlm, dtype, quantized=config.vlm_quantized, cache=config.vlm_cache)
     vae = autoencoders.load(config.vae, dtype)
@@ -59,7 +60,7 @@ def _token_ids(config) -> dict:
 def _check_fit(config, vlm, vae) -> None:
   if config.taps[-1] > vlm.text.depth or vlm.text.width != config.model.lap.width:
     raise UserError(f'{config.vlm} has {vlm.text.depth} layers of width {vlm.text.width}, but taps={config.taps} and '
-                    f'model.lap.width={config.model.lap.width} want others: change these or the VLM')
+                    f'model.lap.width={config.model.lap.width} do not match it: change these or the VLM')
   if vae.latent_channels != config.model.dit.channels:
     raise UserError(f'{config.vae} has {vae.latent_channels} latent channels, but model.dit.channels='
                     f'{config.model.dit.channels}: change one of them')
@@ -74,16 +75,16 @@ def condition_states(prompt_hidden: jax.Array, hidden: jax.Array, lengths: jax.A
                      cond_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """States of the conditioning prompt tokens, then those of the generated tokens: ([b q+n l e], mask [b q+n]).
 
-  prompt_hidden [b s l e] with cond_index, cond_mask [b q]; hidden [b n l e], of which the first lengths [b] count.
+  prompt_hidden [b s l e] is indexed by cond_index [b q]; of hidden [b n l e] the first `lengths` [b] are valid.
   """
-  generated = jnp.arange(hidden.shape[1])[None] < lengths[:, None]
+  generated_mask = jnp.arange(hidden.shape[1])[None] < lengths[:, None]
   return (jnp.concatenate([select_tokens(prompt_hidden, cond_index), hidden], axis=1),
-          jnp.concatenate([cond_mask, generated], axis=1))
+          jnp.concatenate([cond_mask, generated_mask], axis=1))
 
 
 def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...],
                         image_id: int | None) -> jax.Array:
-  """[b] bool: the generated ids [b n] of lengths [b] end, are not empty and hold no image token.
+  """Valid rows [b] bool of generated ids [b n] with lengths [b]: a stop id at the end, not empty, no image token.
 
   The rule of `prompting.read_rewrites`, on the device.
   """
@@ -91,5 +92,5 @@ def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int,
   ended = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
   if image_id is None:
     return ended
-  generated = jnp.arange(ids.shape[1]) < lengths[:, None]
-  return ended & ~jnp.any((ids == image_id) & generated, axis=1)
+  generated_mask = jnp.arange(ids.shape[1]) < lengths[:, None]
+  return ended & ~jnp.any((ids == image_id) & generated_mask, axis=1)

@@ -1,8 +1,8 @@
 """The configuration of a run: a tree of dataclasses, each beside the code that reads it.
 
 `configs/*.py` build one; `--config.a.b=value` changes a field; a misspelt field or a value of the wrong type stops at
-start. `objective` says what is trained and `eval` how it is measured: both are settings and behaviour in one
-(`objectives/`, `evaluation/`, `scenes/`), so nothing here knows which ones there are.
+start. `objective` is what is trained and `eval` how it is measured. Both hold settings and behaviour (`objectives/`,
+`evaluation/`, `scenes/`), so this file depends on no particular one.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from unifusion_jax.training.step import OptimConfig
 @dataclasses.dataclass
 class Config:
   objective: object               # what is trained: a dataclass of objectives/ or scenes/
-  model: object                   # the sizes of the model in training
-  vlm: str = str(ASSETS / 'vlm')  # folder or hub id: the frozen VLM, or the tokenizer of the one in training
+  model: object                   # sizes of the model in training
+  vlm: str = str(ASSETS / 'vlm')  # folder or hub id of the frozen VLM; when a VLM is trained, of its tokenizer
   vlm_quantized: str = ''         # 'int8': weights in int8; 'w8a8': activations too
   vlm_cache: str | None = None    # folder that keeps the converted VLM for the next start
   vae: str = str(ASSETS / 'vae')  # folder or hub id of a diffusers autoencoder
@@ -31,9 +31,9 @@ class Config:
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: int = 0
-  # Hub ids at the commits that they were resolved to, by setting; `record.pin` puts their folders into those settings.
+  # {setting: hub id at its commit}; `record.pin` puts the local folder into the setting itself.
   hub: dict[str, str] = dataclasses.field(default_factory=dict)
-  devices: int = 0                # number of devices of the recipe, for checks where they are not; 0: those here
+  devices: int = 0                # devices that the recipe is for, to check it on another machine; 0: those present
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -43,18 +43,18 @@ class Config:
   eval: object = dataclasses.field(default_factory=VQAScore)  # how --mode=eval measures: settings and behaviour
 
   def problems(self, devices: int) -> list[str]:
-    """Every combination of settings that cannot work on so many devices, a sentence each."""
+    """Settings that cannot work together on a number of devices, one sentence each."""
     data, fsdp, _ = self.mesh.shape(devices)
     kinds, unit = self.objective.tasks, self.objective.unit(self)
-    dtypes = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
+    dtype_problems = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
         f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
-    wrong = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
-    return [*dtypes, *wrong, *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
-            *self.eval.problems(self)]
+    data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
+    return [*dtype_problems, *data_problems, *self.optim.problems(), *self.train.problems(),
+            *self.objective.problems(self, devices), *self.eval.problems(self)]
 
 
 def check(config: Config, devices: int) -> None:
-  """UserError that lists all of `config.problems`."""
+  """Raises a UserError that lists all of `config.problems`, if there are any."""
   problems = config.problems(devices)
   if problems:
     raise UserError('this configuration cannot run:\n  ' + '\n  '.join(problems))

@@ -1,4 +1,4 @@
-"""unifusion.json: what a transformer's folder says of the rest of its pipeline."""
+"""unifusion.json in a transformer's folder: the VLM, autoencoder and settings of its pipeline."""
 
 import dataclasses
 import json
@@ -17,15 +17,15 @@ FILE = 'unifusion.json'
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """unifusion.json beside a transformer's config.json: the rest of its pipeline.
+  """Contents of unifusion.json: a pipeline's parts and settings beside its transformer.
 
   Attributes:
     vlm, vae: a path relative to the folder ('./x', '../x') or absolute, a hub id, or 'tiny' for the embedded model.
     taps: layers of the VLM that LAP pools.
-    size: side of a square image where no size is asked for.
+    size: default image size: the side of a square, in pixels.
     max_prompt_tokens, max_rewrite_tokens: token budgets of a prompt without its images, and of a rewrite.
     system: system prompt of training, a name in verifi.SYSTEM or a text.
-    tiles: most tiles of a reference in training.
+    tiles: maximum tiles of a reference in training.
     sample: defaults of SampleConfig.
   """
   vlm: str
@@ -57,9 +57,9 @@ def read(folder: pathlib.Path) -> Description:
   wrong = [f'{name} is missing' for name in required if name not in values]
   wrong += [f'{name} is not known' for name in values if name not in [field.name for field in fields]]
   for name, value in values.items():
-    kind, named = kinds.get(name, (str, 'a text'))
+    kind, noun = kinds.get(name, (str, 'a text'))
     if not isinstance(value, kind) or value in ('', [], 0):
-      wrong.append(f'{name}={value!r} must be {named}')
+      wrong.append(f'{name}={value!r} must be {noun}')
   if not wrong:
     try:
       wrong = SampleConfig().changed(**values.get('sample', {})).problems()
@@ -73,7 +73,7 @@ def read(folder: pathlib.Path) -> Description:
 def save(folder: str | os.PathLike, config) -> None:
   """Writes unifusion.json of a config.Config into the folder of its transformer."""
   folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
-  vlm, vae = (config.hub.get(name) or _named(getattr(config, name), folder) for name in ('vlm', 'vae'))
+  vlm, vae = (config.hub.get(name) or _entry(getattr(config, name), folder) for name in ('vlm', 'vae'))
   description = Description(vlm, vae, config.taps, config.data.size, encoder.max_prompt, encoder.max_rewrite,
                             config.system, max(config.data.tiles), config.sample.settings())
   if sharding.is_main_process():
@@ -81,8 +81,8 @@ def save(folder: str | os.PathLike, config) -> None:
     (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
 
 
-def _named(path: str, folder: pathlib.Path) -> str:
-  """A part's place as unifusion.json of `folder` names it: what lies beside the folder moves with it."""
+def _entry(path: str, folder: pathlib.Path) -> str:
+  """Entry of unifusion.json in `folder` for a VLM or autoencoder: relative to `folder` where it lies beside it."""
   place = pathlib.Path(path).expanduser()
   if not place.is_dir():
     return path  # a hub id
@@ -93,7 +93,10 @@ def _named(path: str, folder: pathlib.Path) -> str:
 
 
 def part_of(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path | str:
-  """The place of the VLM or autoencoder that unifusion.json of `folder`, which is behind `name`, calls `entry`."""
+  """Folder or hub id of the `part` ('vlm' or 'vae') that unifusion.json calls `entry`.
+
+  name: the pipeline's folder or hub id as the user gave it; folder: its local folder.
+  """
   if entry == 'tiny':
     return ASSETS / part
   if (folder / entry).is_dir():

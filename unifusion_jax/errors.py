@@ -1,9 +1,9 @@
-"""The errors that a user can mend: their messages say what came, what is wanted and how to get there."""
+"""Errors that a user can fix: a message says what was given, what is expected and how to fix it."""
 
 
 class UserError(ValueError):
-  """Bad settings, files or records. `main` ends with its message alone; every other error keeps its traceback."""
+  """Bad settings, files or records. `main` exits with the message alone; every other error keeps its traceback."""
 
 
 class BrokenRecord(UserError):
-  """One record that cannot be used. The loader passes over it and counts it; any other error stops the run."""
+  """One record that cannot be used. The loader skips and counts it; any other error stops the run."""

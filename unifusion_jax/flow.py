@@ -59,32 +59,32 @@ def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str =
            keys: jax.Array | None = None, first=0) -> jax.Array:
   """Integrates dx/dt = velocity from x [b ...] at times[0] along `times` [n + 1], in one `lax.scan`: x at times[n].
 
-  'euler' takes one velocity a step and has order 1; 'heun' takes two and has order 2. With `keys` [b], one a row, every
+  'euler' has order 1 with one velocity a step; 'heun' has order 2 with two. With `keys` [b], one a row, every
   Euler step replaces part of the noise in x by new noise, as DDIM (arXiv 2010.02502, equations 12 and 16) does: at
   eta 1 as much as the noising from the next time to this one adds (ancestral sampling), at 0 none. Any eta leads to the
   same distribution in many steps; in few, with a velocity that errs, new noise lets errors of earlier steps fade.
 
-  `first` is the number of the first step within the whole way: integrating the way in parts draws the same new noise.
+  `first` is the index of the first step in the whole schedule: integrating it in parts samples the same new noise.
   """
   if method not in ('euler', 'heun'):
     raise ValueError(f"method {method!r} is not a sampler: choose 'euler' or 'heun'")
   if keys is not None and method != 'euler':
     raise ValueError(f'noise is renewed between Euler steps, not between those of {method!r}: leave keys out')
-  at = lambda x, t: velocity(x, jnp.full_like(x[(slice(None),) + (0,) * (x.ndim - 1)], t, dtype=jnp.float32))
+  velocity_at = lambda x, t: velocity(x, jnp.full_like(x[(slice(None),) + (0,) * (x.ndim - 1)], t, dtype=jnp.float32))
 
   def step(x, interval):
-    t, following, i = interval
-    v = at(x, t)
-    end = x + (following - t) * v
+    t, t_next, i = interval
+    v = velocity_at(x, t)
+    x_next = x + (t_next - t) * v
     if method == 'heun':
-      end = x + (following - t) * (v + at(end, following)) / 2
+      x_next = x + (t_next - t) * (v + velocity_at(x_next, t_next)) / 2
     if keys is not None:
-      new = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
+      new_noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
       # At t = 0 there is no noise to renew: the inner `where` keeps 0 / 0 out of the value and of its gradient
-      left = jnp.where(t > 0, following / jnp.where(t > 0, t, 1), 0)
-      renewed = eta ** 2 * (1 - ((1 - t) / (1 - following) * left) ** 2)  # a share of the noise's variance
-      end += following * (jnp.sqrt(renewed) * new + (jnp.sqrt(1 - renewed) - 1) * (x + (1 - t) * v))
-    return end.astype(x.dtype), None
+      ratio = jnp.where(t > 0, t_next / jnp.where(t > 0, t, 1), 0)
+      renewed = eta ** 2 * (1 - ((1 - t) / (1 - t_next) * ratio) ** 2)  # a share of the noise's variance
+      x_next += t_next * (jnp.sqrt(renewed) * new_noise + (jnp.sqrt(1 - renewed) - 1) * (x + (1 - t) * v))
+    return x_next.astype(x.dtype), None
 
-  numbers = first + jnp.arange(len(times) - 1)
-  return jax.lax.scan(step, noise, (times[:-1], times[1:], numbers))[0]
+  indices = first + jnp.arange(len(times) - 1)
+  return jax.lax.scan(step, noise, (times[:-1], times[1:], indices))[0]

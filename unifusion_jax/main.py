@@ -18,7 +18,7 @@ from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
 from unifusion_jax.training import record
 
-# --mode and the module of commands/ that does it; imported when asked for, because each brings libraries of its own.
+# The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
             'describe': 'describe'}
 
@@ -33,7 +33,7 @@ _CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / '
 
 
 def start(argv):
-  """What holds for the whole process (other processes, devices, compilation cache), then main."""
+  """Sets up the process (distributed runtime, devices, compilation cache), then runs main."""
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
@@ -65,7 +65,7 @@ def main(argv):
 
 
 def run():
-  """The console entry: an error that a user can mend ends in its sentence and not in a traceback."""
+  """The console entry: a UserError prints its message alone, every other error its traceback."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   flags.mark_flag_as_required('config')

@@ -4,9 +4,9 @@
   result = pipe('make the circle blue', images='photo.png', num_images=4)
   result.images[0].save('blue.png')
 
-A request is laid out as a VERIFI prompt (verifi.py). The VLM reads it and writes a rewrite; the states of the image
-tokens and of the written tokens, as they were computed, become the condition tokens of the DiT (`encode`); the flow is
-integrated (`denoise`) and the autoencoder decodes it (`decode`). `Conditioning` may be edited between these phases.
+`encode`: the VLM reads each request as a VERIFI prompt (verifi.py) and writes a rewrite; LAP turns its hidden states of
+image tokens and written tokens into condition tokens. `denoise` integrates the flow, `decode` turns latents into
+images. `Conditioning` may be edited between these phases.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.request import Request, requests_for, SampleConfig, shape_like
 from unifusion_jax.weights import autoencoders, encoders, hub, quantize
 
-TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key for sampled tokens; the steps of sampling fold 0, 1, ...
+TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key to sample text; sampling steps fold in 0, 1, ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Sample:
   """The image of one request."""
   image: np.ndarray  # uint8 [y x 3]
   rewrite: str       # text that conditioned it
-  warning: str = ''  # why that is not the VLM's rewrite, where it should have been
+  warning: str = ''  # why the VLM's rewrite was not used; '' when it was, or was not wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a call returns: one entry an image, those of the first prompt first."""
+  """Images of one call, with one entry each in every list, in the order of the prompts."""
   images: list[Image.Image]
   rewrites: list[str]   # text that conditioned each
-  warnings: list[str]   # '' where there is nothing to say
+  warnings: list[str]   # '' for none
   metadata: list[dict]  # prompt, rewrite, warning, seed and settings of each
 
   @property
@@ -55,13 +55,13 @@ class Result:
 
 
 class Conditioning(NamedTuple):
-  """What conditions the DiT; a pytree whose leaves all begin with the batch."""
+  """Condition tokens of the DiT and their mask; a pytree with the batch first in every leaf."""
   tokens: jax.Array  # [b q d]
   mask: jax.Array    # [b q], False on padding
 
 
 class Encoded(NamedTuple):
-  """Conditioning of requests, and of each the text behind it and a warning ('' for none)."""
+  """Conditioning of requests, with the text and the warning ('' for none) of each."""
   conditioning: Conditioning
   rewrites: list[str]
   warnings: list[str]
@@ -95,15 +95,15 @@ class UniFusionPipeline:
   def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, vlm: str | None = None, vae: str | None = None,
                       dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
                       cache: str | None = None) -> 'UniFusionPipeline':
-    """The pipeline of a transformer's folder or hub id, on the mesh in context or else on one over all devices.
+    """Loads a pipeline from a folder or hub id, onto the mesh in context or else one over all devices.
 
     Args:
       name: 'tiny' for the embedded editing model; else a folder with config.json, weights and unifusion.json, or the
         hub id of one.
       vlm, vae: a folder or hub id to use instead of those that unifusion.json names.
       dtype: 'float32' or 'bfloat16', of all weights and of the computation.
-      quantized: '' or, of the VLM, 'int8' (weights) or 'w8a8' (activations too).
-      transformer_quantized: the same of LAP, refiner and DiT.
+      quantized: of the VLM: '' for none, 'int8' for weights, 'w8a8' for activations too.
+      transformer_quantized: the same for LAP, refiner and DiT.
       cache: a folder that keeps the converted VLM for the next start.
 
     Raises:
@@ -117,24 +117,23 @@ class UniFusionPipeline:
     name = description.ASSETS / 'edit' if name == 'tiny' else name
     with jax.set_mesh(_mesh()):
       folder = hub.resolve(name)
-      parts = description.read(folder)
-      vlm = hub.resolve(vlm or description.part_of('vlm', parts.vlm, name, folder))
-      vae = hub.resolve(vae or description.part_of('vae', parts.vae, name, folder))
+      described = description.read(folder)
+      vlm = hub.resolve(vlm or description.part_of('vlm', described.vlm, name, folder))
+      vae = hub.resolve(vae or description.part_of('vae', described.vae, name, folder))
       config = dataclasses.replace(unifusion.read_config(folder), dtype=dtype)
       prompt_encoder = transforms.PromptEncoder.load(
-          vlm, parts.tiles, parts.max_prompt_tokens, parts.max_rewrite_tokens,
-          system=parts.system)
-      _check_taps(folder, parts.taps, config.lap, vlm, encoders.config(vlm).text)
+          vlm, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system)
+      _check_taps(folder, described.taps, config.lap, vlm, encoders.config(vlm).text)
       channels = autoencoders.config(vae).latent_channels
       if channels != config.dit.channels:
         raise UserError(f'{vae} has {channels} latent channels and {folder} wants {config.dit.channels}: give the '
                         'autoencoder that it was trained with (vae=)')
       frozen = states.Frozen(encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache),
-                             autoencoders.load(vae, jnp.dtype(dtype)), parts.taps)
+                             autoencoders.load(vae, jnp.dtype(dtype)), described.taps)
       model = unifusion.load(folder, config, jnp.dtype(dtype))
       if transformer_quantized:
         model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
-      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**parts.sample), parts.size)
+      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**described.sample), described.size)
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,
@@ -145,9 +144,9 @@ class UniFusionPipeline:
       prompt: one or several.
       images: the references of every prompt: a path, an array or a Pillow image, or several in the order shown.
       seed: of the first image; every further image takes the next number.
-      rewrite: text to condition on instead of what the VLM would write.
-      height, width: in pixels; one alone keeps the proportions of the first reference (square without one), none is
-        that reference's shape at about `self.size` squared pixels.
+      rewrite: text to condition on instead of the VLM's rewrite.
+      height, width: in pixels. One alone keeps the proportions of the first reference, or a square without references;
+        with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
       **settings: of SampleConfig: steps, guidance, method, eta, shift, verifi, system, temperature, top_p, tiles,
         image_tokens, stitch, batch_size. None, as for every argument here, is the pipeline's own default.
@@ -208,41 +207,41 @@ class UniFusionPipeline:
 
   @_in_mesh
   def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
-    """Lays the requests out, lets the VLM write where it should, and reads what is known: their conditioning.
+    """Conditioning of requests: the VLM writes a rewrite where none is given, and reads the given ones.
 
-    A rewrite that is no use (`prompting.read_rewrites`) is replaced by the request itself, with a warning.
+    An unusable rewrite (`prompting.read_rewrites`) is replaced by the request itself, with a warning.
     """
     s = settings or self.settings
     rows = _padded(requests)
     prompts = prompting.Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
     images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
-    # What each row is known to be conditioned on: a text, or RAW, the request itself. None is for the VLM to write
-    known = [row.rewrite if row.rewrite is not None else None if s.verifi else prompting.RAW for row in rows]
+    # The known answer of each row: a text, or RAW for the request itself; None: the VLM has to write it
+    answers = [row.rewrite if row.rewrite is not None else None if s.verifi else prompting.RAW for row in rows]
     written, failures = [None] * len(rows), {}
     conditioning = None
-    if None in known:
+    if None in answers:
       conditioning, written, failures = self._write(prompts, images, s)
-      failures = {i: reason for i, reason in failures.items() if known[i] is None}
-      known = [prompting.RAW if i in failures else text for i, text in enumerate(known)]
+      failures = {i: reason for i, reason in failures.items() if answers[i] is None}
+      answers = [prompting.RAW if i in failures else text for i, text in enumerate(answers)]
     if conditioning is None:
-      conditioning = self._read(prompts.answered(known), images)
-    elif again := [i for i, text in enumerate(known) if text is not None]:
+      conditioning = self._read(prompts.answered(answers), images)
+    elif again := [i for i, text in enumerate(answers) if text is not None]:
       # Those rows alone, filled up to a power of two of what the devices share, so that few shapes are ever compiled
       least = sharding.padded_batch(1)
       _, rows_read = next(sharding.batched(again, min(len(rows), least << (-(-len(again) // least) - 1).bit_length())))
-      answered = prompts.answered(known)
+      laid_out = prompts.answered(answers)
       part = prompts.images and sharding.shard(prompting.stacked([prompts.images[i] for i in rows_read]))
-      read = self._read([answered[i] for i in rows_read], part)
+      read = self._read([laid_out[i] for i in rows_read], part)
       place = np.array([rows_read.index(i) if i in again else -1 for i in range(len(rows))])
       conditioning = _replace(conditioning, read, sharding.shard(place))
     rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
-                for row, text, new in zip(rows, known, written)]
+                for row, text, new in zip(rows, answers, written)]
     warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else '' for i in range(len(rows))]
     return Encoded(conditioning, rewrites[:len(requests)], warnings[:len(requests)])
 
   @_in_mesh
   def null(self) -> Conditioning:
-    """Conditioning of the empty text without images, one row on every device; computed once."""
+    """Null conditioning, for guidance: the empty text without images, one row on every device; computed once."""
     if self._null is None:
       encoder = self.prompt_encoder
       spans = encoder.chat.spans('', (), '', encoder.system)
@@ -254,7 +253,7 @@ class UniFusionPipeline:
 
   @_in_mesh
   def noise(self, seeds: Sequence[int], height: int, width: int) -> jax.Array:
-    """Latents [b y x c] of noise, each the same whatever else is in the batch."""
+    """Noise latents [b y x c], each from its own seed alone."""
     self._check_size(height, width)
     vae = self.frozen.vae
     shape = height // vae.downsampling, width // vae.downsampling, vae.channels
@@ -278,15 +277,15 @@ class UniFusionPipeline:
   def denoise(self, conditioning: Conditioning, latents: jax.Array, times: jax.Array, *,
               guidance: float | None = None, null: Conditioning | None = None, method: str | None = None,
               eta: float | None = None, seeds: Sequence[int] | None = None, first: int = 0) -> jax.Array:
-    """Latents [b y x c] at times[0] integrated to times[-1].
+    """Integrates latents [b y x c] from times[0] to times[-1].
 
-    The whole way, or any part of it: part after part gives what the whole gives.
+    `times` may be a part of a schedule: part after part gives the same result as the whole.
 
     Args:
-      guidance, method, eta: None takes the pipeline's.
-      null: instead of `self.null()`; neither is computed at guidance 1.
-      seeds: of the new noise where eta is above 0, one a request.
-      first: the number of the first of these steps within the whole way.
+      guidance, method, eta: None: the pipeline's.
+      null: null conditioning; None: `self.null()`. Not used at guidance 1.
+      seeds: one a request, for the noise that an eta above 0 adds.
+      first: index of times[0] in the whole schedule.
     """
     s = self.settings
     guidance = s.guidance if guidance is None else guidance
@@ -308,7 +307,7 @@ class UniFusionPipeline:
     return self.frozen.vae.downsampling * self.model.config.dit.patch
 
   def metadata(self, request: Request, sample: Sample, settings: SampleConfig) -> dict:
-    """What an image was made from: prompt, rewrite, warning, seed and settings."""
+    """Origin of an image: prompt, rewrite, warning, seed and settings."""
     height, width = sample.image.shape[:2]
     system = settings.system or self.prompt_encoder.system
     return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning, seed=request.seed,
@@ -323,7 +322,7 @@ class UniFusionPipeline:
     return self.frozen.vlm.decoder.config.max_positions
 
   def _write(self, prompts: prompting.Prompts, images, s: SampleConfig):
-    """The VLM writes: conditioning from the states in which it wrote, texts, and why some rows are no use."""
+    """Text generation: (conditioning from the states of that pass, texts, {row: why its text is unusable})."""
     chat, rows = prompts.encoder.chat, sharding.shard(prompting.stacked(prompts.unanswered()))
     keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
     ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
@@ -341,8 +340,8 @@ class UniFusionPipeline:
 
 def _check_taps(folder: pathlib.Path, taps: tuple[int, ...], lap, vlm: pathlib.Path, text) -> None:
   if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
-    raise UserError(f'{folder / description.FILE}: taps={list(taps)} must be {lap.taps} rising numbers of layers, as '
-                    'many as the model pools')
+    raise UserError(f'{folder / description.FILE}: taps={list(taps)} must be {lap.taps} increasing layer '
+                    'numbers, as many as the model pools')
   if taps[-1] > text.depth or text.width != lap.width:
     raise UserError(f'{vlm} has {text.depth} layers of width {text.width}, but {folder} pools layers {list(taps)} of '
                     f'width {lap.width}: give the VLM that it was trained with (vlm=)')
@@ -360,12 +359,12 @@ def _mesh() -> jax.sharding.Mesh:
 
 
 def _padded(items: Sequence) -> list:
-  """Items, some of them again, so many that the devices share them evenly."""
+  """Items, repeated up to a number that the devices share evenly."""
   return next(sharding.batched(items, sharding.padded_batch(len(items))))[1]
 
 
 def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
-  """Random keys [b], each of its own seed; another stream is another set of keys."""
+  """Random keys [b], one for each seed; each `stream` is an independent set of them."""
   keys = jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)
   if stream is not None:
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
@@ -381,7 +380,7 @@ def _condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask
 
 @jax.jit
 def _condition_written(model, prompt_hidden, hidden, lengths, cond_index, cond_mask) -> Conditioning:
-  """Conditioning from the states of the pass that wrote: of image tokens that were read, and of the written tokens."""
+  """Conditioning from the generating pass: states of the prompt's image tokens and of the generated tokens."""
   hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_index, cond_mask)
   return Conditioning(model.condition(hidden, mask), mask)
 
@@ -407,7 +406,7 @@ def _noised(vae, images, noise, t):
 
 @functools.partial(jax.jit, static_argnames='method')
 def _denoise(model, conditioning, null, latents, times, guidance, eta, keys, first, *, method):
-  """Integrates the flow; guided where there is a null condition [1 q d]."""
+  """Integrates the flow, with guidance where a null conditioning [1 q d] is given."""
   if null is not None:
     b = latents.shape[0]
     null = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape[1:]), out_sharding=jax.P(sharding.BATCH)), null)

@@ -1,4 +1,4 @@
-"""Requests laid out for the VLM as VERIFI prompts, and rewrites read from the ids that it wrote."""
+"""VERIFI prompts of requests, as arrays for the VLM, and rewrites decoded from the ids that it generates."""
 
 import dataclasses
 
@@ -9,18 +9,19 @@ from unifusion_jax import verifi
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.request import Request, SampleConfig
 
-SYSTEM_BUCKET = 64  # a system prompt longer than training's takes this many more tokens, or a power of 2 above
-RAW = object()  # conditioned on the request itself, before an empty answer
+SYSTEM_BUCKET = 64  # extra tokens for a system prompt longer than training's: this many, or the next power of 2
+RAW = object()  # in place of an answer: the row is conditioned on its instruction, and its answer is empty
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Requests laid out for the VLM at shapes of few kinds: references and longer system prompts are bucketed.
+  """Prompts of requests, padded to few shapes: numbers of references and longer system prompts are bucketed.
 
   Attributes:
-    images: of each request as the VLM takes them; None without references.
+    images: preprocessed references of each request; None without references.
     counts: image tokens of each reference of each request.
-    length: tokens of a prompt without its answer.  image_length: its most image tokens.
+    length: tokens that a prompt without its answer is padded to.
+    image_length: maximum image tokens of a prompt.
     image_tokens: whether image tokens condition the DiT.
   """
   encoder: transforms.PromptEncoder
@@ -39,30 +40,30 @@ class Prompts:
     references = [[imaging.read(image) for image in request.references] for request in requests]
     references = [(imaging.stitch(images),) if s.stitch and images else images for images in references]
     most, system = max(map(len, references)), s.system or encoder.system
-    longer = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
+    overflow = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
     count = 1 << (most - 1).bit_length() if most else 0
-    extra = max(SYSTEM_BUCKET, 1 << (longer - 1).bit_length()) if longer else 0
+    extra = max(SYSTEM_BUCKET, 1 << (overflow - 1).bit_length()) if overflow else 0
     if encoder.lengths(count)[0] + extra + encoder.max_rewrite > max_positions:
-      count, extra = most, longer  # no room for buckets
+      count, extra = most, overflow  # no room for buckets
     images, counts = zip(*(encoder.image_processor.preprocess(images, count) for images in references))
     return cls(encoder, requests, list(images) if count else None, counts, system,
                encoder.lengths(count)[0] + extra, count * encoder.image_processor.max_tokens, s.image_tokens)
 
   def unanswered(self) -> list[dict[str, np.ndarray]]:
-    """Prompts that end where the VLM begins to write."""
+    """Prompts without answers, for the VLM to write."""
     return [verifi.arrays(self._spans(i, None), self.length, self.image_length, self._kinds(('image',)))
             for i in range(len(self.requests))]
 
   def answered(self, answers: list) -> list[dict[str, np.ndarray]]:
-    """Prompts with an answer each: a text, or RAW; None is a row that is not used."""
+    """Prompts with answers, each a text or RAW; the row of a None is a placeholder."""
     rows = [(self._spans(i, '' if answer in (None, RAW) else answer),
              self._kinds(verifi.COND_RAW if answer is RAW else verifi.COND_VERIFI)) for i, answer in enumerate(answers)]
-    # The length of rewrites where all texts fit it, so that as a rule the DiT runs at one shape
+    # The budget of rewrites where all texts fit into it, so that the DiT mostly runs at one shape
     most = max(sum(len(span.ids) for span in spans if span.kind in kinds and span.kind != 'image')
                for spans, kinds in rows)
-    written, text = self.encoder.max_rewrite, self.encoder.max_prompt
-    cond_length = self.image_length + (written if most <= written else max(written, text))
-    return [verifi.arrays(spans, self.length + written, cond_length, kinds) for spans, kinds in rows]
+    max_rewrite, max_prompt = self.encoder.max_rewrite, self.encoder.max_prompt
+    cond_length = self.image_length + (max_rewrite if most <= max_rewrite else max(max_rewrite, max_prompt))
+    return [verifi.arrays(spans, self.length + max_rewrite, cond_length, kinds) for spans, kinds in rows]
 
   def _spans(self, i: int, answer: str | None):
     return self.encoder.chat.spans(self.requests[i].instruction, self.counts[i], answer, self.system)
@@ -72,9 +73,9 @@ class Prompts:
 
 
 def read_rewrites(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:
-  """Texts of generated ids [b n], and of the rows that are no use the reason.
+  """Texts decoded from generated ids [b n], and {row: reason} of the unusable ones.
 
-  Nothing was written, no end was found, or an image token was, which no later pass could tell from an image.
+  A row is unusable when it is empty, has no stop token, or holds an image token, which later passes take for an image.
   """
   texts = [chat.read(row[:n]) for row, n in zip(ids, lengths)]
   failures = {}

@@ -1,4 +1,4 @@
-"""Requests, and the settings that images are sampled under."""
+"""Requests and sampling settings."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,11 +12,11 @@ from unifusion_jax.errors import UserError
 
 @dataclasses.dataclass
 class SampleConfig:
-  """How images are sampled, and what --mode=sample samples."""
-  weights: str | None = None        # used where the workdir holds no run; None: those that training starts from
+  """Sampling settings, and the requests of --mode=sample."""
+  weights: str | None = None        # checkpoint to use where the workdir holds no run; None: that of `init`
   prompt: str = ''                  # one request a line; @file.txt reads them from a file
   references: tuple[str, ...] = ()  # image files, the same for every request; give the flag once for each
-  rewrite: str | None = None        # text to condition on instead of what the VLM would write
+  rewrite: str | None = None        # text to condition on instead of the VLM's rewrite
   num_images: int = 1               # of each request
   seed: int = 0                     # of the first image; every further image takes the next number
   width: int = 0                    # 0: the first reference's shape, else square
@@ -24,9 +24,9 @@ class SampleConfig:
   batch_size: int = 32              # images sampled at a time
   verifi: bool = True               # False: condition on the request itself
   system: str | None = None         # another system prompt, a name in verifi.SYSTEM or a text
-  temperature: float = 0.0          # of the rewrites: 0, the most probable one; above 0 each seed samples its own
-  top_p: float = 1.0                # share of probability that they are sampled from
-  tiles: int = 0                    # tiles that the VLM may cut a reference into; 0: the most of training
+  temperature: float = 0.0          # of rewrites; 0: the most probable one; above 0 each seed samples its own
+  top_p: float = 1.0                # of rewrites: share of probability that tokens are sampled from
+  tiles: int = 0                    # maximum tiles of a reference; 0: as in training
   image_tokens: bool = True         # False: the VLM reads the references, but their tokens do not condition the DiT
   stitch: bool = False              # show all references as one image, side by side
   steps: int = 24
@@ -36,11 +36,11 @@ class SampleConfig:
   shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
 
   def settings(self) -> dict:
-    """How images are sampled, without what belongs to one request or to the command line."""
-    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_A_REQUEST}
+    """Sampling settings alone, without the fields of single requests and of the command line."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _PER_REQUEST}
 
   def changed(self, **values) -> 'SampleConfig':
-    """With other values, None for those that stay; UserError for a name or a type that cannot be."""
+    """A copy with other values, None for fields that stay; UserError for an unknown name or a wrong type."""
     values = {name: value for name, value in values.items() if value is not None}
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
     for name, value in values.items():
@@ -48,13 +48,13 @@ class SampleConfig:
         near = difflib.get_close_matches(name, defaults, 1)
         hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(self.settings())}'
         raise UserError(f'there is no setting {name!r}: {hint}')
-      kind, named = _KINDS.get(type(defaults[name]), (str, 'a text'))
+      kind, noun = _KINDS.get(type(defaults[name]), (str, 'a text'))
       if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f'{name}={value!r} must be {named}')
+        raise UserError(f'{name}={value!r} must be {noun}')
     return dataclasses.replace(self, **values)
 
   def problems(self, unit: int = 1, prefix: str = 'sample.') -> list[str]:
-    """Values that cannot be, a sentence each. `unit`: pixels that both sides must be multiples of."""
+    """Values out of range, one sentence each. `unit`: pixels that both sides must be multiples of."""
     least = dict(steps=1, batch_size=1, num_images=1, seed=0, tiles=0, temperature=0, shift=0, width=0, height=0)
     checks = {f'{prefix}{name}={getattr(self, name)} must be {limit} or more': getattr(self, name) >= limit
               for name, limit in least.items()}
@@ -69,9 +69,9 @@ class SampleConfig:
     return [text for text, holds in checks.items() if not holds]
 
 
-# What a setting may be, by the type of its default
+# Accepted type of a setting, and its name in messages, by the type of the setting's default
 _KINDS = {bool: (bool, 'True or False'), int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number')}
-_OF_A_REQUEST = ('weights', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height', 'batch_size')
+_PER_REQUEST = ('weights', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height', 'batch_size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Request:
   """One image to sample.
 
   Attributes:
-    instruction: what is asked for.
-    references: images in the order that the VLM is shown them: uint8 [y x 3], or all that `imaging.read` takes.
+    instruction: the user's text.
+    references: images in the order shown to the VLM: uint8 [y x 3], or anything that `imaging.read` takes.
     seed: of the noise and of sampled text.
-    rewrite: text to condition on instead of what the VLM would write.
+    rewrite: text to condition on instead of the VLM's rewrite.
   """
   instruction: str
   references: tuple = ()
@@ -104,7 +104,7 @@ def requests_of(records: Sequence[dict]) -> list[Request]:
 
 
 def shape_like(reference: np.ndarray | None, size: int, height: int = 0, width: int = 0) -> tuple[int, int]:
-  """(height, width): about size^2 pixels in a reference's proportions, multiples of 16; a side that is given stays."""
+  """(height, width): about size^2 pixels in a reference's proportions, multiples of 16; given sides stay."""
   ratio = 1.0 if reference is None else reference.shape[1] / reference.shape[0]
   if height or width:
     wanted = (height, height * ratio) if height else (width / ratio, width)

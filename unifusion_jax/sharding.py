@@ -25,7 +25,7 @@ class MeshConfig:
   tp: int = 1
 
   def shape(self, devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tp) for so many devices; UserError when their product is another number."""
+    """(data, fsdp, tp) for a number of devices; UserError when their product is another number."""
     sizes = [self.data, self.fsdp, self.tp]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and devices % known == 0:
@@ -81,9 +81,9 @@ def gather(tree):
 
 
 def tell_all(row: np.ndarray) -> jax.Array | np.ndarray:
-  """A row [n] of each process -> [processes n] on all of them, in the order of their numbers.
+  """Gathers a row [n] of each process: [processes n], in the order of the processes, on all of them.
 
-  All processes call this together. It is on its way behind what the devices have to do before it: `local` waits for it.
+  All processes call this together. It is asynchronous, queued behind earlier work of the devices; `local` waits for it.
   """
   if jax.process_count() == 1:
     return row[None]
@@ -105,7 +105,7 @@ def local(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def is_main_process() -> bool:
-  """Whether this process is the one that prints and writes files there is one of."""
+  """Whether this process is the one that prints and writes shared files."""
   return jax.process_index() == 0
 
 

@@ -11,10 +11,10 @@ Several references are several images in one user turn, in their order; the inst
 by that order. Their image tokens all condition the DiT, in the same order and with nothing between them. As one image
 instead (`SampleConfig.stitch`) they stand side by side, by `imaging.stitch`.
 
-Where the procedure itself happens: models/text_generation.py writes the text and keeps the states in which it was
-written; conditioning.py picks the states of the marked tokens; pipeline.py runs both for sampling and falls back on the
-instruction where the text is no use; commands/rewrite.py writes for a whole data set, and objectives/flow_matching.py
-during training.
+The procedure itself: models/text_generation.py generates the text and keeps the hidden states of that pass;
+conditioning.py selects those of the marked tokens; pipeline.py runs both for sampling and falls back on the instruction
+where the text is unusable; commands/rewrite.py generates for a whole data set, objectives/flow_matching.py during
+training.
 
 Ids are built span by span. Text of a user is tokenised as plain text, so a template token spelled inside it stays text.
 """
@@ -73,7 +73,7 @@ COND_RAW = ('image', 'instruction', 'stop')  # without VERIFI, of a prompt with 
 
 
 class TooLong(UserError):
-  """Text that does not fit the lengths that are set."""
+  """Text that exceeds its token budget."""
 
 
 class Chat:
@@ -98,8 +98,8 @@ class Chat:
     rendered = self._render(system=PLACEHOLDERS[0], user=PLACEHOLDERS[1], written=PLACEHOLDERS[2])
     literals, rest = [], rendered
     for slot in PLACEHOLDERS:
-      before, found, rest = rest.partition(slot)
-      if not found or slot in rest:
+      before, separator, rest = rest.partition(slot)
+      if not separator or slot in rest:
         raise UserError(f'{self.folder}: its chat template does not give system, user and assistant text once each, '
                          f'in this order, so VERIFI cannot tell the spans apart; it renders {rendered!r}')
       literals.append(self._template_ids(before) if literals else self.with_bos(before))
@@ -127,19 +127,19 @@ class Chat:
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
   def with_bos(self, text: str) -> tuple[int, ...]:
-    """Ids of the template's text at the very start.
+    """Ids of the template's opening text, with the start token where the model expects one.
 
     The processors of VLMs put the tokenizer's own start token before a template that has none; language models take
     their template as it is.
     """
     start, ids = self.tokenizer.bos_token_id, self._template_ids(text)
-    adds = self.image_id is not None and start in self.tokenizer.encode('')
-    return (start, *ids) if adds and start not in ids[:1] else ids
+    adds_start = self.image_id is not None and start in self.tokenizer.encode('')
+    return (start, *ids) if adds_start and start not in ids[:1] else ids
 
   def _one_id(self, token: str) -> int:
     ids = self._template_ids(token)
     if len(ids) != 1:
-      raise UserError(f'{self.folder}: {token!r} is not one token of its tokenizer, so images have no place')
+      raise UserError(f'{self.folder}: {token!r} is not one token of its tokenizer, so images cannot be placed')
     return ids[0]
 
   def text_ids(self, text: str) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ class Chat:
 
   @functools.lru_cache(maxsize=16)  # the same in every example of a run
   def system_ids(self, system: str) -> tuple[int, ...]:
-    """Ids of a system prompt, given as a name in SYSTEM or as text; ValueError for a name that is nearly one."""
+    """Ids of a system prompt, a name in SYSTEM or a text; UserError for a misspelt name."""
     near = difflib.get_close_matches(system, SYSTEM, 1) if system.isidentifier() and system not in SYSTEM else ()
     if near:
       raise UserError(f'there is no system prompt {system!r}: did you mean {near[0]!r}? Names are {", ".join(SYSTEM)}; '
@@ -160,7 +160,7 @@ class Chat:
     """Spans of a prompt, in order, with or without its answer.
 
     Args:
-      instruction: what the user asks.
+      instruction: the user's text.
       images: the number of image tokens of each reference.
       written: the answer, as text or as ids without the stop token; None leaves the prompt open, for the VLM to write.
       system: the system prompt, a name in SYSTEM or a text.
@@ -189,10 +189,10 @@ class Chat:
     turns = [*PLACEHOLDERS, *(slot + 'again' for slot in PLACEHOLDERS[1:])]
     messages = [dict(role=role, content=turn) for role, turn in zip(('system', *('user', 'assistant') * 2), turns)]
     rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
-    _, found, rest = rendered.partition(turns[2])
+    _, separator, rest = rendered.partition(turns[2])
     between, following, _ = rest.partition(turns[3])
     ids = self._template_ids(between)
-    if not (found and following and ids[:1] == self.stop_ids[:1]):
+    if not (separator and following and ids[:1] == self.stop_ids[:1]):
       raise UserError(f'{self.folder}: its chat template does not give one turn after another; it renders {rendered!r}')
     return ids[1:]
 
@@ -211,7 +211,7 @@ def arrays(spans: list[Span], length: int, cond_length: int,
     spans: from `Chat.spans`.
     length: s, tokens that the prompt is padded to.
     cond_length: q, tokens that its conditioning is padded to.
-    kinds: of the spans that condition the DiT.
+    kinds: kinds of span that condition the DiT.
 
   Returns:
     input_ids [s] i32 and attention_mask [s] bool; cond_index [q] i32, the positions in s of the tokens that condition

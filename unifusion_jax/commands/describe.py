@@ -1,4 +1,4 @@
-"""What a VLM says: images and a prompt in, words out. The first thing to do with a checkpoint."""
+"""Text from a VLM for images and a prompt: the first thing to try with a checkpoint."""
 
 import dataclasses
 import pathlib
@@ -25,8 +25,8 @@ class DescribeConfig:
   image: str = ''              # an image file, or several with commas between, in the order they are shown
   prompt: str = ''             # '' with an image: describe the image
   system: str | None = None    # a name in verifi.SYSTEM, or a text; None: the model's own
-  tiles: int = 4               # tiles, or as many pixels, that an image is shown in; InternVL's own most is 12
-  max_tokens: int = 256        # to write
+  tiles: int = 4               # maximum tiles of an image, or as many pixels; InternVL's own maximum is 12
+  max_tokens: int = 256        # maximum tokens of the answer
   temperature: float = 0.0     # 0: always the most probable token
   top_p: float = 1.0
   seed: int = 0                # of sampling
@@ -45,10 +45,10 @@ def run(config: DescribeConfig, workdir: pathlib.Path) -> None:
 
 
 def describe(config: DescribeConfig) -> str:
-  """What the model says; on stderr, that it was not at its end where that is so.
+  """The model's answer; a note on stderr where it was cut off.
 
   Raises:
-    ValueError: when there is nothing to answer, for settings that make no sense, and for what is not an image.
+    UserError: without prompt and image, for a wrong setting, and for a file that is not an image.
   """
   if not config.prompt and not config.image:
     raise UserError('nothing to answer: give --config.image=x.png, --config.prompt="..." or both')
@@ -57,21 +57,21 @@ def describe(config: DescribeConfig) -> str:
   paths = [config.image] if pathlib.Path(config.image).is_file() else config.image.split(',') if config.image else []
   images = [imaging.read(path) for path in paths]
   folder = hub.resolve(config.vlm)
-  made = encoders.config(folder)
-  image_processor = vision_inputs.for_model(made, config.tiles, folder)
+  vlm_config = encoders.config(folder)
+  image_processor = vision_inputs.for_model(vlm_config, config.tiles, folder)
   tiles, counts = image_processor.preprocess(images)
   chat = verifi.Chat(folder, image_processor.image_tokens)
-  vision_inputs.check(made, chat)
+  vision_inputs.check(vlm_config, chat)
   spans = layout(chat, config.prompt or 'describe the picture', counts, config.system)
   length = sum(len(span.ids) for span in spans)
-  room = max(SHORTEST, 1 << (length - 1).bit_length())
-  room = max(length, min(room, made.text.max_positions - config.max_tokens))
-  row = verifi.arrays(spans, room, room)
+  padded = max(SHORTEST, 1 << (length - 1).bit_length())
+  padded = max(length, min(padded, vlm_config.text.max_positions - config.max_tokens))
+  row = verifi.arrays(spans, padded, padded)
   vlm = encoders.load(folder, config.dtype, config.quantized, config.cache)
   out = text_generation.generate(
       vlm, *(_every_device(x) for x in (row['input_ids'], row['attention_mask'], tiles)), max_new=config.max_tokens,
       stop_ids=chat.stop_ids, temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed))
-  # Each process holds the same row again and again, of which it can read its own
+  # All rows are the same one, so each process reads a row of its own devices
   ids, count = (np.asarray(x.addressable_data(0))[0] for x in (out.ids, out.lengths))
   if ids[count - 1] not in chat.stop_ids and jax.process_index() == 0:
     print(f'(cut off after {count} tokens: raise --config.max_tokens for more)', file=sys.stderr)
@@ -79,7 +79,7 @@ def describe(config: DescribeConfig) -> str:
 
 
 def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str | None) -> list[verifi.Span]:
-  """The spans of the prompt; `system` None is what the template says by itself, or what the embedded VLM learned."""
+  """Spans of the prompt; `system` None: the template's own system prompt, or the embedded VLM's."""
   if system is None and _embedded(chat.folder):
     system = 'answer' if counts else 'rewrite'
   spans = chat.spans(prompt, counts, None, system or '')
@@ -92,12 +92,12 @@ def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str 
 
 
 def _embedded(folder: str) -> bool:
-  """Whether a VLM speaks the language of scenes: the shipped one, or one trained here."""
+  """Whether a VLM has the vocabulary of the scenes: the shipped one, or one trained here."""
   path = pathlib.Path(folder) / 'tokenizer.json'
   return path.exists() and path.read_bytes() == (EMBEDDED / 'tokenizer.json').read_bytes()
 
 
 def _every_device(tree):
-  """One example as a batch in which every device of the batch's axes has it."""
+  """One example, repeated into a batch with a row for every device of the batch axes."""
   rows, spread = sharding.padded_batch(1), jax.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
   return jax.tree.map(lambda x: jax.make_array_from_callback((rows, *x.shape), spread, lambda _: x[None]), tree)

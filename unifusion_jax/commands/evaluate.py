@@ -1,4 +1,4 @@
-"""Evaluation: what `config.eval` measures, of the workdir's run or of the weights that the configuration names."""
+"""Evaluation: measures the workdir's run, or the weights that the configuration names, by `config.eval`."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from unifusion_jax.training import checkpoint, record
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Writes and prints a report (`eval.json`, or `eval_STUDY.json`) that says whose weights it measured."""
+  """Writes and prints a report (`eval.json`, or `eval_STUDY.json`) that names the weights it measured."""
   record.check_same_model(config, workdir)
   params, weights = checkpoint.trained(config, workdir)
   report = dict(weights=weights, **config.eval.run(config, params, workdir / 'eval'))

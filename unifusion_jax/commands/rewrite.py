@@ -5,7 +5,7 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl \
       --config.data.rewrites=runs/own/rewrites --workdir=runs/own
 
-A request is its text and the pixels of its references: equal ones are rewritten once by each process that meets them.
+Requests with equal text and equal pixels of their references are rewritten once by each process that has them.
 Each process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on
 after the last whole line. A rewrite is left out when it is empty, has no end, or does not fit beside its request; a
 request without rewrites is trained on as it is.
@@ -39,39 +39,40 @@ SAMPLING = ('count', 'temperature', 'top_p')  # settings that training on the re
 @dataclasses.dataclass
 class RewriteConfig:
   """How requests are rewritten offline; the VLM, system prompt, tiles and budgets are those of training."""
-  count: int = 1            # rewrites of each request; training takes another one each time
-  temperature: float = 0.0  # 0: the most probable rewrite, which there is one of
+  count: int = 1            # rewrites of each request; training samples one each time
+  temperature: float = 0.0  # 0: the most probable rewrite; only one exists
   top_p: float = 1.0
   batch_size: int = 32      # requests at a time, over all devices
 
   def problems(self, *, path: str, shards: int) -> list[str]:
-    """What cannot work for the data of `path` on so many devices that share a batch, one sentence each."""
-    wrong = []
+    """Settings that cannot work for the data of `path` and a batch over `shards` devices, one sentence each."""
+    problems = []
     if path in loader.SCENES:
-      wrong.append(f'data.path={path} is drawn on the fly and has no end: write a folder with '
-                   'python -m unifusion_jax.scenes.builder, or name a list of your own')
+      problems.append(f'data.path={path} is generated on the fly, without an end: write a folder with '
+                      'python -m unifusion_jax.scenes.builder, or name a list of your own')
     if self.batch_size < 1 or self.batch_size % shards:
-      wrong.append(f'rewrite.batch_size={self.batch_size} must be a multiple of the {shards} devices that share a '
-                   'batch')
+      problems.append(f'rewrite.batch_size={self.batch_size} must be a multiple of the {shards} devices that share a '
+                      'batch')
     if self.count < 1 or (self.count > 1 and not self.temperature):
-      wrong.append(f'rewrite.count={self.count} wants rewrite.temperature above 0: there is one most probable rewrite')
+      problems.append(f'rewrite.count={self.count} wants rewrite.temperature above 0: only one rewrite is the most '
+                      'probable')
     if self.temperature < 0 or not 0 < self.top_p <= 1:
-      wrong.append(f'rewrite.temperature={self.temperature} must be 0 or more, and rewrite.top_p={self.top_p} above 0 '
-                   'and at most 1')
-    return wrong
+      problems.append(f'rewrite.temperature={self.temperature} must be 0 or more, and rewrite.top_p={self.top_p} above '
+                      '0 and at most 1')
+    return problems
 
 
 def run(config, workdir: pathlib.Path) -> None:
   """Rewrites the requests of `config.data` into workdir/rewrites; the mesh must be in context.
 
-  UserError for settings that cannot work, and for a folder that was written under others.
+  UserError for settings that cannot work, and for a folder that was written under other settings.
   """
   if 'vlm' not in config.objective.pretrained:
     raise UserError('requests are rewritten for a DiT to train on: use configs/t2i.py or configs/edit.py')
   mesh = jax.sharding.get_mesh()
-  wrong = config.rewrite.problems(path=config.data.path, shards=mesh.shape['data'] * mesh.shape['fsdp'])
-  if wrong:
-    raise UserError('this cannot be rewritten:\n  ' + '\n  '.join(wrong))
+  problems = config.rewrite.problems(path=config.data.path, shards=mesh.shape['data'] * mesh.shape['fsdp'])
+  if problems:
+    raise UserError('this cannot be rewritten:\n  ' + '\n  '.join(problems))
   mixture = loader.mix(dataclasses.replace(config.data, rewrites=None, tiles=config.data.tiles[-1:]))
   vlm = encoders.load(config.vlm, jnp.dtype(config.frozen_dtype), config.vlm_quantized, config.vlm_cache)
   write(config, [source for source, _ in mixture], workdir / 'rewrites',
@@ -83,9 +84,9 @@ def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., t
 
   generate: `text_generation.generate` with its VLM: (input_ids, attention_mask, tiles, *, max_new, ...).
   """
-  prompts, local = transforms.prompt_encoder(config), config.rewrite.batch_size // jax.process_count()
+  encoder, local = transforms.prompt_encoder(config), config.rewrite.batch_size // jax.process_count()
   if sharding.is_main_process():
-    _keep_settings(folder, _settings(config, prompts))
+    _claim_settings(folder, _settings(config, encoder))
   path = folder / f'rewrites-{jax.process_index():05d}.jsonl'
   _cut_to_whole_lines(path)
   multihost_utils.sync_global_devices('rewrite settings')
@@ -94,9 +95,9 @@ def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., t
   with path.open('a') as file, tqdm.tqdm(total=total, unit='record', disable=not sharding.is_main_process()) as bar:
     for source in sources:
       for references, indices in _by_references(source):
-        requests = _requests(prompts, source, references, indices, config.rewrite.count, done, tally, bar)
+        requests = _requests(encoder, source, references, indices, config.rewrite.count, done, tally, bar)
         while _largest(len(batch := _take(requests, local))):
-          for key, ids, texts in _rewrite(config.rewrite, prompts, generate, batch, references, local):
+          for key, ids, texts in _rewrite(config.rewrite, encoder, generate, batch, references, local):
             file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
             tally.update(written=len(ids), failed=config.rewrite.count - len(ids))
           file.flush()
@@ -113,7 +114,7 @@ def check(config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-  """An open prompt of a request, the number of the rewrite, and the tokens that training has for it."""
+  """A prompt without its answer, for rewrite `number` of a request, which may have `budget` tokens."""
   key: str
   number: int
   row: dict
@@ -121,16 +122,16 @@ class _Prompt:
 
 
 def _by_references(source) -> Iterator[tuple[int, np.ndarray]]:
-  """This process's records (their indices) by the number of references, in the order that all processes go in."""
+  """(number of references, indices of this process's records with that number), in one order for all processes."""
   buckets = [source.bucket(i) for i in range(len(source))]
   counts = np.array([-1 if bucket is None else bucket[2] for bucket in buckets])
   for references in sorted(set(counts) - {-1}):
     yield int(references), np.flatnonzero(counts == references)[jax.process_index()::jax.process_count()]
 
 
-def _requests(prompts: transforms.PromptEncoder, source, references: int, indices, count: int, done: set,
+def _requests(encoder: transforms.PromptEncoder, source, references: int, indices, count: int, done: set,
               tally: collections.Counter, bar) -> Iterator[list[_Prompt]]:
-  """`count` prompts for each request that is not in `done` yet, which it then is."""
+  """`count` prompts for each request that is not in `done` yet; adds it to `done`."""
   for i in indices:
     bar.update(jax.process_count())
     try:
@@ -138,12 +139,12 @@ def _requests(prompts: transforms.PromptEncoder, source, references: int, indice
       key = rewrites.key(record)
       if key in done:
         continue
-      row, task = _row(prompts, record, references), record.get('task', '')
+      row, task = _row(encoder, record, references), record.get('task', '')
     except BrokenRecord:
       tally['broken'] += 1
       continue
     done.add(key)
-    budget = min(prompts.lengths(references, task)[0] - np.sum(row['attention_mask']), prompts.budget(task)[1])
+    budget = min(encoder.lengths(references, task)[0] - np.sum(row['attention_mask']), encoder.budget(task)[1])
     yield [_Prompt(key, number, row, budget) for number in range(count)]
 
 
@@ -157,41 +158,41 @@ def _take(requests: Iterator[list[_Prompt]], least: int) -> list[_Prompt]:
   return batch
 
 
-def _row(prompts: transforms.PromptEncoder, record: dict, references: int) -> dict:
-  """The arrays of a request's open prompt; BrokenRecord when its text is too long."""
-  tiles, counts = prompts.image_processor.preprocess(record['references'], references)
-  spans = prompts.chat.spans(record['instruction'] or record['caption'], counts, None, prompts.system)
-  row = prompts.arrays(spans, references)
+def _row(encoder: transforms.PromptEncoder, record: dict, references: int) -> dict:
+  """Arrays of a request's prompt without its answer; BrokenRecord when its text is too long."""
+  tiles, counts = encoder.image_processor.preprocess(record['references'], references)
+  spans = encoder.chat.spans(record['instruction'] or record['caption'], counts, None, encoder.system)
+  row = encoder.arrays(spans, references)
   return dict(input_ids=row['input_ids'], attention_mask=row['attention_mask'],
               **(dict(tiles=tiles) if references else {}))
 
 
-def _rewrite(settings: RewriteConfig, prompts: transforms.PromptEncoder, generate, batch: list[_Prompt],
+def _rewrite(settings: RewriteConfig, encoder: transforms.PromptEncoder, generate, batch: list[_Prompt],
              references: int, local: int) -> list[tuple[str, list, list]]:
   """(key, ids, texts) of each request of a batch; all processes call this together."""
-  # A batch may hold a few more than `local`, when several rewrites are asked of each: in turns
-  kept, mesh, empty = {}, jax.sharding.get_mesh(), dict(references=(), instruction='', caption='')
+  # With several rewrites of each request, a batch may exceed `local`: it then runs in turns
+  results, mesh, empty = {}, jax.sharding.get_mesh(), dict(references=(), instruction='', caption='')
   for turn in range(_largest(-(-len(batch) // local))):
     part = batch[turn * local:(turn + 1) * local]
     # A process without requests of its own takes part with an empty one
-    rows = [prompt.row for prompt in part] or [_row(prompts, empty, references)]
+    rows = [prompt.row for prompt in part] or [_row(encoder, empty, references)]
     seeds = [(int(prompt.key[:8], 16) + prompt.number) % 2 ** 32 for prompt in part] or [0]
-    filled = np.resize(np.arange(len(rows)), local)
-    arrays = sharding.shard_batch(prompting.stacked([rows[i] for i in filled]), mesh)
+    indices = np.resize(np.arange(len(rows)), local)
+    arrays = sharding.shard_batch(prompting.stacked([rows[i] for i in indices]), mesh)
     keys = None
     if settings.temperature:
-      words = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds)[filled])))
-      keys = jax.random.wrap_key_data(sharding.shard_batch(words, mesh))
-    out = generate(arrays['input_ids'], arrays['attention_mask'], arrays.get('tiles'), max_new=prompts.max_rewrite,
-                   stop_ids=prompts.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
+      key_data = np.asarray(jax.random.key_data(jax.vmap(jax.random.key)(np.array(seeds)[indices])))
+      keys = jax.random.wrap_key_data(sharding.shard_batch(key_data, mesh))
+    out = generate(arrays['input_ids'], arrays['attention_mask'], arrays.get('tiles'), max_new=encoder.max_rewrite,
+                   stop_ids=encoder.chat.stop_ids, temperature=settings.temperature, top_p=settings.top_p, key=keys)
     ids, lengths = _local(out.ids), _local(out.lengths)
-    texts, failed = prompting.read_rewrites(prompts.chat, ids, lengths)
+    texts, failures = prompting.read_rewrites(encoder.chat, ids, lengths)
     for i, prompt in enumerate(part):
-      its_ids, its_texts = kept.setdefault(prompt.key, ([], []))
-      if i not in failed and lengths[i] <= prompt.budget:
-        its_ids.append([int(token) for token in ids[i, :lengths[i] - 1]])
-        its_texts.append(texts[i])
-  return [(key, *both) for key, both in kept.items()]
+      all_ids, all_texts = results.setdefault(prompt.key, ([], []))
+      if i not in failures and lengths[i] <= prompt.budget:
+        all_ids.append([int(token) for token in ids[i, :lengths[i] - 1]])
+        all_texts.append(texts[i])
+  return [(key, *both) for key, both in results.items()]
 
 
 def _local(x: jax.Array) -> np.ndarray:
@@ -201,19 +202,19 @@ def _local(x: jax.Array) -> np.ndarray:
 
 
 def _largest(number: int) -> int:
-  """The largest of all processes' numbers."""
+  """The largest `number` of all processes."""
   return int(np.max(sharding.local(sharding.tell_all(np.array([number], np.int32)))))
 
 
-def _settings(config, prompts: transforms.PromptEncoder) -> dict:
-  """What rewrites depend on, as in settings.json."""
+def _settings(config, encoder: transforms.PromptEncoder) -> dict:
+  """Settings that rewrites depend on, as in settings.json."""
   return dict(vlm=hub.fingerprint(hub.resolve(config.vlm)), quantized=config.vlm_quantized,
-              system=verifi.SYSTEM.get(prompts.system, prompts.system), tiles=max(config.data.tiles),
-              text=prompts.max_prompt, written=prompts.max_rewrite,
+              system=verifi.SYSTEM.get(encoder.system, encoder.system), tiles=max(config.data.tiles),
+              text=encoder.max_prompt, written=encoder.max_rewrite,
               **{name: getattr(config.rewrite, name) for name in SAMPLING})
 
 
-def _keep_settings(folder: pathlib.Path, settings: dict) -> None:
+def _claim_settings(folder: pathlib.Path, settings: dict) -> None:
   if (folder / rewrites.SETTINGS).exists():
     return _compare(folder, settings)
   folder.mkdir(parents=True, exist_ok=True)
@@ -223,11 +224,11 @@ def _keep_settings(folder: pathlib.Path, settings: dict) -> None:
 def _compare(folder: pathlib.Path, settings: dict, free: tuple[str, ...] = ()) -> None:
   if not (folder / rewrites.SETTINGS).exists():
     raise UserError(f'{folder} holds no {rewrites.SETTINGS}: give the folder that --mode=rewrite wrote')
-  there = json.loads((folder / rewrites.SETTINGS).read_text())
-  different = differences(there, settings, lambda name: name in settings and name not in free)
-  if different:
-    raise UserError(f'{folder} holds rewrites made under other settings; give another folder, or remove that one.\n  '
-                    + '\n  '.join(different))
+  stored = json.loads((folder / rewrites.SETTINGS).read_text())
+  changes = differences(stored, settings, lambda name: name in settings and name not in free)
+  if changes:
+    raise UserError(f'{folder} holds rewrites of other settings; give another folder, or remove that one.\n  '
+                    + '\n  '.join(changes))
 
 
 def _keys(folder: pathlib.Path) -> Iterator[str]:
@@ -238,6 +239,6 @@ def _keys(folder: pathlib.Path) -> Iterator[str]:
 
 
 def _cut_to_whole_lines(path: pathlib.Path) -> None:
-  """Takes a last line that was cut off from a file; the others are not touched."""
+  """Removes the last line of a file if it is incomplete."""
   if path.exists() and (data := path.read_bytes()) and not data.endswith(b'\n'):
     os.truncate(path, data.rfind(b'\n') + 1)

@@ -1,4 +1,4 @@
-"""Sampling from the command line: requests of the configuration, images and a grid in the workdir. Previews, too."""
+"""Sampling from the command line: images of the configuration's requests, and a grid of them. Also previews."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from unifusion_jax.training import checkpoint, record
 
 
 def run(config, workdir: pathlib.Path) -> None:
-  """Samples what `config.sample` asks for, from the workdir's run or from the weights that the configuration names."""
+  """Samples the requests of `config.sample` with the workdir's run, or the weights that the configuration names."""
   if not hasattr(config.objective, 'pipeline'):
     raise UserError('this recipe trains a part of a model, which samples no images: sample with configs/t2i.py or '
                     'configs/edit.py, or measure it with --mode=eval')
@@ -51,14 +51,14 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
                  folder: pathlib.Path, **models: str) -> None:
   """Samples the requests, `batch_size` of the pipeline's settings at a time.
 
-  Writes a PNG of each image as soon as it is there, with its metadata (`models` too), numbered on from those that are
-  there; and a grid at the end.
+  Writes each image at once as a PNG with its metadata (`models` too), numbered after those in the folder, and a grid at
+  the end.
   """
   number = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdigit()), default=-1)
   size = min(pipe.settings.batch_size, len(requests))
   rows, captions = [], []
-  for part, filled in sharding.batched(requests, size):
-    for request, sample in zip(part, pipe.generate(filled, height, width)):
+  for part, padded in sharding.batched(requests, size):
+    for request, sample in zip(part, pipe.generate(padded, height, width)):
       rows.append([*request.references, sample.image])
       captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
                       + [sample.rewrite])
@@ -76,7 +76,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
 
 
 def preview_grid(pipe: pipeline.UniFusionPipeline, records: list[dict]) -> np.ndarray:
-  """Grid of what the model makes of records: references, request, sample with its rewrite, target; uint8 [y x 3]."""
+  """Preview grid of records: references, request, sample with its rewrite, target; uint8 [y x 3]."""
   requests = requests_of(records)
   samples = pipe.generate(requests, *records[0]['target'].shape[:2])
   rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]

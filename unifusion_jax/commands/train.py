@@ -39,7 +39,7 @@ class Diverged(UserError):
 
 
 def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.State:
-  """Trains to the end (or pauses at step `stop_at`), going on where the workdir's last checkpoint stands.
+  """Trains to the end, or to a pause at step `stop_at`; resumes from the workdir's last checkpoint.
 
   Returns the final State. The mesh must be in context.
   """
@@ -55,12 +55,12 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
   else:
     state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
-    logging.info('going on from step %d of %s', int(state.step), workdir)
+    logging.info('resuming from step %d of %s', int(state.step), workdir)
   train_step = step.make_train_step(objective.loss, tx, config.optim)
   preview = objective.preview(config) if config.train.preview_every else None
 
   start, end = int(state.step), config.train.steps if stop_at is None else min(stop_at, config.train.steps)
-  end = start if state.progress == 1 else end  # a budget of minutes that was used up
+  end = start if state.progress == 1 else end  # its budget of minutes is used up
   writer = metrics.Writer(workdir, start, config.train.steps)
   clock = Clock(config.train.minutes, float(state.progress))
   guard = DivergenceGuard(config.train.max_loss_ratio)
@@ -81,7 +81,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
       last = done == end or progress == 1
       logs, saves = (done % every == 0 or last for every in (config.train.log_every, config.train.save_every))
       if logs or saves or done == start + 1:
-        # Nothing is saved before it was looked at
+        # A state is saved only after the guard has seen its metrics
         for at, values in enumerate(jax.device_get(pending), done + 1 - len(pending)):
           guard(at, values)
           logged.append(values)
@@ -117,7 +117,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
 
 
 def batches(config) -> loader.Feed:
-  """The batches that a run trains on: this process's rows of each."""
+  """Training batches: this process's rows of each."""
   if config.data.rewrites:
     rewrite.check(config)
   batches = loader.batches(
@@ -159,9 +159,9 @@ def _means(steps: list[dict]) -> dict[str, float]:
 
 
 class DivergenceGuard:
-  """Raises Diverged when loss or gradient is not finite, or the loss has leapt above what it was before.
+  """Raises Diverged when loss or gradient is not finite, or when the loss rises far above its earlier values.
 
-  Batches of one task differ a lot from those of another, so the median of several losses has to leap.
+  Losses differ a lot between tasks, so medians over several steps are compared.
   """
   BEFORE, NOW = 100, 20  # steps
 
@@ -170,11 +170,11 @@ class DivergenceGuard:
     self._recent = collections.deque(maxlen=self.BEFORE + self.NOW)
 
   def __call__(self, step: int, scalars: dict[str, float]) -> None:
-    bad = [name for name in ('loss', 'gradient_norm') if not math.isfinite(scalars[name])]
+    infinite = [name for name in ('loss', 'gradient_norm') if not math.isfinite(scalars[name])]
     advice = ('the last checkpoint is kept. Look at the data; or write its weights out (--mode=export) and start from '
               'them in another --workdir (--config.init=FOLDER) with a lower optim.learning_rate or optim.clip')
-    if bad:
-      raise Diverged(f'step {step}: {" and ".join(bad)} no longer finite; {advice}')
+    if infinite:
+      raise Diverged(f'step {step}: {" and ".join(infinite)} no longer finite; {advice}')
     self._recent.append(scalars['loss'])
     if len(self._recent) == self._recent.maxlen:
       losses = list(self._recent)

@@ -1,7 +1,7 @@
-"""The one door to attention: every model here calls `attention`, and no array in front of it is [q s].
+"""Attention of every model here: one function, without any [q s] array in its arguments.
 
-Who sees whom is said by segment ids and causality, which the kernels know too: step 6 puts splash (TPU) and cuDNN (GPU)
-behind this same function. Letters as in `layers.py`.
+Its masks are segment ids and causality, which fused kernels (splash on TPU, cuDNN on GPU) take as well. Letters as in
+`layers.py`.
 """
 
 import math
@@ -17,12 +17,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array
               kv_segments: jax.Array | None = None, causal: bool = False, q_offset: jax.Array | int = 0) -> jax.Array:
   """Softmax attention: q [b q h k], k and v [b s g k] with g dividing h -> [b q h k]. Softmax in f32.
 
-  A query sees the keys of its own segment, and with `causal` of those the ones up to its own position.
+  A query attends to the keys of its own segment, with `causal` only to those up to its own position.
 
   Args:
-    q_segments, kv_segments: int32 [b q] and [b s], both or neither. Padding is segment 0, and sees padding, so that
-      every row stays finite. Without them everything is one segment.
-    q_offset: the position of the first query among the keys (a cache's filled slots). Read with `causal` alone.
+    q_segments, kv_segments: int32 [b q] and [b s], both or neither. Padding is segment 0 and attends to padding, so
+      that every row stays finite. Without them all tokens are one segment.
+    q_offset: the position of the first query among the keys (a cache's filled slots). Used with `causal` alone.
   """
   if (q_segments is None) != (kv_segments is None):
     raise ValueError('attention takes segment ids of queries and of keys, or neither')
@@ -40,8 +40,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array
       at = first + jnp.arange(q.shape[3])
       logits = jnp.where(at[:, None] >= jnp.arange(keys), logits, MASKED)
     if segments is not None:
-      seen = segments[:, :, None] == kv_segments[:, None]
-      logits = jnp.where(seen[:, None, None], logits, MASKED)
+      same = segments[:, :, None] == kv_segments[:, None]
+      logits = jnp.where(same[:, None, None], logits, MASKED)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     y = jnp.einsum('bghqs,bgsk->bghqk', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
@@ -55,14 +55,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array
 
 
 def block_size(q: jax.Array, keys: int) -> int:
-  """Queries at a time, all or fewer, of q [b g h q k] over so many keys: a device's logits stay within LOGITS bytes."""
+  """Queries in a block of q [b g h q k] over a number of keys: a device's logits stay within LOGITS bytes."""
   *rows, queries, _ = jax.typeof(q).sharding.shard_shape(q.shape)
   most = max(1, LOGITS // (4 * keys * math.prod(rows)))
   return -(-queries // -(-queries // most))
 
 
 def _in_blocks(block, size, q, segments, offset, k, v):
-  """The queries `size` at a time. A block's logits are computed again for its gradient: no two blocks' are alive."""
+  """Attention in blocks of `size` queries. The backward pass recomputes logits, so one block's exist at a time."""
   queries = q.shape[3]
   count = -(-queries // size)
 
@@ -70,7 +70,7 @@ def _in_blocks(block, size, q, segments, offset, k, v):
     x = jnp.pad(x, [(0, count * size - queries if i == axis else 0) for i in range(x.ndim)])
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1:]), axis, 0)
 
-  # The gradients of k and v are sums over blocks: in f32, as one product over all queries has them
+  # The gradients of k and v are sums over blocks: in f32, as in one product over all queries
   dtype, k, v = v.dtype, k.astype(jnp.float32), v.astype(jnp.float32)
 
   @jax.checkpoint

@@ -1,4 +1,4 @@
-"""Text-only causal language models (Llama 3.1, Qwen2, Qwen3) behind the same verbs as the VLMs.
+"""Text-only causal language models (Llama 3.1, Qwen2, Qwen3) with the same methods as the VLMs.
 
 Follows `LlamaForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM` of transformers.
 """
@@ -21,12 +21,12 @@ from unifusion_jax.weights import convert, safetensors_io
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """The whole model is its decoder; `text` is where the VLMs have theirs."""
+  """A text-only model: a decoder, under the name `text` as in the VLMs."""
   text: DecoderConfig = DecoderConfig()
 
   @classmethod
   def from_json(cls, config: dict) -> 'TextConfig':
-    """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
+    """From the config.json of a transformers checkpoint; UserError for settings that are not supported."""
     if 'text_config' in config or 'llm_config' in config:
       raise UserError(f'{config.get("model_type")!r} is a vision-language model: load it with the module of its own '
                       'name')
@@ -46,10 +46,10 @@ class TextModel(nnx.Module):
     self.decoder = Decoder(config.text, dtype, rngs=rngs)
 
   def prompt(self, input_ids: jax.Array, attention_mask: jax.Array, images: None = None) -> Prompt:
-    """Embeddings, and where each token stands."""
+    """Embeddings and positions of a batch of prompts."""
     if images is not None:
       raise UserError(f'a {self.config.text.model_type} model reads text alone: give it no images, or take a VLM')
-    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # plain arrays are welcome
+    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # they may come unsharded
     angles = self.decoder.angles(positions_of(attention_mask))
     length = jnp.sum(attention_mask, axis=1, dtype=jnp.int32)
     return Prompt(self.decoder.embed(input_ids), angles, attention_mask, length)
@@ -68,9 +68,9 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> TextModel:
   `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
-  described = json.loads((folder / 'config.json').read_text())
-  config = TextConfig.from_json(described)
-  tensors, tied = resolve_lm_head(safetensors_io.read(folder), described, folder)
+  config_json = json.loads((folder / 'config.json').read_text())
+  config = TextConfig.from_json(config_json)
+  tensors, tied = resolve_lm_head(safetensors_io.read(folder), config_json, folder)
   config = TextConfig(dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: TextModel(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
                       ignore=(r'.*rotary_emb\.inv_freq',), on_leaf=on_leaf)

@@ -54,7 +54,7 @@ class DecoderConfig:
   def from_json(cls, text: dict) -> 'DecoderConfig':
     """From a transformers text config, of version 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
-    Raises ValueError for what this decoder does not compute.
+    Raises UserError for settings that are not supported.
     """
     kind = text.get('model_type')
     if kind not in ('llama', 'qwen2', 'qwen3', 'internlm2'):
@@ -106,22 +106,22 @@ class DecoderConfig:
     return text
 
 
-def tied_head(described: dict, head: bool, base: bool = False) -> bool:
-  """Whether the head is the embedding table: no `head` is in the file, and no level of its config.json denies it.
+def tied_head(config_json: dict, head: bool, base: bool = False) -> bool:
+  """Whether the LM head is the embedding table: the file has no `head`, and no level of config.json denies tying.
 
-  Configs disagree with themselves about tying (two keys, defaults that changed), and a head in the file overrides them.
-  A `base` class never writes one: there, a single level that says so is enough.
+  The levels of a config.json may disagree about tying (two keys, defaults that changed), and a head in the file
+  overrides them. A `base` class never writes a head: there, one level that confirms tying is enough.
   """
-  levels = (described, *(described.get(key) or {} for key in ('text_config', 'llm_config')))
+  levels = (config_json, *(config_json.get(key) or {} for key in ('text_config', 'llm_config')))
   tied = [level.get('tie_word_embeddings') for level in levels]
   return not head and (False not in tied or base and True in tied)
 
 
-def resolve_lm_head(tensors: dict, described: dict, folder) -> tuple[dict, bool]:
-  """Tensors under the names of the class with a head, and `tied_head`; a base class (LlamaModel) omits `model.`."""
+def resolve_lm_head(tensors: dict, config_json: dict, folder) -> tuple[dict, bool]:
+  """(tensors under the names of the class with a head, `tied_head`); a base class (LlamaModel) omits `model.`."""
   base = not {'embed_tokens.weight', 'language_model.embed_tokens.weight'}.isdisjoint(tensors)
   head = 'lm_head.weight' in tensors
-  tied = tied_head(described, head, base)
+  tied = tied_head(config_json, head, base)
   if base and not head and not tied:
     raise UserError(f'{folder} was saved from a class without a head, and its config.json says that the head is not '
                     'the embedding table (tie_word_embeddings): give the folder of the whole model, with lm_head')
@@ -141,8 +141,8 @@ class Prompt(NamedTuple):
   x: jax.Array  # [b s d] embeddings, images in place
   angles: jax.Array  # [b s k/2]
   attention_mask: jax.Array  # [b s] False on padding
-  length: jax.Array  # [b] the RoPE position of the token that follows
-  deepstack: jax.Array | None = None  # [n b s d] what joins the outputs of the first n blocks (Qwen3-VL)
+  length: jax.Array  # [b] RoPE position of the next token
+  deepstack: jax.Array | None = None  # [n b s d] added to the outputs of the first n blocks (Qwen3-VL)
 
 
 class Block(nnx.Module):
@@ -177,20 +177,20 @@ class Block(nnx.Module):
     return rope(q, angles), rope(k, angles), v
 
   def output(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-    """The block's output [b s d], of its input x [b s d] and the attention's result [b s h k]."""
+    """Block output [b s d] from its input x [b s d] and the attention result [b s h k]."""
     x = x + einsum('bshk,hkd->bsd', attended, self.wo, RESIDUAL)
     return x + self.mlp(rms_norm(x, self.norm2, self.eps))
 
 
 class Decoder(nnx.Module):
-  """The decoder; it computes in the dtype of the embeddings it is given."""
+  """The decoder; it computes in the dtype of its input embeddings."""
 
   def __init__(self, config: DecoderConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     if config.heads % config.kv_heads:
       raise UserError(f'{config.heads} query heads cannot share {config.kv_heads} key/value heads: '
                       'the second must divide the first')
     self.config = config
-    # Split over the width alone: public vocabularies (151674, 92553) divide by nothing
+    # Split over the width alone: public vocabulary sizes (151674, 92553) are not divisible by mesh axes
     self.embedding = weight(rngs, (config.vocab, config.width), (None, 'fsdp'), contract=None, dtype=dtype,
                             std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
     return positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
 
   def cache(self, batch: int, slots: int) -> Cache:
-    """An empty cache of that many slots per example, in the parameters' dtype."""
+    """An empty cache of `slots` slots per example, in the parameters' dtype."""
     c = self.config
     zeros = jnp.zeros((c.depth, batch, slots, c.kv_heads, c.head_dim), self.embedding.dtype,
                       out_sharding=P(None, BATCH, None, heads_axis(c.heads, c.kv_heads)))
@@ -231,15 +231,15 @@ class Decoder(nnx.Module):
     """Runs the first `depth` blocks (None: all) -> (x [b s d], tapped [b s l d] or None, cache).
 
     Args:
-      x, angles: embeddings [b s d] of tokens one after another, and their rotation angles [b s k/2].
+      x, angles: embeddings [b s d] of consecutive tokens, and their rotation angles [b s k/2].
       attention_mask: [b t], False on padding; t = s, or with a cache its first t slots, this call's among them. A token
-        sees the tokens up to itself.
+        attends to the tokens up to itself.
       taps: increasing block counts, none above `depth`.
       cache: this call's keys and values go to its slots start .. start + s.
-      deepstack: [n b s d]; addend i joins the output of block i after that output was tapped.
+      deepstack: [n b s d]; addend i is added to the output of block i after that output is tapped.
     """
     segments = attention_mask.astype(jnp.int32)
-    mine = jax.lax.dynamic_slice_in_dim(segments, start, x.shape[1], axis=1)
+    q_segments = jax.lax.dynamic_slice_in_dim(segments, start, x.shape[1], axis=1)
 
     def block(x, layer, index, cache):
       q, k, v = layer.qkv(x, angles)
@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
         at = (index, 0, start, 0, 0)
         cache = Cache(*(jax.lax.dynamic_update_slice(old, new[None], at) for old, new in zip(cache, (k, v))))
         k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False)[:, :segments.shape[1]] for a in cache)
-      y = attention(q, k, v, q_segments=mine, kv_segments=segments, causal=True, q_offset=start)
+      y = attention(q, k, v, q_segments=q_segments, kv_segments=segments, causal=True, q_offset=start)
       return layer.output(x, y), cache
 
     def add(x, index):
@@ -281,13 +281,13 @@ def last_valid(x: jax.Array, attention_mask: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where((jnp.arange(s) == ends[:, None])[..., None], x, 0), axis=1, keepdims=True)
 
 
-# The verbs of every model over this decoder, each of which has its own `prompt(input_ids, attention_mask, images)`:
+# Methods of every model over this decoder; each model has its own `prompt(input_ids, attention_mask, images)`:
 
 
 def hidden(vlm, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...], images=None) -> jax.Array:
   """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
 
-  As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature joins.
+  As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature is added.
   """
   prompt = vlm.prompt(input_ids, attention_mask, images)
   return vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=taps, depth=max(taps),

@@ -91,7 +91,7 @@ class DiT(nnx.Module):
   def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
     """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32.
 
-    With a tap, (velocity, the image patches' states after that many blocks [b y x d]).
+    With `tap`: (velocity, states [b y x d] of the image patches after `tap` blocks).
     """
     c = self.config
     b, height, width, channels = z.shape

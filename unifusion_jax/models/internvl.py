@@ -1,4 +1,4 @@
-"""InternVL 2.5 / 3 / 3.5: InternViT, pixel shuffle, a two-layer projector, and a decoder that reads the result.
+"""InternVL 2.5 / 3 / 3.5: InternViT, pixel shuffle, a two-layer projector and a decoder.
 
 Follows `InternVLForConditionalGeneration` of transformers. One tile of y x x pixels becomes (y / patch)^2 vision tokens
 and, after the pixel shuffle by 2, a quarter as many image embeddings, which replace the image tokens of the prompt.
@@ -80,7 +80,7 @@ class InternVLConfig:
 
   @classmethod
   def from_json(cls, config: dict) -> 'InternVLConfig':
-    """From the config.json of a `-hf` checkpoint; ValueError for what is not computed here."""
+    """From the config.json of a `-hf` checkpoint; UserError for settings that are not supported."""
     vision = config['vision_config']
     tile, patch = (value if isinstance(value, list) else [value, value]
                    for value in (vision.get('image_size', 448), vision.get('patch_size', 14)))
@@ -172,7 +172,7 @@ class VisionBlock(nnx.Module):
 
 
 def sinusoids(side: int, width: int) -> np.ndarray:
-  """Where learned positions start: [1 + side^2 width], zero for the class token, then waves along y and along x.
+  """Initial learned positions [1 + side^2 width]: zero for the class token, then waves along y and along x.
 
   From small random numbers, a tower trained from scratch takes thousands of steps longer to attend to neighbours.
   """
@@ -252,22 +252,22 @@ class InternVL(nnx.Module):
 
   def prompt(self, input_ids: jax.Array, attention_mask: jax.Array, images: jax.Array | None = None,
              image_features: jax.Array | None = None) -> Prompt:
-    """Embeddings with the images in place, and where each token stands.
+    """Embeddings, images in place of their tokens, and positions of a batch of prompts.
 
     `image_features`, when given, are used in place of those of `images`. Image embeddings replace the image tokens in
-    order; padded tiles at the end are never used. An example with more image tokens than its tiles give gets NaN there:
-    a shape known only at run time cannot raise.
+    order; padded tiles at the end are never used. Image tokens in excess of the tiles become NaN: a compiled program
+    cannot raise an error for a count that it only learns when it runs.
     """
-    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # plain arrays are welcome
+    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # they may come unsharded
     x = self.decoder.embed(input_ids)
     if images is not None:
       image_features = self.image_features(jax.sharding.reshard(images, RESIDUAL))
     if image_features is not None:
-      here = (input_ids == self.config.image_token_id) & attention_mask
-      index = jnp.where(here, jnp.cumsum(here, axis=1) - 1, 0)
+      is_image = (input_ids == self.config.image_token_id) & attention_mask
+      index = jnp.where(is_image, jnp.cumsum(is_image, axis=1) - 1, 0)
       pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
       picked = pick(image_features.astype(x.dtype), index)
-      x = jnp.where(here[..., None], picked, x)
+      x = jnp.where(is_image[..., None], picked, x)
     angles = self.decoder.angles(positions_of(attention_mask))
     return Prompt(x, angles, attention_mask, jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
 
@@ -276,7 +276,7 @@ class InternVL(nnx.Module):
 
 def axis_sizes(config: InternVLConfig) -> dict[str, int]:
   """The sizes behind the letters of the rules: h g k of the decoder, a c the ViT's heads and head dim, y x its patch,
-  n the three of its fused qkv, r what one key head of InternLM2's fused wqkv has: its queries, itself, its value."""
+  n the three of its fused qkv, r the heads of a group in InternLM2's fused wqkv: its queries, its key, its value."""
   text, vision = config.text, config.vision
   return {'h': text.heads, 'g': text.kv_heads, 'k': text.head_dim, 'r': text.heads // text.kv_heads + 2,
           'a': vision.heads, 'c': vision.width // vision.heads, 'n': 3, 'y': vision.patch, 'x': vision.patch}
@@ -289,14 +289,15 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> InternVL:
   `convert.load`.
   """
   folder = pathlib.Path(folder)
-  described = json.loads((folder / 'config.json').read_text())
+  config_json = json.loads((folder / 'config.json').read_text())
   tensors = safetensors_io.read(folder)
-  if 'llm_config' in described:
-    config = InternVLConfig.from_original(described, image_token(folder))
-    rules = INTERNLM2_RULES if described['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
+  if 'llm_config' in config_json:
+    config = InternVLConfig.from_original(config_json, image_token(folder))
+    rules = INTERNLM2_RULES if config_json['llm_config']['model_type'] == 'internlm2' else ORIGINAL_RULES
   else:
-    config, rules = InternVLConfig.from_json(described), RULES
-  tied = tied_head(described, not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors))
+    config, rules = InternVLConfig.from_json(config_json), RULES
+  head = not {'language_model.lm_head.weight', 'language_model.output.weight'}.isdisjoint(tensors)
+  tied = tied_head(config_json, head)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: InternVL(config, dtype, rngs=nnx.Rngs(0)), tensors, rules, axis_sizes(config), dtype,
                       ignore=(r'.*rotary_emb\.inv_freq',), on_leaf=on_leaf)

@@ -1,4 +1,4 @@
-"""The layers that every model here is made of.
+"""Layers shared by all models.
 
 Axis letters, used in every einsum and docstring of the project:
   b batch   s tokens   q query tokens   l tapped VLM layers   e VLM width   d DiT (or any model) width
@@ -33,10 +33,10 @@ def weight(rngs: nnx.Rngs, shape, spec, contract: int | None, dtype=jnp.float32,
   """A Param from N(0, std^2), sharded as `spec` (one mesh axis, or None, for each dim of `shape`).
 
   Args:
-    contract: how many leading dims its product sums over; None for tables, vectors and convolution kernels, which no
-      `einsum` multiplies with. Muon, int8 and adapters go by this.
-    std: None: the contracted sizes' product ** -0.5, which keeps the scale of what is multiplied.
-    int8: False for the few matrices that are never rounded: those of pixels, latents and times.
+    contract: number of leading dims that `einsum` sums over; None for tables, vectors and convolution kernels, which
+      no `einsum` takes. Muon, int8 and adapters go by this.
+    std: None: (product of the contracted sizes) ** -0.5, which keeps the scale of the input.
+    int8: False for the few matrices that are never rounded: those applied to pixels, latents and times.
   """
   if contract is None and std is None or contract is not None and not 0 < contract < len(shape):
     raise ValueError(f'a weight {shape} cannot contract {contract} of its dims: name from 1 to {len(shape) - 1} of '
@@ -49,7 +49,7 @@ def weight(rngs: nnx.Rngs, shape, spec, contract: int | None, dtype=jnp.float32,
 
 
 def contracted(param) -> tuple[int, ...] | None:
-  """The axes of a Param, counted from the end, that its product sums over (the output's follow); None: no matrix."""
+  """Contracted axes of a Param as negative numbers, before the axes of the output; None: it is no matrix."""
   return param.get_metadata().get('contract') if isinstance(param, nnx.Param) else None
 
 
@@ -59,12 +59,12 @@ def cast(module, dtype):
 
 
 def constant(value: float, shape, spec=(), dtype=jnp.float32) -> nnx.Param:
-  """A vector or bias that starts at one value."""
+  """A vector or bias, initialised to one value."""
   return nnx.Param(jnp.full(shape, value, dtype, out_sharding=P(*spec)))
 
 
 def heads_axis(heads: int, kv_heads: int) -> str | None:
-  """The mesh axis of attention heads: tp if it divides both counts, else None (attention is then repeated over tp)."""
+  """The mesh axis of attention heads: tp if it divides both counts, else None (each tp device then computes all)."""
   tp = jax.sharding.get_abstract_mesh().shape['tp']
   if heads % tp or kv_heads % tp:
     _warn_of_repeated_heads(heads, kv_heads, tp)
@@ -72,7 +72,7 @@ def heads_axis(heads: int, kv_heads: int) -> str | None:
   return 'tp'
 
 
-@functools.cache  # once for each
+@functools.cache  # one warning for each combination
 def _warn_of_repeated_heads(heads: int, kv_heads: int, tp: int) -> None:
   if is_main_process():
     logging.warning('mesh.tp=%d does not divide %d heads over %d key/value heads: that attention is computed whole on '
@@ -80,7 +80,7 @@ def _warn_of_repeated_heads(heads: int, kv_heads: int, tp: int) -> None:
 
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
-  """x times a parameter, in x's dtype. `out` is needed where explicit sharding cannot tell what the result is.
+  """x times a parameter, in x's dtype. `out` is the sharding of the result, needed where it is ambiguous.
 
   A weight that is no plain array (`quantize.Int8`) answers `times(equation, x, out)` itself.
   """
@@ -100,15 +100,15 @@ def _product_forward(equation, out, dtype, x, w):
 
 def _product_backward(equation, out, dtype, saved, gradient):
   # As autodiff would, but with x first in the product for w. Autodiff puts the gradient first, and XLA for CPU then
-  # transposes it together with all the elementwise work that made it, which takes longer than the product itself.
-  # And the gradient of w is f32 whatever the compute dtype: it is a sum over all tokens and devices, of which bfloat16
-  # would keep 8 bits in each partial sum. Its reduction over fsdp then carries twice the bytes.
+  # transposes it together with all the elementwise work before it, which takes longer than the product itself.
+  # The gradient of w is f32 whatever the compute dtype: it is a sum over all tokens and devices, and bfloat16 keeps
+  # only 8 bits of each partial sum. The price: its reduction over fsdp moves twice the bytes.
   x, w = saved
-  letters, result = equation.split('->')
-  of_x, of_w = letters.split(',')
-  like = lambda array: jax.typeof(array).sharding.spec
-  return (jnp.einsum(f'{result},{of_w}->{of_x}', gradient, w, out_sharding=like(x)),
-          jnp.einsum(f'{of_x},{result}->{of_w}', x, gradient, out_sharding=like(w),
+  operands, result = equation.split('->')
+  x_axes, w_axes = operands.split(',')
+  spec = lambda array: jax.typeof(array).sharding.spec
+  return (jnp.einsum(f'{result},{w_axes}->{x_axes}', gradient, w, out_sharding=spec(x)),
+          jnp.einsum(f'{x_axes},{result}->{w_axes}', x, gradient, out_sharding=spec(w),
                      preferred_element_type=jnp.float32).astype(dtype))
 
 
@@ -116,13 +116,13 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):
-  """`depth` modules of one kind as one module whose every leaf has a leading layer axis."""
+  """`depth` modules of one class as one module; each leaf has a leading layer axis."""
   return jax.vmap(lambda key: cls(*args, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
 def scan(block, x, layers, *, remat: bool = False):
   """Runs `block(x, layer) -> (x, y)` over stacked layers; returns (x, stacked y)."""
-  device = jax.sharding.get_abstract_mesh().abstract_device  # None: of a mesh over devices that are not here
+  device = jax.sharding.get_abstract_mesh().abstract_device  # None for a mesh of absent devices
   unroll = device is not None and device.platform == 'cpu' if UNROLL is None else UNROLL
   return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=unroll)
 
@@ -132,16 +132,16 @@ def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = 
   """Runs the first `depth` stacked layers (None: all) -> (x [b s d], x after `taps` layers [b s l d] or None, carry).
 
   Args:
-    block: `block(x, layer, index, carry) -> (x, carry)`; `carry` is whatever else goes from layer to layer.
-    taps: numbers of layers, increasing, in 0 .. depth; 0 is x as it came. The untapped states are never alive together.
-    after: `after(x, index) -> x`, what is done to a layer's output once it was tapped.
+    block: `block(x, layer, index, carry) -> (x, carry)`; `carry` is any other state that goes from layer to layer.
+    taps: increasing numbers of layers in 0 .. depth; 0 is the input x. Untapped states are not kept.
+    after: `after(x, index) -> x`, applied to the output of a layer after it is tapped.
   """
-  layers_there = len(jax.tree.leaves(layers)[0])
-  depth = layers_there if depth is None else depth
-  if not 0 <= depth <= layers_there or list(taps) != sorted(set(taps) & set(range(depth + 1))):
+  total = len(jax.tree.leaves(layers)[0])
+  depth = total if depth is None else depth
+  if not 0 <= depth <= total or list(taps) != sorted(set(taps) & set(range(depth + 1))):
     raise UserError(f'taps {taps} within the first {depth} layers: taps must increase and lie in 0 .. {depth}, and '
-                    f'this model has {layers_there} layers')
-  # Every layer writes into the slot of the next tap, so the tapped one writes there last; layers after the last tap
+                    f'this model has {total} layers')
+  # Every layer writes into the slot of the next tap, so the tapped layer writes there last; layers after the last tap
   # share one more slot, dropped at the end.
   slots = np.searchsorted(taps, np.arange(1, depth + 1))
   tapped = None
@@ -160,7 +160,7 @@ def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = 
 
   # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time. For
   # gradients it is the other way round, and training runs every layer.
-  inputs = jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers if depth == layers_there else None
+  inputs = jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers if depth == total else None
   (x, tapped, carry), _ = scan(step, (x, tapped, carry), inputs, remat=remat)
   return x, tapped[:, :, :len(taps)] if taps else None, carry
 

@@ -3,12 +3,12 @@
 Follows `Qwen3VLForConditionalGeneration` of transformers, without video. An image is a grid of 16 x 16 pixel patches.
 Learned positions are interpolated to its grid, patches attend within their image, and every square of 2 x 2 patches
 becomes one image embedding, which replaces an image token of the prompt, and one deepstack feature for each of the
-first decoder blocks, which joins that block's output at the same token. A token's rotary position has three parts
+first decoder blocks, which is added to that block's output at the same token. A token's rotary position has three parts
 (time, row, column), which differ at image tokens only; the text goes on after the longer side of an image.
 
 Images vary in shape and arrays must not: the patches of all images of an example lie end to end in `PackedImages`,
-padded at the end, beside their grids. What depends on a grid (positions, rotations, interpolation, masks) is computed
-from it on the device, so that one compiled program serves all images that fit, mixed within a batch as they like.
+padded at the end, beside their grids. Positions, rotations, interpolation and masks are computed from the grids on the
+device, so that one compiled program serves all images that fit, in any mixture within a batch.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ class Qwen3VLConfig:
 
   @classmethod
   def from_json(cls, config: dict) -> 'Qwen3VLConfig':
-    """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
+    """From the config.json of a transformers checkpoint; UserError for settings that are not supported."""
     vision, text = config['vision_config'], config['text_config']
     patch, frames = (value[0] if isinstance(value, list) and len(set(value)) == 1 else value for value in (
         vision.get('patch_size', 16), vision.get('temporal_patch_size', 2)))
@@ -136,16 +136,16 @@ class Qwen3VLConfig:
 
 
 def grid_position(index: jax.Array, grids: jax.Array):
-  """The place of cell `index` [b s] in images laid end to end, grids [b r 2]: (image, cell, rows, columns), [b s] each.
+  """(image, cell, rows, columns), [b s] each, of cell `index` [b s] in images with grids [b r 2], laid end to end.
 
-  `cell` counts within the image, of that many rows and columns. Past the last image: the number of images, and no rows.
+  `cell` counts within its image of `rows` x `columns`. Past the last image: the number of images, and no rows.
   """
   sizes = grids[..., 0] * grids[..., 1]
   past = index[..., None] >= jnp.cumsum(sizes, axis=1)[:, None]
   image = jnp.sum(past, axis=-1)
   cell = index - jnp.sum(jnp.where(past, sizes[:, None], 0), axis=-1)
-  mine = image[..., None] == jnp.arange(grids.shape[1])
-  rows, columns = (jnp.sum(jnp.where(mine, grids[:, None, :, i], 0), axis=-1) for i in (0, 1))
+  one_hot = image[..., None] == jnp.arange(grids.shape[1])
+  rows, columns = (jnp.sum(jnp.where(one_hot, grids[:, None, :, i], 0), axis=-1) for i in (0, 1))
   return image, cell, rows, columns
 
 
@@ -185,7 +185,7 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-  """Squares of patches to embeddings: linear2(gelu(linear1(norm x))), the norm before or after they are joined."""
+  """Squares of patches to embeddings: linear2(gelu(linear1(norm x))), the norm before or after joining a square."""
 
   def __init__(self, config: VisionConfig, width: int, joined_norm: bool, dtype=jnp.float32, *, rngs: nnx.Rngs):
     d, joined = config.width, config.width * config.merge ** 2
@@ -241,10 +241,10 @@ class Vision(nnx.Module):
     return jnp.moveaxis(jnp.concatenate([self.merger(x)[None], deep]), 0, 2)
 
   def interpolated(self, row, column, rows, columns) -> jax.Array:
-    """The learned positions at places [b p] of grids of rows x columns, corners on corners: [b p d] f32."""
+    """Learned positions at cells [b p] of grids of rows x columns, corners aligned: [b p d] f32."""
     side = self.config.side
 
-    def taps(at, size):
+    def neighbours(at, size):
       at = at * (side - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32)
       low = jnp.floor(at)
       clipped = (jnp.clip(low.astype(jnp.int32) + i, 0, side - 1) for i in (0, 1))  # padding may lie anywhere
@@ -254,7 +254,7 @@ class Vision(nnx.Module):
       return self.positions[...].at[y * side + x].get(out_sharding=RESIDUAL).astype(jnp.float32)
 
     return sum(learned(y, x) * (along_y * along_x)[..., None]
-               for y, along_y in taps(row, rows) for x, along_x in taps(column, columns))
+               for y, along_y in neighbours(row, rows) for x, along_x in neighbours(column, columns))
 
 
 class Qwen3VL(nnx.Module):
@@ -278,41 +278,41 @@ class Qwen3VL(nnx.Module):
 
   def prompt(self, input_ids: jax.Array, attention_mask: jax.Array, images: PackedImages | None = None,
              image_features: ImageFeatures | None = None) -> Prompt:
-    """Embeddings with the images in place, and where each token stands.
+    """Embeddings, images in place of their tokens, and positions of a batch of prompts.
 
     `image_features`, when given, are used in place of those of `images`. Image embeddings replace the image tokens in
-    order. An example with more image tokens than its grids and patches give gets NaN there: a shape known only at run
-    time cannot raise.
+    order. Image tokens in excess of the grids and patches become NaN: a compiled program cannot raise an error for a
+    count that it only learns when it runs.
     """
-    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # plain arrays are welcome
+    input_ids, attention_mask = jax.sharding.reshard((input_ids, attention_mask), RESIDUAL)  # they may come unsharded
     x = self.decoder.embed(input_ids)
     if images is not None:
       image_features = self.image_features(PackedImages(*jax.sharding.reshard(tuple(images), RESIDUAL)))
     if image_features is None:
       angles = self.decoder.angles(positions_of(attention_mask))
       return Prompt(x, angles, attention_mask, jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
-    here = (input_ids == self.config.image_token_id) & attention_mask
-    text = attention_mask & ~here
-    before = jnp.cumsum(here, axis=1, dtype=jnp.int32) - here
+    is_image = (input_ids == self.config.image_token_id) & attention_mask
+    is_text = attention_mask & ~is_image
+    before = jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - is_image
     grids = image_features.grids // self.config.vision.merge
     image, cell, rows, columns = grid_position(before, grids)
-    done = image[..., None] > jnp.arange(grids.shape[1])
-    start = jnp.cumsum(text, axis=1, dtype=jnp.int32) - text
-    start = start + jnp.sum(jnp.where(done, jnp.max(grids, axis=-1)[:, None], 0), axis=-1)
+    passed = image[..., None] > jnp.arange(grids.shape[1])
+    start = jnp.cumsum(is_text, axis=1, dtype=jnp.int32) - is_text
+    start = start + jnp.sum(jnp.where(passed, jnp.max(grids, axis=-1)[:, None], 0), axis=-1)
     columns = jnp.maximum(columns, 1)
     positions = jnp.stack([jnp.zeros_like(cell), cell // columns, cell % columns], axis=-1)
-    positions = start[..., None] + jnp.where(here[..., None], positions, 0)
+    positions = start[..., None] + jnp.where(is_image[..., None], positions, 0)
 
     pick = jax.vmap(lambda table, i: table.at[i].get(mode='fill', fill_value=jnp.nan))
-    picked = pick(image_features.features.astype(x.dtype), jnp.where(here, before, 0))
+    picked = pick(image_features.features.astype(x.dtype), jnp.where(is_image, before, 0))
     picked = jnp.where((rows > 0)[..., None, None], picked, jnp.nan)
-    x = jnp.where(here[..., None], picked[:, :, 0], x)
-    deepstack = jnp.moveaxis(jnp.where(here[..., None, None], picked[:, :, 1:], 0), 2, 0)
+    x = jnp.where(is_image[..., None], picked[:, :, 0], x)
+    deepstack = jnp.moveaxis(jnp.where(is_image[..., None, None], picked[:, :, 1:], 0), 2, 0)
     length = jnp.max(jnp.where(attention_mask[..., None], positions, -1), axis=(1, 2)) + 1
     return Prompt(x, self.angles(positions), attention_mask, length, deepstack)
 
   def angles(self, positions: jax.Array) -> jax.Array:
-    """Rotation angles [b s k/2] of positions [b s 3]: time, row and column take turns as long as each one's section."""
+    """Rotation angles [b s k/2] of positions [b s 3]: time, row and column interleaved by sections."""
     part = np.zeros(self.config.text.head_dim // 2, int)
     for i in (1, 2):
       part[i:3 * self.config.sections[i]:3] = i
@@ -336,9 +336,9 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> Qwen3VL:
   `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
-  described = json.loads((folder / 'config.json').read_text())
-  config = Qwen3VLConfig.from_json(described)
-  tensors, tied = resolve_lm_head(safetensors_io.read(folder), described, folder)
+  config_json = json.loads((folder / 'config.json').read_text())
+  config = Qwen3VLConfig.from_json(config_json)
+  tensors, tied = resolve_lm_head(safetensors_io.read(folder), config_json, folder)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
   return convert.load(lambda: Qwen3VL(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, axis_sizes(config), dtype,
                       on_leaf=on_leaf)

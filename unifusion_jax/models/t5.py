@@ -45,7 +45,7 @@ class T5Config:
 
   @classmethod
   def from_json(cls, config: dict) -> 'T5Config':
-    """From the config.json of a transformers checkpoint; ValueError for what is not computed here."""
+    """From the config.json of a transformers checkpoint; UserError for settings that are not supported."""
     if config.get('model_type') != 't5':
       raise UserError(f'the model is {config.get("model_type")!r}; this encoder is t5')
     if config.get('feed_forward_proj') != 'gated-gelu':
@@ -95,7 +95,7 @@ class Block(nnx.Module):
     self.down = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
-    """[b s d] -> [b s d]; bias [h s s] f32 joins the logits, mask [b 1 1 s] is True where a key may be seen."""
+    """[b s d] -> [b s d]; bias [h s s] f32 joins the logits, mask [b 1 1 s] is False on padding."""
     y = rms_norm(x, self.norm1, self.eps)
     q, k, v = (einsum('bsd,dhk->bshk', y, w) for w in (self.wq, self.wk, self.wv))
     # Not `attention.attention`: its kernels know no bias, and T5 reads texts of some hundred tokens, never images
@@ -138,7 +138,7 @@ class T5Encoder(nnx.Module):
     return scan_taps(lambda x, block, *_: (block(x, bias, mask), None), x, self.blocks, tuple(taps), max(taps))[1]
 
   def last(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """The encoder's result [b s d], final-normed: what T5's decoder, and the models conditioned on T5, read."""
+    """Final-normed output [b s d] of the encoder: the input of T5's decoder and of models conditioned on T5."""
     x = self.hidden(input_ids, attention_mask, (self.config.depth,))[:, :, 0]
     return rms_norm(x, self.norm, self.config.eps)
 
@@ -156,7 +156,7 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> T5Encoder:
   folder = pathlib.Path(folder)
   config = T5Config.from_json(json.loads((folder / 'config.json').read_text()))
   tensors = safetensors_io.read(folder)
-  # One table under two names, of which files have either or both
+  # The table has two names; files hold either or both
   if 'encoder.embed_tokens.weight' in tensors:
     table = tensors.pop('encoder.embed_tokens.weight')
     tensors.setdefault('shared.weight', table)

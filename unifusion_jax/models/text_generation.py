@@ -1,7 +1,7 @@
 """Text generation with a VLM: one prefill, then one token at a time over a static cache, in a single program.
 
-VERIFI's rewriting wants both the ids and their tapped states, so every written token, the stop token included, is
-fed once and its states are kept. `generate` compiles once for each shape (batch, prompt length, max_new): pad prompts
+VERIFI needs both the ids and their tapped states, so every generated token, the stop token included, is fed once and
+its states are kept. `generate` compiles once for each shape (batch, prompt length, max_new): pad prompts
 to a few lengths.
 """
 
@@ -20,9 +20,9 @@ class Generated(NamedTuple):
   """Generated text; slots from `lengths` on hold 0. Arrays [b n ...] with n = max_new."""
   ids: jax.Array  # [b n] int32
   lengths: jax.Array  # [b] int32, the stop token counted
-  logprobs: jax.Array  # [b n] f32, of each written token under the model itself: temperature 1, the whole vocabulary
+  logprobs: jax.Array  # [b n] f32, of each generated token at temperature 1 over the whole vocabulary
   prompt_hidden: jax.Array | None  # [b s l e] tapped states of the prompt; None without taps
-  hidden: jax.Array | None  # [b n l e] tapped states of the written tokens
+  hidden: jax.Array | None  # [b n l e] tapped states of the generated tokens
 
 
 def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, *, max_new: int,
@@ -30,7 +30,7 @@ def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, 
              key: jax.Array | None = None) -> Generated:
   """Continues prompts [b s] (padding where `attention_mask` is False) by up to `max_new` tokens, each to a stop id.
 
-  temperature 0 takes the most probable token; above 0 one is drawn with `key` from the smallest set of tokens whose
+  temperature 0 takes the most probable token; above 0 one is sampled by `key` from the smallest set of tokens whose
   probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b], whose text then
   depends on its own key alone. Arguments as in `vlm.prompt`.
   """
@@ -76,15 +76,15 @@ def _generate(vlm, input_ids, attention_mask, images, sampling, max_new: int, st
 
   def write(state):
     i, (token, logprob), done, cache, out = state
-    live = ~done
+    running = ~done
 
     def put(slots, values):
-      values = jnp.where(live.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+      values = jnp.where(running.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
       return jax.lax.dynamic_update_index_in_dim(slots, values.astype(slots.dtype), i, 1)
 
     x, tapped, cache = decoder(decoder.embed(token[:, None]), decoder.angles((prompt.length + i)[:, None]), slots_mask,
                                taps=taps, cache=cache, start=s + i)
-    out = Generated(put(out.ids, token), out.lengths + live, put(out.logprobs, logprob), None,
+    out = Generated(put(out.ids, token), out.lengths + running, put(out.logprobs, logprob), None,
                     None if tapped is None else put(out.hidden, tapped[:, 0]))
     done = done | functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], jnp.zeros_like(done))
     return i + 1, choose(x, i + 1), done, cache, out

@@ -55,7 +55,7 @@ class UniFusion(nnx.Module):
     return UniFusionConfig(dataclasses.replace(self.lap.config), dataclasses.replace(self.dit.config), self.dtype)
 
   def condition(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Tapped VLM states [b s l e] and which of their tokens to use [b s] -> condition tokens [b s d]."""
+    """Tapped VLM states [b s l e] and the mask of their tokens [b s] -> condition tokens [b s d]."""
     return self.lap(hidden.astype(self.dtype), mask)
 
   def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
@@ -92,7 +92,7 @@ def to_json(config: UniFusionConfig) -> dict:
 
 
 def from_json(fields: dict) -> UniFusionConfig:
-  """The configuration of a config.json; how to compute (dtype, remat) is left at its defaults."""
+  """The configuration of a config.json; dtype and remat, which it does not hold, have their defaults."""
   fields = to_json(krea2()) | {k: v for k, v in fields.items() if not k.startswith('_')}
   unknown = sorted(fields.keys() - to_json(krea2()).keys())
   if unknown:
@@ -125,14 +125,14 @@ def read_config(folder) -> UniFusionConfig:
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
   """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
 
-  `config` chooses how to compute (dtype, remat); ValueError where its sizes are not the checkpoint's.
+  `config` chooses dtype and remat; UserError where its sizes are not the checkpoint's.
   """
   stored = read_config(folder)
   config = config or stored
   wanted, present = to_json(config), to_json(stored)
   differ = [f'{k} is {present[k]}, not {wanted[k]}' for k in wanted if wanted[k] != present[k]]
   if differ:
-    raise UserError(f'{folder} does not hold the model asked for: {"; ".join(differ)}')
+    raise UserError(f'{folder} does not hold a model of these sizes: {"; ".join(differ)}')
   tensors = safetensors_io.read(folder)
   return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), tensors, RULES, AXIS_SIZES, dtype)
 

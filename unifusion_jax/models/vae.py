@@ -51,18 +51,18 @@ class VAEConfig:
 
   @classmethod
   def from_json(cls, config: dict) -> 'VAEConfig':
-    """From the dict of a diffusers config.json; ValueError for what is not implemented."""
+    """From the dict of a diffusers config.json; UserError for settings that are not implemented."""
     config = {k: v for k, v in config.items() if not k.startswith('_') and k not in UNREAD}
-    # What diffusers takes an absent key for, where that is not our default.
+    # diffusers' own defaults for absent keys, where they differ from ours.
     config = {'block_out_channels': (64,), 'layers_per_block': 1, 'latent_channels': 4, 'use_quant_conv': True,
               'use_post_quant_conv': True, 'down_block_types': (ENCODER_BLOCK,), 'up_block_types': (DECODER_BLOCK,)
               } | config
     depth = len(config['block_out_channels'])
     fixed = FIXED | {'down_block_types': (ENCODER_BLOCK,) * depth, 'up_block_types': (DECODER_BLOCK,) * depth}
     for key, value in fixed.items():
-      got = config.pop(key, value)
-      if (tuple(got) if isinstance(got, list) else got) != value:
-        raise UserError(f'VAE config: {key} is {got}; only {value} is implemented')
+      given = config.pop(key, value)
+      if (tuple(given) if isinstance(given, list) else given) != value:
+        raise UserError(f'VAE config: {key} is {given}; only {value} is implemented')
     unknown = config.keys() - {field.name for field in dataclasses.fields(cls)}
     if unknown:
       raise UserError(f'VAE config: {sorted(unknown)} not known; this reads the config of diffusers AutoencoderKL')
@@ -98,8 +98,8 @@ class GroupNorm(nnx.Module):
     self.groups = groups
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Moments of every channel, groups made of those, and one multiply-add: on CPU this takes a tenth of the time of
-    reshaping to groups. The variance does not change with the point it is taken around, hence the stop_gradient."""
+    """x [b y x c] normalised by group, from the moments of its channels and with one multiply-add: a tenth of the
+    time of reshaping to groups on CPU. The gradient through the variance's centre is 0, hence the stop_gradient."""
     z = x.astype(jnp.float32)
     mean = jnp.mean(z, axis=(1, 2))
     variance = jnp.mean((z - jax.lax.stop_gradient(mean)[:, None, None]) ** 2, axis=(1, 2))
@@ -167,7 +167,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-  """Residual blocks at one resolution, and the convolution on the way to the next, if there is a next."""
+  """Residual blocks at one resolution, and the convolution to the next one, except in the last."""
 
   def __init__(self, inputs: int, outputs: int, depth: int, last: bool, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
     self.resnets = nnx.List([ResBlock(inputs if i == 0 else outputs, outputs, config, dtype, rngs=rngs)
@@ -223,13 +223,14 @@ class Decoder(nnx.Module):
 
 
 def _double(x: jax.Array) -> jax.Array:
-  """[b y x c] -> [b 2y 2x c], every pixel as a square of four. One broadcast: its gradient is one sum on CPU, too."""
+  """[b y x c] -> [b 2y 2x c], every pixel as a square of four. One broadcast: its gradient is one sum, on CPU too."""
   b, y, x_, c = x.shape
   squares = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, x_, 2, c))
   return jax.lax.reshape(squares, (b, 2 * y, 2 * x_, c), out_sharding=jax.P(BATCH))
 
 
 class Autoencoder(nnx.Module):
+  """Images [b y x 3] <-> latents [b y x c]."""
 
   def __init__(self, config: VAEConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
@@ -264,7 +265,7 @@ class Autoencoder(nnx.Module):
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def encode(self, x: jax.Array) -> jax.Array:
-    """Images [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32: the posterior's mean, scaled to unit variance or so."""
+    """Images [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32: the posterior's mean, scaled to about unit variance."""
     z, _ = self.moments(x)
     return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
@@ -293,7 +294,7 @@ def load(folder, dtype=jnp.float32) -> Autoencoder:
 
 
 def save(vae: Autoencoder, folder) -> None:
-  """Writes what diffusers' AutoencoderKL.from_pretrained, and `load`, read; all processes call it together."""
+  """Writes the folder that diffusers' AutoencoderKL and `load` read; all processes call it together."""
   convert.save(vae, RULES, {}, folder, vae.config.to_json(), stem=STEM)
 
 

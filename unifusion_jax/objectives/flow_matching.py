@@ -34,7 +34,7 @@ class FlowMatching:
   repa_depth: int = 0            # DiT blocks before the states that REPA aligns
 
   tasks = ('t2i', 'edit', 'reconstruct')
-  pretrained = ('vlm', 'vae')  # folders of the configuration that it reads
+  pretrained = ('vlm', 'vae')  # settings that name folders which it reads
 
   def unit(self, config) -> int:
     """Pixels that both sides of an image must be multiples of: one patch of latents."""
@@ -52,8 +52,8 @@ class FlowMatching:
         f'taps={config.taps} must rise': list(config.taps) == sorted(set(config.taps)),
         f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'":
             config.vlm_quantized in encoders.QUANTIZED,
-        f'objective.rewrite_online rewrites during training, but data.rewrites={config.data.rewrites} names rewrites '
-        'made before: leave one of them out': not (self.rewrite_online and config.data.rewrites),
+        f'objective.rewrite_online rewrites during training, but data.rewrites={config.data.rewrites} names stored '
+        'rewrites: leave one of them out': not (self.rewrite_online and config.data.rewrites),
         f'objective.noises_per_example={self.noises_per_example} must be 1 or more': self.noises_per_example >= 1,
         f'mesh.tp={tp} must divide the heads, key/value heads and mlp of model.lap ({lap.heads}, {lap.kv_heads}, '
         f'{lap.mlp}) and model.dit ({dit.heads}, {dit.kv_heads}, {dit.mlp})':
@@ -68,7 +68,7 @@ class FlowMatching:
     return [text for text, holds in checks.items() if not holds] + config.sample.problems(self.unit(config))
 
   def init(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
-    """Parameters to start from: random ones, or those of `config.init`. A REPA head always starts anew."""
+    """Initial parameters: random ones, or those of `config.init`. A REPA head is always initialised anew."""
     if not config.init:
       return jax.jit(lambda: self.random(config))()
     model = self.load(config, config.init)
@@ -79,7 +79,7 @@ class FlowMatching:
     return params
 
   def random(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
-    """Parameters of random weights; traceable."""
+    """Randomly initialised parameters; traceable."""
     rngs = nnx.Rngs(config.seed)
     if not self.repa_weight:
       return unifusion.UniFusion(config.model, rngs=rngs)
@@ -94,7 +94,7 @@ class FlowMatching:
     return unifusion.load(folder, config.model)
 
   def export(self, config, params, folder) -> None:
-    """Writes the model alone, in bfloat16 as such models are published, and what a pipeline needs beside it."""
+    """Writes the model alone, in bfloat16 as such models are published, and unifusion.json beside it."""
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(params))
     unifusion.save(model, folder)
     description.save(folder, config)
@@ -114,13 +114,13 @@ class FlowMatching:
         self.instruction_prob, self.rewrite_online)
 
   def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The largest batch, as it reaches the train step."""
+    """Shapes and shardings of the largest batch of the train step."""
     encoder = transforms.abstract_prompt_encoder(config)
     transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
     return sharding.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
-    """The pipeline of a model in training or just loaded."""
+    """Pipeline around parameters in training or just loaded."""
     return pipeline.UniFusionPipeline(model_of(params), frozen, transforms.prompt_encoder(config), config.sample,
                                      config.data.size)
 
@@ -141,7 +141,7 @@ class FlowMatching:
       batch: target uint8 [b y x 3]; input_ids, attention_mask [b s]; cond_index, cond_mask [b q]; tiles if any; with
         `rewrite_online` needs_rewrite [b], and fallback_index, fallback_mask [b n] of the instruction, which conditions
         where the rewrite is invalid.
-      key: of times and noise.
+      key: random key of times and noise.
 
     A metric is a scalar, or a pair (sum, count) whose ratio over many steps is the mean.
     """
@@ -154,12 +154,12 @@ class FlowMatching:
     t = flow.sample_time(time_key, z.shape[0], self.mean, self.std, self.shift)
     noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
     noised = flow.interpolate(z, noise, t)
-    total = 0.0
+    repa_term = 0.0
     if self.repa_weight:
       velocity, states = model.velocity(noised, t, cond, mask, self.repa_depth)
       targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
       metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, self.noises_per_example))
-      total = self.repa_weight * metrics['repa']
+      repa_term = self.repa_weight * metrics['repa']
     else:
       velocity = model.velocity(noised, t, cond, mask)
     errors = flow.loss(velocity, z, noise)
@@ -167,7 +167,7 @@ class FlowMatching:
     for name, part in (('noisy', noisy), ('clean', ~noisy)):
       metrics[f'loss_{name}'] = jnp.sum(errors * part), jnp.sum(part, dtype=jnp.float32)
     loss = jnp.mean(errors)
-    return loss + total, dict(loss=loss, **metrics)
+    return loss + repa_term, dict(loss=loss, **metrics)
 
   def _hidden(self, frozen: conditioning.Frozen, batch):
     """Tapped states of the tokens that condition the DiT [b q l e], their mask [b q], and metrics."""
@@ -193,6 +193,6 @@ def model_of(params: 'unifusion.UniFusion | repa.WithREPA') -> unifusion.UniFusi
 
 
 def _repeat(x: jax.Array, n: int) -> jax.Array:
-  """Each row n times in a row, on the device that holds it: [b ...] -> [b*n ...]."""
+  """Each row repeated n times, on the device that holds it: [b ...] -> [b*n ...]."""
   rows = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
   return jnp.reshape(rows, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))

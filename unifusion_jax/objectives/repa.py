@@ -13,7 +13,7 @@ from unifusion_jax.models import internvl, layers, unifusion
 
 
 class WithREPA(nnx.Module):
-  """A UniFusion model and the head that its states are aligned through."""
+  """A UniFusion model and its REPA head."""
 
   def __init__(self, config: unifusion.UniFusionConfig, width: int, *, rngs: nnx.Rngs):
     self.model = unifusion.UniFusion(config, rngs=rngs)
@@ -40,7 +40,7 @@ class Head(nnx.Module):
 def targets(vlm: internvl.InternVL, images: jax.Array, rows: int, columns: int) -> jax.Array:
   """Vision features of uint8 images [b y x 3], each shown whole in one tile: [b rows columns e] f32.
 
-  Standardised over the positions of each image: only what differs between them says what is where.
+  Standardised over the positions of each image: only differences between positions describe the layout.
   """
   vision = vlm.config.vision
   side = vision.tile // vision.patch

@@ -1,4 +1,4 @@
-"""Training checkpoints in orbax: items `state`, `ema` (the state's, apart) and `data`, the loader's position.
+"""Training checkpoints in orbax: items `state` (without its EMA), `ema` and `data`, the loader's position.
 
 Trees are saved as flat dicts from path to array ('params/dit/blocks/attn/wq/value'), so files do not depend on classes.
 """
@@ -19,7 +19,7 @@ class Checkpoints:
   """The checkpoints of one workdir.
 
   Saving is asynchronous; an interrupted save leaves a temporary folder, which is never read. `tidy` removes such
-  folders: right for the run that trains there, wrong for a reader, as that run may be writing one.
+  folders: for the training run alone, since a reader could remove the one that a run is writing.
   """
 
   def __init__(self, workdir: str | pathlib.Path, keep: int = 2, tidy: bool = False):
@@ -67,9 +67,9 @@ class Checkpoints:
 
 
 def trained(config, workdir: pathlib.Path):
-  """Parameters to sample, measure or export, and where they are from; the mesh must be in context.
+  """Parameters to sample, measure or export, and their origin in words; the mesh must be in context.
 
-  They are the EMA of the workdir's last checkpoint; without a run there, what `sample.weights` or `init` names.
+  The EMA of the workdir's last checkpoint; without a run there, the checkpoint that `sample.weights` or `init` names.
   """
   objective = config.objective
   if (workdir / 'checkpoints').exists():

@@ -1,4 +1,4 @@
-"""Where training's scalars go: progress on stderr, `metrics.jsonl` and TensorBoard events."""
+"""Training metrics: progress on stderr, `metrics.jsonl` and TensorBoard events."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 class Writer:
   """Metrics and progress of one run; only the first of several processes writes.
 
-  On a resumed run, lines of `metrics.jsonl` after `step` are dropped: the work that they tell of was lost.
+  On a resumed run, lines of `metrics.jsonl` after `step` are dropped: their steps run again.
   """
 
   def __init__(self, workdir: str | pathlib.Path, step: int, steps: int, *, stream=None, clock=time.monotonic):
@@ -24,13 +24,13 @@ class Writer:
     if not self._active:
       return
     path = pathlib.Path(workdir) / 'metrics.jsonl'
-    kept = []
+    earlier = []
     if path.exists():
       lines = path.read_text().splitlines(keepends=True)
-      whole = [line for line in lines if line.strip() and line.endswith('\n')]  # the last one may be cut off
-      kept = [line for line in whole if json.loads(line)['step'] <= step]
+      complete = [line for line in lines if line.strip() and line.endswith('\n')]  # the last one may be cut off
+      earlier = [line for line in complete if json.loads(line)['step'] <= step]
     part = path.with_name(path.name + '.part')
-    part.write_text(''.join(kept))
+    part.write_text(''.join(earlier))
     os.replace(part, path)
     self._file = path.open('a')
     self._postfix = {}
@@ -43,7 +43,7 @@ class Writer:
       self._bar = _Lines(step, steps, self._stream, clock)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Scalars of a log step into the file and the events, and the main ones to the progress."""
+    """Writes the scalars of a log step to the file and the events, and the main ones to the progress."""
     if not self._active:
       return
     scalars = {name: float(value) for name, value in scalars.items()}
@@ -54,14 +54,14 @@ class Writer:
     self.set_postfix(scalars)
 
   def set_postfix(self, scalars: dict[str, float]) -> None:
-    """Updates what the progress shows from its next refresh on."""
+    """Sets the scalars that the progress shows from its next refresh on."""
     if self._active:
       shown = {'loss': 'loss', 'images_per_second': 'images/s'}
       self._postfix |= {shown[name]: f'{float(value):.4g}' for name, value in scalars.items() if name in shown}
       self._bar.set_postfix(self._postfix, refresh=False)
 
   def step(self, step: int) -> None:
-    """Moves the progress to `step` steps done."""
+    """Moves the progress to `step`."""
     if self._active:
       self._bar.update(step - self._bar.n)
 

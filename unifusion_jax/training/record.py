@@ -20,8 +20,10 @@ def pin(config, workdir: pathlib.Path, *names: str) -> None:
   path = workdir / 'config.json'
   before = json.loads(path.read_text()) if path.exists() else {}
   for name in names:
-    value = getattr(config, name)
-    known = str(before.get(name, ''))
+    value, known = getattr(config, name), str(before.get(name, ''))
+    if known in (value, str(pathlib.Path(value).expanduser())):
+      setattr(config, name, known)  # a folder, which may be gone where nothing reads it any more
+      continue
     pinned = hub.pin(known if known.partition('@')[0] == value else value)
     setattr(config, name, str(pinned.folder))
     if pinned.commit:
@@ -29,7 +31,7 @@ def pin(config, workdir: pathlib.Path, *names: str) -> None:
 
 
 def claim(config, workdir: pathlib.Path) -> None:
-  """Writes config.json into the workdir; UserError when a run with another configuration lives there.
+  """Writes config.json into the workdir; UserError when it holds a run with another configuration.
 
   How a run samples, evaluates and keeps its books may change; what it trains may not.
   """
@@ -40,7 +42,7 @@ def claim(config, workdir: pathlib.Path) -> None:
 
 
 def check_same_model(config, workdir: pathlib.Path) -> None:
-  """UserError when the workdir's run trained another model, or beside another VLM or autoencoder, than `config` has."""
+  """UserError when the workdir's run has another model, VLM or autoencoder than `config`."""
   def matters(name):
     model = name.split('.')[0] in ('model', 'vlm', 'vae', 'taps', 'files') and name.split('.')[-1] not in COMPUTING
     return model or name == 'objective.repa_weight'
@@ -52,7 +54,7 @@ def write(config, workdir: pathlib.Path, name: str, **more) -> None:
   if sharding.is_main_process():
     workdir.mkdir(parents=True, exist_ok=True)
     part = workdir / f'{name}.part'
-    part.write_text(json.dumps(_described(config) | more, indent=2, sort_keys=True) + '\n')
+    part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
     os.replace(part, workdir / name)
 
 
@@ -61,8 +63,8 @@ def fingerprints(config) -> dict[str, str]:
   return {name: hub.fingerprint(hub.resolve(getattr(config, name))) for name in config.objective.pretrained}
 
 
-def _described(config) -> dict:
-  """The configuration as nested dicts; a folder that came from the hub goes by its id and commit, as on any host."""
+def _as_dict(config) -> dict:
+  """The configuration as nested dicts; a folder from the hub is written as its id and commit, the same on any host."""
   settings = dataclasses.asdict(config)
   return settings | settings.pop('hub')
 
@@ -85,8 +87,8 @@ def _compare(config, workdir: pathlib.Path, matters) -> None:
   path = workdir / 'config.json'
   if not (path.exists() and any(step.name.isdigit() for step in (workdir / 'checkpoints').glob('*'))):
     return  # nothing was trained there
-  old, new = json.loads(path.read_text()), json.loads(json.dumps(_described(config))) | dict(files=fingerprints(config))
-  differ = differences(old, new, matters)
-  if differ:
+  old, new = json.loads(path.read_text()), json.loads(json.dumps(_as_dict(config))) | dict(files=fingerprints(config))
+  changes = differences(old, new, matters)
+  if changes:
     raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
-                    + '\n  '.join(differ))
+                    + '\n  '.join(changes))

@@ -38,7 +38,6 @@ class OptimConfig:
     return [text for text, holds in checks.items() if not holds]
 
 
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
@@ -101,7 +100,7 @@ def _muon_dims(params):
 
 
 def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """tx with shardings inside it left to the compiler: explicit sharding would refuse its products of matrices."""
+  """`tx` with its inner shardings left to the compiler: explicit sharding refuses its matrix products."""
   def update(updates, state, params=None):
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
     return jax.sharding.auto_axes(tx.update, out_sharding=specs)(updates, state, params)
@@ -110,7 +109,7 @@ def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def init(params, tx: optax.GradientTransformation) -> State:
-  """State of step 0 around parameters."""
+  """Training state at step 0."""
   return State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 

@@ -1,8 +1,7 @@
 """Any supported autoencoder by name: a diffusers folder or a hub id, by the _class_name of its config.json.
 
-All answer to the same verbs: `encode` images [b y x 3] in [-1, 1] to latents [b y x c] of about unit variance,
-`decode` them, `downsampling` (pixels per latent) and `channels` (c). Another one is a
-file in models/ and a line in `CLASSES`.
+All have the same methods: `encode` images [b y x 3] in [-1, 1] to latents [b y x c] of about unit variance, `decode`
+them, `downsampling` (pixels per latent) and `channels` (c). Another one is a file in models/ and a line in `CLASSES`.
 """
 
 import json
@@ -25,17 +24,17 @@ CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.Autoencoder, vae.load)}  # by _c
 def load(name, dtype=jnp.float32) -> Autoencoder:
   """The autoencoder in a folder (as `hub.pin` gave it) or behind a hub id, in `dtype`, on the mesh in context."""
   folder = hub.resolve(name)
-  _, _, load_class = _class(_described(folder), folder)
+  _, _, load_class = _class(_config_json(folder), folder)
   return load_class(folder, dtype)
 
 
 def config(name) -> Config:
-  """What config.json says of a folder, of a hub id, or of a public name in vae.PRESETS; reads no weights."""
+  """Configuration of a folder, of a hub id, or of a public name in vae.PRESETS; reads no weights."""
   if str(name) in vae.PRESETS and not pathlib.Path(name).is_dir():
     return vae.PRESETS[str(name)]
   folder = hub.resolve(name, weights=False)
-  described = _described(folder)
-  return _class(described, folder)[0].from_json(described)
+  config_json = _config_json(folder)
+  return _class(config_json, folder)[0].from_json(config_json)
 
 
 def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:
@@ -45,15 +44,15 @@ def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:
   return sharding.abstract(shapes, jax.sharding.get_abstract_mesh())
 
 
-def _described(folder: pathlib.Path) -> dict:
+def _config_json(folder: pathlib.Path) -> dict:
   path = folder / 'config.json'
   if not path.exists():
     raise UserError(f'{folder} has no config.json: give the folder of a diffusers autoencoder, the `vae` of a pipeline')
   return json.loads(path.read_text())
 
 
-def _class(described: dict, folder: pathlib.Path):
-  name = described.get('_class_name')
+def _class(config_json: dict, folder: pathlib.Path):
+  name = config_json.get('_class_name')
   if name not in CLASSES:
     raise UserError(f'{folder}: an autoencoder of class {name!r} is not supported; supported are {", ".join(CLASSES)}')
   return CLASSES[name]

@@ -19,14 +19,14 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.weights import rules as engine
 from unifusion_jax.weights import safetensors_io
 
-SQUARE = 128  # of a matrix that is transposed: its rows and columns stay in cache
-SHARD = 4 * 10 ** 9  # bytes of a file, past which a checkpoint becomes several
+SQUARE = 128  # side of a block in a transposing copy: its rows and columns stay in cache
+SHARD = 4 * 10 ** 9  # bytes of a file; larger checkpoints are split
 
 
 def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: tuple[str, ...] = (), on_leaf=None):
-  """The module that `make()` would build, filled from a checkpoint and sharded over the mesh in context.
+  """The module of `make()`, filled from a checkpoint and sharded over the mesh in context.
 
-  `make` only runs abstractly; leaves get the sharding that it gives them. Each process reads the slices of its own
+  `make` only runs abstractly, and leaves keep its shardings. Each process reads the slices of its own
   devices, a layer at a time and `rules.BLOCK` bytes of it after another: beside the devices, the host holds less than
   twice the largest torch tensor.
 
@@ -34,11 +34,11 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
     make: `make() -> module`, or any tree of arrays.
     tensors: torch name -> anything with shape, dtype and slicing.
     dtype: of floating leaves; None: the one that `make` gives them.
-    ignore: regexes of torch names that are not wanted.
-    on_leaf: `on_leaf(param) -> leaf` that takes a Param's place, called as soon as it is filled (`quantize.load`).
+    ignore: regexes of torch names that are skipped.
+    on_leaf: `on_leaf(param) -> leaf` replaces a Param as soon as it is filled (`quantize.load`).
 
   Raises:
-    UserError: lists every missing, unused, misshapen or doubly used tensor; nothing is half filled.
+    UserError: lists every missing, unused, misshapen or doubly used tensor, before any leaf is filled.
   """
   params, structure = _flatten(jax.eval_shape(make))
   leaves = {path: _value(param) for path, param in params.items()}
@@ -46,7 +46,7 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
   wanted = {source.name: path for path in sources for source in sources[path]}
   unused = [name for name in tensors if name not in wanted and not any(re.fullmatch(r, name) for r in ignore)]
   problems += [f'missing: {name}, for our {wanted[name]}' for name in sorted(wanted.keys() - set(tensors))]
-  problems += [f'unused: {name} {tuple(tensors[name].shape)}, which no leaf of the model asks for' for name in unused]
+  problems += [f'unused: {name} {tuple(tensors[name].shape)}, which no leaf of the model uses' for name in unused]
   for path in sources:
     for source in sources[path]:
       if source.name in tensors:
@@ -114,7 +114,7 @@ def save(module, rules, axis_sizes: dict[str, int], folder, config_json: dict, s
       for pattern in (index, f'{stem}.safetensors', f'{stem}-*-of-*.safetensors'):
         for stale in folder.glob(pattern):
           stale.unlink()
-      for path in sorted(new.iterdir(), key=lambda path: path.suffix == '.json'):  # what names them comes last
+      for path in sorted(new.iterdir(), key=lambda path: path.suffix == '.json'):  # the index comes last
         os.replace(path, folder / path.name)
   finally:
     if writes:
@@ -156,7 +156,7 @@ def _assembled(leaves, parts) -> np.ndarray | None:
   """A torch tensor on the first process, None on the others."""
   tensor = None
   for path, source in parts:
-    # A copy where it is not a layer: an array keeps what numpy has read of it in the host's memory as long as it lives
+    # Copied unless it is a layer: a jax.Array keeps its numpy value in host memory for as long as it lives
     x = jnp.copy(leaves[path]) if source.layer is None else _layer(leaves[path], source.layer)
     if not x.is_fully_addressable:
       x = jax.sharding.reshard(x, jax.P())
@@ -177,9 +177,9 @@ def _layer(stacked, i):
 
 
 def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
-  """A leaf, or a layer of one. Replicas share one read, into `buffers`, which the next layer reads into again.
+  """A leaf, or a layer of one. Replicas share one read, into `buffers`, which the next layer reuses.
 
-  It is of `dtype`, or of the file's own where that is narrower: the device widens it, so that the host need not.
+  Its dtype is `dtype`, or the file's own where that is narrower: the device widens it, not the host.
   """
   tensor = tensors[source.name]
   dtype = min(np.dtype(dtype), np.dtype(tensor.dtype), key=lambda kind: kind.itemsize)
@@ -202,7 +202,7 @@ def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
 
 
 def _rearrange(out: np.ndarray, x: np.ndarray):
-  """out[...] = x, where neighbours in the memory of x are none in that of out: in squares, by all cores."""
+  """out[...] = x for a transposed x: a cache-blocked copy on all cores."""
   near = min(range(x.ndim), key=lambda i: x.strides[i], default=-1)  # the axis along which x lies in memory
   last = x.ndim - 1
   if near == last or x.size < SQUARE ** 2:

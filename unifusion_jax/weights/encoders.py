@@ -3,7 +3,7 @@
   vlm = encoders.load('OpenGVLab/InternVL3-1B-hf', jnp.bfloat16)
   vlm = encoders.load('Qwen/Qwen3-VL-4B-Instruct@main', jnp.bfloat16, quantized='int8', cache='.cache/encoders')
 
-All models answer to the same verbs; docs/encoders.md has the table and says how to add one.
+All models have the same methods; docs/encoders.md has the table and says how to add one.
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ from unifusion_jax.weights import hub, quantize
 Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | causal_lm.TextConfig | t5.T5Config
 Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | causal_lm.TextModel | t5.T5Encoder
 QUANTIZED = ('', 'int8', 'w8a8')
-FORMAT = 1  # of the cache: raise it when other numbers come out of the same files and tables of names
+FORMAT = 1  # of the cache: raise it when the same files and rules give other numbers
 
 
 def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None) -> Encoder:
   """The encoder in a folder or behind a hub id, in `dtype`, sharded over the mesh in context.
 
   Args:
-    name: as in `hub.resolve`: a folder (as `hub.pin` gave it: then no other revision can be met), or a hub id.
+    name: a folder, or a hub id; the folder of `hub.pin` is sure to be of one revision.
     quantized: 'int8' for int8 weights, 'w8a8' for int8 activations as well, '' for neither.
     cache: a folder (one for all processes) that keeps the converted form: the next load reads its own slices of it.
 
   Raises:
-    UserError: for a model that is not supported, and for everything that `hub`, `convert` and the model refuse.
+    UserError: for a model that is not supported, and as raised by `hub`, `convert` and the model.
   """
   if quantized not in QUANTIZED:
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
@@ -54,9 +54,9 @@ def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None
 
 
 def config(name) -> Config:
-  """What config.json says of a folder, of a hub id, or of a public name in a model's PRESETS; reads no weights.
+  """Configuration of a folder, of a hub id, or of a public name in a model's PRESETS; reads no weights.
 
-  Whether a head is tied, on which files and their configs may disagree, is only sure once `load` has seen the file.
+  `text.tied` is provisional: the weights may contradict their config.json, and only `load` sees them.
   """
   presets = internvl.PRESETS | qwen3_vl.PRESETS | causal_lm.PRESETS | t5.PRESETS
   short = re.sub('-hf$', '', str(name).partition('@')[0].split('/')[-1], flags=re.IGNORECASE)
@@ -64,7 +64,7 @@ def config(name) -> Config:
   if short in presets and not pathlib.Path(name).expanduser().is_dir():
     return presets[short]
   folder = hub.resolve(name, weights=False)
-  return _with_pixel_statistics(_config(_described(folder), folder), folder)
+  return _with_pixel_statistics(_config(_config_json(folder), folder), folder)
 
 
 def preprocessor(folder: pathlib.Path) -> dict:
@@ -80,7 +80,7 @@ def preprocessor(folder: pathlib.Path) -> dict:
 
 
 def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
-  """The configuration with the mean and std by which the folder's image processor normalises, where it has one."""
+  """The configuration with the pixel mean and std of the folder's image processor, if it has one."""
   if not hasattr(config, 'vision') or not any((folder / f'{name}_config.json').exists()
                                               for name in ('preprocessor', 'processor')):
     return config
@@ -90,29 +90,29 @@ def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
 
 
 def abstract(config: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
-  """The shapes and shardings, on the mesh in context, of the model with that configuration."""
+  """Shapes and shardings of a configuration's model on the mesh in context."""
   return sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_abstract_mesh())
 
 
-def _described(folder: pathlib.Path) -> dict:
+def _config_json(folder: pathlib.Path) -> dict:
   path = folder / 'config.json'
   if not path.exists():
     raise UserError(f'{folder} has no config.json: give the folder of a transformers checkpoint')
   return json.loads(path.read_text())
 
 
-def _config(described: dict, folder: pathlib.Path) -> Config:
-  match described.get('model_type'):
+def _config(config_json: dict, folder: pathlib.Path) -> Config:
+  match config_json.get('model_type'):
     case 'internvl':
-      return internvl.InternVLConfig.from_json(described)
+      return internvl.InternVLConfig.from_json(config_json)
     case 'internvl_chat':
-      return internvl.InternVLConfig.from_original(described, internvl.image_token(folder))
+      return internvl.InternVLConfig.from_original(config_json, internvl.image_token(folder))
     case 'qwen3_vl':
-      return qwen3_vl.Qwen3VLConfig.from_json(described)
+      return qwen3_vl.Qwen3VLConfig.from_json(config_json)
     case 'llama' | 'qwen2' | 'qwen3':
-      return causal_lm.TextConfig.from_json(described)
+      return causal_lm.TextConfig.from_json(config_json)
     case 't5':
-      return t5.T5Config.from_json(described)
+      return t5.T5Config.from_json(config_json)
     case other:
       raise UserError(f'{folder}: a model of type {other!r} is not supported; supported are internvl and '
                        'internvl_chat (InternVL 2.5, 3, 3.5), qwen3_vl, llama, qwen2 and qwen3 (text alone), and t5 '
@@ -140,7 +140,7 @@ def _shapes(config: Config, dtype, quantized: str) -> Encoder:
 
 def _read(folder: pathlib.Path, dtype, quantized: str) -> Encoder:
   def read(on_leaf=None):
-    match _config(_described(folder), folder):
+    match _config(_config_json(folder), folder):
       case internvl.InternVLConfig():
         return internvl.load(folder, dtype, on_leaf)
       case qwen3_vl.Qwen3VLConfig():
@@ -154,17 +154,17 @@ def _read(folder: pathlib.Path, dtype, quantized: str) -> Encoder:
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
-  """Of the files of a checkpoint (names, sizes, times), of how they are read, and of the converted form."""
+  """Hash of the files of a checkpoint (names, sizes, times), of the rules, and of the converted form."""
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-  how = (FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES,
-         t5.RULES)
-  described = _config(_described(folder), folder).to_json()
-  return hashlib.sha256(repr((facts, how, described, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+  rules = (FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES,
+           t5.RULES)
+  config_json = _config(_config_json(folder), folder).to_json()
+  return hashlib.sha256(repr((facts, rules, config_json, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
 
 
 def _cache_entry(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
-  """The folder of the converted form and whether it is there, by process 0: files have other times on each host."""
+  """(folder of the converted form, whether it exists), as process 0 sees it: file times differ between hosts."""
   facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([(cache / fingerprint).exists()]), np.uint8)
   if jax.process_count() > 1:
     facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
@@ -172,10 +172,10 @@ def _cache_entry(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, b
 
 
 def _store(model: Encoder, path: pathlib.Path) -> None:
-  from orbax.checkpoint.experimental import v1 as ocp  # seconds that loading without a cache need not spend
+  from orbax.checkpoint.experimental import v1 as ocp  # slow to import, and loading without a cache needs none of it
   context = ocp.Context()
   context.array.saving.use_compression = False
-  # Small arrays are written by one replica: sharing them out would compile a program for every slice
+  # Small arrays are written by one replica: dividing them among replicas compiles a program for every slice
   context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
   try:
     with context:

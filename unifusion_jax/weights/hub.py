@@ -21,20 +21,20 @@ from unifusion_jax.weights.safetensors_io import PICKLES
 
 TEXTS = ('*.json', '*.jinja', '*.txt', '*.model')  # configs, chat templates and all kinds of tokenizer files
 WEIGHTS = ('*.safetensors',)
-_TAIL = 1 << 20  # bytes of a file of weights that tell it from others
+_TAIL = 1 << 20  # bytes at the end of a weights file that its fingerprint covers
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 
 
 @dataclasses.dataclass(frozen=True)
 class Pinned:
-  """A name that was resolved."""
-  name: str             # means the same anywhere and at any time: a hub id at its commit; or the local folder
+  """A resolved checkpoint name."""
+  name: str             # a hub id at its commit, the same at all times and places; or the local folder
   folder: pathlib.Path  # on this host
-  commit: str           # '' for a local folder, whose `fingerprint` tells it from others
+  commit: str           # '' for a local folder, which has a `fingerprint` instead
 
 
 def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
-  """What a name stands for from now on: one commit, on all processes; they call this together, once for each name.
+  """Resolves a name to one commit on all processes, which call this together, once for each name.
 
   Arguments and errors as of `resolve`. When one process fails all of them do.
   """
@@ -47,12 +47,12 @@ def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
   except UserError as problem:
     error = problem
   commit = bytes.fromhex(pinned.commit) if pinned and pinned.commit else bytes(20)
-  known = np.frombuffer(bytes([pinned is not None, bool(pinned and pinned.commit)]) + commit, np.uint8)
-  known = np.asarray(multihost_utils.broadcast_one_to_all(known))
-  if known[0] and not first:
+  facts = np.frombuffer(bytes([pinned is not None, bool(pinned and pinned.commit)]) + commit, np.uint8)
+  facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
+  if facts[0] and not first:
     try:
-      pinned = _pinned(f'{str(name).partition("@")[0]}@{known[2:].tobytes().hex()}' if known[1] else name, weights)
-      if bool(pinned.commit) != bool(known[1]):
+      pinned = _pinned(f'{str(name).partition("@")[0]}@{facts[2:].tobytes().hex()}' if facts[1] else name, weights)
+      if bool(pinned.commit) != bool(facts[1]):
         raise UserError(f'{name} is a local folder on some hosts and a hub id on others: make it the same on all')
     except UserError as problem:
       error = problem
@@ -67,11 +67,11 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
 
   Args:
     name: a folder that exists, or a hub id.
-    weights: False leaves the weights where they are: configuration and tokenizer alone.
+    weights: False: only configuration and tokenizer are downloaded.
 
   Raises:
-    UserError: when it is neither, when the hub cannot give it (offline and not in the cache, unknown, gated), or when
-      it holds no safetensors.
+    UserError: when the name is neither, when the download fails (offline and not in the cache, unknown, gated), or when
+      the folder holds no safetensors.
   """
   return _pinned(name, weights).folder
 
@@ -90,15 +90,15 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
   snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights)
   folder = snapshot / subfolder
   place = f'{repository}{f"/{subfolder}" if subfolder else ""}'
-  here = f'{place}{f"@{revision}" if revision else ""}'
+  label = f'{place}{f"@{revision}" if revision else ""}'
   if not folder.is_dir():
-    raise UserError(f'{here}: that repository has no such subfolder')
+    raise UserError(f'{label}: that repository has no such subfolder')
   if weights and not any(folder.glob('*.safetensors')):
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    seen = f' (it holds {", ".join(pickles)})' if pickles else ''
-    raise UserError(f'{here} has no .safetensors file{seen}. A pickle (.bin, .pt, .pth, .ckpt) is never fetched or '
-                     'read: reading one runs any code that its author put there. Take a safetensors release, or '
-                     'convert it in a place you trust and give the local folder')
+    contents = f' (it holds {", ".join(pickles)})' if pickles else ''
+    raise UserError(f'{label} has no .safetensors file{contents}. A pickle (.bin, .pt, .pth, .ckpt) is never fetched '
+                    'or read: reading one runs any code that its author put there. Take a safetensors release, or '
+                    'convert it in a place you trust and give the local folder')
   return Pinned(f'{place}@{snapshot.name}', folder, snapshot.name)  # huggingface_hub names a snapshot by its commit
 
 
@@ -116,30 +116,30 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
-  import huggingface_hub  # takes half a second
+  import huggingface_hub  # slow: half a second
   from huggingface_hub import errors
   place = f'{subfolder}/' if subfolder else ''
-  here = f'{repository}{f" at {revision}" if revision else ""}'
+  label = f'{repository}{f" at {revision}" if revision else ""}'
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
         repository, revision=revision, allow_patterns=[place + pattern for pattern in patterns],
         ignore_patterns=[f'{place}*/*']))  # the patterns' * also matches /: folders below are other models
   except errors.IncompleteSnapshotError as error:
-    raise UserError(f'{here}: its copy in the cache is not whole, and the rest cannot be fetched now; go online once '
+    raise UserError(f'{label}: its copy in the cache is not whole, and the rest cannot be fetched now; go online once '
                      '(unset HF_HUB_OFFLINE) to finish the download') from error
   except errors.LocalEntryNotFoundError as error:
-    raise UserError(f'{here}: there is no such local folder, it is not in the cache of {_cache()}, and the hub '
+    raise UserError(f'{label}: there is no such local folder, it is not in the cache of {_cache()}, and the hub '
                      'cannot be reached (offline mode, or no network): download it where there is a network, or give '
                      'a local folder') from error
   except errors.GatedRepoError as error:
-    raise UserError(f'{here} is gated: accept its terms on its page, then set HF_TOKEN to your token') from error
+    raise UserError(f'{label} is gated: accept its terms on its page, then set HF_TOKEN to your token') from error
   except errors.RevisionNotFoundError as error:
-    raise UserError(f'{here}: the hub has that repository but not that revision') from error
+    raise UserError(f'{label}: the hub has that repository but not that revision') from error
   except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-    raise UserError(f'{here}: neither a local folder nor a repository on the hub (a private one needs HF_TOKEN)'
+    raise UserError(f'{label}: neither a local folder nor a repository on the hub (a private one needs HF_TOKEN)'
                      ) from error
   except errors.HfHubHTTPError as error:
-    raise UserError(f'{here}: the hub answered with an error, try again later: {error}') from error
+    raise UserError(f'{label}: the hub answered with an error, try again later: {error}') from error
 
 
 def _cache() -> str:

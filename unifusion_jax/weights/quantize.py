@@ -1,11 +1,11 @@
 """int8 weights for frozen models: symmetric, one scale for each output channel.
 
 An `Int8` takes the place of a matrix's Param, and `layers.einsum` multiplies with it: the integers are exact in
-bfloat16, so only the scale, which is applied to the product, is new. The matrices are the Params whose `layers.weight`
-names contracted dims and not `int8=False`: attention, MLPs, projectors, heads. Embeddings, norms, biases, convolutions
-and what reads pixels, latents and times stay as they are. With `activations`, what a matrix is multiplied with becomes
-int8 too (one scale for each token), and the product runs in integers: faster where the device has them (TPU, recent
-GPUs), and less exact.
+bfloat16, and the scale is applied to the product. The matrices are the Params whose `layers.weight` names contracted
+dims and not `int8=False`: attention, MLPs, projectors, heads. Embeddings, norms, biases, convolutions and the input
+layers of pixels, latents and times stay as they are. With `activations`, the input of a matrix is rounded to int8 too
+(one scale for each token), and the product runs in integers: faster where the device has them (TPU, recent GPUs), and
+less exact.
 
 Why not qwix: at 0.1.8 its einsum gives `out_sharding` to the product before its axes are put in order, so under
 explicit sharding the batch's axes land on another dimension, and its providers leave `out_sharding` out.
@@ -29,7 +29,7 @@ from unifusion_jax.sharding import BATCH
 class Int8:
   """A matrix as int8 times a scale; both may have a leading layer axis."""
   values: jax.Array  # int8, in the shape and sharding of the matrix
-  scale: jax.Array   # f32, 1 on every contracted axis, whole on every device (conflicts with no product's sharding)
+  scale: jax.Array   # f32, of size 1 on every contracted axis, replicated (conflicts with no product's sharding)
   activations: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @property
@@ -38,21 +38,21 @@ class Int8:
 
   def times(self, equation: str, x: jax.Array, out: P | None) -> jax.Array:
     """The einsum of x and this matrix, in x's dtype; arguments as `layers.einsum`."""
-    letters, result = equation.split('->')
-    of_x, of_w = letters.split(',')
-    if any(n != 1 and letter not in result for n, letter in zip(self.scale.shape, of_w)):
+    operands, result = equation.split('->')
+    x_axes, w_axes = operands.split(',')
+    if any(n != 1 and letter not in result for n, letter in zip(self.scale.shape, w_axes)):
       raise ValueError(f'{equation} contracts an axis that this matrix {self.shape} has scales {self.scale.shape} for: '
                        'its `weight` names other dims as contracted')
-    scale = _aligned(self.scale, of_w, result)
+    scale = _aligned(self.scale, w_axes, result)
     # Gathered over the axes of the batch as int8: left to the compiler, it is cast first and travels at twice the bytes
     values = jax.sharding.reshard(self.values, P(*(None if axis in BATCH else axis
                                                    for axis in jax.typeof(self.values).sharding.spec)))
     if not self.activations:
       y = jnp.einsum(equation, x, values.astype(x.dtype), out_sharding=out)
       return (y.astype(jnp.float32) * scale).astype(x.dtype)
-    rounded, of_tokens = _rounded(x, tuple(i for i, letter in enumerate(of_x) if letter not in result))
+    rounded, x_scale = _rounded(x, tuple(i for i, letter in enumerate(x_axes) if letter not in result))
     y = jnp.einsum(equation, rounded, values, preferred_element_type=jnp.int32, out_sharding=out)
-    return (y.astype(jnp.float32) * _aligned(of_tokens, of_x, result) * scale).astype(x.dtype)
+    return (y.astype(jnp.float32) * _aligned(x_scale, x_axes, result) * scale).astype(x.dtype)
 
 
 nnx.register_data_type(Int8)
@@ -61,8 +61,8 @@ nnx.register_data_type(Int8)
 def quantize(model, activations: bool = False):
   """The model with its matrices as `Int8`; UserError when it has none in floating point.
 
-  Matrix by matrix: called on a model that nothing else refers to, as in `quantize(internvl.load(folder))`, it frees
-  each before it looks at the next. `load` never holds the whole model at all.
+  It works matrix by matrix and frees each one before the next, if nothing else refers to the model, as in
+  `quantize(internvl.load(folder))`. `load` never holds the whole model at all.
   """
   leaves, structure = jax.tree.flatten(model, is_leaf=_is_param)
   del model
@@ -74,7 +74,7 @@ def quantize(model, activations: bool = False):
 
 
 def load(read, activations: bool = False):
-  """A model with each matrix quantised as soon as it is filled: `read(on_leaf)` is a load as `convert.load`."""
+  """A model with each matrix quantised as soon as it is loaded; `read(on_leaf)` loads it, as `convert.load` does."""
   return read(functools.partial(_quantized, activations=activations))
 
 
@@ -92,7 +92,7 @@ def _is_matrix(leaf) -> bool:
 
 
 def _quantized(leaf, activations: bool):
-  """A Param's Int8 where it is a matrix; all else as it is."""
+  """The Int8 of a matrix; any other leaf unchanged."""
   if not _is_matrix(leaf):
     return leaf
   return jax.block_until_ready(Int8(*_matrix(leaf[...], contracted(leaf)), activations))
@@ -100,13 +100,13 @@ def _quantized(leaf, activations: bool):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _matrix(w: jax.Array, axes: tuple[int, ...]):
-  """(int8, scale) of a matrix that is contracted over `axes`."""
+  """(int8, scale) of a matrix, contracted over `axes`."""
   values, scale = _rounded(w, axes)
   return values, jax.sharding.reshard(scale, P())
 
 
 def _rounded(x: jax.Array, axes: tuple[int, ...]):
-  """(int8, f32 scale of size 1 on `axes`) whose product is x."""
+  """x as (int8 values, f32 scale of size 1 on `axes`)."""
   x = x.astype(jnp.float32)
   peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
   scale = jnp.where(peak > 0, peak / 127, 1.0)
@@ -114,8 +114,8 @@ def _rounded(x: jax.Array, axes: tuple[int, ...]):
 
 
 def _aligned(scale: jax.Array, letters: str, result: str) -> jax.Array:
-  """A scale with axes `letters` as it broadcasts over `result`."""
+  """A scale with axes `letters`, in the shape that broadcasts over `result`."""
   scale = jnp.squeeze(scale, [i for i, letter in enumerate(letters) if letter not in result])
-  kept = [letter for letter in letters if letter in result]
-  scale = jnp.transpose(scale, sorted(range(len(kept)), key=lambda i: result.index(kept[i])))
-  return jnp.expand_dims(scale, [i for i, letter in enumerate(result) if letter not in kept])
+  shared = [letter for letter in letters if letter in result]
+  scale = jnp.transpose(scale, sorted(range(len(shared)), key=lambda i: result.index(shared[i])))
+  return jnp.expand_dims(scale, [i for i, letter in enumerate(result) if letter not in shared])

@@ -1,17 +1,17 @@
-r"""The rules of a model: which torch tensor, or which slices of it, and which leaf of ours hold the same numbers.
+r"""Conversion rules of a model, between torch tensors (or slices of them) and our leaves.
 
 A rule is (torch name, our path, pattern) or (torch name, our path, pattern, slices):
 
   torch name  a regex of plain text and `(\d+)` groups: r'model\.layers\.(\d+)\.mlp\.up_proj\.weight'
-  our path    'blocks/mlp/up'. `\1` is what group 1 matched; a group that the path does not use is the layer of a
+  our path    'blocks/mlp/up'. `\1` is the text of group 1; a group that the path does not use is the layer of a
               stacked leaf, the leading axis of ours that patterns leave out
   pattern     einops, from torch's layout to ours: 'o i y x -> y x i o', '(h k) d -> d h k', 'd 1 1 -> d'
   slices      for a torch tensor that holds several leaves: one letter of its layout and where this leaf lies on it.
               {'n': 0} of '(n h k) d -> d h k' is the q of a fused qkv; {'r': slice(0, -2)} of '(g r k) d -> d (g r) k'
-              are InternLM2's queries, {'r': -2} its keys. The slices of a tensor must make it up exactly.
+              are InternLM2's queries, {'r': -2} its keys. The slices of a tensor must cover it exactly once.
 
 The sizes of letters come from our leaf's shape, then from `axis_sizes`: needed for slices and for our fused axes.
-Rules that no leaf of a module asks for are simply not used, so one table serves every configuration of a model.
+Rules without a leaf in the module are ignored, so one table serves every configuration of a model.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ BLOCK = 2 ** 26  # bytes of a tensor that are read and rearranged at a time
 
 
 def sources(leaves: dict, rules, axis_sizes: dict[str, int]) -> tuple[dict[str, list['Source']], list[str]]:
-  """({path: its sources, layer by layer}, problems) of leaves by their paths: arrays or shapes."""
+  """({path: its sources, layer by layer}, problems) of leaves {path: array or shape}."""
   templates = [Template(*rule) for rule in rules]
   by_path, problems, readers = {}, [], {}
   for path, leaf in leaves.items():
@@ -68,7 +68,7 @@ class Template:
     return match and {int(g[1:]): text for g, text in match.groupdict().items()}
 
   def sources(self, groups: dict[int, str], shape, axis_sizes) -> list['Source']:
-    """Where a leaf of that shape comes from: one source, or one for each layer."""
+    """Sources of a leaf of that shape: one, or one for each layer."""
     literals = [text.replace(r'\.', '.') for text in self.name.split(r'(\d+)')]
     layer = set(range(1, len(literals))) - groups.keys()
     if len(layer) > 1 or any(re.search(r'[][\\(){}|*+?^$]', text) for text in literals):
@@ -86,7 +86,7 @@ class Template:
 
 @dataclasses.dataclass
 class Layout:
-  """How one torch tensor and one leaf (without its layer axis) share the same numbers.
+  """Axes of one torch tensor and one leaf (without its layer axis) with the same numbers.
 
   torch, ours: the letters of each axis. sizes: of every letter, in torch. span: where ours lies on a letter of torch.
   """
@@ -128,11 +128,11 @@ class Layout:
     return cls(torch, ours, sizes, {a: span.get(a, (0, sizes[a])) for a in flat_torch})
 
   def parts(self) -> int:
-    """Into how many pieces the torch tensor is divided among leaves (1: it is not)."""
+    """Number of pieces that leaves divide the torch tensor into (1: one leaf has it whole)."""
     return math.prod(self.sizes[a] for a in self.divided())
 
   def taken(self) -> list[int]:
-    """Which of those pieces are ours."""
+    """Indices of our pieces among those of `parts`."""
     return list(range(*self.span[self.divided()[0]])) if self.divided() else [0]
 
   def divided(self) -> list[str]:
@@ -145,7 +145,7 @@ class Layout:
     return self.span[letter][1] - self.span[letter][0]
 
   def order(self) -> list[str]:
-    """Our letters, then those that the slices fix to one place."""
+    """Our letters, then those that slices fix to one index."""
     flat = sum(self.ours, [])
     return flat + [a for axis in self.torch for a in axis if a not in flat]
 
@@ -158,7 +158,7 @@ class Source:
   layout: Layout
 
   def problems(self, tensor, path: str, leaf) -> list[str]:
-    """Why that tensor cannot fill this leaf."""
+    """Reasons why a tensor cannot fill this leaf."""
     wanted = self.layout.torch_shape()
     if tuple(tensor.shape) != wanted:
       return [f'misshapen: {self.name} is {tuple(tensor.shape)} in torch and must be {wanted} '
@@ -183,7 +183,7 @@ class Source:
   def read(self, tensor, index: tuple[slice, ...]) -> np.ndarray:
     """Our leaf (or layer) at `index`, from the smallest box of the torch tensor around it."""
     layout = self.layout
-    need, inside = dict(layout.span), []  # of each letter, in torch; and of each of our axes, within what was read
+    need, inside = dict(layout.span), []  # spans of letters in torch; slices of our axes within the box
     for axis, want in zip(layout.ours, index):
       if not axis:
         inside.append(want)
@@ -216,7 +216,7 @@ class Source:
     return x.transpose([layout.order().index(a) for a in sum(layout.torch, [])])
 
   def place(self, tensor: np.ndarray) -> np.ndarray:
-    """Where `to_torch` belongs in the whole torch tensor: a view of it."""
+    """The view of a whole torch tensor that `to_torch` fills."""
     layout = self.layout
     letters = sum(layout.torch, [])
     tensor = tensor.reshape([layout.sizes[a] for a in letters])

@@ -59,10 +59,10 @@ def read(path) -> dict[str, Tensor]:
       problems.append(f'{name} is not in the folder')
       continue
     shard = _read_file(path / name)
-    # An index may also promise the second name of a tensor, which the shards hold under its first
-    promised = {tensor for tensor, file in places.items() if file == name}
+    # The index may list a tensor under a second name that no shard holds
+    listed = {tensor for tensor, file in places.items() if file == name}
     problems += [f'{tensor} in {name} is not in the index, or is in it under another file'
-                 for tensor in sorted(shard.keys() - promised)]
+                 for tensor in sorted(shard.keys() - listed)]
     tensors |= shard
   if problems:
     raise UserError(f'{indexes[0]} does not match its files; download the checkpoint again:\n  '
@@ -80,17 +80,17 @@ def _read_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def shards(sizes: dict[str, int], stem: str, most: int) -> dict[str, list[str]]:
-  """{file: its tensors}, in order, of tensors of so many bytes: `most` a file, unless one tensor alone is larger.
+  """{file: names of its tensors}, in order, with up to `most` bytes a file; a larger tensor has a file of its own.
 
   Named as transformers and diffusers name them: stem.safetensors, or stem-00001-of-00003.safetensors and so on.
   """
-  groups, room = [[]], most
+  groups, free = [[]], most
   for name, size in sizes.items():
-    if groups[-1] and size > room:
+    if groups[-1] and size > free:
       groups.append([])
-      room = most
+      free = most
     groups[-1].append(name)
-    room -= size
+    free -= size
   count = len(groups)
   names = [f'{stem}.safetensors'] if count == 1 else [
       f'{stem}-{i:05d}-of-{count:05d}.safetensors' for i in range(1, count + 1)]
@@ -104,11 +104,11 @@ def index(files: dict[str, list[str]], total: int) -> str:
 
 
 def write(path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes one .safetensors file, whole or not at all. `format: pt` is there because transformers asks for it."""
+  """Writes one .safetensors file, whole or not at all. `format: pt`, because transformers requires it."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
-  # Contiguous first: safetensors writes the memory of a transposed view in the wrong order without a word.
+  # Contiguous first: safetensors silently writes the memory of a transposed view in the wrong order.
   tensors = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in tensors.items()}
   safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})
   os.replace(part, path)

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer by transformers; and InternLM2's, whose class is code in the checkpoint, without that code.
+"""A checkpoint's tokenizer, by transformers; InternLM2's, without the code that its checkpoint brings for it.
 
 InternVL2.5-8B brings a sentencepiece model (byte-pair encoding with byte fall-back) and a list of added tokens; that is
 all there is to its tokenizer.
@@ -34,17 +34,17 @@ def load(folder: str):
   settings = path / 'tokenizer_config.json'
   if not settings.exists() and not (path / 'tokenizer.json').exists():
     raise UserError(f'{folder} holds no tokenizer.json: point config.vlm at a Hugging Face VLM folder')
-  described = json.loads(settings.read_text()) if settings.exists() else {}
-  if described.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
-    return _internlm2(path, described)
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # by default, it asks
-  processors = path / 'chat_template.json'  # where some checkpoints keep it for their processor alone
+  config_json = json.loads(settings.read_text()) if settings.exists() else {}
+  if config_json.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
+    return _internlm2(path, config_json)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # the default asks the user
+  processors = path / 'chat_template.json'  # where some checkpoints keep the template, for their processor alone
   if not tokenizer.chat_template and processors.exists():
     tokenizer.chat_template = json.loads(processors.read_text())['chat_template']
   return tokenizer
 
 
-def _internlm2(path: pathlib.Path, described: dict):
+def _internlm2(path: pathlib.Path, config_json: dict):
   import tokenizers
   from tokenizers import decoders, models, normalizers
   import transformers
@@ -59,7 +59,7 @@ def _internlm2(path: pathlib.Path, described: dict):
     raise UserError(f'{path}/tokenizer.model is no byte-pair encoding of the text as it is (model_type '
                      f'{proto.trainer_spec.model_type}, normalisation {rules.name!r}): this is not InternLM2\'s '
                      'tokenizer')
-  listed = {int(i): token['content'] for i, token in described.get('added_tokens_decoder', {}).items()}
+  listed = {int(i): token['content'] for i, token in config_json.get('added_tokens_decoder', {}).items()}
   names = [listed.get(i, piece.piece) if piece.piece.startswith(_PLACEHOLDER) else piece.piece
            for i, piece in enumerate(proto.pieces)]
   vocab = {name: i for i, name in enumerate(names)}
@@ -80,9 +80,9 @@ def _internlm2(path: pathlib.Path, described: dict):
     if tokenizer.token_to_id(token) != i:
       raise UserError(f'{path}/tokenizer_config.json gives {token!r} the id {i}, and the tokenizer '
                        f'{tokenizer.token_to_id(token)}: the folder mixes files of different checkpoints')
-  roles = {role: described[role] if isinstance(described[role], str) else described[role]['content']
-           for role in _ROLES if described.get(role)}
+  roles = {role: config_json[role] if isinstance(config_json[role], str) else config_json[role]['content']
+           for role in _ROLES if config_json.get(role)}
   template = path / 'chat_template.jinja'
   return transformers.PreTrainedTokenizerFast(
       tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles,
-      chat_template=template.read_text() if template.exists() else described.get('chat_template'))
+      chat_template=template.read_text() if template.exists() else config_json.get('chat_template'))
