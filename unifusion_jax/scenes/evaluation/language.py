@@ -45,7 +45,8 @@ def attributes_right(written: str, truth: str) -> tuple[int, int]:
   total = len(ATTRIBUTES) * len(wanted.objects) + 1
   if parsed is None:
     return 0, total
-  right = sum(getattr(a, name) == getattr(b, name) for a, b in zip(wanted.objects, parsed.objects) for name in ATTRIBUTES)
+  pairs = zip(wanted.objects, parsed.objects)
+  right = sum(getattr(a, name) == getattr(b, name) for a, b in pairs for name in ATTRIBUTES)
   return right + (wanted.background == parsed.background), total + max(0, len(parsed.objects) - len(wanted.objects))
 
 
