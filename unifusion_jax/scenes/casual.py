@@ -2,8 +2,8 @@
 
 No articles, commas in place of verbs, coordination ('one red and one blue star'), pronouns ('a blue one'), counts ('two
 yellow circles with a star between them'), size, place or background first, other spellings, a slip now and then.
-A prompt has exactly its constraints, and no wording is ambiguous: 'a small red star and a blue one' would leave the size
-of the second open, so a 'one' has the same attributes as the noun before it.
+A prompt has exactly its constraints, and no wording is ambiguous: 'a small red star and a blue one' would leave the
+size of the second open, so a 'one' has the same attributes as the noun before it.
 
 examples.py skips the requests of scenes/evaluation/handwritten.py.
 """
@@ -273,7 +273,8 @@ def _two(rng: np.random.Generator, scene: Scene, i: int, j: int) -> tuple[Scene,
   """(scene, first, second, their phrases) for two objects, the second perhaps as 'one'."""
   attributes = _random_attributes(rng)
   first, second = scene.objects[i], scene.objects[j]
-  pronoun = bool(attributes) and rng.random() < 0.35 and all(getattr(first, n) != getattr(second, n) for n in attributes)
+  pronoun = (bool(attributes) and rng.random() < 0.35 and
+             all(getattr(first, name) != getattr(second, name) for name in attributes))
   if pronoun or rng.random() < 0.15:
     scene = _with(scene, {j: {'shape': first.shape}})
     second = scene.objects[j]

@@ -24,7 +24,7 @@ from unifusion_jax.scenes.world import Background, Object, Scene
 SIZE = 64
 # A piece is an object if its template explains at least this share of its squared difference from the background.
 # Blur costs thin lines the most. Of 2000 rendered objects none scores below 0.93, and with noise of 6 levels and a blur
-# of 0.6 pixels 1 in 2000 scores below these thresholds; of halves of objects, blobs, ellipses and polygons 94 to 98% do.
+# of 0.6 pixels 1 in 2000 scores below these shares; of halves of objects, blobs, ellipses and polygons 94 to 98% do.
 MATCH = {'solid': 0.92, 'striped': 0.88, 'outlined': 0.84}
 FOREGROUND = 28.0  # RGB distance from the background at which a pixel is foreground
 CONTRAST = 0.3  # and its least share of the largest distance nearby, to part objects whose blurred edges touch
@@ -287,8 +287,8 @@ def check(reading: Reading, constraints: Constraints) -> dict[str, bool]:
   """{kind: met} for every kind of constraint that is present, as in GenEval, and 'all'.
 
   object: the shapes are there. count: as many objects (or at least as many, if the count is not exact). colour, size,
-  fill, place: the shapes are there and each has it. relation: it holds between objects of the wanted shapes and colours.
-  background. all: one choice of objects meets every constraint at once.
+  fill, place: the shapes are there and each has it. relation: it holds between objects of the wanted shapes and
+  colours. background. all: one choice of objects meets every constraint at once.
   """
   wanted, objects = constraints.objects, reading.scene.objects
 
@@ -328,9 +328,9 @@ def _pair(ours: tuple[Object, ...], theirs: tuple[Object, ...]) -> dict[int, Obj
 def check_edit(reading: Reading, source: Scene, target: Scene) -> dict[str, bool]:
   """Verdict on the image of an edit.
 
-  asked: the differences between source and target are in the image (moved and added objects in or near their new place,
-  removed ones gone). kept: all that source and target share is in the image, within NEAR of its position. all: both, and
-  nothing else is there.
+  asked: the differences between source and target are in the image (moved and added objects in or near their new
+  place, removed ones gone). kept: everything that source and target share is in the image, within NEAR of its position.
+  all: both, and nothing else is there.
   """
   before_of = _pair(target.objects, source.objects)
   read_as = _pair(target.objects, reading.scene.objects)

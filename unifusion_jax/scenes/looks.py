@@ -44,12 +44,12 @@ PAPERS = {
     'sand': ((194, 178, 128),), 'light grey': ((211, 211, 211), (192, 192, 192)),
     'white': ((250, 250, 250), (240, 240, 238), (235, 235, 230))}
 VARIANTS = 64  # colours of each name
-NEAR, MARGIN = 13.0, 7.0  # Lab distance from the own name at most, and how much farther the nearest other one is at least
+NEAR, MARGIN = 13.0, 7.0  # largest Lab distance from the own name, and least further distance from any other
 
 
 @dataclasses.dataclass(frozen=True)
 class Hand:
-  """How one object is drawn: tilt and stripe direction in degrees, other sizes relative to those of scenes/render.py."""
+  """Drawing of one object: tilt and stripe direction in degrees, sizes relative to those of scenes/render.py."""
   tilt: float = 0.0
   scale: float = 1.0
   stroke: float = 1.0
