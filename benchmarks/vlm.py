@@ -5,8 +5,8 @@
   python -m benchmarks.vlm --vlm=random:InternVL3-1B --dtype=bfloat16 --compile   # for a GPU
   python -m benchmarks.vlm --vlm=FOLDER --batch=8 --text=512 --new=128
 
-encode: all hidden states of the decoder, for prompts with images. decode: greedy tokens with a static cache, without the
-prefill. load: each loader in a process of its own, with files in the page cache, until every weight is read.
+encode: all hidden states of the decoder, for prompts with images. decode: greedy tokens with a static cache, without
+the prefill. load: each loader in a process of its own, with files in the page cache, until every weight is read.
 Repetitions alternate between the two sides. Rates are median [smallest, largest]; ratios are ours / theirs of
 neighbouring repetitions. Before the timing both sides' states are compared. Needs requirements-test.txt.
 """
@@ -28,7 +28,7 @@ import numpy as np
 
 _VLM = flags.DEFINE_string('vlm', None, 'An InternVL folder in the -hf layout, or random:small, or random:<a public '
                            'name>; default the embedded VLM.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of weights and computation, for both sides.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation, on both sides.')
 _BATCH = flags.DEFINE_integer('batch', 4, 'Prompts in a batch.', lower_bound=1)
 _TEXT = flags.DEFINE_integer('text', 128, 'Text tokens of a prompt.', lower_bound=2)
 _TILES = flags.DEFINE_integer('tiles', 1, 'Tiles of a prompt.', lower_bound=1)
@@ -175,7 +175,8 @@ def compare(folder: pathlib.Path) -> None:
         return synchronised(model.generate(**torch_inputs, max_new_tokens=count, **settings))
 
     # The last state of transformers is after the final norm
-    our_tap, their_tap = np.asarray(our_states()[:, :, -2].astype(jnp.float32)), their_states()[-2].float().cpu().numpy()
+    our_tap = np.asarray(our_states()[:, :, -2].astype(jnp.float32))
+    their_tap = their_states()[-2].float().cpu().numpy()
     error = np.abs(our_tap - their_tap).max() / np.abs(their_tap).max()
     if not error < (1e-3 if _DTYPE.value == 'float32' else 0.1):
       raise ValueError(f'the states of the two models differ by {error:.2g} relative: nothing to compare')

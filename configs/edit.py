@@ -7,9 +7,8 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
 Sampling in a folder without a run uses the shipped editing model.
-:tiny trains for minutes on two CPU cores. The shipped weights, trained for longer, reach on 200 test edits 0.74 with the
-change made and all else kept, 0.87 with the change made (docs/embedded.md); their stages are in
-unifusion_jax/assets/tiny/provenance.json.
+:tiny trains for minutes on two CPU cores. The shipped weights make the change and keep all else in 0.74 of 200 test
+edits, and make the change in 0.87 (docs/embedded.md); their stages are in unifusion_jax/assets/tiny/provenance.json.
 :8b is the paper's editing fine-tune of 11,000 steps, for the pod of configs/t2i.py:8b, on rewrites of your own list by
 --mode=rewrite; it has not been trained.
 """

@@ -5,8 +5,8 @@
   python -m unifusion_jax.main --config=configs/t2i.py --mode=export   # then copy runs/t2i/export to the assets
   python -m unifusion_jax.main --config=configs/t2i.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
-:tiny trains on scenes at 64 px with the embedded models, on two CPU cores. The shipped weights meet every constraint of
-0.70 of 500 test prompts of 1-2 objects and 0.29 of 3-4 objects (docs/embedded.md); their stages are in
+:tiny trains on scenes at 64 px with the embedded models, on two CPU cores. The shipped weights meet all constraints of
+0.70 of 500 test prompts with 1-2 objects, and of 0.29 with 3-4 objects (docs/embedded.md); their stages are in
 unifusion_jax/assets/tiny/provenance.json.
 :8b has the paper's size at 1024 px, with InternVL2.5-8B and taps 4, 7, ..., 31, for a TPU v5p slice of 128 chips; it has
 not been trained. It trains on that VLM's rewrites of your own list, so first

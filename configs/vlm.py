@@ -7,9 +7,9 @@
   python -m unifusion_jax.main --config=configs/vlm.py --mode=eval
   python -m unifusion_jax.main --config=configs/vlm.py --mode=export   # then copy runs/vlm/export to the assets
 
-Hardware: two CPU cores. The shipped weights reach on test 0.990 of whole captions exact, 0.95 of yes-no and 0.99 of short
-answers right, and 0.90 of edits described exactly (docs/embedded.md); their stages are in
-unifusion_jax/assets/tiny/provenance.json. The paper takes a public VLM: nothing here is of the paper.
+Hardware: two CPU cores. The shipped weights write 0.990 of test captions exactly, answer 0.95 of yes-no and 0.99 of
+short questions right, and describe the result of 0.90 of edits exactly (docs/embedded.md); their stages are in
+unifusion_jax/assets/tiny/provenance.json. The paper uses a public VLM: no setting here is from it.
 """
 
 from unifusion_jax import config

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains all embedded models within a wall-clock budget on one GPU: autoencoder, vision tower, VLM, text to image, edits.
+# Trains the embedded models within a wall-clock budget on one GPU: autoencoder, vision tower, VLM, text to image, edits.
 #   bash launch/embedded.sh --minutes=9 [--folder=runs/embedded]
 # Run again, it resumes; a stage with an export (FOLDER/STAGE/export) is done.
 set -euo pipefail

@@ -23,7 +23,7 @@ from unifusion_jax.scenes.world import BACKGROUND_KINDS, COLOURS, FILLS, Object,
 
 # (share in tests, share in training) of each kind. Training has five kinds of its own: four with longer answers
 # ('which' object is meant, 'what' has an attribute, what is 'beside' an object, what is 'wrong' in a description), and
-# 'has', a single attribute with yes or no. A yes alone teaches too little about finding the objects of longer questions.
+# 'has', a single attribute with yes or no. A yes alone teaches too little about finding the objects of questions.
 _SHARES = {
     'which': (0.0, 0.20), 'what': (0.0, 0.11), 'wrong': (0.0, 0.15), 'beside': (0.0, 0.09), 'has': (0.0, 0.03),
     'shows': (0.25, 0.14), 'exists': (0.13, 0.05), 'relation': (0.09, 0.10), 'compare': (0.06, 0.06),
