@@ -8,8 +8,8 @@
 :tiny trains on scenes at 64 px with the embedded models, on two CPU cores. The shipped weights meet all constraints of
 0.70 of 500 test prompts with 1-2 objects, and of 0.29 with 3-4 objects (docs/embedded.md); their stages are in
 unifusion_jax/assets/tiny/provenance.json.
-:8b has the paper's size at 1024 px, with InternVL2.5-8B and taps 4, 7, ..., 31, for a TPU v5p slice of 128 chips; it has
-not been trained. It trains on that VLM's rewrites of your own list, so first
+:8b has the paper's size at 1024 px, with InternVL2.5-8B and taps 4, 7, ..., 31, for a TPU v5p slice of 128 chips; it
+has not been trained. It trains on that VLM's rewrites of your own list, so first
   python -m unifusion_jax.main --config=configs/t2i.py:8b --mode=rewrite --workdir=runs/t2i
 """
 
