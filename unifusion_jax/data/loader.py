@@ -49,7 +49,7 @@ class DataConfig:
   only: str = ''                             # some of the tasks: 'edit' (edit/1-2 too), or 'edit=0.7,t2i=0.3'
   size: int = 64                             # images have about size^2 pixels
   aspects: tuple[str, ...] = ('1:1', '5:3', '3:5')  # width:height of the canvases that your own images are cut to
-  unit: int = 16                             # both sides of a canvas are multiples of so many pixels
+  unit: int = 16                             # pixels; both sides of a canvas are multiples of it
   # Most tiles that a reference is cut into; with several numbers each batch takes one, all equally often.
   tiles: tuple[int, ...] = (1,)
   max_prompt_tokens: int = 128               # of a prompt with its written text, without image tokens

@@ -6,7 +6,7 @@ An image processor has
   max_tokens: the most image tokens of one reference.
   preprocess(references, count) -> (arrays of one example, number of image tokens of each reference). The arrays are
     padded to `count` references, so that every example of a batch has one shape; None pads to a power of two. They are
-    None when there is no image.
+    None if there are neither images nor a count.
   spec(references) -> shapes of these arrays.
 Pixels stay uint8: the model normalises them (`vision.mean`, `vision.std` of its configuration).
 """

@@ -86,8 +86,8 @@ class SceneSource:
 class _Indices:
   """Indices of one bucket of a SceneSource: the k-th is the first such index from k * BLOCK on.
 
-  Each is found in a few steps, and no two are equal as long as every block has an example of the bucket: one rarer than
-  that would hardly be in the sample of `buckets`.
+  Each is found in a few steps. No two are equal unless a block has no example of the bucket, and a bucket as rare as
+  that is hardly in the sample of `buckets`.
   """
 
   source: SceneSource
