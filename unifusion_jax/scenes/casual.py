@@ -184,7 +184,7 @@ def _wanted(obj: Object, attributes: tuple[str, ...]) -> Wanted:
   return Wanted(obj.shape, **{name: getattr(obj, name) for name in attributes})
 
 
-def _random_attributes(rng: np.random.Generator) -> tuple[str, ...]:
+def _named_attributes(rng: np.random.Generator) -> tuple[str, ...]:
   """The attributes to name, the same for every object."""
   size, fill, colour = rng.random(3)
   return tuple(name for name, draw, share in (('size', size, 0.3), ('fill', fill, 0.25), ('colour', colour, 0.88))
@@ -202,7 +202,7 @@ class Phrasing:
 
 def _with_rest(rng: np.random.Generator, phrasing: Phrasing, others) -> Phrasing:
   """The phrasing with the rest of the scene's objects named after it."""
-  article, attributes, text = pick(rng, ('a', 'one')), _random_attributes(rng), phrasing.text
+  article, attributes, text = pick(rng, ('a', 'one')), _named_attributes(rng), phrasing.text
   more = [_wanted(o, attributes) for o in others]
   for wanted in more:
     text += pick(rng, ('; ', '; also ', '; and ')) + _thing(rng, wanted, article=article)
@@ -271,7 +271,7 @@ def _one(rng: np.random.Generator, wanted: Wanted) -> str:
 
 def _two(rng: np.random.Generator, scene: Scene, i: int, j: int) -> tuple[Scene, Wanted, Wanted, str, str]:
   """(scene, first, second, their phrases) for two objects, the second perhaps as 'one'."""
-  attributes = _random_attributes(rng)
+  attributes = _named_attributes(rng)
   first, second = scene.objects[i], scene.objects[j]
   pronoun = (bool(attributes) and rng.random() < 0.35 and
              all(getattr(first, name) != getattr(second, name) for name in attributes))
@@ -346,7 +346,7 @@ def _between(rng: np.random.Generator, scene: Scene) -> Phrasing | None:
   if not arranged:
     return None
   scene, (m, i, j) = arranged
-  attributes = _random_attributes(rng)
+  attributes = _named_attributes(rng)
   alike = rng.random() < 0.6
   if alike:
     first = scene.objects[i]
