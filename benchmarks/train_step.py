@@ -1,4 +1,4 @@
-"""Examples a second of a recipe's train step, on one batch.
+"""Examples per second of a recipe's train step, repeated on one batch.
 
   JAX_PLATFORMS=cpu python -m benchmarks.train_step --config=configs/t2i.py --cpu_devices=2
 """
@@ -16,8 +16,8 @@ from unifusion_jax.commands import train
 from unifusion_jax.training import step
 
 _CONFIG = config_flags.DEFINE_config_file('config')
-_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'Number of jax devices where the CPU is the device.')
-_STEPS = flags.DEFINE_integer('steps', 12, 'Timed steps, after one that compiles.')
+_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'Number of jax devices on a CPU.')
+_STEPS = flags.DEFINE_integer('steps', 12, 'Timed steps, after the first, which compiles.')
 
 
 def main(_):

@@ -1,14 +1,14 @@
-"""Speed of our InternVL beside that of transformers: one device, the same weights, shapes and dtype, in one run.
+"""Speed of our InternVL against that of transformers: one device, equal weights, shapes and dtype, in one run.
 
   python -m benchmarks.vlm                                              # the embedded VLM
   python -m benchmarks.vlm --vlm=random:small --dtype=float32           # 0.1B of random weights, for a CPU
   python -m benchmarks.vlm --vlm=random:InternVL3-1B --dtype=bfloat16 --compile   # for a GPU
   python -m benchmarks.vlm --vlm=FOLDER --batch=8 --text=512 --new=128
 
-encode: all hidden states of the decoder for prompts with images. decode: greedy tokens over a static cache, without
-the prefill. load: each loader in its own process, files in the page cache, until every weight was read. Repetitions
-alternate between the two; rates are median [smallest, largest], ratios ours / theirs of neighbouring repetitions.
-States are compared before anything is timed. Needs requirements-test.txt.
+encode: all hidden states of the decoder, for prompts with images. decode: greedy tokens with a static cache, without
+the prefill. load: each loader in a process of its own, with files in the page cache, until every weight is read.
+Repetitions alternate between the two sides. Rates are median [smallest, largest]; ratios are ours / theirs of
+neighbouring repetitions. Before the timing both sides' states are compared. Needs requirements-test.txt.
 """
 
 import json
@@ -28,14 +28,14 @@ import numpy as np
 
 _VLM = flags.DEFINE_string('vlm', None, 'An InternVL folder in the -hf layout, or random:small, or random:<a public '
                            'name>; default the embedded VLM.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation, for both.')
-_BATCH = flags.DEFINE_integer('batch', 4, 'Prompts.', lower_bound=1)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation, on both sides.')
+_BATCH = flags.DEFINE_integer('batch', 4, 'Prompts in a batch.', lower_bound=1)
 _TEXT = flags.DEFINE_integer('text', 128, 'Text tokens of a prompt.', lower_bound=2)
 _TILES = flags.DEFINE_integer('tiles', 1, 'Tiles of a prompt.', lower_bound=1)
 _NEW = flags.DEFINE_integer('new', 64, 'Tokens to write.', lower_bound=2)
-_REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions of each; one more warms up.', lower_bound=1)
-_COMPILE = flags.DEFINE_bool('compile', False, 'torch.compile for transformers.')
-_LOAD = flags.DEFINE_enum('load', None, ['ours', 'theirs'], 'Only load, and print bytes, seconds and memory.')
+_REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions of each side, after one that warms up.', lower_bound=1)
+_COMPILE = flags.DEFINE_bool('compile', False, 'Use torch.compile for transformers.')
+_LOAD = flags.DEFINE_enum('load', None, ['ours', 'theirs'], 'Load on one side only, and print rate and memory.')
 
 
 def main(argv):
@@ -104,13 +104,13 @@ def theirs(folder):
 
 
 def load_alone(folder: str, who: str) -> dict:
-  """Loads once: rate, and peak host memory beyond that before the load and beyond weights held on the host."""
+  """GB/s of one load, and its peak host memory beyond the memory before it and the weights held on the host."""
   import jax
   import torch
   import transformers
 
   from unifusion_jax.weights import encoders
-  # Imported for both, so that their code counts for neither
+  # Imported for both sides, so that the memory of their code counts for neither
   assert encoders and torch and transformers.InternVLForConditionalGeneration
   size = sum(file.stat().st_size for file in pathlib.Path(folder).glob('*.safetensors'))
   on_host = jax.devices()[0].platform == 'cpu'
@@ -129,7 +129,7 @@ def load_alone(folder: str, who: str) -> dict:
 
 
 def compare(folder: pathlib.Path) -> None:
-  """Checks that both models give the same states, then times both."""
+  """Checks that both models compute the same states, then times both."""
   import jax
   import jax.numpy as jnp
   import torch
@@ -167,28 +167,29 @@ def compare(folder: pathlib.Path) -> None:
       with torch.inference_mode():
         return synchronised(forward(**torch_inputs, output_hidden_states=True, use_cache=False).hidden_states)
 
-    def our_words(count):
+    def our_tokens(count):
       return jax.block_until_ready(generate(vlm, *inputs, max_new=count, stop_ids=()).ids)
 
-    def their_words(count):
+    def their_tokens(count):
       with torch.inference_mode():
         return synchronised(model.generate(**torch_inputs, max_new_tokens=count, **settings))
 
-    # Their last state is after the final norm
-    mine, other = np.asarray(our_states()[:, :, -2].astype(jnp.float32)), their_states()[-2].float().cpu().numpy()
-    error = np.abs(mine - other).max() / np.abs(other).max()
+    # The last state of transformers is after the final norm
+    our_tap = np.asarray(our_states()[:, :, -2].astype(jnp.float32))
+    their_tap = their_states()[-2].float().cpu().numpy()
+    error = np.abs(our_tap - their_tap).max() / np.abs(their_tap).max()
     if not error < (1e-3 if _DTYPE.value == 'float32' else 0.1):
-      raise ValueError(f'the two models differ by {error:.2g} relative: there is nothing to compare')
+      raise ValueError(f'the states of the two models differ by {error:.2g} relative: nothing to compare')
     where = 'CPU' if inputs[0].device.platform == 'cpu' else inputs[0].device.device_kind
     print(f'{where}, {_DTYPE.value}, batch {_BATCH.value}, {tokens.shape[1]} tokens each; '
           f'last tap differs by {error:.1e} relative')
     report('encode', _BATCH.value * tokens.shape[1], [seconds(our_states)], [seconds(their_states)])
-    report('decode', _BATCH.value * (_NEW.value - 1), [seconds(our_words, _NEW.value), seconds(our_words, 1)],
-           [seconds(their_words, _NEW.value), seconds(their_words, 1)])
+    report('decode', _BATCH.value * (_NEW.value - 1), [seconds(our_tokens, _NEW.value), seconds(our_tokens, 1)],
+           [seconds(their_tokens, _NEW.value), seconds(their_tokens, 1)])
 
 
 def seconds(call, *arguments):
-  """A function that times one call."""
+  """A function that returns the seconds of one call."""
   def timed():
     start = time.perf_counter()
     call(*arguments)
@@ -197,9 +198,9 @@ def seconds(call, *arguments):
 
 
 def report(name: str, tokens: int, ours_timed, theirs_timed) -> None:
-  """Alternates between the two and prints tokens/s of each and their ratio.
+  """Times the two sides in turn and prints tokens/s of each and their ratio.
 
-  A side's second timer, if any (the prefill), is subtracted from the first.
+  A side's second timer, if any, times the prefill, which is subtracted.
   """
   rates = {'ours': [], 'theirs': []}
   for repetition in range(_REPEATS.value + 1):

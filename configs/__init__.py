@@ -1,1 +1,1 @@
-"""Recipes: each file has a `get_config(scale)`, and its head says what it does, with which command and on which machine."""
+"""Recipes: each file has a `get_config(scale)`; its head names the command, the machine and what to expect."""

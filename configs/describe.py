@@ -1,4 +1,4 @@
-"""What a VLM says of an image, of several, or to words alone. Any device; the embedded VLM needs none but a CPU.
+"""Text that a VLM writes about one image, about several, or without any.
 
   python -m unifusion_jax.main --config=configs/describe.py --config.image=x.png
   python -m unifusion_jax.main --config=configs/describe.py --config.image=x.png --config.prompt="what shape is red?"
@@ -7,7 +7,8 @@
   python -m unifusion_jax.main --config=configs/describe.py --config.vlm=FOLDER --config.prompt="Write a haiku." \
       --config.temperature=0.7 --config.top_p=0.9 --config.seed=1
 
-docs/encoders.md lists the models.
+Hardware: any; the default, the embedded VLM of 2.8M parameters, needs a CPU alone. It describes scenes right in 0.99 of
+300 test images (docs/embedded.md) and knows nothing else. docs/encoders.md lists the models.
 """
 
 from unifusion_jax.commands import describe

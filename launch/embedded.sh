@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The embedded models anew within a budget of wall-clock time, for one GPU: autoencoder, vision tower, VLM, text to image, edits.
+# Trains the embedded models within a wall-clock budget on one GPU: autoencoder, vision tower, VLM, text to image, edits.
 #   bash launch/embedded.sh --minutes=9 [--folder=runs/embedded]
-# Run again, it goes on where it stood; a stage that has exported (FOLDER/STAGE/export) is done.
+# Run again, it resumes; a stage with an export (FOLDER/STAGE/export) is done.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv in the repository's root and installs the named requirement files into it.
+# Sourced by the other scripts: creates .venv in the repository's root and installs the given requirement files.
 # Nothing is installed again while the files are unchanged.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +17,7 @@ python_for_us() {
   return 1
 }
 
-# jax for the accelerator that is here, if any: what pip calls it.
+# Prints the pip requirement of jax for this machine's accelerator, or nothing.
 accelerator() {
   if nvidia-smi -L >/dev/null 2>&1; then
     echo 'jax[cuda13]'
@@ -31,7 +31,7 @@ environment() {
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=$(python_for_us)
     if ! "$python" -m venv --clear .venv; then
-      echo "error: $python makes no environment; on Debian and Ubuntu install its venv package: apt-get install python3-venv" >&2
+      echo "error: $python cannot create an environment; on Debian and Ubuntu install its venv package: apt-get install python3-venv" >&2
       return 1
     fi
   fi

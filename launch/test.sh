@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environment, test requirements, the linter and the tests. Arguments go to pytest.
+# Runs linter and tests in .venv with the test requirements. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt requirements-test.txt

@@ -262,7 +262,7 @@ def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
     (lambda c: setattr(c, 'eval', settings.GenerationEvaluation(split='tset')), "eval.split='tset' must be one of"),
     (lambda c: setattr(c.sample, 'method', 'rk4'), "'euler' or 'heun'"),
     (lambda c: setattr(c.sample, 'eta', 1.5), 'sample.eta=1.5 must be between 0 and 1'),
-    (lambda c: (setattr(c.sample, 'eta', 1.0), setattr(c.sample, 'method', 'heun')), 'renews noise between Euler steps only'),
+    (lambda c: (setattr(c.sample, 'eta', 1.0), setattr(c.sample, 'method', 'heun')), 'renews noise between Euler'),
     (lambda c: setattr(c.objective, 'cond_dropout', 2.0), 'objective.cond_dropout=2.0'),
     (lambda c: setattr(c.objective, 'noises_per_example', 0), 'objective.noises_per_example=0'),
     (lambda c: setattr(c, 'eval', settings.GenerationEvaluation(study='verifi', split='heldout')),

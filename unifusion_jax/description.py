@@ -49,6 +49,8 @@ def read(folder: pathlib.Path) -> Description:
     values = json.loads(path.read_text())
   except json.JSONDecodeError as error:
     raise UserError(f'{path} is no JSON: {error}') from error
+  if not isinstance(values, dict):
+    raise UserError(f'{path} holds a {type(values).__name__}: it must be an object with vlm, vae, taps and the others')
   fields = dataclasses.fields(Description)
   required = [field.name for field in fields
               if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]

@@ -6,7 +6,7 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 
-AREA = 0.05  # how much missing area counts beside a wrong aspect, both as logarithms
+AREA = 0.05  # weight of missing area against a wrong aspect, both as logarithms
 
 
 def canvases(aspects: tuple[str, ...], size: int, unit: int = 1) -> tuple[tuple[int, int], ...]:

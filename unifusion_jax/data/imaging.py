@@ -17,15 +17,15 @@ from unifusion_jax.errors import UserError
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF')
 MAX_PIXELS = 64_000_000
-# What Pillow raises for a damaged file depends on the format and on where the damage is.
+# Pillow's errors for a damaged file: they depend on the format and on where the damage is.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
 def read(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-  """The image of a path, of encoded bytes, of an array, or of Pillow, as uint8 RGB [y x 3].
+  """The image as uint8 RGB [y x 3], from a path, encoded bytes, an array or a Pillow image.
 
   The first frame, turned as its EXIF says, alpha over white, 16 bits scaled to 8; colour profiles are not applied.
-  ValueError naming the file when it is missing, empty, damaged, no image, or has more than `max_pixels`.
+  UserError naming the file when it is missing, empty, damaged, no image, or has more than `max_pixels`.
   """
   if isinstance(source, np.ndarray):
     return _from_array(source)
@@ -53,7 +53,7 @@ def read_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def _open(source) -> tuple[str, object]:
-  """(name for messages, what Pillow opens)."""
+  """(name for messages, path or file object for Pillow)."""
   if isinstance(source, (bytes, bytearray, memoryview)):
     name = f'an image of {len(source)} bytes'
     if not source:
@@ -124,7 +124,7 @@ def resize_cover(image: np.ndarray, width: int, height: int) -> np.ndarray:
 def tile_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
   """(columns, rows) of tiles for an image: the closest aspect ratio of columns * rows <= max_tiles.
 
-  Of grids equally close the larger is taken while the image has more than half as many pixels as the grid.
+  Among equally close grids the larger one wins if the image has more than half as many pixels as it.
   """
   grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
   grids.sort(key=lambda grid: grid[0] * grid[1])
@@ -138,11 +138,11 @@ def tile_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, 
 
 
 def tiles(image: np.ndarray, tile: int, max_tiles: int) -> np.ndarray:
-  """The image as uint8 tiles [r tile tile 3], row by row, then the whole of it when there is more than one."""
+  """The image as uint8 tiles [r tile tile 3], row by row; a thumbnail follows when there is more than one."""
   height, width = image.shape[:2]
   columns, rows = tile_grid(height, width, tile, max_tiles)
-  whole = _stretch(image, columns * tile, rows * tile)
-  cut = whole.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
+  stretched = _stretch(image, columns * tile, rows * tile)
+  cut = stretched.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
   return np.concatenate([cut, _stretch(image, tile, tile)[None]]) if rows * columns > 1 else cut
 
 
@@ -151,9 +151,10 @@ def _stretch(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def stitch(images) -> np.ndarray:
-  """Images [y x 3] edge to edge as one, each scaled to the height of the highest: uint8 [y x 3]."""
+  """One image uint8 [y x 3] of several side by side, each scaled to the height of the tallest."""
   height = max(image.shape[0] for image in images)
-  return np.concatenate([_stretch(p, max(1, round(p.shape[1] * height / p.shape[0])), height) for p in images], axis=1)
+  widths = [max(1, round(image.shape[1] * height / image.shape[0])) for image in images]
+  return np.concatenate([_stretch(image, width, height) for image, width in zip(images, widths)], axis=1)
 
 
 def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> bytes:
@@ -167,7 +168,7 @@ def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> byte
 
 
 def write_png(path, image: np.ndarray, metadata: dict[str, str] | None = None) -> None:
-  """Writes the image [y x 3] to a PNG file, whole or not at all; folders are made."""
+  """Writes the image [y x 3] to a PNG file, whole or not at all; missing folders are created."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -176,7 +177,7 @@ def write_png(path, image: np.ndarray, metadata: dict[str, str] | None = None) -
 
 
 def grid(rows, captions=None, titles=None, cell: int = 256, pad: int = 8) -> np.ndarray:
-  """One sheet of many images: uint8 [y x 3].
+  """A sheet of many images, uint8 [y x 3].
 
   rows: lists of images [y x 3], None for an empty place; they may differ in size and shape.
   captions: like rows, text (or '') under each image. titles: one text over each column.
@@ -185,13 +186,14 @@ def grid(rows, captions=None, titles=None, cell: int = 256, pad: int = 8) -> np.
   """
   captions = captions or [[''] * len(row) for row in rows]
   shapes = [(len(row), len(texts)) for row, texts in zip(rows, captions, strict=True)]
-  if not any(p is not None for row in rows for p in row) or any(a != b for a, b in shapes):
+  if not any(image is not None for row in rows for image in row) or any(a != b for a, b in shapes):
     raise UserError('a grid wants at least one image and as many captions as images: '
-                     f'it got (images, captions) {shapes} by row')
-  factor = max(1, cell // max(max(p.shape[:2]) for row in rows for p in row if p is not None))
-  rows = [[None if p is None else _enlarged(p, factor, cell) for p in row] for row in rows]
+                     f'each row has (images, captions) {shapes}')
+  factor = max(1, cell // max(max(image.shape[:2]) for row in rows for image in row if image is not None))
+  rows = [[None if image is None else _enlarged(image, factor, cell) for image in row] for row in rows]
   columns = max(len(row) for row in rows)
-  widths = [max([p.shape[1] for row in rows for p in row[c:c + 1] if p is not None] + [48]) for c in range(columns)]
+  widths = [max([image.shape[1] for row in rows for image in row[c:c + 1] if image is not None] + [48])
+            for c in range(columns)]
   font = ImageFont.load_default(size=13)
 
   def labels(texts):

@@ -1,4 +1,4 @@
-"""The data of a run: which sources and tasks, and from them stacked numpy batches, with grain.
+"""The data of a run: sources and tasks, and their batches as numpy arrays, with grain.
 
 Bucket, shuffle, share out over processes, map, batch, mix. A batch holds one bucket of one source only, so its arrays
 have one shape. Every process draws the same sequence of buckets and takes its own rows of each batch. Batch k is a pure
@@ -29,12 +29,12 @@ Transform = Callable[[dict, np.random.Generator], dict]
 ENDLESS = 2 ** 50  # examples; grain's own endless repeat overflows at one row a process
 TRIES = 100  # records of one bucket tried in a row before the run stops
 SCENES = ('scenes', 'scenes/wide')  # the embedded world (unifusion_jax/scenes), and a wider one to train on
-THREADS = 2  # batches made at a time in a process that has no workers
+THREADS = 2  # batches prepared at a time in a process without workers
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task of the mix: its share of the examples, and its budgets in tokens where it has its own."""
+  """A task of the mix: its weight, and token budgets of its own if any."""
   name: str
   weight: float = 1.0
   prompt: int | None = None   # None: DataConfig.max_prompt_tokens
@@ -43,19 +43,19 @@ class Task:
 
 @dataclasses.dataclass
 class DataConfig:
-  """Where examples come from and what shape they take."""
+  """Source, tasks and shapes of the examples."""
   # 'scenes' or 'scenes/wide': drawn on the fly; a folder of scenes/builder.py; a .jsonl or .parquet file of your own.
   path: str = 'scenes'
-  tasks: tuple[Task, ...] = (Task('t2i'),)   # of your own images there is one source; 'reconstruct' asks for them again
+  tasks: tuple[Task, ...] = (Task('t2i'),)   # your own images: one source for all; 'reconstruct': their own references
   only: str = ''                             # some of the tasks: 'edit' (edit/1-2 too), or 'edit=0.7,t2i=0.3'
   size: int = 64                             # images have about size^2 pixels
   aspects: tuple[str, ...] = ('1:1', '5:3', '3:5')  # width:height of the canvases that your own images are cut to
-  unit: int = 16                             # pixels that both sides of these are multiples of
-  # Tiles that the VLM may cut a reference into; of several numbers each batch has one, equally often.
+  unit: int = 16                             # pixels; both sides of a canvas are multiples of it
+  # Most tiles that a reference is cut into; with several numbers each batch takes one, all equally often.
   tiles: tuple[int, ...] = (1,)
-  max_prompt_tokens: int = 128               # what the VLM reads and writes, images apart
-  max_rewrite_tokens: int = 52               # what it writes
-  rewrites: str | None = None                # a folder of --mode=rewrite to train on; None: on the captions
+  max_prompt_tokens: int = 128               # of a prompt with its written text, without image tokens
+  max_rewrite_tokens: int = 52               # of the written text
+  rewrites: str | None = None                # folder of --mode=rewrite to train on; None: captions
   batch_size: int = 32                       # over all devices
   workers: int = 0                           # processes that prepare batches; 0: threads of this one
   skipped: float = 0.01                      # share of broken records past which the run stops
@@ -68,14 +68,14 @@ class DataConfig:
     chosen = {}
     for entry in self.only.split(','):
       name, given, weight = (part.strip() for part in entry.partition('='))
-      named = [task for task in self.tasks if name in (task.name, task.name.partition('/')[0])]
-      if not named:
+      matching = [task for task in self.tasks if name in (task.name, task.name.partition('/')[0])]
+      if not matching:
         raise UserError(f'data.only={self.only!r}: there is no task {name!r} here; there are '
                         f'{", ".join(task.name for task in self.tasks)}')
       if given and not _is_positive(weight):
         raise UserError(f'data.only={self.only!r}: the weight {weight!r} of {name!r} must be a number above 0')
-      share = float(weight) / sum(task.weight for task in named) if given else 1.0
-      chosen |= {task.name: dataclasses.replace(task, weight=task.weight * share) for task in named}
+      share = float(weight) / sum(task.weight for task in matching) if given else 1.0
+      chosen |= {task.name: dataclasses.replace(task, weight=task.weight * share) for task in matching}
     return tuple(chosen[task.name] for task in self.tasks if task.name in chosen)
 
   @property
@@ -94,17 +94,17 @@ class DataConfig:
 
   @property
   def budget(self) -> tuple[int, int]:
-    """(prompt tokens, rewrite tokens) that are enough for every task, and that a request of no task has."""
+    """(prompt tokens, rewrite tokens): the largest of all budgets, which a request without a task takes."""
     _, prompts, rewritten = zip(('', self.max_prompt_tokens, self.max_rewrite_tokens), *self.budgets)
     return max(prompts), max(rewritten)
 
   def problems(self, *, kinds: tuple[str, ...], unit: int, shards: int, accumulate: int = 1) -> list[str]:
-    """What cannot work, one sentence each.
+    """Settings that cannot work, a sentence each.
 
     Args:
       kinds: the tasks that the objective has a loss for, without their numbers of objects.
       unit: pixels that both sides of every image must be multiples of: a latent patch.
-      shards: devices that share a batch.  accumulate: parts that each of them takes its share in.
+      shards: devices that share a batch.  accumulate: micro-batches that each device splits its share into.
     """
     wrong, micro = [], shards * max(1, accumulate)
     if self.batch_size < 1 or self.batch_size % micro:
@@ -120,13 +120,13 @@ class DataConfig:
         wrong.append(f'data.tasks: {task.name!r} has prompt={task.prompt} and rewrite={task.rewrite} tokens, which '
                      'must be 1 or more')
       if task.weight <= 0:
-        wrong.append(f'data.tasks: {task.name!r} has the weight {task.weight}, which must be above 0: leave it out '
-                     'instead')
+        wrong.append(f'data.tasks: {task.name!r} has the weight {task.weight}, which must be above 0: '
+                     'leave the task out instead')
     if min(self.max_prompt_tokens, self.max_rewrite_tokens) < 1:
       wrong.append(f'data.max_prompt_tokens={self.max_prompt_tokens} and data.max_rewrite_tokens='
                    f'{self.max_rewrite_tokens} must be 1 or more')
     if not self.tiles or min(self.tiles) < 1:
-      wrong.append(f'data.tiles={self.tiles} must be numbers from 1 on')
+      wrong.append(f'data.tiles={self.tiles} must be numbers of 1 or more')
     if self.workers < 0:
       wrong.append(f'data.workers={self.workers} must be 0 or more')
     if not 0 <= self.skipped <= 1:
@@ -156,10 +156,10 @@ def _scenes():
 
 
 def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[object, float]]:
-  """(source, weight) for each task, for `batches`.
+  """(source, weight) pairs for `batches`.
 
-  Your own images are all one source, whatever the tasks, but for 'reconstruct', which asks for the targets back.
-  With several numbers of tiles each of these comes once for each number.
+  Scenes and prepared folders have a source for each task. A user's own images are one source for all tasks but
+  'reconstruct', and a second one for that. With several numbers of tiles each source comes once for each number.
   """
   path, tasks = pathlib.Path(data.path), data.chosen
   if data.path in SCENES:
@@ -167,14 +167,15 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
   else:
     if path.suffix in ('.jsonl', '.parquet'):
       own = sources.FolderSource(path, data.canvases, data.skipped)
-      again = sum(task.weight for task in tasks if task.name == 'reconstruct')
-      first = sum(task.weight for task in tasks if task.name != 'reconstruct')
-      weighted = [(source, weight) for source, weight in ((own, first), (sources.Reconstruct(own), again)) if weight]
+      reconstructed = sum(task.weight for task in tasks if task.name == 'reconstruct')
+      requested = sum(task.weight for task in tasks if task.name != 'reconstruct')
+      pairs = (own, requested), (sources.Reconstruct(own), reconstructed)
+      weighted = [(source, weight) for source, weight in pairs if weight]
     elif path.is_dir():
       weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
     else:
       raise UserError(f"data.path={data.path!r} is neither 'scenes' or 'scenes/wide' nor a .jsonl or .parquet file nor "
-                      'a folder that unifusion_jax.scenes.builder wrote')
+                      'a folder of unifusion_jax.scenes.builder: give one of these')
     if len(data.tiles) > 1:
       weighted = [(sources.InTiles(source, tiles), weight / len(data.tiles)) for source, weight in weighted
                   for tiles in data.tiles]
@@ -200,7 +201,7 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
   datasets, weights, facts = [], [], []
   for source, weight in mixture:
     if weight <= 0:
-      raise UserError(f'{source.name} has weight {weight}: a source in the mix wants a weight above 0')
+      raise UserError(f'{source.name} has weight {weight}: a source in the mix needs a weight above 0')
     for bucket, (share, indices) in sorted(_buckets(source).items()):
       facts.append((weight, bucket, len(indices)))  # not the name: a folder may have moved
       weights.append(weight * share)
@@ -210,8 +211,8 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
       datasets.append(examples[process_index::process_count].batch(batch_size // process_count))
   if not datasets:
     raise UserError('the mix has no sources: give at least one (source, weight)')
-  made_of = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
-  return Batches(grain.MapDataset.mix(datasets, weights), made_of, workers)
+  fingerprint = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
+  return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers)
 
 
 def whole_records(source, count: int) -> Iterator[dict]:
@@ -228,7 +229,7 @@ def _sound(source, i: int) -> dict | None:
 
 
 def preview_records(data: DataConfig, count: int, wanted=lambda record: True) -> list[dict]:
-  """Records of one shape of the first task: of the test split, or of what there is where none was written."""
+  """Records of the first task that share one shape, from the test split if there is one."""
   data = dataclasses.replace(data, only=data.chosen[0].name, rewrites=None, tiles=(max(data.tiles),))
   try:
     (source, _), *_ = mix(data, split='test')
@@ -249,14 +250,14 @@ def preview_records(data: DataConfig, count: int, wanted=lambda record: True) ->
 
 
 class Batches(grain.DatasetIterator):
-  """Iterator over a MapDataset of batches; its state is the number of the next one, whoever makes it.
+  """Iterator over a MapDataset of batches; its state is the number of the next batch.
 
-  grain's own states hold one entry a worker, so they could not be restored with another number of workers.
+  grain's own states have an entry for each worker, so they cannot be restored with another number of workers.
   """
 
-  def __init__(self, dataset: grain.MapDataset, made_of: str, workers: int):
+  def __init__(self, dataset: grain.MapDataset, fingerprint: str, workers: int):
     super().__init__()
-    self._dataset, self._made_of, self._workers = dataset, made_of, workers
+    self._dataset, self._fingerprint, self._workers = dataset, fingerprint, workers
     self._next, self._iterator = 0, None
 
   def __next__(self) -> dict:
@@ -267,11 +268,11 @@ class Batches(grain.DatasetIterator):
     return batch
 
   def get_state(self) -> dict:
-    return {'next_batch': self._next, 'made_of': self._made_of}
+    return {'next_batch': self._next, 'made_of': self._fingerprint}
 
   def set_state(self, state: dict) -> None:
     """Goes on at a saved state. UserError when it was saved with other sources, weights, batch size or seed."""
-    if state['made_of'] != self._made_of:
+    if state['made_of'] != self._fingerprint:
       raise UserError(f'the saved position in the data (batch {state["next_batch"]}) was made with other sources, '
                       'weights, batch size or seed: use those again, or start a new run from the saved weights')
     self.close()
@@ -294,12 +295,11 @@ class Batches(grain.DatasetIterator):
 
 
 class Feed(grain.DatasetIterator):
-  """A run's batches, without 'skipped', which end on all processes at once; iterated and saved in place of `batches`.
+  """Iterator over a run's `Batches`, without 'skipped': an error on one process is raised on all of them.
 
-  Where the batch of one process raises, and where more than `share` of the examples of all processes were broken, every
-  process raises in the same call. With several processes a batch is read one call early and all tell each other about
-  it on the devices, behind the steps that are under way, so the host is never more than two steps ahead of them. The
-  mesh must be in context.
+  Every process raises in the same call if the batch of one raises, or if more than `share` of the examples of all
+  processes are broken. With several processes each batch is read one call early, and its facts are exchanged on the
+  devices behind the steps under way, so the host is never more than two steps ahead. The mesh must be in context.
 
   Attributes:
     seen: examples of all processes so far.  skipped: broken records passed over for them.
@@ -353,7 +353,7 @@ class Feed(grain.DatasetIterator):
 
 @dataclasses.dataclass
 class _Read:
-  """A batch or the error in its place, the state before it, and (failed, examples, skipped) on their way to all."""
+  """A batch or the error in its place, the state before it, and (failed, examples, skipped) of all processes."""
   batch: dict | None
   error: Exception | None
   state: dict
@@ -362,7 +362,7 @@ class _Read:
 
 @dataclasses.dataclass
 class _Draw:
-  """Position in a bucket -> the example there, or the next one of the bucket that is not broken."""
+  """Position in a bucket -> the example there, or the next of the bucket that is not broken."""
 
   source: object
   indices: Sequence[int]

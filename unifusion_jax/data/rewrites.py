@@ -1,4 +1,4 @@
-"""The rewrites that `commands/rewrite.py` wrote offline, by the requests that they belong to."""
+"""Tables of the rewrites that commands/rewrite.py wrote offline, by request."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ SETTINGS = 'settings.json'
 
 
 def key(record: dict) -> str:
-  """The name of a request: a digest of its text and the pixels of its references."""
+  """The key of a request: a digest of its text and the pixels of its references."""
   digest = hashlib.sha256((record['instruction'] or record['caption']).encode())
   for reference in record['references']:
     digest.update(repr(reference.shape).encode() + np.ascontiguousarray(reference).tobytes())
@@ -20,18 +20,18 @@ def key(record: dict) -> str:
 
 
 class Table:
-  """The rewrites of a folder by key, read from the file when they are asked for: a list of ids for each rewrite."""
+  """Rewrites of a folder by key, a list of token ids each; memory holds only the offsets of their lines."""
 
   def __init__(self, folder):
     self.folder = pathlib.Path(folder)
     self._places = {}
     for path in sorted(self.folder.glob('rewrites-*.jsonl')):
-      at = 0
+      offset = 0
       with path.open('rb') as file:
         for line in file:
           if line.endswith(b'\n'):
-            self._places[json.loads(line)['key']] = path, at
-          at += len(line)
+            self._places[json.loads(line)['key']] = path, offset
+          offset += len(line)
     if not self._places:
       raise UserError(f'{folder} holds no rewrites: write them with --mode=rewrite')
 
@@ -39,7 +39,7 @@ class Table:
     return len(self._places)
 
   def __getitem__(self, name: str) -> list[list[int]]:
-    path, at = self._places[name]
+    path, offset = self._places[name]
     with path.open('rb') as file:
-      file.seek(at)
+      file.seek(offset)
       return json.loads(file.readline())['ids']

@@ -3,13 +3,13 @@
 A source has
   name, len(source).
   source[i] -> record; BrokenRecord where it cannot be used.
-  bucket(i) -> (height, width, number of references) of example i without reading all of it; None where it is known
-    that record i cannot be used.
-  buckets() -> {bucket: (its share of the examples, the indices of its examples)}, only where a walk through all
-    examples would take too long.
+  bucket(i) -> (height, width, number of references) of example i without reading all of it; None for a record that is
+    known to be broken.
+  buckets() -> {bucket: (its share of the examples, the indices of its examples)}, only in sources too long to walk
+    through.
 
 A record is {'references': [uint8 [y x 3]], 'instruction': str, 'target': uint8 [height width 3], 'caption': str,
-'kind': str, ...}: the reference images, the request, the image wanted and its full caption.
+'kind': str, ...}: reference images, request, target image and its full caption.
 """
 
 import concurrent.futures
@@ -29,19 +29,18 @@ COLUMNS = ('references', 'instruction', 'target', 'caption')
 class ArrayRecordSource:
   """A prepared TFDS dataset in ArrayRecord files, DIR/DATASET/TASK_SPLIT/VERSION, read without TensorFlow.
 
-  Its features are a record's, and its metadata has `shapes`, the bucket of each example, as scenes/builder.py writes
-  them.
+  Its features are those of a record; its metadata has `shapes`, the bucket of each example (see scenes/builder.py).
   """
 
   def __init__(self, folder, task: str, split: str):
     name = f'{task.replace("/", "_")}_{split}'
-    found = sorted(pathlib.Path(folder).glob(f'*/{name}/*/dataset_info.json'))
-    if not found:
+    infos = sorted(pathlib.Path(folder).glob(f'*/{name}/*/dataset_info.json'))
+    if not infos:
       raise UserError(f'{folder} has no dataset {name}/VERSION/dataset_info.json: write it, for scenes with '
                       f'python -m unifusion_jax.scenes.builder --out={folder} --task={task} --split={split}')
-    import tensorflow_datasets as tfds  # half a second that other sources need not spend
-    self.name = str(found[-1].parent)
-    builder = tfds.builder_from_directory(found[-1].parent)
+    import tensorflow_datasets as tfds  # here, as the import takes half a second
+    self.name = str(infos[-1].parent)
+    builder = tfds.builder_from_directory(infos[-1].parent)
     self._shapes = np.array(builder.info.metadata['shapes'], np.int32)
     self._records = builder.as_data_source(split)
 
@@ -66,10 +65,10 @@ class FolderSource:
   """A user's own images, listed in a .jsonl or .parquet file with the columns of COLUMNS.
 
   `references` is a list of paths and `target` one path, relative to the file; `kind`, `tags` and any other column are
-  kept in the record. Targets are scaled to cover the nearest in aspect of `buckets`, (height, width) each, and cut at
-  the centre. Records that cannot be used (a malformed line, a missing or undecodable target, an empty caption,
-  references without an instruction) are found in one pass over the headers at the start and listed in `problems`; more
-  than `share` of them is a UserError.
+  kept in the record. A target is scaled to cover the bucket (height, width) nearest in aspect, and cut at the centre.
+  Broken records (a malformed line, a missing or undecodable target, an empty caption, references without an
+  instruction) are listed in `problems` by one pass over the headers at the start; more than `share` of them is a
+  UserError.
   """
 
   def __init__(self, path, buckets=((512, 512),), share: float = 0.01, threads: int = 16):
@@ -114,20 +113,20 @@ class FolderSource:
     return None if which < 0 else (*self._buckets[which], int(references))
 
   def _survey(self, threads: int) -> np.ndarray:
-    """[n 2] i32: which bucket (-1: none, the record is broken) and how many references. Fills `problems`."""
+    """[n 2] i32: index of the bucket (-1 for a broken record) and number of references. Fills `problems`."""
     shapes = np.full((len(self), 2), -1, np.int32)
     reasons: dict[int, str] = {}
-    wanted: dict[str, list[int]] = {}
+    rows_of: dict[str, list[int]] = {}  # by target
     for i in range(len(self)):
       try:
         row = self._rows[i]
         shapes[i, 1] = len(row['references'])
-        wanted.setdefault(row['target'], []).append(i)
+        rows_of.setdefault(row['target'], []).append(i)
         _check_text(row)
       except ValueError as error:
         reasons[i] = str(error)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      for bucket, rows in zip(pool.map(self._bucket_of, wanted), wanted.values()):
+      for bucket, rows in zip(pool.map(self._bucket_of, rows_of), rows_of.values()):
         for i in rows:
           if isinstance(bucket, str):
             reasons.setdefault(i, bucket)
@@ -137,7 +136,7 @@ class FolderSource:
     return shapes
 
   def _bucket_of(self, target: str) -> int | str:
-    """The index of the bucket of one image, or why it has none."""
+    """The bucket index of a target, or the reason that it has none."""
     try:
       return bucketing.nearest(self._buckets, *imaging.read_size(self._folder / target))
     except ValueError as error:
@@ -148,11 +147,11 @@ def _check_text(row: dict) -> None:
   if not row['caption'].strip():
     raise UserError('the caption is empty: write what the target shows')
   if row['references'] and not row['instruction'].strip():
-    raise UserError('there are references but no instruction: write what is to be done with them')
+    raise UserError('there are references but no instruction: write what to do with them')
 
 
 def _check_row(row) -> dict:
-  """The row when it has the columns in their types; UserError where it does not."""
+  """The row, if it has all columns with their types; UserError otherwise."""
   if not isinstance(row, dict):
     raise UserError(f'it is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
   missing = [name for name in COLUMNS if name not in row]
@@ -167,17 +166,17 @@ def _check_row(row) -> dict:
 
 
 class _Lines:
-  """The rows of a JSON-lines file, found by their offsets, so that a long list takes eight bytes a row."""
+  """Rows of a JSON-lines file; memory holds only their offsets and line numbers, sixteen bytes a row."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    offsets, numbers, at = [], [], 0
+    offsets, numbers, offset = [], [], 0
     with path.open('rb') as file:
       for number, line in enumerate(file, 1):
         if line.strip():
-          offsets.append(at)
+          offsets.append(offset)
           numbers.append(number)
-        at += len(line)
+        offset += len(line)
     self._offsets, self._numbers = np.array(offsets, np.int64), np.array(numbers, np.int64)
 
   def __len__(self) -> int:
@@ -198,7 +197,7 @@ class _Lines:
 
 
 class _Table:
-  """The rows of a Parquet file, held as columns."""
+  """Rows of a Parquet file, held in memory as columns."""
 
   def __init__(self, path: pathlib.Path):
     import pyarrow.parquet
@@ -222,7 +221,7 @@ class _Table:
 
 
 class Reconstruct:
-  """Images of another source, each asked for again: the target is its own reference."""
+  """Another source, with each target as its own reference."""
 
   def __init__(self, source):
     self.name = f'{source.name}, reconstructed'
@@ -242,7 +241,7 @@ class Reconstruct:
 
 
 class InTiles:
-  """Another source, whose references the VLM is shown in at most so many tiles."""
+  """Another source, with its references cut into at most `tiles` tiles."""
 
   def __init__(self, source, tiles: int):
     self.name = f'{source.name} in {tiles} tiles'
@@ -261,7 +260,7 @@ class InTiles:
 
 
 class Rewritten:
-  """Another source, each record with its `rewrites`: the ids that the VLM wrote, a list for each rewrite."""
+  """Another source, with the rewrites of each record under `rewrites`, a list of token ids each."""
 
   def __init__(self, source, table: rewrites.Table):
     self.name = f'{source.name}, rewritten'

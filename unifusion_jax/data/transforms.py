@@ -1,7 +1,7 @@
 """Transforms: from a raw record to the arrays of one training example, in numpy.
 
 A transform is called as `transform(record, rng)`; it is picklable, so worker processes can run it. Its
-`spec(height, width, references)` is the shapes and dtypes of what it makes of the records of a bucket.
+`spec(height, width, references)` gives the shapes and dtypes of these arrays for a bucket.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from unifusion_jax.weights import encoders, hub
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoder:
-  """Images and text to the VLM's input ids, at one length for each number of references.
+  """Encoder of images and text into the VLM's input ids, padded to one length for each number of references.
 
   Attributes:
     folder: the VLM's folder, for its tokenizer.
-    image_processor: from images to the arrays of its vision tower.
-    markers: the template's ids around each image.
-    max_prompt: tokens for everything but images.  max_rewrite: for the rewrite and its stop token.
-    budgets: (task, max_prompt, max_rewrite) for tasks that have their own.
+    image_processor: images to the arrays of the VLM's vision tower.
+    markers: number of template ids around each image.
+    max_prompt: tokens of everything but images.  max_rewrite: tokens of the rewrite with its stop token.
+    budgets: (task, max_prompt, max_rewrite) of tasks with budgets of their own.
     system: the system prompt, a name in verifi.SYSTEM or a text.
   """
   folder: str
@@ -40,11 +40,11 @@ class PromptEncoder:
   @classmethod
   def load(cls, folder, tiles: int, max_prompt: int, max_rewrite: int, budgets=(), system: str = 'rewrite',
            vlm: encoders.Config | None = None) -> 'PromptEncoder':
-    """The encoder of a VLM's folder for images in at most so many tiles; `vlm`: its configuration, None: that there."""
-    described = encoders.config(folder) if vlm is None else vlm
-    image_processor = vision_inputs.for_model(described, tiles, folder if vlm is None else None)
+    """The encoder of the VLM in `folder`; vlm: its configuration, None reads the one in the folder."""
+    config = encoders.config(folder) if vlm is None else vlm
+    image_processor = vision_inputs.for_model(config, tiles, folder if vlm is None else None)
     chat = _chat(str(folder), image_processor.image_tokens)
-    vision_inputs.check(described, chat)
+    vision_inputs.check(config, chat)
     markers = sum(len(ids) for ids in chat.image_ends)
     return cls(str(folder), image_processor, markers, max_prompt, max_rewrite, budgets, system)
 
@@ -53,29 +53,29 @@ class PromptEncoder:
     return _chat(self.folder, self.image_processor.image_tokens)
 
   def with_tiles(self, tiles: int) -> 'PromptEncoder':
-    """The same encoder for images in at most so many tiles (0: as it is)."""
+    """The same encoder, cutting images into at most `tiles` tiles (0: unchanged)."""
     if not tiles or isinstance(self.image_processor, vision_inputs.NoImages):
       return self
     return dataclasses.replace(self, image_processor=dataclasses.replace(self.image_processor, tiles=tiles))
 
   def budget(self, task: str = '') -> tuple[int, int]:
-    """(tokens but for images, tokens of the rewrite) of a task."""
+    """(max_prompt, max_rewrite) of a task."""
     budgets = {name: (prompt, rewrite) for name, prompt, rewrite in self.budgets}
     return budgets.get(task, (self.max_prompt, self.max_rewrite))
 
   def lengths(self, references: int, task: str = '') -> tuple[int, int]:
-    """(s, q): all tokens, and condition tokens, that a prompt with so many references is padded to."""
+    """(s, q): padded numbers of input ids and of condition tokens, by the number of references."""
     prompt, rewrite = self.budget(task)
     images = references * self.image_processor.max_tokens
     return prompt + images + references * self.markers, rewrite + images
 
   def fits(self, record: dict) -> bool:
-    """Whether a record's request, with an empty answer after it, is within `max_prompt`."""
+    """Whether a record's request with an empty answer is within `max_prompt`."""
     spans = self.chat.spans(record['instruction'] or record['caption'], (), '', self.system)
     return sum(len(span.ids) for span in spans) <= self.max_prompt
 
   def arrays(self, spans, references: int, task: str = '', kept=verifi.COND_VERIFI) -> dict[str, np.ndarray]:
-    """`verifi.arrays` at the lengths for so many references; BrokenRecord where the text is too long for them."""
+    """`verifi.arrays` at the padded lengths; BrokenRecord if the text is too long for them."""
     try:
       return verifi.arrays(spans, *self.lengths(references, task), kept)
     except verifi.TooLong as error:
@@ -85,14 +85,14 @@ class PromptEncoder:
 def prompt_encoder(config, vlm: encoders.Config | None = None) -> PromptEncoder:
   """The prompt encoder of a config.Config: its VLM's tokenizer and image processor, its budgets and system prompt.
 
-  vlm: the VLM's configuration, where `config.vlm` is but the folder of its tokenizer; None reads it from there.
+  vlm: the VLM's configuration, if `config.vlm` holds only its tokenizer; None reads it from there.
   """
   return PromptEncoder.load(hub.resolve(config.vlm, weights=False), max(config.data.tiles), *config.data.budget,
                             config.data.budgets, config.system, vlm)
 
 
 def abstract_prompt_encoder(config) -> PromptEncoder:
-  """The same without a tokenizer, from a public name or config.json alone: it answers to `lengths` and `budget`."""
+  """A prompt encoder without a tokenizer, from a public name or config.json alone: for `lengths` and `budget`."""
   image_processor = vision_inputs.for_model(encoders.config(config.vlm), max(config.data.tiles))
   return PromptEncoder('', image_processor, image_processor.markers, *config.data.budget, config.data.budgets,
                        config.system)
@@ -104,25 +104,25 @@ def _chat(folder: str, image_tokens) -> verifi.Chat:
     return verifi.Chat(folder, image_tokens)
 
 
-_LOADING = threading.Lock()  # the tokenizer's library does not bear being imported by two threads at once
+_LOADING = threading.Lock()  # the tokenizers library cannot be imported by two threads at once
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationExample:
-  """Examples for the DiT: the target image, and what the VLM reads and has written about it.
+  """Training examples of the DiT: target image, the VLM's inputs, and the indices of the condition tokens.
 
-  The text is one of the record's `rewrites` (ids, from commands/rewrite.py), another one each time, or its caption.
-  Where the VLM could write none the request itself conditions the DiT, as in sampling; the caption, where the request
-  is too long.
+  The written text is a random one of the record's `rewrites` (token ids, from commands/rewrite.py), or the caption of a
+  record without them. An empty list of rewrites means that the VLM wrote no usable text: then the request itself
+  conditions the DiT, as in sampling, or the caption if the request is too long.
 
   Attributes:
     prompts: the prompt encoder of the frozen VLM.
     cond_dropout: share of examples with the null condition, an empty text without images.
     image_dropout: share of examples with references that lose their image tokens.
-    text_dropout: share of examples with references and no text: the answer is its stop token.
-    instruction_prob: share of examples that keep the request itself instead of a rewritten one, as sampling without
-      VERIFI does; a request longer than the budget of rewrites stays rewritten.
-    rewrite_online: leave the answer to the VLM in the train step: `needs_rewrite` marks such examples, and
+    text_dropout: share of examples with references whose text is left empty, a stop token alone.
+    instruction_prob: share of examples conditioned on the request itself instead of a rewrite, as in sampling without
+      VERIFI; a request longer than the rewrite budget stays rewritten.
+    rewrite_online: the VLM writes in the train step. `needs_rewrite` marks the examples to be rewritten;
       `fallback_index`, `fallback_mask` index the request, which conditions the DiT where the rewrite is invalid.
   """
   prompts: PromptEncoder
@@ -138,19 +138,19 @@ class GenerationExample:
     tiles, counts = prompts.image_processor.preprocess(references, len(references))
     chat = prompts.chat
     instruction = record['instruction'] or record['caption']
-    chance, raw, part = rng.random(3)
+    null_draw, raw_draw, dropout_draw = rng.random(3)
     written, unwritten = record['caption'], False
     if 'rewrites' in record:
       unwritten = not record['rewrites']
       written = '' if unwritten else record['rewrites'][rng.integers(len(record['rewrites']))]
     kept, images = verifi.COND_VERIFI, counts
-    if chance < self.cond_dropout:
+    if null_draw < self.cond_dropout:
       instruction, written, images = '', '', ()
-    elif counts and part < self.image_dropout:
+    elif counts and dropout_draw < self.image_dropout:
       kept = tuple(kind for kind in kept if kind != 'image')
-    elif counts and part < self.image_dropout + self.text_dropout:
+    elif counts and dropout_draw < self.image_dropout + self.text_dropout:
       written = ''
-    elif unwritten or raw < self.instruction_prob:
+    elif unwritten or raw_draw < self.instruction_prob:
       if len(chat.text_ids(instruction)) < prompts.budget(task)[1]:
         written, kept = '', verifi.COND_RAW
       elif unwritten:
@@ -171,7 +171,7 @@ class GenerationExample:
     return example
 
   def spec(self, height: int, width: int, references: int = 1, task: str = '', tiles: int = 0) -> dict:
-    """The shapes of one example of a task, of a target of height x width and references in at most so many tiles."""
+    """The shapes of one example: a target of height x width, references in at most `tiles` tiles."""
     prompts = self.prompts.with_tiles(tiles)
     s, q = prompts.lengths(references, task)
     spec = dict(input_ids=_ints(s), attention_mask=_bools(s), cond_index=_ints(q), cond_mask=_bools(q))

@@ -1,13 +1,13 @@
-"""Image processors: what each VLM's vision tower takes of an image, and how many tokens of its prompt that makes.
+"""Image processors: the arrays that each VLM's vision tower takes of an image, and its number of image tokens.
 
-An image processor answers to
-  image_tokens: the template's texts before an image, for each of its tokens, and after it.
-  markers: the ids that the first and the last of these usually make.
+An image processor has
+  image_tokens: the template's text before an image, for each of its tokens, and after it.
+  markers: the usual number of ids of the first and the last of these texts.
   max_tokens: the most image tokens of one reference.
-  preprocess(references, room) -> (the arrays of one example, the image tokens of each reference). `room` is the number
-    of references that the arrays are padded to, so that every example of a batch has one shape; None pads no more than
-    the model needs. The arrays are None when there is no image.
-  spec(references) -> the shapes of these arrays.
+  preprocess(references, count) -> (arrays of one example, number of image tokens of each reference). The arrays are
+    padded to `count` references, so that every example of a batch has one shape; None pads to a power of two. They are
+    None if there are neither images nor a count.
+  spec(references) -> shapes of these arrays.
 Pixels stay uint8: the model normalises them (`vision.mean`, `vision.std` of its configuration).
 """
 
@@ -25,15 +25,15 @@ from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import internvl, qwen3_vl, t5
 from unifusion_jax.weights import encoders
 
-TILE = 448  # pixels on a side, of InternVL: what `tiles` counts for the models that do not cut
+TILE = 448  # pixels on a side of InternVL's tiles, the unit of `tiles` for models that do not cut
 
 
 @dataclasses.dataclass(frozen=True)
 class TiledImages:
-  """InternVL: square tiles uint8 [r y x 3], and the whole image as one more when there are several."""
+  """InternVL: square tiles uint8 [r y x 3], with a thumbnail of the image when there are several."""
   tile: int    # pixels on a side
-  tokens: int  # of a tile
-  tiles: int   # that an image may be cut into
+  tokens: int  # image tokens of a tile
+  tiles: int   # at most, without the thumbnail
   image_tokens = ('<img>', '<IMG_CONTEXT>', '</img>\n')
   markers = 3
 
@@ -45,14 +45,14 @@ class TiledImages:
   def _most(self) -> int:
     return self.tiles + (self.tiles > 1)
 
-  def preprocess(self, references, room: int | None = None):
+  def preprocess(self, references, count: int | None = None):
     cut = [imaging.tiles(imaging.read(reference), self.tile, self.tiles) for reference in references]
     counts = tuple(len(tiles) * self.tokens for tiles in cut)
-    if not (room or cut):
+    if not (count or cut):
       return None, ()
     tiles = np.concatenate(cut or [np.zeros((0, self.tile, self.tile, 3), np.uint8)])
-    # Without a room, a power of two: few shapes to compile
-    missing = (1 << (len(tiles) - 1).bit_length() if room is None else room * self._most) - len(tiles)
+    # Without a count, a power of two: few shapes to compile
+    missing = (1 << (len(tiles) - 1).bit_length() if count is None else count * self._most) - len(tiles)
     return np.pad(tiles, ((0, missing), (0, 0), (0, 0), (0, 0))), counts
 
   def spec(self, references: int):
@@ -95,7 +95,7 @@ class PixelLimits:
 
   @property
   def patch_size(self) -> int:
-    """Numbers in a patch."""
+    """Values in a patch."""
     return 3 * self.frames * self.patch ** 2
 
   def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
@@ -113,7 +113,7 @@ class PixelLimits:
 
 @dataclasses.dataclass(frozen=True)
 class PackedPatches:
-  """Qwen3-VL: patches laid end to end with their grids, as many as the pixels that so many of InternVL's tiles have."""
+  """Qwen3-VL: patches end to end with their grids, of at most as many pixels as `tiles` of InternVL's tiles."""
   pixels: PixelLimits
   tiles: int
   image_tokens = ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>')
@@ -129,20 +129,20 @@ class PackedPatches:
     most = max(pixels.min_pixels, min(pixels.max_pixels, self.tiles * TILE ** 2))
     return dataclasses.replace(pixels, max_pixels=most)
 
-  def preprocess(self, references, room: int | None = None):
-    if not (room or references):
+  def preprocess(self, references, count: int | None = None):
+    if not (count or references):
       return None, ()
     images, merged = [imaging.read(reference) for reference in references], self.pixels.merge ** 2
     cut = [self._limits.patches(image) for image in images]
     for image, (patches, _) in zip(images, cut):
-      if room is not None and len(patches) > self._patches(1):
+      if count is not None and len(patches) > self._patches(1):
         raise BrokenRecord(f'an image of {image.shape[1]}x{image.shape[0]} is too long and narrow to be shown in '
                            f'{self.max_tokens} tokens')
     total = sum(len(patches) for patches, _ in cut)
-    # Without a room, a power of two: few shapes to compile
-    space = self._patches(room) if room is not None else 1 << (total - 1).bit_length()
+    # Without a count, a power of two: few shapes to compile
+    space = self._patches(count) if count is not None else 1 << (total - 1).bit_length()
     packed = qwen3_vl.PackedImages(np.zeros((space, self.pixels.patch_size), np.uint8),
-                                   np.zeros((len(references) if room is None else room, 2), np.int32))
+                                   np.zeros((len(references) if count is None else count, 2), np.int32))
     if cut:
       packed.patches[:total] = np.concatenate([patches for patches, _ in cut])
       packed.grids[:len(cut)] = [grid for _, grid in cut]
@@ -159,13 +159,13 @@ class PackedPatches:
 
 @dataclasses.dataclass(frozen=True)
 class NoImages:
-  """A language model: it reads text alone."""
+  """A language model, which reads text alone."""
   image_tokens = None
   markers = 0
   max_tokens = 0
 
-  def preprocess(self, references, room: int | None = None):
-    if room or references:
+  def preprocess(self, references, count: int | None = None):
+    if count or references:
       raise UserError('this model reads text alone: leave the images out, or take a VLM')
     return None, ()
 
@@ -177,10 +177,10 @@ ImageProcessor = TiledImages | PackedPatches | NoImages
 
 
 def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None = None) -> ImageProcessor:
-  """The image processor of a VLM of that configuration.
+  """The image processor of a VLM.
 
-  `folder` holds the preprocessor_config.json, without which a VLM's images would be shown to it in a guessed way; None
-  takes what the public checkpoints of its family have. UserError for an encoder that takes no chat.
+  folder: of its preprocessor_config.json, which must be there: nothing is guessed. None takes the values of the
+  family's public checkpoints. UserError for an encoder that writes no text.
   """
   match config:
     case internvl.InternVLConfig():
@@ -196,9 +196,8 @@ def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None =
 
 
 def check(config: encoders.Config, chat: verifi.Chat) -> None:
-  """UserError where a VLM's tokenizer and its config.json do not agree on the id that image tokens stand under."""
+  """UserError if a VLM's tokenizer and its config.json disagree on the id of image tokens."""
   wanted = getattr(config, 'image_token_id', None)
   if chat.image_id != wanted:
-    raise UserError(f'{chat.folder}: images stand under the id {chat.image_id} for its tokenizer and under {wanted} '
-                    'for its config.json, so they would be read as words: the folder mixes files of different '
-                    'checkpoints')
+    raise UserError(f'{chat.folder}: the image token has the id {chat.image_id} in its tokenizer and {wanted} in its '
+                    'config.json: the folder mixes files of different checkpoints')

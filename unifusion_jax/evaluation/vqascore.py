@@ -36,7 +36,7 @@ class VQAScore:
     pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
     (source, _), *_ = loader.mix(dataclasses.replace(config.data, rewrites=None))
     records = list(loader.whole_records(source, self.examples))
-    groups = collections.defaultdict(list)  # by shape: a batch has one
+    groups = collections.defaultdict(list)  # by shape, as a batch has one shape
     for record, request in zip(records, requests_of(records)):
       groups[(*record['target'].shape[:2], len(record['references']))].append((record, request))
     images, targets, captions = [], [], []
@@ -50,28 +50,28 @@ class VQAScore:
     return dict(examples=len(captions), **{name: round(float(np.mean(p)), 4) for name, p in probabilities.items()})
 
 
-def scores(vlm, layout: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],
+def scores(vlm, encoder: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],
            batch_size: int) -> np.ndarray:
-  """Probabilities of "yes" to 'does this image show ...?', [n] f32; images are uint8 [y x 3]."""
-  chat, size = layout.chat, sharding.padded_batch(batch_size)
+  """The probability of "yes" to QUESTION about each image uint8 [y x 3] and its description, [n] f32."""
+  chat, size = encoder.chat, sharding.padded_batch(batch_size)
   yes = tuple(sorted({chat.text_ids(word)[0] for word in ('yes', 'Yes')}))
-  inputs, image_tokens = zip(*(layout.image_processor.preprocess((image,), 1) for image in images))
+  inputs, image_tokens = zip(*(encoder.image_processor.preprocess((image,), 1) for image in images))
   spans = [chat.spans(QUESTION.format(text), counts, None, 'answer')
            for text, counts in zip(descriptions, image_tokens)]
-  length = max(sum(len(span.ids) for span in each) for each in spans)
-  rows = [verifi.arrays(each, length, length) for each in spans]
+  length = max(sum(len(span.ids) for span in prompt) for prompt in spans)
+  rows = [verifi.arrays(prompt, length, length) for prompt in spans]
   probabilities = []
-  for _, chosen in sharding.batched(range(len(rows)), size):
-    tokens, valid, tiles = (sharding.shard(jax.tree.map(lambda *x: np.stack(x), *part)) for part in (
-        [rows[i]['input_ids'] for i in chosen], [rows[i]['attention_mask'] for i in chosen],
-        [inputs[i] for i in chosen]))
-    probabilities.append(sharding.gather(_probability_of(vlm, tokens, valid, tiles, yes)))
+  for _, indices in sharding.batched(range(len(rows)), size):
+    input_ids, attention_mask, tiles = (sharding.shard(jax.tree.map(lambda *x: np.stack(x), *part)) for part in (
+        [rows[i]['input_ids'] for i in indices], [rows[i]['attention_mask'] for i in indices],
+        [inputs[i] for i in indices]))
+    probabilities.append(sharding.gather(_probability_of(vlm, input_ids, attention_mask, tiles, yes)))
   return np.concatenate(probabilities)[:len(rows)]
 
 
 @jax.jit(static_argnums=4)
-def _probability_of(vlm, tokens, valid, tiles, ids: tuple[int, ...]):
+def _probability_of(vlm, input_ids, attention_mask, tiles, ids: tuple[int, ...]):
   """The probability that the next token is one of `ids`, [b] f32."""
-  state = last_valid(vlm.last(tokens, valid, tiles), valid)
+  state = last_valid(vlm.last(input_ids, attention_mask, tiles), attention_mask)
   probabilities = jax.nn.softmax(vlm.decoder.logits(state)[:, 0])
   return jnp.sum(jnp.where(jnp.isin(jnp.arange(probabilities.shape[-1]), jnp.array(ids)), probabilities, 0), axis=-1)

@@ -1,4 +1,4 @@
-"""Training the embedded autoencoder: squared error, and a KL term that keeps its latents near a unit normal."""
+"""Objective of the embedded autoencoder: squared error, and a KL term that keeps its latents near a unit normal."""
 
 import dataclasses
 
@@ -21,8 +21,8 @@ MEASURED = 8     # batches that the scaling factor is measured on
 class AutoencoderObjective:
   """Reconstruction loss of an autoencoder.
 
-  kl: weight of the mean KL of a latent number beside the mean squared error of a pixel. At sigma^2 / 6 the two are the
-    bound of a Gaussian with that sigma on pixels, for 12 pixel numbers to a latent number: 4e-4 is sigma 0.05.
+  kl: weight of the mean KL per latent value against the mean squared error per pixel value. At sigma^2 / 6 the sum is
+    the variational bound of Gaussian pixels with that sigma (12 pixel values to a latent value): 4e-4 is sigma 0.05.
   """
   kl: float = 4e-4
   dtype: str = 'float32'  # of the computation; parameters stay f32
@@ -39,8 +39,8 @@ class AutoencoderObjective:
     del devices
     if config.model.scaling_factor == 1.0 and not config.model.shift_factor:
       return []
-    return [f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1; --mode=export measures '
-            'it']
+    return [f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1, and --mode=export '
+            'measures the factor: leave it out']
 
   def init(self, config) -> vae.Autoencoder:
     """Parameters to start from: random ones, or those of `config.init`."""
@@ -51,7 +51,7 @@ class AutoencoderObjective:
     return vae.Autoencoder(config.model, rngs=nnx.Rngs(config.seed))
 
   def load(self, config, folder: str) -> vae.Autoencoder:
-    """The autoencoder in a folder, unscaled: the scaling factor is measured anew at the export."""
+    """The autoencoder in a folder, without its scaling factor, which the export measures anew."""
     model = vae.load(folder, jnp.float32)
     model.config = config.model
     return model
@@ -59,8 +59,8 @@ class AutoencoderObjective:
   def export(self, config, params: vae.Autoencoder, folder) -> None:
     """Writes the autoencoder with the scaling factor that gives latents of training images unit variance."""
     batches, mesh = train.batches(config), jax.sharding.get_mesh()
-    spread = jax.jit(lambda model, x: jnp.std(model.moments(imaging.to_float(x))[0]))
-    stds = [float(spread(params, sharding.shard_batch(next(batches)['target'], mesh))) for _ in range(MEASURED)]
+    latent_std = jax.jit(lambda model, x: jnp.std(model.moments(imaging.to_float(x))[0]))
+    stds = [float(latent_std(params, sharding.shard_batch(next(batches)['target'], mesh))) for _ in range(MEASURED)]
     batches.close()
     params.config = dataclasses.replace(params.config, scaling_factor=1.0 / float(np.mean(stds)))
     vae.save(params, folder)

@@ -2,7 +2,7 @@
 
   python -m unifusion_jax.scenes.builder --out=DIR --task=edit --split=train --examples=10000
 
-Writes DIR/scenes/edit_train/1.0.0 in the schema of data/sources.py, example i at place i. Read it back with
+Writes DIR/scenes/edit_train/1.0.0 in the schema of data/sources.py, example i at index i. Read it back with
 `data.sources.ArrayRecordSource(DIR, 'edit', 'train')`, or with `tfds.builder_from_directory(...).as_data_source()`.
 """
 
@@ -16,7 +16,7 @@ from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import sources, splits
 
-TASKS = ('t2i', 'edit', 'reconstruct', 'multi')  # those that end in an image; with numbers of objects too, as 't2i/1-2'
+TASKS = ('t2i', 'edit', 'reconstruct', 'multi')  # with a target image; also with numbers of objects, as in 't2i/1-2'
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +43,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             'references': tfds.features.Sequence(image), 'instruction': text, 'target': image, 'caption': text,
             'kind': text, 'style': text, 'task': text, 'source': tfds.features.Sequence(text), 'scene': text,
             'constraints': text}),
-        # [height, width, references] of each example, for the loader to sort them by without reading them.
+        # [height, width, references] of each example: its bucket, which the loader need not read images for.
         metadata=tfds.core.MetadataDict(shapes=[]),
         disable_shuffling=True)
 
@@ -63,7 +63,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
 
 def write(out, task: str, split: str, count: int, size: int = 64, seed: int = 0) -> str:
-  """Writes `count` examples below `out`; returns the folder. UserError when there is one of that name already."""
+  """Writes `count` examples below `out` and returns their folder. UserError if it exists."""
   if task.partition('/')[0] not in TASKS:
     raise UserError(f'task {task!r} has no images to write: choose one of {", ".join(TASKS)}')
   config = ScenesConfig(name=f'{task.replace("/", "_")}_{split}', task=task, split=split, size=size, examples=count,
@@ -84,10 +84,10 @@ def main(argv) -> None:
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module.
   flags.DEFINE_string('out', None, 'folder to write to', required=True)
-  flags.DEFINE_string('task', 't2i', f'what the examples ask for: {", ".join(TASKS)}, each also as t2i/1-2: so many '
-                                     'objects')
-  flags.DEFINE_enum('split', 'train', tuple(splits.SPLITS), 'which compositions')
-  flags.DEFINE_integer('examples', 10_000, 'how many', lower_bound=1)
+  flags.DEFINE_string('task', 't2i', f'task of the examples: {", ".join(TASKS)}, or one of these with its numbers of '
+                                     'objects, as in t2i/1-2')
+  flags.DEFINE_enum('split', 'train', tuple(splits.SPLITS), 'split of the examples')
+  flags.DEFINE_integer('examples', 10_000, 'number of examples', lower_bound=1)
   flags.DEFINE_integer('size', 64, 'side in pixels of a square canvas', lower_bound=16)
   flags.DEFINE_integer('seed', 0, 'seed of the examples', lower_bound=0)
   app.run(main)

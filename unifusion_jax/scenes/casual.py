@@ -2,10 +2,10 @@
 
 No articles, commas in place of verbs, coordination ('one red and one blue star'), pronouns ('a blue one'), counts ('two
 yellow circles with a star between them'), size, place or background first, other spellings, a slip now and then.
-A prompt still says exactly its constraints, and whatever could be read in two ways is not said: 'a small red star and a
-blue one' leaves the size of the second open, so a 'one' always says as much as the noun before it.
+A prompt has exactly its constraints, and no wording is ambiguous: 'a small red star and a blue one' would leave the
+size of the second open, so a 'one' has the same attributes as the noun before it.
 
-What stands in scenes/evaluation/handwritten.py is never produced.
+examples.py skips the requests of scenes/evaluation/handwritten.py.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ ATTRIBUTES = ('size', 'fill', 'colour')
 NUMBERS = {2: ('two', '2', 'a couple of'), 3: ('three', '3'), 4: ('four', '4')}
 FRAMES = (*['{}'] * 12, 'draw {}', 'picture of {}', 'just {}', 'only {}', '{} please', '{} pls', 'can i have {}',
           'i want {}', 'show {}', 'image: {}', 'give me {}', 'a drawing of {}', 'paint {}', "let's have {}")
-# Of the opposite sides on which two objects stand: words for the first and the second, and templates.
+# Sides of two related objects, first and second, and templates.
 SIDES = {'left of': ('left', 'right'), 'right of': ('right', 'left'),
          'above': ('top', 'bottom'), 'below': ('bottom', 'top')}
 BESIDE = ('{a} {one}, {b} {two}', '{one} {a}, {two} {b}', '{one}: {a}, {two}: {b}',
@@ -60,7 +60,7 @@ MIDDLE_ALIKE = (
 MIDDLE = ('{m} between {b} and {c}', 'between {b} and {c}: {m}', 'between {b} and {c} {m}',
           '{b} and {c} with {m} between them', '{b} and {c}, {m} in between', '{b}, {c}, and between them {m}',
           '{b} and {c} and {m} between the two')
-# Where two objects stand that leave room between them.
+# Places of two objects that leave room between them.
 ENDS = (('middle left', 'middle right'), ('top left', 'bottom right'), ('bottom left', 'top right'),
         ('top center', 'bottom center'), ('top left', 'top right'), ('bottom left', 'bottom right'),
         ('top left', 'bottom left'), ('top right', 'bottom right'))
@@ -80,7 +80,7 @@ GROUND_LAST = ('{things} on {g}', '{things}, {g}', '{things}, on {g}', '{things}
                '{things} with {g}', '{things}, background {b}', '{things}; {g}')
 GROUND_FIRST = ('on {g}, {things}', '{g}: {things}', '{g}, {things}', 'background {b}, {things}',
                 'background: {b}. {things}', '{g} with {things}', 'on {g}: {things}')
-# Backgrounds with and without the word; the bare ones follow 'on' or 'background' alone.
+# Backgrounds with and without the word 'background'; the bare ones follow 'on' or 'background'.
 GROUNDS = {
     'plain': ('a {0} background', '{0} background', 'a plain {0} background', '{0} backdrop'),
     'gradient': ('a gradient from {0} to {1}', '{0} to {1} gradient', 'a background going from {0} to {1}',
@@ -127,8 +127,8 @@ TURNS = {'solid': ('fill in {it}', 'fill {it}', 'colour in {it}'),
          'outlined': ('only the outline of {it}', 'just the outline of {it}', 'make {it} an outline')}
 GROW = {'bigger': ('enlarge {it}', 'grow {it}', '{it} up a size'), 'smaller': ('shrink {it}', '{it} down a size')}
 CANVASES = {'square': ('square',), 'wide': ('landscape', 'widescreen'), 'tall': ('portrait', 'upright')}
-TYPOS, CAPITALS = 0.05, 0.04  # how often a word is misspelt, and a short text is all in capitals
-SHORT = 32  # letters
+TYPOS, CAPITALS = 0.05, 0.04  # share of texts with a misspelt word, and of short ones all in capitals
+SHORT = 32  # letters at most
 
 
 def _word(rng: np.random.Generator, name: str, value: str) -> str:
@@ -142,7 +142,7 @@ def _noun(rng: np.random.Generator, wanted, count: int = 1) -> str:
 
 def _thing(rng: np.random.Generator, wanted: Wanted, count: int = 1, article: str = 'a', commas: bool = False,
            noun: str | None = None) -> str:
-  """A noun phrase for `count` such objects; article: 'a', 'one' or '' for none. Commas part what stands before."""
+  """A noun phrase for `count` such objects; article: 'a', 'one' or ''. commas: adjectives and place may have some."""
   noun = noun or _noun(rng, wanted, count)
   given = [name for name in ATTRIBUTES if getattr(wanted, name)]
   before, after = given, []
@@ -180,37 +180,37 @@ def _article(rng: np.random.Generator) -> str:
   return weighted(rng, ('', 'a', 'one'), (0.5, 0.38, 0.12))
 
 
-def _wanted(obj: Object, said: tuple[str, ...]) -> Wanted:
-  return Wanted(obj.shape, **{name: getattr(obj, name) for name in said})
+def _wanted(obj: Object, attributes: tuple[str, ...]) -> Wanted:
+  return Wanted(obj.shape, **{name: getattr(obj, name) for name in attributes})
 
 
-def _random_said(rng: np.random.Generator) -> tuple[str, ...]:
-  """The attributes that are said of every object alike."""
+def _named_attributes(rng: np.random.Generator) -> tuple[str, ...]:
+  """The attributes to name, the same for every object."""
   size, fill, colour = rng.random(3)
   return tuple(name for name, draw, share in (('size', size, 0.3), ('fill', fill, 0.25), ('colour', colour, 0.88))
                if draw < share)
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
-  """A request and the scene that meets it."""
+class Phrasing:
+  """A casual prompt, its constraints, and the scene that meets them."""
   scene: Scene
   text: str
   objects: tuple[Wanted, ...]
   relations: tuple[tuple, ...] = ()
 
 
-def _with_rest(rng: np.random.Generator, said: Said, others) -> Said:
-  """The rest of the scene's objects named after what is said."""
-  article, attributes, text = pick(rng, ('a', 'one')), _random_said(rng), said.text
+def _with_rest(rng: np.random.Generator, phrasing: Phrasing, others) -> Phrasing:
+  """The phrasing with the rest of the scene's objects named after it."""
+  article, attributes, text = pick(rng, ('a', 'one')), _named_attributes(rng), phrasing.text
   more = [_wanted(o, attributes) for o in others]
   for wanted in more:
     text += pick(rng, ('; ', '; also ', '; and ')) + _thing(rng, wanted, article=article)
-  return dataclasses.replace(said, text=text, objects=said.objects + tuple(more))
+  return dataclasses.replace(phrasing, text=text, objects=phrasing.objects + tuple(more))
 
 
-def _listed(rng: np.random.Generator, scene: Scene) -> Said:
-  """Any description: its things one after another."""
+def _listed(rng: np.random.Generator, scene: Scene) -> Phrasing:
+  """Any description, as a list of its things."""
   constraints = in_canonical_order(constraints_of(scene, rng, full=0.15, relation=0.2,
                                                   relation_allowed=splits.relation_allowed('train')))
   if rng.random() < 0.12:  # no colours
@@ -238,15 +238,15 @@ def _listed(rng: np.random.Generator, scene: Scene) -> Said:
     tags = [_word(rng, name, getattr(wanted, name)) for name in ATTRIBUTES if getattr(wanted, name)]
     tags.insert(int(rng.integers(len(tags) + 1)), _noun(rng, wanted))
     things = [pick(rng, (', ', ' | ', '. ')).join(tags + ([_word(rng, 'place', wanted.place)] if wanted.place else []))]
-  said = [[name for name in ATTRIBUTES if getattr(w, name)] for w, _ in groups]
-  alike = all(s == said[0] for s in said) and not any(places) and not constraints.relations
+  named = [[name for name in ATTRIBUTES if getattr(w, name)] for w, _ in groups]
+  alike = all(names == named[0] for names in named) and not any(places) and not constraints.relations
   if constraints.relations:
     text = pick(rng, ('; ', '; also ')).join(things)
   elif alike and rng.random() < 0.6:
     text = pick(rng, (' and ', ' & ')).join([', '.join(things[:-1]), things[-1]] if len(things) > 1 else things)
   else:
     text = pick(rng, (', ', ', ', '; ', ' + ')).join(things)
-  return Said(scene, text, constraints.objects, constraints.relations)
+  return Phrasing(scene, text, constraints.objects, constraints.relations)
 
 
 def _with(scene: Scene, changes: dict[int, dict]) -> Scene:
@@ -255,7 +255,7 @@ def _with(scene: Scene, changes: dict[int, dict]) -> Scene:
 
 
 def _pair(rng: np.random.Generator, scene: Scene):
-  """Two of the objects in a clear relation: (i, relation, j), or None."""
+  """(i, relation, j) of two objects in a clear relation, or None."""
   if len(scene.objects) < 2:
     return None
   i, j = (int(k) for k in rng.permutation(len(scene.objects))[:2])
@@ -264,30 +264,31 @@ def _pair(rng: np.random.Generator, scene: Scene):
 
 
 def _one(rng: np.random.Generator, wanted: Wanted) -> str:
-  """'a blue one' after 'a red star': both say the same attributes and no value is shared."""
+  """'a blue one' after 'a red star': the same attributes, with other values."""
   adjectives = [_word(rng, name, getattr(wanted, name)) for name in ATTRIBUTES if getattr(wanted, name)]
   return words.article(' '.join([*adjectives, 'one']))
 
 
 def _two(rng: np.random.Generator, scene: Scene, i: int, j: int) -> tuple[Scene, Wanted, Wanted, str, str]:
-  """Two objects named, the second perhaps by 'one'."""
-  said = _random_said(rng)
+  """(scene, first, second, their phrases) for two objects, the second perhaps as 'one'."""
+  attributes = _named_attributes(rng)
   first, second = scene.objects[i], scene.objects[j]
-  pronoun = bool(said) and rng.random() < 0.35 and all(getattr(first, n) != getattr(second, n) for n in said)
+  pronoun = (bool(attributes) and rng.random() < 0.35 and
+             all(getattr(first, name) != getattr(second, name) for name in attributes))
   if pronoun or rng.random() < 0.15:
     scene = _with(scene, {j: {'shape': first.shape}})
     second = scene.objects[j]
-  a, b = _wanted(first, said), _wanted(second, said)
+  a, b = _wanted(first, attributes), _wanted(second, attributes)
   article = _article(rng)
-  named = _thing(rng, a, article=article)
-  return scene, a, b, named, _one(rng, b) if pronoun else _thing(rng, b, article=article)
+  phrase = _thing(rng, a, article=article)
+  return scene, a, b, phrase, _one(rng, b) if pronoun else _thing(rng, b, article=article)
 
 
 def _others(scene: Scene, *taken: int) -> list[Object]:
   return [o for k, o in enumerate(scene.objects) if k not in taken]
 
 
-def _sided(rng: np.random.Generator, scene: Scene) -> Said | None:
+def _sided(rng: np.random.Generator, scene: Scene) -> Phrasing | None:
   """'red circle left, blue circle right': the first is left of the second."""
   pair = _pair(rng, scene)
   if not pair:
@@ -297,10 +298,10 @@ def _sided(rng: np.random.Generator, scene: Scene) -> Said | None:
   one, two = SIDES[relation]
   template = pick(rng, BESIDE if relation in PAIRWISE[:2] else OVER)
   text = template.format(a=first, b=second, one=one, two=two)
-  return _with_rest(rng, Said(scene, text, (a, b), ((0, relation, 1),)), _others(scene, i, j))
+  return _with_rest(rng, Phrasing(scene, text, (a, b), ((0, relation, 1),)), _others(scene, i, j))
 
 
-def _preceded(rng: np.random.Generator, scene: Scene) -> Said | None:
+def _preceded(rng: np.random.Generator, scene: Scene) -> Phrasing | None:
   """'a star, to its left a heart': the second is in the relation to the first."""
   pair = _pair(rng, scene)
   if not pair:
@@ -311,7 +312,7 @@ def _preceded(rng: np.random.Generator, scene: Scene) -> Said | None:
   if '{rel}' in template and ' one' in first[-4:]:
     template = PRECEDED[0]  # a pronoun cannot come before its noun
   text = template.format(a=first, b=second, it=pick(rng, RELATIVE[relation]), rel=pick(rng, words.RELATIONS[relation]))
-  return _with_rest(rng, Said(scene, text, (a, b), ((0, relation, 1),)), _others(scene, i, j))
+  return _with_rest(rng, Phrasing(scene, text, (a, b), ((0, relation, 1),)), _others(scene, i, j))
 
 
 def _with_middle(rng: np.random.Generator, scene: Scene) -> tuple[Scene, tuple[int, int, int]] | None:
@@ -339,19 +340,19 @@ def _with_middle(rng: np.random.Generator, scene: Scene) -> tuple[Scene, tuple[i
   return None
 
 
-def _between(rng: np.random.Generator, scene: Scene) -> Said | None:
+def _between(rng: np.random.Generator, scene: Scene) -> Phrasing | None:
   """'two yellow circles with a star between them'."""
   arranged = _with_middle(rng, scene)
   if not arranged:
     return None
   scene, (m, i, j) = arranged
-  said = _random_said(rng)
+  attributes = _named_attributes(rng)
   alike = rng.random() < 0.6
   if alike:
     first = scene.objects[i]
     scene = _with(scene, {j: dict(shape=first.shape, colour=first.colour, fill=first.fill, size=first.size)
-                          if 'size' in said else dict(shape=first.shape, colour=first.colour, fill=first.fill)})
-  wanted = tuple(_wanted(scene.objects[k], said) for k in (m, i, j))
+                          if 'size' in attributes else dict(shape=first.shape, colour=first.colour, fill=first.fill)})
+  wanted = tuple(_wanted(scene.objects[k], attributes) for k in (m, i, j))
   article = _article(rng)
   middle = _thing(rng, wanted[0], article=article)
   if alike:
@@ -363,16 +364,16 @@ def _between(rng: np.random.Generator, scene: Scene) -> Said | None:
                                     c=_thing(rng, wanted[2], article=article))
   if wanted[0] in wanted[1:]:
     return None
-  return _with_rest(rng, Said(scene, text, wanted, ((0, 'between', 1, 2),)), _others(scene, m, i, j))
+  return _with_rest(rng, Phrasing(scene, text, wanted, ((0, 'between', 1, 2),)), _others(scene, m, i, j))
 
 
 def _before(rng: np.random.Generator, wanted: Wanted, noun: str) -> str:
-  """All attributes before the noun."""
+  """The noun with all attributes before it."""
   return ' '.join([*(_word(rng, n, getattr(wanted, n)) for n in ATTRIBUTES if getattr(wanted, n)), noun])
 
 
-def _coordinated(rng: np.random.Generator, scene: Scene) -> Said | None:
-  """'one red and one blue star': alike but for one attribute."""
+def _coordinated(rng: np.random.Generator, scene: Scene) -> Phrasing | None:
+  """'one red and one blue star': objects that differ in one attribute."""
   count = len(scene.objects)
   if count < 2:
     return None
@@ -398,16 +399,16 @@ def _coordinated(rng: np.random.Generator, scene: Scene) -> Said | None:
   text = template.format(noun=noun, nouns=nouns, **dict(zip('xyz', spoken)))
   text = re.sub(r'\ba (?=[aeiou])', 'an ', text)
   wanted = tuple(Wanted(first.shape, **{name: v, **({common: shared[common]} if common else {})}) for v in values)
-  return _with_rest(rng, Said(scene, text, wanted), scene.objects[count:])
+  return _with_rest(rng, Phrasing(scene, text, wanted), scene.objects[count:])
 
 
-def _shared(rng: np.random.Generator, scene: Scene) -> Said | None:
+def _shared(rng: np.random.Generator, scene: Scene) -> Phrasing | None:
   """'a circle and a star, both red'."""
   if len(scene.objects) < 2:
     return None
   name = weighted(rng, ('colour', 'fill', 'size'), (0.6, 0.2, 0.2))
   value = getattr(scene.objects[0], name)
-  if name != 'size':  # a size might not fit where the object is
+  if name != 'size':  # another size might not fit at the object's position
     scene = _with(scene, {k: {name: value} for k in range(len(scene.objects))})
   elif any(o.size != value for o in scene.objects):
     return None
@@ -420,26 +421,26 @@ def _shared(rng: np.random.Generator, scene: Scene) -> Said | None:
   listed = ' and '.join([', '.join(things[:-1]), things[-1]])
   everything = 'both' if len(wanted) == 2 else 'all'
   text = pick(rng, SHARED).format(list=listed, all=everything, x=_word(rng, name, value))
-  return Said(scene, text, tuple(wanted))
+  return Phrasing(scene, text, tuple(wanted))
 
 
-# How often each is tried; many of the later ones do not suit the scene.
+# Share of tries of each form; the later ones often do not suit the scene.
 _FORMS = {_listed: 0.32, _sided: 0.13, _preceded: 0.1, _between: 0.15, _coordinated: 0.22, _shared: 0.08}
 
 
 def request(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Constraints, str] | None:
-  """A scene like the given one, what is asked of it, and the words; None where the wording does not suit the scene."""
+  """(scene, constraints, text): a scene like the given one and a prompt; None if the form does not suit the scene."""
   form = weighted(rng, tuple(_FORMS), tuple(_FORMS.values()))
-  said = form(rng, scene)
-  if not said:
+  phrasing = form(rng, scene)
+  if not phrasing:
     return None
-  background = said.scene.background if rng.random() < 0.5 else None
-  constraints = Constraints(said.objects, background, relations=said.relations)
+  background = phrasing.scene.background if rng.random() < 0.5 else None
+  constraints = Constraints(phrasing.objects, background, relations=phrasing.relations)
   allowed = splits.allowed('train')
-  if (splits.constraints_are_heldout(constraints) or not visible(said.scene) or
-      not fits(said.scene.objects, scene.aspect) or not all(allowed(o) for o in said.scene.objects)):
+  if (splits.constraints_are_heldout(constraints) or not visible(phrasing.scene) or
+      not fits(phrasing.scene.objects, scene.aspect) or not all(allowed(o) for o in phrasing.scene.objects)):
     return None
-  text = said.text
+  text = phrasing.text
   if background and rng.random() < 0.5:
     text = _grounded(rng, text, background)
   else:
@@ -448,23 +449,23 @@ def request(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Constraints,
       bare = pick(rng, BARE[background.kind]).format(*background.colours)
       full = pick(rng, GROUNDS[background.kind]).format(*background.colours)
       text = pick(rng, GROUND_LAST).format(things=text, g=full, b=bare)
-  return said.scene, constraints, re.sub(r'\ba (?=orange)', 'an ', text)
+  return phrasing.scene, constraints, re.sub(r'\ba (?=orange)', 'an ', text)
 
 
 def _grounded(rng: np.random.Generator, text: str, background: Background) -> str:
-  """The background first, or after 'on' without its word."""
+  """The text with the background first, or last after 'on'."""
   bare = pick(rng, BARE[background.kind]).format(*background.colours)
   if rng.random() < 0.3:
     return f'{text} on {bare}'
   full = pick(rng, GROUNDS[background.kind]).format(*background.colours)
   options = GROUND_FIRST
-  if re.match(r'(an?|one|two|2|three|3) ', text):  # 'on sky striped rings' would be striped sky
+  if re.match(r'(an?|one|two|2|three|3) ', text):  # 'on sky striped rings' would be a striped sky
     options += ('on {g} {things}', 'on {b} {things}', 'on {g} there is {things}')
   return pick(rng, options).format(things=text, g=full, b=bare)
 
 
 def pointed(rng: np.random.Generator, pointer: Pointer, article: str = 'the') -> str:
-  """The pointer as a noun phrase, perhaps without its article; 'the red one' where the shape is not said."""
+  """The pointer as a noun phrase, perhaps without article; 'the red one' if it has no shape."""
   noun = _noun(rng, pointer) if pointer.shape else pick(rng, ('one', 'thing', 'shape', 'object'))
   if not pointer.shape and not article:
     noun = 'shape'
@@ -479,10 +480,10 @@ def pointed(rng: np.random.Generator, pointer: Pointer, article: str = 'the') ->
 
 
 def instruction(rng: np.random.Generator, kind: str, slots: dict[str, object], alone: bool) -> str:
-  """An instruction of that kind.
+  """An instruction of a kind of edit.
 
-  slots: as edits.py has them, with pointers and constraints in place of phrases. alone: the object is the only one, so
-  'it' will do.
+  slots: those of edits.py, with pointers and constraints in place of phrases. alone: the scene has one object, so 'it'
+  is clear.
   """
   article = 'the' if rng.random() < 0.55 else ''
   spoken = {}
@@ -507,20 +508,20 @@ def instruction(rng: np.random.Generator, kind: str, slots: dict[str, object], a
   if kind == 'move' and (pointer.place or pointer.relation):
     options = [t for t in options if '{it} {place}' not in t]
   if pointer and (pointer.place or pointer.relation or spoken['it'] == 'it'):
-    # 'The star above the ring red' could be read in two ways, and 'it red' is odd.
+    # 'The star above the ring red' is ambiguous, and 'it red' is odd
     options = [t for t in options if not re.match(r'{it} {(colour|size|fill|to)}', t) and "'s" not in t]
   return re.sub(r'\ba (?=orange)', 'an ', pick(rng, options).format(**spoken))
 
 
 @functools.cache
 def vocabulary() -> frozenset[str]:
-  """Every word that means something: no slip may turn one into another."""
+  """Every word with a meaning: no slip may turn one into another."""
   tables = (*_SPOKEN.values(), words.RELATIONS, words.BACKGROUNDS, words.FILLS_AFTER)
   return frozenset(w for table in tables for phrases in table.values() for phrase in phrases for w in phrase.split())
 
 
 def slips(rng: np.random.Generator, text: str) -> str:
-  """The text as it may come from a keyboard: spelling, capitals, the end of the sentence, a wrong letter at times."""
+  """The text as typed: other spellings, capitals and punctuation, and at times a misspelt word."""
   spelling, centre, wrong, case, end = rng.random(5)
   if spelling < 0.4:
     text = text.replace('colour', 'color').replace('grey', 'gray')
@@ -544,10 +545,10 @@ def slips(rng: np.random.Generator, text: str) -> str:
 
 def _misspelt(rng: np.random.Generator, text: str) -> str:
   """One long word with two letters exchanged, one left out or one doubled."""
-  found = [m for m in re.finditer(r'[a-z]{5,}', text)]
-  if not found:
+  matches = list(re.finditer(r'[a-z]{5,}', text))
+  if not matches:
     return text
-  match = pick(rng, found)
+  match = pick(rng, matches)
   word, k, how = match[0], int(rng.integers(1, len(match[0]) - 1)), rng.integers(3)
   if how == 0:
     wrong = word[:k] + word[k + 1] + word[k] + word[k + 2:]

@@ -1,4 +1,4 @@
-"""Training examples of the embedded VLM: a chat, and what each of its image tokens should know of the scene."""
+"""Training examples of the embedded VLM: a chat, and the labels of its image tokens."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from unifusion_jax.scenes import image_tokens, world
 
 @dataclasses.dataclass(frozen=True)
 class ChatExample:
-  """Examples for the VLM's own training: a chat and the tokens it has to write, in as many turns as its budget allows.
+  """Chat examples: input ids and the tokens to write, in as many turns as the budget allows.
 
-  input_ids [s] i32, attention_mask [s] bool; predict [w] i32, the places whose next token is to be written, targets [w]
-  i32, target_mask [w] bool; with images also tiles and, of the n image tokens, attributes [n COLUMNS] f32
+  input_ids [s] i32, attention_mask [s] bool; predict [w] i32, positions before a token to write; targets [w] i32, these
+  tokens; target_mask [w] bool. With images also tiles and attributes [n COLUMNS] f32 of the n image tokens
   (`image_tokens.dense_attributes`, -1 for padding); for edits grounding [n] bool.
   """
   prompts: transforms.PromptEncoder
@@ -26,21 +26,21 @@ class ChatExample:
     tiles, counts = prompts.image_processor.preprocess(references, len(references))
     chat, task = prompts.chat, record['task']
     spans = chat.spans(record['instruction'], counts, record['caption'], system(task))
-    length, (_, most) = prompts.lengths(len(references), task)[0], prompts.budget(task)
+    length, (_, budget) = prompts.lengths(len(references), task)[0], prompts.budget(task)
     for question, answer in record.get('more', ()):
       longer = spans + chat.add_turn(question, answer)
-      if _tokens(longer) > length or _tokens(longer, ('written', 'stop')) > most:
+      if _tokens(longer) > length or _tokens(longer, ('written', 'stop')) > budget:
         break
       spans = longer
     example = prompts.arrays(spans, len(references), task)
-    places = np.flatnonzero(example.pop('written'))
-    if len(places) > most:
-      raise BrokenRecord(f'an answer of {len(places)} tokens does not fit the {most} of data.max_rewrite_tokens')
-    padding = (0, most - len(places))
+    positions = np.flatnonzero(example.pop('written'))
+    if len(positions) > budget:
+      raise BrokenRecord(f'an answer of {len(positions)} tokens does not fit the {budget} of data.max_rewrite_tokens')
+    padding = (0, budget - len(positions))
     example = dict(input_ids=example['input_ids'], attention_mask=example['attention_mask'],
-                   predict=np.pad(places - 1, padding).astype(np.int32),
-                   targets=np.pad(example['input_ids'][places], padding),
-                   target_mask=np.pad(np.ones(len(places), bool), padding))
+                   predict=np.pad(positions - 1, padding).astype(np.int32),
+                   targets=np.pad(example['input_ids'][positions], padding),
+                   target_mask=np.pad(np.ones(len(positions), bool), padding))
     if counts:
       example['tiles'] = tiles
       scenes, processor = [world.Scene.from_json(scene) for scene in record['source']], prompts.image_processor
@@ -80,5 +80,5 @@ def _is_edit(task: str) -> bool:
 
 
 def system(task: str) -> str:
-  """The system prompt (its name) under which the embedded VLM does a task: it answers, or describes what to draw."""
+  """Name of the embedded VLM's system prompt for a task: 'answer' for questions and captions, else 'rewrite'."""
   return 'answer' if task.partition('/')[0] in ('question', 'caption') else 'rewrite'

@@ -1,4 +1,4 @@
-"""Random scenes, and room for one more object."""
+"""Random scenes, and free positions for one more object."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ COUNT_WEIGHTS = (0.3, 0.3, 0.25, 0.15)  # of one, two, three and four objects
 KIND_WEIGHTS = (0.5, 0.25, 0.25)  # of BACKGROUND_KINDS
 # Lengths as fractions of the square root of the canvas area (2.5 and 1 pixels at 64 px).
 GAP, MARGIN = 2.5 / 64, 1 / 64
-BORDER = 0.012  # fraction of the canvas kept free on both sides of a border between two places
-TRIES = 40  # positions tried before an object is said not to fit
+BORDER = 0.012  # fraction of the canvas, free of centres on both sides of a border between places
+TRIES = 40  # positions tried before an object counts as not fitting
 STANDS_OUT = 75  # least RGB distance of an object from its background and from every blend of its two colours
-# The wider world: how often a background is not of the six alone, of which kind, and how likely a colour is (else 1).
+# The wider world: share of backgrounds beyond the six colours, weights of their kinds and of their colours (else 1).
 WIDE_SHARE, WIDE_KIND_WEIGHTS = 0.7, (0.7, 0.15, 0.15)
 _WIDE_ODDS = {'white': 9, 'black': 4, 'light grey': 3, 'grey': 2}
 _SHAPES, _COLOURS, _SIZES = world.SHAPES, tuple(world.COLOURS), tuple(world.SIZES)
@@ -31,12 +31,12 @@ def _cumulative(weights: tuple[float, ...]) -> list[float]:
 
 
 def weighted(rng: np.random.Generator, options: Sequence, weights: tuple[float, ...]):
-  """One of the options. Draws what `rng.choice(options, p=weights)` does, sooner."""
+  """One of the options, by weight: the same draw as `rng.choice(options, p=weights)`, faster."""
   return options[bisect.bisect_right(_cumulative(weights), rng.random())]
 
 
 def pick(rng: np.random.Generator, options: Sequence):
-  """One of the options, all alike."""
+  """One of the options, with equal weights."""
   return options[rng.integers(len(options))]
 
 
@@ -48,7 +48,7 @@ def _sides(aspect: str) -> tuple[float, float]:
 
 
 def _clear(x: float, y: float, size: str, others: Sequence[Object], aspect: str) -> bool:
-  """Whether an object there keeps its distance from all others; every shape lies within the circle of its radius."""
+  """Whether an object at (x, y) keeps GAP from all others, by the circles that enclose them."""
   w, h = _sides(aspect)
   own = world.SIZES[size] + GAP
   for o in others:
@@ -72,7 +72,7 @@ def _ranges(size: str, aspect: str) -> list[list[tuple[float, float]]]:
 def fits(objects: Sequence[Object], aspect: str) -> bool:
   """Whether all objects lie inside the canvas, apart from one another and clear of the borders between places."""
   for i, obj in enumerate(objects):
-    # Positions carry four decimals, so a centre at the end of its interval may be off by half of the last one.
+    # Positions are rounded to four decimals, so a centre at the end of its interval may lie beyond it by half a unit.
     inside = all(any(low - 1e-4 <= v <= high + 1e-4 for low, high in thirds)
                  for v, thirds in zip((obj.x, obj.y), _ranges(obj.size, aspect)))
     if not inside or not _clear(obj.x, obj.y, obj.size, objects[:i], aspect):
@@ -82,9 +82,9 @@ def fits(objects: Sequence[Object], aspect: str) -> bool:
 
 def place_object(rng: np.random.Generator, shape: str, colour: str, size: str, fill: str, others: Sequence[Object],
                  aspect: str, place: str | None = None) -> Object | None:
-  """The object at a random free position, in the given place or in any; None if none was found in TRIES tries.
+  """The object at a random free position, in the given place or in any; None after TRIES failed tries.
 
-  Places are drawn evenly, which gives corners their share although large objects have little room there.
+  Places are drawn evenly, so corners get their share although large objects have few positions there.
   """
   columns, rows = _ranges(size, aspect)
   for _ in range(TRIES):
@@ -100,7 +100,7 @@ def place_object(rng: np.random.Generator, shape: str, colour: str, size: str, f
 
 @functools.cache
 def stands_out(colour: str, background: Background) -> bool:
-  """Whether an object of that colour is far from the background's colours and from all blends of the two."""
+  """Whether a colour is at least STANDS_OUT from the background's colours and from all blends of the two."""
   ends = [np.array(world.WIDE_BACKGROUND_COLOURS[name], float) for name in background.colours]
   first, step, own = ends[0], ends[-1] - ends[0], np.array(world.COLOURS[colour], float)
   along = float(np.clip((own - first) @ step / max(step @ step, 1.0), 0, 1))
@@ -108,12 +108,12 @@ def stands_out(colour: str, background: Background) -> bool:
 
 
 def visible(scene: Scene) -> bool:
-  """Whether every object stands out from the background, as all do from the six backgrounds of the narrow world."""
+  """Whether every object stands out from the background; from the six background colours all do."""
   return all(stands_out(o.colour, scene.background) for o in scene.objects)
 
 
 def random_background(rng: np.random.Generator, wide: bool = False) -> Background:
-  """A background of the six colours; `wide`: mostly of any colour that leaves enough object colours to stand out."""
+  """A background of the six colours; wide: mostly of any colours from which enough objects stand out."""
   if wide and rng.random() < WIDE_SHARE:
     return _wide_background(rng)
   kind = weighted(rng, world.BACKGROUND_KINDS, KIND_WEIGHTS)
@@ -132,7 +132,7 @@ def _wide_background(rng: np.random.Generator) -> Background:
 
 @functools.cache
 def _usable(background: Background) -> bool:
-  """Whether the two colours are told apart and leave at least half of the object colours to stand out."""
+  """Whether the two colours differ clearly and at least half of the object colours stand out from them."""
   first, second = (np.array(world.WIDE_BACKGROUND_COLOURS[name], float) for name in background.colours)
   apart = np.linalg.norm(first - second) >= STANDS_OUT
   return bool(apart and sum(stands_out(colour, background) for colour in _COLOURS) >= len(_COLOURS) // 2)
@@ -140,22 +140,22 @@ def _usable(background: Background) -> bool:
 
 def random_scene(rng: np.random.Generator, objects: int | tuple[int, int] = (1, 4), aspect: str = 'square',
                  allowed: Callable[[Object], bool] = lambda obj: True, wide: bool = False) -> Scene:
-  """A scene of that many objects, or of between two numbers of them.
+  """A scene of so many objects, a number or a least and a most.
 
-  allowed: judges an object by its attributes, before its position is settled. wide: on a background of any colour.
+  allowed: whether an object may occur, before it has a position. wide: on a background of any colour.
   """
   low, high = (objects, objects) if isinstance(objects, int) else objects
   count = low + weighted(rng, range(high - low + 1), COUNT_WEIGHTS[low - 1:high])
   background = random_background(rng, wide=True) if wide else None
   while True:
-    drawn = []
-    while len(drawn) < count:
+    unplaced = []
+    while len(unplaced) < count:
       obj = Object(pick(rng, _SHAPES), pick(rng, _COLOURS), pick(rng, _SIZES), pick(rng, world.FILLS), 0.5, 0.5)
       if allowed(obj) and (background is None or stands_out(obj.colour, background)):
-        drawn.append(obj)
+        unplaced.append(obj)
     placed = []
-    # The largest first: they find room more often, so fewer scenes are thrown away and sizes stay mixed.
-    for obj in sorted(drawn, key=lambda o: -world.SIZES[o.size]):
+    # The largest first: fewer scenes are thrown away, and sizes stay mixed.
+    for obj in sorted(unplaced, key=lambda o: -world.SIZES[o.size]):
       obj = place_object(rng, obj.shape, obj.colour, obj.size, obj.fill, placed, aspect)
       if obj is None:
         break

@@ -1,16 +1,16 @@
-"""Demands of a sentence on an image, in the judge's terms (GenEval's way: count, colour, place, binding)."""
+"""Constraints that a sentence puts on an image, as in GenEval: count, colour, place, binding."""
 
 import dataclasses
 
 from unifusion_jax.scenes.world import Background
 
 PAIRWISE = ('left of', 'right of', 'above', 'below')
-RELATIONS = (*PAIRWISE, 'between')  # of an object to another, or to two
+RELATIONS = (*PAIRWISE, 'between')  # of an object to one other, 'between' to two
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-  """One demanded object; an attribute that is None is free."""
+  """A wanted object; None leaves an attribute open."""
   shape: str | None = None
   colour: str | None = None
   size: str | None = None
@@ -22,5 +22,5 @@ class Wanted:
 class Constraints:
   objects: tuple[Wanted, ...]
   background: Background | None = None  # None: any
-  exact_count: bool = True  # False: more objects than the wanted ones are fine
+  exact_count: bool = True  # False: further objects are fine
   relations: tuple[tuple, ...] = ()  # (i, relation, j): objects[i] is left of / ... objects[j]; (i, 'between', j, k)

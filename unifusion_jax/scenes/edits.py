@@ -1,7 +1,7 @@
-"""Edits of one image: a source scene, an instruction in words, and the target scene that the two determine.
+"""Edits of one image: source scene, instruction, and the target scene that these two determine.
 
-What the instruction does not name stays exactly where and as it was. Targets always fit on their canvas, and no
-instruction points at an object in a way that could mean another.
+Everything that the instruction does not name stays as it was. Targets fit on their canvas, and every pointer of an
+instruction is unambiguous.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ EDIT_KINDS = ('recolour', 'resize', 'move', 'add', 'remove', 'replace', 'refill'
 EDIT_WEIGHTS = (0.14, 0.09, 0.13, 0.12, 0.10, 0.12, 0.09, 0.09, 0.06, 0.03, 0.03)
 TRIES = 8
 
-# {it}: the object pointed at. The second row of each kind is for tests only: its words occur in training, in other
-# phrases. casual.py has those of the wider world.
+# {it}: the object pointed at. The second row of each kind is for tests only; its words occur in training, in other
+# templates. casual.py has the instructions of the wider world.
 INSTRUCTIONS = {
     'recolour': (
         ('make {it} {colour}', 'paint {it} {colour}', 'change the colour of {it} to {colour}', 'turn {it} {colour}',
@@ -102,7 +102,7 @@ INSTRUCTIONS = {
          'I want this to be {aspect}', 'the canvas becomes {aspect}', 'draw {a_aspect} version of the picture',
          'let the picture be {aspect}', 'I would like to see this on {a_aspect} canvas'),
         ('I would like {a_aspect} version of this', 'let the canvas become {aspect}'))}
-TURNS = {  # other ways to say the value of 'refill'
+TURNS = {  # further templates of 'refill', by the new fill
     'solid': ('fill {it} in completely', 'fill {it} with solid colour'),
     'striped': ('give {it} stripes', 'fill {it} with stripes'),
     'outlined': ('leave only the outline of {it}', 'draw only the outline of {it}')}
@@ -127,7 +127,7 @@ def _other(rng: np.random.Generator, options, old: str) -> str:
 
 
 def _free_place(rng: np.random.Generator, scene: Scene) -> str | None:
-  """A place where no object is, so that its name settles the order of the caption."""
+  """A place without objects, so that the caption's order is determined."""
   free = [p for p in PLACES if all(o.place != p for o in scene.objects)]
   return pick(rng, free) if free else None
 
@@ -139,7 +139,7 @@ def _to(place_phrase: str) -> str:
 
 
 def _colour_words(rng: np.random.Generator, colour: str) -> str:
-  """The colour by name, or now and then by a thing that has it."""
+  """The colour by name, or at times by a thing of that colour."""
   if rng.random() < 0.15:
     return f'the colour of {pick(rng, words.COLOUR_FACTS[colour])}'
   return pick(rng, words.COLOURS[colour])
@@ -170,7 +170,7 @@ def _whole(rng: np.random.Generator, kind: str, source: Scene, aspect: str | Non
 
 
 def _addition(rng: np.random.Generator, source: Scene, split: str, shape: str | None):
-  """One more object in a free place: (target, slots)."""
+  """One more object in a free place: (target, slots), or None if there is none."""
   place = _free_place(rng, source)
   shapes = [shape] if shape else [s for s in SHAPES if splits.edit_allowed(split)('add', s)]
   attributes = (pick(rng, shapes), pick(rng, tuple(COLOURS)), pick(rng, tuple(SIZES)), pick(rng, FILLS))
@@ -184,7 +184,7 @@ def _addition(rng: np.random.Generator, source: Scene, split: str, shape: str | 
 
 
 def _change(rng: np.random.Generator, kind: str, source: Scene, i: int, split: str):
-  """A change of object i, or of it and another: (target, slots), or None if it cannot be."""
+  """A change of object i, or of it and another one: (target, slots), or None if it is impossible."""
   obj = source.objects[i]
   if kind == 'recolour':
     colour = _other(rng, tuple(COLOURS), obj.colour)
@@ -204,8 +204,9 @@ def _change(rng: np.random.Generator, kind: str, source: Scene, i: int, split: s
     place = _free_place(rng, source)
     others = source.objects[:i] + source.objects[i + 1:]
     new = place and place_object(rng, obj.shape, obj.colour, obj.size, obj.fill, others, source.aspect, place)
-    said = place and pick(rng, words.PLACES[place])
-    return (_with(source, i, x=new.x, y=new.y), {'place': said, 'to': _to(said)}) if new else None
+    words_of_place = place and pick(rng, words.PLACES[place])
+    slots = new and {'place': words_of_place, 'to': _to(words_of_place)}
+    return (_with(source, i, x=new.x, y=new.y), slots) if new else None
   if len(source.objects) < 2:
     return None
   if kind == 'remove':
@@ -234,7 +235,7 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, sty
             if splits.edit_allowed(split)(kind, o.shape) and shape in (None, o.shape)]
     i = pick(rng, able) if able else None
     proposal = _change(rng, kind, source, i, split) if able else None
-    # 'Swap the star left of the ring and the heart' could be read in two ways.
+    # 'Swap the star left of the ring and the heart' is ambiguous.
     pointer = proposal and random_pointer(rng, source, i, split, relations=kind != 'swap')
     if not pointer:
       return None
@@ -251,7 +252,7 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, sty
   if kind == 'refill' and style != 'heldout' and rng.random() < 0.35:
     templates = TURNS[slots['new fill']]
   if kind == 'move' and (pointer.place or pointer.relation):
-    # 'Put the star above the ring ...' would sound like the destination.
+    # In 'put the star above the ring ...' the relation would sound like the destination.
     templates = [t for t in templates if '{it} {place}' not in t]
   instruction = pick(rng, templates).format(**slots)
   if rng.random() < 0.25:
@@ -260,25 +261,25 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, sty
 
 
 def _casual(rng: np.random.Generator, kind: str, source: Scene, target: Scene, slots: dict, pointer) -> str:
-  meant = {**slots, 'it': pointer}
+  values = {**slots, 'it': pointer}
   if kind in ('add', 'replace'):
-    meant['new'] = slots['addition']
+    values['new'] = slots['addition']
   elif kind == 'swap':
-    meant['other'] = slots['second']
+    values['other'] = slots['second']
   elif kind == 'background':
-    meant['ground'] = target.background
+    values['ground'] = target.background
   elif kind == 'aspect':
-    meant['aspect'] = pick(rng, casual.CANVASES[target.aspect])
-  return casual.slips(rng, casual.instruction(rng, kind, meant, alone=len(source.objects) == 1))
+    values['aspect'] = pick(rng, casual.CANVASES[target.aspect])
+  return casual.slips(rng, casual.instruction(rng, kind, values, alone=len(source.objects) == 1))
 
 
 def random_edit(rng: np.random.Generator, source: Scene, kind: str | None = None, style: str = 'paraphrase',
                 split: str = 'train', shape: str | None = None, aspect: str | None = None,
                 wide: bool = False) -> Edit | None:
-  """An edit of the source, or None if none of the tried ones can be done to it.
+  """A random edit of the source, or None after TRIES failed tries.
 
-  split: whose objects, relations and pairs of edit and shape may occur. shape: of the object to be edited (or added).
-  aspect: the new canvas of an 'aspect' edit. style: 'paraphrase', 'heldout' (instructions kept for tests) or 'casual'.
+  split: its objects, relations and pairs of edit and shape may occur. shape: of the object to edit (or to add).
+  aspect: the new canvas of an 'aspect' edit. style: 'paraphrase', 'heldout' (instructions for tests only) or 'casual'.
   wide: new backgrounds may be of any colour.
   """
   kind = kind or weighted(rng, EDIT_KINDS, EDIT_WEIGHTS)

@@ -1,15 +1,14 @@
-"""Examples: the i-th of a task in a split is a pure function of its arguments, made when it is asked for.
+"""Examples of the embedded world: example i of a task in a split, a pure function of its arguments.
 
-Tasks: t2i (prompt -> image), edit (one reference), reconstruct (one reference, drawn again), multi (two or three
-references), caption and question (about one reference), rewrite (prompt -> description, without any image).
+Tasks: t2i (prompt -> image), edit (one reference), reconstruct (the reference is the target), multi (two or three
+references), caption and question (about one reference), rewrite (prompt -> description, without images).
 
-Training may draw from a wider world (`wide`): backgrounds of any colour, requests as people type them (casual.py),
-references as people draw and photograph them (looks.py). `test` and `heldout` know no such thing. What goes where:
-  prompts of t2i and rewrite    half are casual; targets are drawn cleanly, so the judge reads them
-  references                    `LOOKED` of them have a look
-  targets of edit, reconstruct  drawn as their reference is, without what the camera did to it: what an edit does not
-                                name stays as it was
-  targets of multi              drawn cleanly; nothing trains on them
+Training may use a wider world (`wide`): backgrounds of any colour, requests as people type them (casual.py), references
+as people draw and photograph them (looks.py). `test` and `heldout` have none of this. In the wider world:
+  prompts of t2i and rewrite    a share CASUAL is casual; targets are rendered plainly, for the judge to read
+  references                    a share LOOKED has a look
+  targets of edit, reconstruct  have the look of their reference without its camera: an edit keeps all it does not name
+  targets of multi              rendered plainly; nothing trains on them
 """
 
 import dataclasses
@@ -33,9 +32,9 @@ TASKS = {'t2i': 0, 'edit': 1, 'reconstruct': 2, 'multi': 3, 'caption': 4, 'quest
 ASPECT_WEIGHTS = {'square': 0.8, 'wide': 0.1, 'tall': 0.1}
 _ASPECT_WEIGHTS, _EVEN = tuple(ASPECT_WEIGHTS[a] for a in ASPECTS), (1 / 3,) * 3
 STYLE_WEIGHTS = {'plain': 0.35, 'paraphrase': 0.4, 'knowledge': 0.25}
-ALIKE = 0.2  # how often some of the objects of a t2i scene are alike, so that prompts count
-MORE = 4  # further questions about an image of the train split, which are answered at the price of their words alone
-WORDS = 48  # of a prompt: a rare longer one would set the length that all are padded to
+ALIKE = 0.2  # share of t2i scenes with like objects, which prompts count
+MORE = 4  # further questions about an image of the train split: they cost text tokens alone
+WORDS = 48  # most words of a prompt: rare longer ones would set the padded length of all
 AGAIN = ('draw this picture again', 'repeat the picture', 'the same picture, please', 'copy this', 'keep it as it is',
          'reproduce the picture', 'change nothing')
 CAPTION = ('describe the picture', 'what does the picture show?', 'describe this image', 'caption this picture')
@@ -47,10 +46,10 @@ MORE_CAPTION = ('what is in the picture?', 'what do you see?', 'what is this?', 
 
 
 def _start(task: str, split: str, i: int, seed: int) -> tuple[np.random.Generator, str, str]:
-  """(rng, canvas of the target, kind of edit or ''): drawn first, alike in both worlds, for `aspect` to know."""
+  """(rng, canvas of the target, kind of edit or ''): the first draws, equal in both worlds, which `aspect` reads."""
   if task not in TASKS or split not in splits.SPLITS:
-    raise UserError(f'There is no task {task!r} in split {split!r}; tasks are {", ".join(TASKS)} and splits '
-                     f'{", ".join(splits.SPLITS)}.')
+    raise UserError(f'there is no task {task!r} in split {split!r}: tasks are {", ".join(TASKS)} and splits '
+                    f'{", ".join(splits.SPLITS)}')
   rng = np.random.default_rng([seed, splits.SPLITS[split], TASKS[task], i])
   kind = weighted(rng, EDIT_KINDS, EDIT_WEIGHTS) if task == 'edit' else ''
   weights = _EVEN if kind == 'aspect' else _ASPECT_WEIGHTS
@@ -58,7 +57,7 @@ def _start(task: str, split: str, i: int, seed: int) -> tuple[np.random.Generato
 
 
 def aspect(task: str, split: str, i: int, seed: int = 0) -> str:
-  """The shape of the example's target (of its reference, for tasks without a target), without making the example."""
+  """The canvas shape of the example's target (of its reference, if it has no target), without making the example."""
   return _start(task, split, i, seed)[1]
 
 
@@ -79,7 +78,7 @@ def _scene(rng: np.random.Generator, split: str, canvas: str, objects, wide: boo
 
 
 def _alike(rng: np.random.Generator, scene: Scene) -> Scene:
-  """The scene with two or more of its objects of one shape, colour and fill."""
+  """The scene with two or more objects made equal in shape, colour and fill."""
   first, count = scene.objects[0], rng.integers(2, len(scene.objects) + 1)
   objects = (dataclasses.replace(o, shape=first.shape, colour=first.colour, fill=first.fill) if k < count else o
              for k, o in enumerate(scene.objects))
@@ -87,7 +86,7 @@ def _alike(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _counted(rng: np.random.Generator, scene: Scene) -> Constraints:
-  """A description by shape and colour (and perhaps fill) alone, so that likes are counted."""
+  """A description by shape, colour and perhaps fill alone, so that like objects are counted."""
   filled = rng.random() < 0.3
   wanted = [Wanted(o.shape, o.colour, fill=o.fill if filled else None) for o in scene.objects]
   background = scene.background if rng.random() < 0.5 else None
@@ -95,7 +94,7 @@ def _counted(rng: np.random.Generator, scene: Scene) -> Constraints:
 
 
 def _prompted(rng: np.random.Generator, split: str, canvas: str, objects, wide: bool) -> tuple[Scene, Constraints]:
-  """A scene and what is said of it."""
+  """A scene and a description of it."""
   held = split == 'heldout'
   while True:
     scene = random_scene(rng, objects, canvas, splits.allowed('train'), wide)
@@ -124,11 +123,11 @@ def _style(rng: np.random.Generator, split: str, weights=STYLE_WEIGHTS) -> str:
 
 
 def _requested(rng: np.random.Generator, canvas: str, objects) -> tuple[Scene, Constraints, str]:
-  """A scene, what is asked of it, and the words, in the wider world."""
+  """(scene, constraints, casual prompt) in the wider world."""
   while True:
     scene = random_scene(rng, objects, canvas, splits.allowed('train'), wide=True)
-    if asked := casual.request(rng, scene):
-      return *asked[:2], casual.slips(rng, asked[2])
+    if request := casual.request(rng, scene):
+      return *request[:2], casual.slips(rng, request[2])
 
 
 def _edited(rng: np.random.Generator, split: str, canvas: str, kind: str, style: str, objects, wide: bool) -> Edit:
@@ -155,15 +154,15 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
             images: bool = True, wide: bool = False, reference_size: int | None = None) -> dict:
   """Example i of a task in a split ('train', 'test' or 'heldout').
 
-  size: of the images (world.canvas). objects: how many a scene starts with (a number, or a least and a most).
-  images: False leaves the references empty and the target None, for whoever needs the words and the scenes only.
-  wide: train alone: an example of the wider world. reference_size: of the references (None: `size`).
+  size: of the images (world.canvas). objects: of a scene before an edit (a number, or a least and a most).
+  images: False leaves the references empty and the target None, for callers that need texts and scenes only.
+  wide: an example of the wider world, in train alone. reference_size: of the references (None: `size`).
 
-  Returns references (list of uint8 [y x 3]), instruction, caption (what the VLM should write: a description of the
-  target as far as it is determined, an answer, or a caption), target (uint8 [y x 3] or None), kind (of prompt, edit,
-  multi-reference example or question), style (of language; '' where there is one only), source (the references as
-  JSON), scene (the target as JSON, or '') and constraints (of the caption, as JSON, or ''); of a question to train on
-  also more (further questions with their answers).
+  Returns references (list of uint8 [y x 3]), instruction, caption (the text that the VLM should write: a description of
+  the target as far as it is determined, an answer, or a caption), target (uint8 [y x 3] or None), kind (of prompt,
+  edit, multi-reference example or question), style (of language; '' where there is one only), source (the reference
+  scenes as JSON), scene (the target scene as JSON, or '') and constraints (of the caption, as JSON, or ''); a training
+  question also has more (further questions with their answers).
   """
   rng, canvas, edit_kind = _start(task, split, i, seed)
   wide = wide and split == 'train'
@@ -201,22 +200,25 @@ def example(task: str, split: str, i: int, seed: int = 0, size: int = 64, object
     references, instruction, kind = (target,), pick(rng, AGAIN + MORE_AGAIN * wide), 'reconstruct'
     text, constraints = caption(target), full_description(target)
   else:
-    seen = _scene(rng, split, canvas, objects, wide)
-    references = (seen,)
+    source = _scene(rng, split, canvas, objects, wide)
+    references = (source,)
     if task == 'caption':
-      instruction, text, kind = pick(rng, CAPTION + MORE_CAPTION * wide), caption(seen), 'caption'
+      instruction, text, kind = pick(rng, CAPTION + MORE_CAPTION * wide), caption(source), 'caption'
     else:
-      instruction, text, kind = random_question(rng, seen, split=split)
-      more = [random_question(rng, seen, split=split)[:2] for _ in range(MORE if split == 'train' else 0)]
+      instruction, text, kind = random_question(rng, source, split=split)
+      more = [random_question(rng, source, split=split)[:2] for _ in range(MORE if split == 'train' else 0)]
       if wide and rng.random() < CASUAL:
         instruction = casual.slips(rng, instruction)
-  shown = [looks.random_look(rng, s) if wide and rng.random() < LOOKED else None for s in references]
-  again = shown[0].after(references[0], target) if task in ('edit', 'reconstruct') and shown[0] else None
+  reference_looks = [looks.random_look(rng, s) if wide and rng.random() < LOOKED else None for s in references]
+  source_look = reference_looks[0] if task in ('edit', 'reconstruct') else None
+  target_look = source_look.after(references[0], target) if source_look else None
+  reference_size = reference_size or size
   return {
       'task': task,
-      'references': [_image(s, look, reference_size or size) for s, look in zip(references, shown)] if images else [],
+      'references': [_image(s, look, reference_size)
+                     for s, look in zip(references, reference_looks)] if images else [],
       'instruction': instruction, 'caption': text,
-      'target': _image(target, again, size) if target and images else None, 'kind': kind, 'style': style,
+      'target': _image(target, target_look, size) if target and images else None, 'kind': kind, 'style': style,
       'source': [s.to_json() for s in references], 'scene': target.to_json() if target else '',
       'constraints': constraints_to_json(constraints) if constraints else '',
       **({'more': more} if more else {})}

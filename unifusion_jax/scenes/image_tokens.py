@@ -1,8 +1,7 @@
-"""Image tokens: what of a scene each of them shows, for the heads that the embedded VLM is trained with.
+"""Labels of image tokens: the objects and background that each one covers, for the embedded VLM's training heads.
 
-An image is shown in a grid of tiles (columns, rows), and as a whole once more where there are several
-(`data.imaging.tiles`). The tokens of a tile follow row by row, the tiles too, and the whole comes last. So a token is a
-cell of the canvas, and everything below is said of cells.
+An image is a grid of tiles (columns, rows), followed by a thumbnail if there are several (`data.imaging.tiles`). Tiles
+and their tokens go row by row. So each token is a cell of the canvas.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ Grid = tuple[int, int]
 
 @functools.cache
 def cells(side: int, grid: Grid = (1, 1)) -> np.ndarray:
-  """Centre and extent (x, y, width, height) of each token's cell, as fractions of the canvas, f32 [s 4]."""
+  """Cells of the tokens, f32 [s 4]: centre and extent (x, y, width, height) as fractions of the canvas."""
   def tile(left: float, top: float, width: float, height: float) -> np.ndarray:
     steps = (np.arange(side) + 0.5) / side
     y, x = np.meshgrid(top + steps * height, left + steps * width, indexing='ij')
@@ -34,7 +33,7 @@ def cells(side: int, grid: Grid = (1, 1)) -> np.ndarray:
 
 
 def nearest_objects(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
-  """Index of the object that each token shows, the nearest of those that touch its cell; -1 for none. i64 [s]."""
+  """Index of the object that each token shows, i64 [s]: the nearest that touches its cell, -1 for none."""
   x, y, width, height = cells(side, grid).T
   which, best = np.full(len(x), -1), np.full(len(x), np.inf)
   for i, o in enumerate(scene.objects):
@@ -49,7 +48,7 @@ def nearest_objects(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
 
 
 def dense_attributes(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
-  """Attributes of the scene that each token should know, f32 [s COLUMNS].
+  """Labels of each token, f32 [s COLUMNS].
 
   Columns: covered (0 or 1); index of shape, colour, size and fill of the object shown; its centre relative to the
   token's (x, y, in cells); background kind; its upper and its lower colour, indices of BACKGROUNDS.
@@ -70,11 +69,11 @@ def dense_attributes(scene: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray
 def grounding(source: Scene, target: Scene, side: int, grid: Grid = (1, 1)) -> np.ndarray:
   """Whether each token shows an object that an edit changes, bool [s]."""
   changed = [o not in target.objects for o in source.objects]
-  return np.array([*changed, False])[nearest_objects(source, side, grid)]  # -1 is the last
+  return np.array([*changed, False])[nearest_objects(source, side, grid)]  # -1, no object, is the last entry
 
 
 def all_dense_attributes(scenes: Sequence[Scene], grids: Sequence[Grid], side: int, length: int) -> np.ndarray:
-  """Dense attributes of all images of an example one after another, f32 [length COLUMNS]; beyond them all is -1."""
+  """Dense attributes of all images of an example, one after another, f32 [length COLUMNS]; padding is -1."""
   out = np.full((length, COLUMNS), -1.0, np.float32)
   rows = np.concatenate([dense_attributes(scene, side, grid) for scene, grid in zip(scenes, grids, strict=True)])
   out[:len(rows)] = rows

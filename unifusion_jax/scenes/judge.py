@@ -1,9 +1,8 @@
-"""The judge: it reads an image back into a scene by analysis through synthesis, with no neural network, and scores it.
+"""Judge: reads an image into a scene by analysis through synthesis, without a neural network, and scores it.
 
-The background is the best of all that can be drawn: of the six colours, or of all (`wide`). What differs from it falls
-into connected pieces; each piece is compared with every shape, size and fill in every colour, laid with its centre of
-mass on the piece's, and takes the one that leaves the least squared difference. Images are read at 64 px whatever their
-size.
+The background is the best fit of all that can be rendered, in the six colours or in all (`wide`). The pixels that
+differ from it form connected pieces. Each piece is compared with every shape, size, fill and colour, centred on its
+centre of mass, and read as the one with the least squared difference. Images of all sizes are read at 64 px.
 """
 
 from collections.abc import Iterator
@@ -24,17 +23,17 @@ from unifusion_jax.scenes.world import Background, Object, Scene
 
 SIZE = 64
 # A piece is an object if its template explains at least this share of its squared difference from the background.
-# Blur costs thin lines the most. Of 2000 drawn objects none scores below 0.93; with noise of 6 levels and a blur of 0.6
-# pixels 1 in 2000 scores below these. So do 94 to 98 in 100 halves of objects, random blobs, ellipses and polygons.
+# Blur costs thin lines the most. Of 2000 rendered objects none scores below 0.93, and with noise of 6 levels and a blur
+# of 0.6 pixels 1 in 2000 scores below these shares; of halves of objects, blobs, ellipses and polygons 94 to 98% do.
 MATCH = {'solid': 0.92, 'striped': 0.88, 'outlined': 0.84}
 FOREGROUND = 28.0  # RGB distance from the background at which a pixel is foreground
-CONTRAST = 0.3  # and the share of the largest distance nearby, which parts objects whose blurred edges touch
-SPECK = 12  # pixels; smaller pieces are overlooked
-BACKGROUND_ERROR = 25.0  # largest root mean square RGB distance at which a background counts as itself
-SMOOTH = 0.5  # pixels; blur that keeps noise from being foreground
-BLUR = 1.0  # pixels; of both sides of a comparison, so that a little more or less blur in the image matters less
+CONTRAST = 0.3  # and its least share of the largest distance nearby, to part objects whose blurred edges touch
+SPECK = 12  # pixels; smaller pieces are ignored
+BACKGROUND_ERROR = 25.0  # largest root mean square RGB distance from the best background
+SMOOTH = 0.5  # pixels; blur against noise in the foreground
+BLUR = 1.0  # pixels; blur of both sides of a comparison, so that the image's own blur matters less
 PLACE_SLACK = 0.03  # fraction of the canvas by which a centre may lie beyond the border of its place
-NEAR = 0.1  # fraction of the canvas within which an object counts as still being where it was
+NEAR = 0.1  # fraction of the canvas within which an object counts as unmoved
 WINDOW = 42  # pixels; room for a large object around its centre of mass
 LIKELY_COLOURS, FINALISTS = 4, 6
 
@@ -45,7 +44,7 @@ COLOURS = np.array(list(world.COLOURS.values()), np.float32)
 
 @functools.cache
 def backgrounds(wide: bool = False) -> tuple[Background, ...]:
-  """All backgrounds that are looked for."""
+  """All backgrounds that an image is compared with."""
   names = world.WIDE_BACKGROUND_COLOURS if wide else world.BACKGROUND_COLOURS
   return tuple([Background('plain', (name,)) for name in names] +
                [Background(kind, pair) for kind in ('gradient', 'checkered')
@@ -55,13 +54,13 @@ def backgrounds(wide: bool = False) -> tuple[Background, ...]:
 @dataclasses.dataclass(frozen=True)
 class Reading:
   scene: Scene  # objects in reading order
-  scores: tuple[float, ...]  # the share each object's template explains, in the order of scene.objects
-  rejected: int  # pieces that resemble no object
+  scores: tuple[float, ...]  # share that each object's template explains, in the order of scene.objects
+  rejected: int  # number of pieces that resemble no object
   background_error: float  # root mean square RGB distance of the pixels without objects
 
   @property
   def background(self) -> Background | None:
-    """The background, or None if the image's resembles none."""
+    """The background, or None if the image resembles none."""
     return self.scene.background if self.background_error <= BACKGROUND_ERROR else None
 
 
@@ -82,7 +81,7 @@ def _candidates(width: int, height: int, wide: bool) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _templates(side: float) -> tuple[np.ndarray, np.ndarray]:
-  """Blurred coverages with their centre of mass in the window's middle, and where their own centre lies.
+  """Blurred coverages with the centre of mass in the middle of the window, and the objects' centres.
 
   Returns f32 [template phase_y phase_x WINDOW * WINDOW] and centres f32 [template 2] (x, y) in pixels relative to the
   centre of mass, rounded to a phase.
@@ -106,7 +105,7 @@ def _templates(side: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _soften(ground: np.ndarray, image: np.ndarray) -> np.ndarray:
-  """The checkerboard with the blends of its two colours that a blurred image has along the edges, f32 [y x 3]."""
+  """The checkerboard with blends of its two colours where a blurred image has them, f32 [y x 3]."""
   low, high = (f(ground, (3, 3, 1)) for f in (ndimage.minimum_filter, ndimage.maximum_filter))
   one, two = ground, low + high - ground
   step = two - one
@@ -141,7 +140,7 @@ def _pieces(distance: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _left_over(difference: np.ndarray, ground: np.ndarray, obj: Object) -> float:
-  """Squared difference that the object leaves, when its own is blurred like the piece's."""
+  """Squared difference that remains after the object, blurred like the piece, is subtracted."""
   height, width = ground.shape[:2]
   drawn = ground.copy()
   render.paint(drawn, *render.placed(obj, width, height), np.array(world.COLOURS[obj.colour], np.float32))
@@ -151,13 +150,13 @@ def _left_over(difference: np.ndarray, ground: np.ndarray, obj: Object) -> float
 def _match(difference: np.ndarray, ground: np.ndarray, side: float, harsh: bool) -> tuple[float, Object, float, float]:
   """The object that best explains a piece's difference from the background, both f32 [y x 3].
 
-  Blurred coverage times contrast stands for the blurred product of the two, which is so where the background is smooth
-  or its two colours are alike. On a `harsh` one the finalists are compared by the product itself.
+  Blurred coverage times contrast approximates the blurred product of the two, which is exact on smooth backgrounds. On
+  a `harsh` background the finalists are compared by the product itself.
 
   Returns the explained share of the squared difference, the object without its place, and its centre in pixels.
   """
   difference = _blur(difference, BLUR, (0, 1))
-  # If the piece has a colour, its coverage is its difference's part along that colour's contrast to the background.
+  # Coverage by colour: the difference's component along the colour's contrast to the background
   contrasts = COLOURS[:, None, None] - ground
   strength = (contrasts ** 2).sum(-1)
   along = np.einsum('yxk,cyxk->cyx', difference, contrasts)
@@ -199,20 +198,20 @@ def _match(difference: np.ndarray, ground: np.ndarray, side: float, harsh: bool)
   def at_canvas(obj):
     return dataclasses.replace(obj, x=obj.x / ground.shape[1], y=obj.y / ground.shape[0])
 
-  remains, *chosen = best
-  obj = placed(*chosen)
+  remainder, *placement = best
+  obj = placed(*placement)
   if harsh:
     finalists = [obj, *(placed(t, k, *starts[k]) for _, t, k in sorted(candidates)[:FINALISTS])]
-    remains, which = min((_left_over(difference, ground, at_canvas(o)), i) for i, o in enumerate(finalists))
-    obj = finalists[which]
-  return float(1 - remains / max(total, 1e-6)), dataclasses.replace(obj, x=0, y=0), obj.x, obj.y
+    remainder, index = min((_left_over(difference, ground, at_canvas(o)), i) for i, o in enumerate(finalists))
+    obj = finalists[index]
+  return float(1 - remainder / max(total, 1e-6)), dataclasses.replace(obj, x=0, y=0), obj.x, obj.y
 
 
 def read(image: np.ndarray, wide: bool = False) -> Reading:
-  """The reading of an image, uint8 [y x 3] of any size. wide: on a background of any colour, not of the six alone."""
+  """The reading of an image uint8 [y x 3] of any size; wide: backgrounds of any colour, not of the six alone."""
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-    raise UserError(f'The judge reads images as uint8 [y x 3] and got {image.dtype} {list(image.shape)}; '
-                     'convert the image to 8-bit RGB first.')
+    raise UserError(f'the judge reads images as uint8 [y x 3] and got {image.dtype} {list(image.shape)}: '
+                    'convert the image to 8-bit RGB first')
   proportion = image.shape[1] / image.shape[0]
   aspect = min(world.ASPECTS, key=lambda a: abs(math.log(proportion * world.ASPECTS[a][1] / world.ASPECTS[a][0])))
   width, height = world.canvas(aspect, SIZE)
@@ -231,17 +230,17 @@ def read(image: np.ndarray, wide: bool = False) -> Reading:
   bare = labels == 0
   error = float(np.sqrt((distance[bare] ** 2).mean())) if bare.any() else math.inf
 
-  found = []
+  scored = []
   harsh = wide and background.kind == 'checkered'
   for i in range(1, count + 1):
     piece = np.where((labels == i)[..., None], difference, 0)
     score, obj, x, y = _match(piece, ground, (width * height) ** 0.5, harsh)
     if score >= MATCH[obj.fill]:
       x, y = (round(min(max(v, 0), n) / n, 4) for v, n in ((x, width), (y, height)))
-      found.append((dataclasses.replace(obj, x=x, y=y), score))
-  order = Scene(tuple(o for o, _ in found), background, aspect).in_reading_order()
-  scores = dict(found)
-  return Reading(Scene(order, background, aspect), tuple(scores[o] for o in order), count - len(found), error)
+      scored.append((dataclasses.replace(obj, x=x, y=y), score))
+  order = Scene(tuple(o for o, _ in scored), background, aspect).in_reading_order()
+  scores = dict(scored)
+  return Reading(Scene(order, background, aspect), tuple(scores[o] for o in order), count - len(scored), error)
 
 
 def _distance(a: Object, b: Object) -> float:
@@ -253,13 +252,13 @@ def _alike(a: Object, b: Object, attributes=ATTRIBUTES) -> bool:
 
 
 def _in_place(obj: Object, place: str) -> bool:
-  """Whether the centre lies in the place or hardly beyond its border."""
+  """Whether the centre lies in the place, or at most PLACE_SLACK beyond its border."""
   row, column = divmod(world.PLACES.index(place), 3)
   return all(i / 3 - PLACE_SLACK <= v <= (i + 1) / 3 + PLACE_SLACK for v, i in ((obj.x, column), (obj.y, row)))
 
 
 def _assignments(fitting: list[list[int]], taken: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-  """All ways to choose one of each list's numbers without choosing any number twice."""
+  """All choices of one number from each list without a number twice."""
   if len(taken) == len(fitting):
     yield taken
     return
@@ -285,11 +284,11 @@ def _holds(relation: str, a: Object, *others: Object) -> bool:
 
 
 def check(reading: Reading, constraints: Constraints) -> dict[str, bool]:
-  """Demands that the image meets, as GenEval asks them: only the kinds that are demanded, and 'all'.
+  """{kind: met} for every kind of constraint that is present, as in GenEval, and 'all'.
 
-  object: the shapes are there. count: no more and no fewer objects (or at least as many, if the count is not exact).
-  colour, size, fill, place: the shapes are there and each has it. relation: it holds between objects of the demanded
-  shapes and colours. background. all: one choice of objects meets every demand at once.
+  object: the shapes are there. count: as many objects (or at least as many, if the count is not exact). colour, size,
+  fill, place: the shapes are there and each has it. relation: it holds between objects of the wanted shapes and
+  colours. background. all: one choice of objects meets every constraint at once.
   """
   wanted, objects = constraints.objects, reading.scene.objects
 
@@ -320,23 +319,24 @@ def check(reading: Reading, constraints: Constraints) -> dict[str, bool]:
 
 
 def _pair(ours: tuple[Object, ...], theirs: tuple[Object, ...]) -> dict[int, Object]:
-  """For each of our objects (by number) the one of theirs it is, by attributes and position; as many as can be."""
+  """{index in ours: object of theirs}: the best assignment by attributes and position."""
   cost = [[sum(getattr(a, k) != getattr(b, k) for k in ATTRIBUTES) + _distance(a, b) for b in theirs] for a in ours]
   rows, columns = optimize.linear_sum_assignment(np.reshape(cost, (len(ours), len(theirs))))
   return {int(i): theirs[j] for i, j in zip(rows, columns)}
 
 
 def check_edit(reading: Reading, source: Scene, target: Scene) -> dict[str, bool]:
-  """Verdict on the image of an edit, by what source and target differ in and what they share.
+  """Verdict on the image of an edit.
 
-  asked: what differs is in the image as in the target (moved and added objects in or near their new place, removed
-  ones gone). kept: the rest is as it was, within NEAR of its position. all: both, and nothing else is there.
+  asked: the differences between source and target are in the image (moved and added objects in or near their new
+  place, removed ones gone). kept: everything that source and target share is in the image, within NEAR of its position.
+  all: both, and nothing else is there.
   """
-  was = _pair(target.objects, source.objects)
-  found = _pair(target.objects, reading.scene.objects)
+  before_of = _pair(target.objects, source.objects)
+  read_as = _pair(target.objects, reading.scene.objects)
   asked = kept = True
   for i, obj in enumerate(target.objects):
-    old, new = was.get(i), found.get(i)
+    old, new = before_of.get(i), read_as.get(i)
     changed = [k for k in ATTRIBUTES if old is None or getattr(old, k) != getattr(obj, k)]
     unchanged = [k for k in ATTRIBUTES if k not in changed]
     moved = old is None or _distance(old, obj) > 1e-3
@@ -349,8 +349,8 @@ def check_edit(reading: Reading, source: Scene, target: Scene) -> dict[str, bool
     asked &= _alike(new, obj, changed) and (arrived or not moved)
     kept &= _alike(new, obj, unchanged) and (moved or _distance(new, obj) <= NEAR)
 
-  gone = [o for o in source.objects if not any(o is w for w in was.values())]
-  extra = [o for o in reading.scene.objects if not any(o is f for f in found.values())]
+  gone = [o for o in source.objects if not any(o is b for b in before_of.values())]
+  extra = [o for o in reading.scene.objects if not any(o is r for r in read_as.values())]
   asked &= not any(_distance(o, e) <= NEAR for o in gone for e in extra)
   for before, after, now in ((source.background, target.background, reading.background),
                              (source.aspect, target.aspect, reading.scene.aspect)):

@@ -1,4 +1,4 @@
-"""Plain language of scenes: one canonical sentence for a scene or for a partial description of one.
+"""Canonical language of scenes: one sentence for each scene or partial description.
 
     caption   = item {", " item} [", " background]
     item      = objects [relation objects | "between" objects "and" objects]
@@ -6,7 +6,7 @@
     background = "on a cream background" | "on a background fading from cream to mint"
                | "on a cream and mint checkered background"
 
-This is what captions say, what rewriting writes, and what `parse` reads back. How people ask is in prompts.py.
+Captions and rewrites are in this language, and `parse` reads it back. Requests are in prompts.py and casual.py.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ from unifusion_jax.scenes.world import (
 )
 
 COUNTS = {2: 'two', 3: 'three', 4: 'four'}
-# Objects closer than this along an axis (a fraction of the canvas) are neither left of nor right of each other in
-# anything that is said; the judge may be more generous.
+# Objects closer than this along an axis (a fraction of the canvas) are in no relation along it in any text; the judge
+# may be more generous.
 CLEAR = 0.15
-# 'Between' two others is what stands in the middle half of the way from one to the other, at most so far beside it.
+# An object is 'between' two others in the middle half of the line that joins them, at most this far from the line.
 ASIDE = 0.12
 
 
@@ -52,7 +52,7 @@ def _objects_phrase(wanted: Wanted, count: int) -> str:
 
 
 def background_phrase(background: Background) -> str:
-  """'a cream background' and its like, without the 'on'."""
+  """The background as a noun phrase, as in 'a cream background'."""
   if background.kind == 'plain':
     return f'{article(background.colours[0])} background'
   first, second = background.colours
@@ -62,7 +62,7 @@ def background_phrase(background: Background) -> str:
 
 
 def in_canonical_order(constraints: Constraints) -> Constraints:
-  """Row by row where every object has a place and none a relation; otherwise the order given."""
+  """The objects row by row if all have places and none a relation; otherwise in the given order."""
   if constraints.relations or not all(w.place for w in constraints.objects):
     return constraints
   ordered = sorted(constraints.objects, key=lambda w: PLACES.index(w.place))
@@ -70,7 +70,7 @@ def in_canonical_order(constraints: Constraints) -> Constraints:
 
 
 def grouped(constraints: Constraints) -> list[tuple[Wanted, int]]:
-  """Neighbours that are alike, with their number: 'two red circles'. Objects in a relation stay single."""
+  """(object, number) for runs of equal objects, as in 'two red circles'; objects in a relation stay single."""
   related = {k for i, _, *others in constraints.relations for k in (i, *others)}
   groups = []
   for i, wanted in enumerate(constraints.objects):
@@ -82,37 +82,37 @@ def grouped(constraints: Constraints) -> list[tuple[Wanted, int]]:
 
 
 def describe(constraints: Constraints) -> str:
-  """The canonical sentence that says what the constraints say (that the count is exact goes without saying).
+  """The canonical sentence of the constraints; an exact count is implied.
 
   A relation must join neighbours in the order given, each object in at most one: (i, relation, i + 1), or
   (i, 'between', i + 1, i + 2).
   """
-  joints = {}  # what stands before an object
+  joints = {}  # text before an object
   related = set()
   for i, relation, *others in constraints.relations:
     joined = {i, *others}
     if others != list(range(i + 1, i + 2 + (relation == 'between'))) or joined & related:
-      raise UserError(f'The relation {(i, relation, *others)} cannot be said: relations must join neighbours, each '
-                      "object in at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2); "
-                      'reorder the objects.')
+      raise UserError(f'the relation {(i, relation, *others)} has no words: relations must join neighbours, '
+                      "each object in at most one, (i, relation, i + 1) or (i, 'between', i + 1, i + 2): "
+                      'reorder the objects')
     related |= joined
     joints.update(zip(others, (f' {relation} ', ' and ')))
   constraints = in_canonical_order(constraints)
-  said, at = '', 0
+  sentence, at = '', 0
   for wanted, count in grouped(constraints):
-    said += ('' if at == 0 else joints.get(at, ', ')) + _objects_phrase(wanted, count)
+    sentence += ('' if at == 0 else joints.get(at, ', ')) + _objects_phrase(wanted, count)
     at += count
-  return f'{said}, on {background_phrase(constraints.background)}' if constraints.background else said
+  return f'{sentence}, on {background_phrase(constraints.background)}' if constraints.background else sentence
 
 
 def full_description(scene: Scene) -> Constraints:
-  """Every attribute of every object in reading order, and the background."""
+  """Constraints with every attribute of every object, in reading order, and the background."""
   return Constraints(
       tuple(Wanted(o.shape, o.colour, o.size, o.fill, o.place) for o in scene.in_reading_order()), scene.background)
 
 
 def caption(scene: Scene) -> str:
-  """The plain full caption: everything the language can say about the scene, in reading order."""
+  """The full caption of a scene in the canonical language."""
   return describe(full_description(scene))
 
 
@@ -135,17 +135,17 @@ _NUMBER = {word: n for n, word in COUNTS.items()} | {'a': 1, 'an': 1}
 
 def _parse_background(text: str) -> Background | None:
   for kind, pattern in _BACKGROUNDS.items():
-    if found := pattern.fullmatch(text):
-      background = Background(kind, found.groups())
+    if match := pattern.fullmatch(text):
+      background = Background(kind, match.groups())
       return background if f'on {background_phrase(background)}' == text else None
   return None
 
 
 def _parse_objects(text: str) -> list[Wanted] | None:
-  found = _OBJECTS.fullmatch(text)
-  if not found:
+  match = _OBJECTS.fullmatch(text)
+  if not match:
     return None
-  number, size, fill, colour, noun, place = found.groups()
+  number, size, fill, colour, noun, place = match.groups()
   wanted = Wanted(_SINGULAR[noun], colour, size, fill, place)
   count = _NUMBER[number]
   return [wanted] * count if _objects_phrase(wanted, count) == text else None
@@ -168,10 +168,10 @@ def parse(text: str) -> Constraints | None:
         return None
       relations.append((len(objects), relation, *range(len(objects) + 1, len(objects) + len(parts))))
     for part in parts:
-      found = _parse_objects(part)
-      if not found or (related and len(found) > 1):
+      wanted = _parse_objects(part)
+      if not wanted or (related and len(wanted) > 1):
         return None
-      objects += found
+      objects += wanted
   return Constraints(tuple(objects), background, relations=tuple(relations)) if objects else None
 
 
@@ -194,14 +194,14 @@ def constraints_from_json(text: str) -> Constraints:
 
 
 def on_the_way(a: Object, b: Object, c: Object) -> tuple[float, float]:
-  """(way, aside): the place of a on the way from b (0) to c (1), and its distance from the line, in canvases."""
+  """(way, aside): the position of a between b (0) and c (1), and its distance from the line, in canvases."""
   x, y = c.x - b.x, c.y - b.y
   length = max(math.hypot(x, y), 1e-6)
   return (((a.x - b.x) * x + (a.y - b.y) * y) / length ** 2, abs((a.x - b.x) * y - (a.y - b.y) * x) / length)
 
 
 def clearly(relation: str, a: Object, *others: Object) -> bool | None:
-  """Whether a stands in the relation to the other object (to two, for 'between'); None where it is a close call."""
+  """Whether a is in the relation to the other object (to both, for 'between'); None for a close call."""
   if relation == 'between':
     way, aside = on_the_way(a, *others)
     if abs(way - 0.5) <= 0.25 and aside <= ASIDE:
@@ -213,7 +213,7 @@ def clearly(relation: str, a: Object, *others: Object) -> bool | None:
 
 
 def clear_relations(a: Object, b: Object) -> list[str]:
-  """The relations of a to b that nobody would dispute."""
+  """The pairwise relations of a to b that hold clearly."""
   return [relation for relation in PAIRWISE if clearly(relation, a, b)]
 
 
@@ -227,17 +227,17 @@ def constraints_of(scene: Scene, rng: np.random.Generator, *, full: float = 0.4,
                    fills: bool = False, relation_allowed=lambda subject, relation, object: True) -> Constraints:
   """A random partial description of a scene. All objects are named, each at least by shape and colour.
 
-  full: how often everything is said. relation: how often two objects (or three) are related instead of placed.
-  fills: always say the fill. relation_allowed(shape, relation, shape) says which relations may be spoken.
+  full: share of full descriptions. relation: share with two (or three) objects related instead of placed.
+  fills: always name the fill. relation_allowed(shape, relation, shape): whether a relation may be named.
   """
   if rng.random() < full:
     return full_description(scene)
   objects = list(scene.in_reading_order())
   background = scene.background if rng.random() < 0.5 else None
-  # How often size, fill and place are said: in this sentence never, now and then, or always.
+  # Chance that size, fill and place are named, for all objects of this sentence: 0, 0.5 or 1.
   sized, filled, placed = (0.5 * int(k) for k in rng.integers(3, size=3))
 
-  def said(o: Object, placed: float) -> Wanted:
+  def described(o: Object, placed: float) -> Wanted:
     size, fill, place = rng.random(3)
     return Wanted(o.shape, o.colour, o.size if size < sized else None,
                   o.fill if fills or fill < filled else None, o.place if place < placed else None)
@@ -250,11 +250,11 @@ def constraints_of(scene: Scene, rng: np.random.Generator, *, full: float = 0.4,
       chosen = tuple(int(k) for k in rng.permutation(len(objects))[:2])
       a, b = (objects[k] for k in chosen)
       options = [r for r in clear_relations(a, b) if relation_allowed(a.shape, r, b.shape)]
-    related = [said(objects[k], 0) for k in chosen]
+    related = [described(objects[k], 0) for k in chosen]
     if options and all(w != related[0] for w in related[1:]):
-      rest = tuple(said(o, 0) for k, o in enumerate(objects) if k not in chosen)
+      rest = tuple(described(o, 0) for k, o in enumerate(objects) if k not in chosen)
       return Constraints((*related, *rest), background,
                          relations=((0, options[rng.integers(len(options))], *range(1, len(chosen))),))
-  wanted = [said(o, placed) for o in objects]
-  # Likes together, so that they can be counted.
+  wanted = [described(o, placed) for o in objects]
+  # Equal objects side by side, so that they can be counted
   return Constraints(tuple(sorted(wanted, key=wanted.index)), background)

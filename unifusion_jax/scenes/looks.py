@@ -1,9 +1,9 @@
-"""Looks: one scene as different people would draw and photograph it.
+"""Looks: a scene as different people would draw and photograph it.
 
 Strokes, tilts, wobbly contours, inks and papers (`Look`) belong to the drawing, so an edited image keeps them. Light,
-blur, noise and JPEG (`Camera`) belong to the photograph of it: only references get them, never a target.
-Whatever the look, the scene's caption stays true: a colour stays nearest to its name, an outline leaves a hole, and no
-square is tilted into a diamond.
+blur, noise and JPEG (`Camera`) belong to the photograph, so only references have them, never a target. The scene's
+caption is true of every look: a colour is nearest to its own name, an outline leaves a hole, and no square is tilted
+into a diamond.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from unifusion_jax.scenes import render, world
 from unifusion_jax.scenes.composition import pick, stands_out
 from unifusion_jax.scenes.world import Background, Object, Scene
 
-EDGE = 4  # pieces of a straight edge, which a wobble bends
+EDGE = 4  # pieces of a straight edge, so that a wobble can bend it
 FINE = 4  # drawn pixels per pixel, along each side
-# Largest tilt in degrees that leaves the shape what it is; a circle and a ring have none.
+# Largest tilt in degrees that keeps the shape recognisable; a circle and a ring have none.
 TILTS = {'square': 14, 'triangle': 180, 'star': 180, 'heart': 35, 'cross': 14, 'crescent': 180, 'diamond': 14,
          'hexagon': 180, 'circle': 0, 'ring': 0}
 # Largest distance of an inner point from the contour, as a share of the radius: strokes stay below half of it. A circle
-# is deeper, but would be a ring with so wide a stroke.
+# has more, but with so wide a stroke it would look like a ring.
 DEPTHS = {'circle': 0.7, 'square': 0.7, 'triangle': 0.5, 'star': 0.5, 'heart': 0.6, 'cross': 0.4, 'ring': 0.3,
           'crescent': 0.4, 'diamond': 0.7, 'hexagon': 0.86}
-STROKE = 2.7  # widest stroke, of the narrow world's
-SCALE = 0.06  # largest deviation of a radius; sizes are a quarter apart
+STROKE = 2.7  # widest stroke, relative to that of scenes/render.py
+SCALE = 0.06  # largest relative deviation of a radius; sizes are a quarter apart
 CONTRAST = 60.0  # least RGB distance of an ink from the paper and from all blends of its two colours
-# What else goes by a colour's name: colours of paint programs and style sheets, where people agree on them.
+# Further colours of the same names, from paint programs and style sheets where these agree.
 INKS = {
     'red': ((255, 0, 0), (200, 0, 0), (178, 34, 34)), 'orange': ((255, 165, 0), (255, 140, 0)),
     'yellow': ((255, 255, 0), (255, 235, 60)),
@@ -43,43 +43,45 @@ PAPERS = {
     'cream': ((255, 250, 208), (245, 235, 200)), 'mint': ((190, 245, 200),), 'sky': ((135, 206, 235),),
     'sand': ((194, 178, 128),), 'light grey': ((211, 211, 211), (192, 192, 192)),
     'white': ((250, 250, 250), (240, 240, 238), (235, 235, 230))}
-VARIANTS, NEAR, MARGIN = 64, 13.0, 7.0  # of each name; Lab distance from it at most, and from any other at least more
+VARIANTS = 64  # colours of each name
+NEAR, MARGIN = 13.0, 7.0  # largest Lab distance from the own name, and least further distance from any other
 
 
 @dataclasses.dataclass(frozen=True)
 class Hand:
-  """One object's drawing: tilt and direction of its stripes in degrees, widths and sizes relative to the usual ones."""
+  """Drawing of one object: tilt and stripe direction in degrees, sizes relative to those of scenes/render.py."""
   tilt: float = 0.0
   scale: float = 1.0
   stroke: float = 1.0
   stripes: float = 0.0
   period: float = 1.0
-  wobble: float = 0.0  # largest displacement of the contour, of the radius
+  wobble: float = 0.0  # largest displacement of the contour, relative to the radius
   waves: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)  # phases of the displacement
   flipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-  """Effects of photographing a drawing; lengths are in pixels at 64 px."""
-  light: tuple[float, float] = (0.0, 0.0)  # how much brighter the right and the lower edge are than the middle
+  """Effects of a photograph of a drawing; lengths are in pixels at 64 px."""
+  light: tuple[float, float] = (0.0, 0.0)  # relative brightness of the right and the lower edge, beyond the middle's
   blur: float = 0.0
-  noise: float = 0.0  # standard deviation, of 255
+  noise: float = 0.0  # standard deviation, in levels of 0 to 255
   jpeg: int = 0  # quality; 0 for none
   seed: int = 0  # of the noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  paper: tuple[tuple[int, int, int], ...] = ()  # RGB of each background colour; () for the usual ones
-  inks: tuple[tuple[str, tuple[int, int, int]], ...] = ()  # RGB of colours that are not the usual ones
-  hands: tuple[Hand, ...] = ()  # of each object; () for the narrow world's
+  paper: tuple[tuple[int, int, int], ...] = ()  # RGB of each background colour; () for the defaults
+  inks: tuple[tuple[str, tuple[int, int, int]], ...] = ()  # RGB by colour; the others are the defaults
+  hands: tuple[Hand, ...] = ()  # of each object; () for scenes/render.py
   camera: Camera = Camera()
 
   def after(self, source: Scene, target: Scene) -> 'Look':
-    """The look of an edit's target: what is kept is drawn as it was, what is new in the usual way, and no camera.
+    """The look of an edit's target: old objects keep their look, new ones have the default look; no camera.
 
-    `source` is the scene of this look. Objects keep their order; one may be missing or one more may be at the end.
+    source: the scene of this look. Its objects keep their order in `target`, where one may be missing or one more may
+    be at the end.
     """
     hands = list(self.hands)
     if hands and len(target.objects) < len(source.objects):
@@ -116,14 +118,14 @@ def _lab(rgb) -> np.ndarray:
 
 @functools.cache
 def variants(name: str, papers: bool) -> tuple[tuple[int, int, int], ...]:
-  """Colours that go by the name and by no other of the objects' names (or the backgrounds'), always the same ones."""
+  """VARIANTS colours of a name, the same in every call, that no other name of objects (or backgrounds) fits."""
   palette = world.WIDE_BACKGROUND_COLOURS if papers else world.COLOURS
   also = INKS | PAPERS if papers else INKS
   known = {other: np.array([rgb, *also.get(other, ())], float) for other, rgb in palette.items()}
   labs = {other: _lab(rgbs) for other, rgbs in known.items()}
   rng = np.random.default_rng(len(palette) * 100 + list(palette).index(name))
-  found = []
-  while len(found) < VARIANTS:
+  colours = []
+  while len(colours) < VARIANTS:
     rgb = np.clip(known[name][rng.integers(len(known[name]))] + rng.normal(0, 9, 3), 0, 255).astype(int)
     distance = {other: np.linalg.norm(_lab(rgb) - lab, axis=-1).min() for other, lab in labs.items()}
     own = distance.pop(name)
@@ -131,13 +133,13 @@ def variants(name: str, papers: bool) -> tuple[tuple[int, int, int], ...]:
       continue
     if papers and not all(_apart(world.COLOURS[c], (rgb,)) for c in world.COLOURS
                           if stands_out(c, Background('plain', (name,)))):
-      continue  # some object in its usual colour would be lost on it
-    found.append(tuple(int(v) for v in rgb))
-  return tuple(found)
+      continue  # an object of some default colour would not stand out
+    colours.append(tuple(int(v) for v in rgb))
+  return tuple(colours)
 
 
 def _apart(ink, paper) -> bool:
-  """Whether an ink stands out from the paper's one or two colours and their blends."""
+  """Whether an ink is at least CONTRAST from the paper's one or two colours and their blends."""
   first, step = paper[0], [b - a for a, b in zip(paper[0], paper[-1])]
   offset = [a - b for a, b in zip(ink, first)]
   along = sum(a * b for a, b in zip(offset, step)) / max(sum(s * s for s in step), 1)
@@ -162,7 +164,7 @@ def _random_camera(rng: np.random.Generator) -> Camera:
 
 
 def random_look(rng: np.random.Generator, scene: Scene) -> Look:
-  """A look for the scene: hand, colours and camera are each the usual ones now and then."""
+  """A random look for the scene; hands, colours and camera are each at times the defaults."""
   by_hand, coloured, photographed = rng.random(3)
   paper, inks, hands, camera = (), (), (), Camera()
   if by_hand < 0.7:
@@ -175,7 +177,7 @@ def random_look(rng: np.random.Generator, scene: Scene) -> Look:
         inks += ((name, ink),)
     if any(name not in dict(inks) and not _apart(world.COLOURS[name], paper) for name in
            (o.colour for o in scene.objects)):
-      paper = ()  # the blends of this gradient would hide one
+      paper = ()  # an object would not stand out from the blends of this gradient
       inks = tuple((name, rgb) for name, rgb in inks if _apart(rgb, _usual_paper(scene.background)))
   if photographed < 0.6:
     camera = _random_camera(rng)
@@ -189,7 +191,7 @@ def _arc(x: float, y: float, radius: float, start: float, end: float, count: int
 
 @functools.cache
 def _contours(shape: str) -> tuple[np.ndarray, ...]:
-  """Closed contours [p 2] of a shape of radius 1; a second one is a hole. Straight edges have points between."""
+  """Closed contours [p 2] of a shape of radius 1, the second a hole. Straight edges are in EDGE pieces."""
   if shape in ('circle', 'ring'):
     outer = _arc(0, 0, 1, 0, 360, 40)
     return (outer, _arc(0, 0, render.RING_HOLE, 0, 360, 20)) if shape == 'ring' else (outer,)
@@ -218,9 +220,9 @@ def _turned(points: np.ndarray, hand: Hand) -> np.ndarray:
   return points * (-1, 1) if hand.flipped else points
 
 
-@functools.lru_cache(maxsize=16)  # an edit's target has most of its reference's objects
+@functools.lru_cache(maxsize=16)  # an edit's target repeats most objects of its reference
 def _coverage(obj: Object, hand: Hand, radius: float, side: float, x: float, y: float) -> np.ndarray:
-  """The object's share of every pixel, f32 [n n], with its centre (x, y) pixels right of and below n / 2."""
+  """The object's coverage of each pixel, f32 [n n]; its centre is (x, y) pixels right of and below n / 2."""
   half = math.ceil(radius * (1 + hand.wobble)) + 2
   n = 2 * half * FINE
   radius *= hand.scale
@@ -240,7 +242,7 @@ def _coverage(obj: Object, hand: Hand, radius: float, side: float, x: float, y: 
     reach = max(1, round(width * FINE))
     for points in contours:
       pen.line(points + points[:1], fill=255, width=2 * reach)
-    # Lines leave a notch where a contour turns outward.
+    # Pillow's lines leave a notch where a contour turns outward.
     for x, y in contours[0][::EDGE] if obj.shape in ('star', 'cross') else contours[0][:1]:
       pen.ellipse([x - reach, y - reach, x + reach, y + reach], fill=255)
     if not outlined:
@@ -257,7 +259,7 @@ def _coverage(obj: Object, hand: Hand, radius: float, side: float, x: float, y: 
 
 
 def _photographed(image: np.ndarray, camera: Camera, side: float) -> np.ndarray:
-  """The drawing, f32 [y x 3] in 0..255, as the camera sees it."""
+  """The photograph uint8 [y x 3] of a drawing f32 [y x 3] in 0..255."""
   if any(camera.light):
     rows, columns = (np.linspace(-1, 1, n, dtype=np.float32) for n in image.shape[:2])
     image = image * (1 + camera.light[1] * rows[:, None] + camera.light[0] * columns)[..., None]
@@ -278,7 +280,7 @@ def _photographed(image: np.ndarray, camera: Camera, side: float) -> np.ndarray:
 
 
 def draw(scene: Scene, look: Look, size: int = 64) -> np.ndarray:
-  """The scene in that look, uint8 [y x 3], as large as `render.render` makes it."""
+  """The scene in a look, uint8 [y x 3] of the size of `render.render`."""
   width, height = world.canvas(scene.aspect, size)
   side = (width * height) ** 0.5
   image = render.background(scene.background.kind, look.paper or _usual_paper(scene.background), width, height)

@@ -1,7 +1,7 @@
-"""Examples of one image from two or three: for evaluation and for the VLM's own training, never for the DiT's.
+"""Examples with two or three references: for evaluation and for the VLM's training, never for the DiT's.
 
-All references and the target share one shape of canvas. An object taken from an image keeps its place unless the
-instruction names another.
+References and target share one canvas shape. An object taken from a reference keeps its position unless the instruction
+names a place.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Multi:
 
 
 def _by_content(rng: np.random.Generator, scenes, k: int) -> str | None:
-  """'the picture with the star', 'the picture with three shapes': what no other image has; None for none."""
+  """A name by content that fits no other image, as in 'the picture with the star'; None if there is none."""
   others = [o for m, s in enumerate(scenes) if m != k for o in s.objects]
   obj = pick(rng, scenes[k].objects)
   draw, count = rng.random(), len(scenes[k].objects)
@@ -78,7 +78,7 @@ def _by_content(rng: np.random.Generator, scenes, k: int) -> str | None:
 
 
 def _image(rng: np.random.Generator, scenes, k: int, wide: bool) -> str:
-  """A name for an image: its number or, where that tells it apart, its background; `wide`: or what is in it."""
+  """A name for an image: its number, or its background if that is unique; wide: or its content."""
   if wide and rng.random() < 0.35 and (named := _by_content(rng, scenes, k)):
     return named
   background = scenes[k].background
@@ -93,7 +93,7 @@ def _image(rng: np.random.Generator, scenes, k: int, wide: bool) -> str:
 
 
 def _object(rng: np.random.Generator, scenes, k: int, i: int, split: str, alone: bool, wide: bool) -> str | None:
-  """A name for object i of image k; alone: perhaps without the image, where no other one has anything like it."""
+  """A name for object i of image k; alone: perhaps without the image, if no other has a matching object."""
   pointer = random_pointer(rng, scenes[k], i, split, relations=rng.random() < 0.3)
   if not pointer:
     return None
@@ -123,14 +123,14 @@ def _added(scene: Scene, *new: Object) -> Scene | None:
 
 
 def _propose(rng: np.random.Generator, kind: str, scenes: list[Scene], order: list[int], split: str, wide: bool):
-  """(target, slots) or None; the scenes play the roles of the kind in the given order."""
+  """(target, slots), or None if the scenes do not allow the kind; `order` gives each scene its role."""
   p, q = order[:2]
   first, second = scenes[p], scenes[q]
   i = int(rng.integers(len(first.objects)))
   obj = first.objects[i]
   slots = {'p': _image(rng, scenes, p, wide), 'q': _image(rng, scenes, q, wide),
            'base': _image(rng, scenes, order[-1], wide), 'r': _image(rng, scenes, order[-1], wide),
-           # 'The star and the ring of image 2' would put both into image 2.
+           # In 'the star and the ring of image 2' both would seem to be of image 2
            'a': _object(rng, scenes, p, i, split, alone=kind not in ('collage', 'insert two'), wide=wide)}
   if kind == 'insert':
     target = _added(second, obj)
@@ -169,25 +169,25 @@ def _propose(rng: np.random.Generator, kind: str, scenes: list[Scene], order: li
 
 def random_multi(rng: np.random.Generator, count: int = 2, split: str = 'train', aspect: str = 'square',
                  kind: str | None = None, wide: bool = False) -> Multi:
-  """An example with `count` references, of the given kind or of any that takes so many."""
+  """An example with `count` references, of the given kind or of any kind with so many."""
   kind = kind or pick(rng, (WIDE_KINDS if wide else MULTI_KINDS)[count])
   allowed = splits.allowed(split)
   while True:
-    given = [random_scene(rng, int(rng.integers(1, 4)), aspect, allowed, wide) for _ in range(count)]
+    references = [random_scene(rng, int(rng.integers(1, 4)), aspect, allowed, wide) for _ in range(count)]
     order = [int(k) for k in rng.permutation(count)]
     if kind in ('colours', 'restyle'):
-      given[order[1]] = _one_colour(rng, given[order[1]])
-    if kind == 'restyle' and len(given[order[0]].objects) > 1:
-      given[order[0]] = dataclasses.replace(given[order[0]], objects=given[order[0]].objects[:1])
-    proposal = _propose(rng, kind, given, order, split, wide)
+      references[order[1]] = _one_colour(rng, references[order[1]])
+    if kind == 'restyle' and len(references[order[0]].objects) > 1:
+      references[order[0]] = dataclasses.replace(references[order[0]], objects=references[order[0]].objects[:1])
+    proposal = _propose(rng, kind, references, order, split, wide)
     if not proposal:
       continue
     target, slots = proposal
     instruction = pick(rng, _INSTRUCTIONS.get(kind, ()) + _MORE_INSTRUCTIONS[kind] if wide else _INSTRUCTIONS[kind])
     if any(slots[name] is None for name in ('a', 'b') if f'{{{name}}}' in instruction):
       continue
-    if ((target in given) != (kind == 'choose') or not fits(target.objects, aspect) or
-        not all(visible(scene) and all(map(allowed, scene.objects)) for scene in (*given, target))):
+    if ((target in references) != (kind == 'choose') or not fits(target.objects, aspect) or
+        not all(visible(scene) and all(map(allowed, scene.objects)) for scene in (*references, target))):
       continue
     text = instruction.format(**slots)
-    return Multi(tuple(given), casual.slips(rng, text) if wide else text, target, kind)
+    return Multi(tuple(references), casual.slips(rng, text) if wide else text, target, kind)

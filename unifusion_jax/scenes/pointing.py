@@ -1,4 +1,4 @@
-"""Pointers at one object of an image that nobody can take for another: by attribute, place or relation."""
+"""Pointers: unambiguous references to one object of an image, by attribute, place or relation."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from unifusion_jax.scenes.language import clearly, clearly_between
 from unifusion_jax.scenes.world import Object, Scene
 
 EXTREMES = {'leftmost': ('x', 1), 'rightmost': ('x', -1), 'topmost': ('y', 1), 'bottommost': ('y', -1)}
-NEAR = 0.08  # extremes must lead by this much of the canvas
+NEAR = 0.08  # fraction of the canvas by which an extreme must lead
 
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-  """Attributes of the object meant; None for those that are not named."""
+  """Attributes of the object; None for those that are not named."""
   shape: str | None = None
   colour: str | None = None
   size: str | None = None
@@ -29,55 +29,55 @@ class Pointer:
 
 
 def matches(pointer: Pointer, obj: Object) -> bool:
-  """Whether the object has the attributes and the place that are said."""
+  """Whether the object has the named attributes and place."""
   return all(getattr(pointer, a) in (None, getattr(obj, a)) for a in ('shape', 'colour', 'size', 'fill', 'place'))
 
 
 def resolve(pointer: Pointer, scene: Scene) -> tuple[int, ...]:
-  """The indices of all objects that may be meant: one of them if the pointer is unambiguous, none if it is unclear.
+  """Indices of the objects that the pointer may mean: one if it is unambiguous, none if it is unclear.
 
-  A relation or an extreme holds clearly or not at all: a close call makes the whole pointer unclear.
+  A close call of a relation or an extreme makes the whole pointer unclear.
   """
-  found = [i for i, obj in enumerate(scene.objects) if matches(pointer, obj)]
-  if pointer.extreme and len(found) > 1:
+  indices = [i for i, obj in enumerate(scene.objects) if matches(pointer, obj)]
+  if pointer.extreme and len(indices) > 1:
     axis, sign = EXTREMES[pointer.extreme]
-    found.sort(key=lambda i: sign * getattr(scene.objects[i], axis))
-    first, second = (sign * getattr(scene.objects[i], axis) for i in found[:2])
+    indices.sort(key=lambda i: sign * getattr(scene.objects[i], axis))
+    first, second = (sign * getattr(scene.objects[i], axis) for i in indices[:2])
     if second - first < NEAR:
       return ()
-    found = found[:1]
+    indices = indices[:1]
   if pointer.relation:
     anchors = [resolve(anchor, scene) for anchor in (pointer.anchor, pointer.second) if anchor]
     if any(len(meant) != 1 for meant in anchors) or len(set(anchors)) < len(anchors):
       return ()
     others = [scene.objects[i] for i, in anchors]
-    holds = {i: clearly(pointer.relation, scene.objects[i], *others) for i in found if (i,) not in anchors}
+    holds = {i: clearly(pointer.relation, scene.objects[i], *others) for i in indices if (i,) not in anchors}
     if None in holds.values():
       return ()
-    found = [i for i, truth in holds.items() if truth]
-  return tuple(found)
+    indices = [i for i, truth in holds.items() if truth]
+  return tuple(indices)
 
 
 def _random_attributes(rng: np.random.Generator, scene: Scene, i: int, more: bool) -> Pointer:
   """Attributes in random order until they single the object out, and sometimes one more; the shape is likely first."""
   names = [('colour', 'size', 'fill')[k] for k in rng.permutation(3)]
   names.insert(0 if rng.random() < 0.7 else 1, 'shape')
-  said = {}
+  attributes = {}
   for name in names + ['place']:
-    if len(resolve(Pointer(**said), scene)) == 1 and said:
+    if len(resolve(Pointer(**attributes), scene)) == 1 and attributes:
       if not more:
         break
       more = False
-    if name != 'place' or len(resolve(Pointer(**said), scene)) > 1:
-      said[name] = getattr(scene.objects[i], name)
-  return Pointer(**said)
+    if name != 'place' or len(resolve(Pointer(**attributes), scene)) > 1:
+      attributes[name] = getattr(scene.objects[i], name)
+  return Pointer(**attributes)
 
 
 def random_pointer(rng: np.random.Generator, scene: Scene, i: int, split: str = 'train',
                    relations: bool = True, positions: bool = True) -> Pointer | None:
-  """A random unambiguous pointer at object i; None if the scene is too crowded with its likes.
+  """A random unambiguous pointer at object i; None if the scene has too many like objects.
 
-  relations: whether other objects may help. positions: whether its own place may, or its being the leftmost.
+  relations: whether it may name other objects. positions: whether it may name the place or an extreme.
   """
   obj = scene.objects[i]
   may_relate = splits.relation_allowed(split)
@@ -90,8 +90,8 @@ def random_pointer(rng: np.random.Generator, scene: Scene, i: int, split: str = 
     elif draw < 0.75 and positions:
       pointer = Pointer(shape=obj.shape if rng.random() < 0.2 else None, place=obj.place)
     elif draw < 0.87 and positions:
-      said = {name: getattr(obj, name) for name in ('shape', 'colour') if rng.random() < 0.5}
-      pointer = Pointer(**said, extreme=pick(rng, tuple(EXTREMES)))
+      attributes = {name: getattr(obj, name) for name in ('shape', 'colour') if rng.random() < 0.5}
+      pointer = Pointer(**attributes, extreme=pick(rng, tuple(EXTREMES)))
       if len(scene.objects) < 2 or len(resolve(dataclasses.replace(pointer, extreme=None), scene)) < 2:
         continue  # 'the leftmost star' of a single star is odd
     elif relations and len(scene.objects) > 1:

@@ -1,8 +1,8 @@
-"""Requests for an image: prompts that carry exactly what the constraints say, in four styles.
+"""Prompts for an image, with exactly the content of their constraints, in four styles.
 
-'plain' is the canonical sentence; 'paraphrase' asks in many other ways; 'heldout' asks in ways that 'paraphrase'
-never takes, with the same words (for tests only); 'knowledge' names facts in place of colours, shapes and numbers.
-The canonical sentence `language.describe(constraints)` is the one right rewrite of them all.
+'plain' is the canonical sentence; 'paraphrase' has many other templates; 'heldout' has templates of its own with the
+same words, for tests only; 'knowledge' names facts in place of colours, shapes and numbers. The canonical sentence
+`language.describe(constraints)` is the right rewrite of each.
 """
 
 import functools
@@ -19,7 +19,7 @@ from unifusion_jax.scenes.world import Background
 
 STYLES = ('plain', 'paraphrase', 'knowledge', 'heldout')
 
-# A part in brackets is left out when its slot is empty; '@' becomes the article or the number.
+# A part in brackets is dropped if its slot is empty; '@' becomes the article or the number.
 THINGS = {
     'paraphrase': (
         '@ [{size} ][{fill} ][{colour} ]{noun}[ {place}]',
@@ -87,7 +87,7 @@ _SLOT, _OPTIONAL = re.compile(r'{(\w+)}'), re.compile(r'\[([^\[\]]*)\]')
 
 @functools.lru_cache(maxsize=None)
 def _needs(template: str) -> frozenset[str]:
-  """The slots outside brackets."""
+  """The slots outside brackets, which must not be empty."""
   return frozenset(_SLOT.findall(_OPTIONAL.sub('', template)))
 
 
@@ -98,7 +98,7 @@ def fill_in(template: str, slots: dict[str, str]) -> str:
 
 
 def _slots(rng: np.random.Generator, wanted: Wanted, count: int, facts: str) -> dict[str, str]:
-  """Words for the given attributes; '' for what is not given (or must not be told, as the colour beside its fact)."""
+  """Words by slot; '' for attributes that are not given, and for facts that `facts` does not ask for."""
   noun = pick(rng, words.SHAPES[wanted.shape]) if wanted.shape else 'shape'
   slots = {
       'size': pick(rng, words.SIZES[wanted.size]) if wanted.size else '',
@@ -120,11 +120,11 @@ def thing(rng: np.random.Generator, wanted: Wanted, count: int = 1, kind: str = 
           commas: bool = True, number: str | None = None) -> str:
   """A noun phrase for `count` such objects; `kind` is a key of THINGS.
 
-  first: a leading place is out of the question. commas: whether they are fine. number: words to count with.
+  first: no leading place. commas: whether commas are allowed. number: the word to count with.
   """
   slots = _slots(rng, wanted, count, kind)
   given = {k for k, v in slots.items() if v}
-  # Every template has a slot for the size, but some need a place, a size or a fill, and some cannot tell a fill.
+  # Every template has a slot for the size, but some need a place, a size or a fill, and some have no slot for a fill.
   options = [t for t in THINGS[kind] if _needs(t) <= given and ('fill' not in given or 'fill' in t)
              and not (first and t.startswith('{place}'))]
   while ',' in (text := fill_in(pick(rng, options or THINGS['paraphrase'][:1]), slots)) and not commas:
@@ -142,9 +142,9 @@ def ground(rng: np.random.Generator, background: Background) -> str:
 
 
 def _listed(rng: np.random.Generator, things: list[str], related: bool, loose: bool) -> str:
-  """related: the first stands in a relation, to those named with it only. loose: some have a place and others none.
+  """The things as one list, without a word that two of them would seem to share.
 
-  In both cases nothing may look shared.
+  related: the first thing holds a relation, which the others have no part in. loose: some have a place, others none.
   """
   if related or any(',' in t for t in things):
     return pick(rng, ('; ', '; also ' if related else '; and ')).join(things)
@@ -164,12 +164,12 @@ def _kind(rng: np.random.Generator, wanted: Wanted, style: str, must: bool) -> s
 
 
 def prompt(constraints: Constraints, rng: np.random.Generator, style: str = 'paraphrase') -> str:
-  """A request that carries the constraints and nothing else.
+  """A prompt with the constraints and nothing else.
 
-  The order of the objects is kept unless their places, all given and all different, settle it anyway.
+  The order of the objects is kept, unless their places are all given and all different and so determine it.
   """
   if style not in STYLES:
-    raise UserError(f'There is no prompt style {style!r}; choose one of {", ".join(STYLES)}.')
+    raise UserError(f'there is no prompt style {style!r}: choose one of {", ".join(STYLES)}')
   if style == 'plain':
     return describe(constraints)
   constraints = in_canonical_order(constraints)
@@ -179,11 +179,11 @@ def prompt(constraints: Constraints, rng: np.random.Generator, style: str = 'par
   if settled and rng.random() < 0.5:
     groups = [groups[k] for k in rng.permutation(len(groups))]
   frame = pick(rng, FRAMES['heldout' if style == 'heldout' else 'paraphrase'])
-  joints = {}  # what stands before an object: words of its relation to those before it
+  joints = {}  # text before an object: its relation to those before it
   for _, relation, *others in constraints.relations:
     joints.update(zip(others, (f' {pick(rng, words.RELATIONS[relation])} ', ' and ')))
   first_related = {i for i, *_ in constraints.relations}
-  factual = rng.integers(len(groups))  # the group that surely names a fact
+  factual = rng.integers(len(groups))  # the group that must name a fact
   things, at = [], 0
   for k, (wanted, count) in enumerate(groups):
     related = at in joints or at in first_related
@@ -201,7 +201,7 @@ def prompt(constraints: Constraints, rng: np.random.Generator, style: str = 'par
   text = _listed(rng, things, bool(joints), loose=any(places) and not all(places))
   if constraints.background:
     option = pick(rng, GROUNDS['heldout' if style == 'heldout' else 'paraphrase'])
-    # 'On a mint background: ...' starts a sentence of its own.
+    # 'On a mint background: ...' is a sentence of its own.
     if not option.startswith('{things}'):
       frame = '{things}'
     text = option.format(things=text, ground=ground(rng, constraints.background))

@@ -1,4 +1,4 @@
-"""Questions about an image with short, certain answers: to train the VLM, and to let it judge images (VQAScore)."""
+"""Questions about an image with short, certain answers, to train the VLM for chat and for VQAScore."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from unifusion_jax.scenes.language import (
 from unifusion_jax.scenes.pointing import phrase, random_pointer
 from unifusion_jax.scenes.world import BACKGROUND_KINDS, COLOURS, FILLS, Object, PLACES, Scene, SHAPES, SIZES
 
-# How often each kind is asked: in tests, and in training. Training also has kinds that no test has, answered at length:
-# which object is meant, what has one attribute, what stands where, what is wrong in a description; and single
-# attributes with yes or no ('has'). A yes alone teaches too little to find what longer questions are about.
+# (share in tests, share in training) of each kind. Training has five kinds of its own: four with longer answers
+# ('which' object is meant, 'what' has an attribute, what is 'beside' an object, what is 'wrong' in a description), and
+# 'has', a single attribute with yes or no. A yes alone teaches too little about finding the objects of questions.
 _SHARES = {
     'which': (0.0, 0.20), 'what': (0.0, 0.11), 'wrong': (0.0, 0.15), 'beside': (0.0, 0.09), 'has': (0.0, 0.03),
     'shows': (0.25, 0.14), 'exists': (0.13, 0.05), 'relation': (0.09, 0.10), 'compare': (0.06, 0.06),
@@ -47,7 +47,7 @@ def _satisfied(wanted: Wanted, obj: Object) -> bool:
 
 
 def holds(constraints: Constraints, scene: Scene) -> bool:
-  """Whether the scene has exactly the wanted objects, the background, and every relation clearly."""
+  """Whether the scene has exactly the wanted objects and the background, and every relation holds clearly."""
   if len(constraints.objects) != len(scene.objects) or constraints.background not in (None, scene.background):
     return False
 
@@ -62,12 +62,12 @@ def holds(constraints: Constraints, scene: Scene) -> bool:
 
 
 def _ok(wanted: Wanted, split: str) -> bool:
-  """Whether the wanted object may be spoken of."""
+  """Whether texts of the split may name the object."""
   return None in (wanted.shape, wanted.colour, wanted.fill) or splits.allowed(split)(wanted)
 
 
 def _spoilt(rng: np.random.Generator, wanted: Wanted, split: str) -> Wanted | None:
-  """The same with one of its attributes changed."""
+  """The object with one attribute changed; None if the split does not allow it."""
   name = pick(rng, [a for a in VALUES if getattr(wanted, a)])
   value = pick(rng, [v for v in VALUES[name] if v != getattr(wanted, name)])
   spoilt = dataclasses.replace(wanted, **{name: value})
@@ -75,7 +75,7 @@ def _spoilt(rng: np.random.Generator, wanted: Wanted, split: str) -> Wanted | No
 
 
 def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
-  """A whole description, true or with one thing wrong, and the words that should stand there ('' if it is true)."""
+  """(description, correction): a description that is true, or wrong in one thing; '' corrects a true one."""
   may_relate = splits.relation_allowed(split)
   constraints = constraints_of(scene, rng, relation_allowed=may_relate)
   if rng.random() < 0.5:
@@ -90,7 +90,7 @@ def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
     (i, old, j, *more), = constraints.relations
     related = tuple(objects[k] for k in (i, j, *more))
     right = describe(Constraints(related, relations=((0, old, *range(1, len(related))),)))
-    if more:  # another of the three is said to be in the middle
+    if more:  # another of the three is claimed to be in the middle
       wrong = dataclasses.replace(constraints, objects=(objects[1], objects[0], *objects[2:]))
       return None if holds(wrong, scene) else (wrong, right)
     new = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}[old]
@@ -98,7 +98,7 @@ def _claim(rng, scene, split) -> tuple[Constraints, str] | None:
       return None
     wrong = dataclasses.replace(constraints, relations=((i, new, j),))
   elif len(objects) > 1 and not constraints.relations and draw < 0.4:
-    # The colours (or shapes) of two objects exchanged: the binding is wrong, the words are the same.
+    # Colours (or shapes) of two objects exchanged: the binding is wrong, the words are the same.
     i, j = (int(k) for k in rng.permutation(len(objects))[:2])
     name = pick(rng, ('colour', 'shape'))
     a, b = (dataclasses.replace(objects[k], **{name: getattr(objects[m], name)}) for k, m in ((i, j), (j, i)))
@@ -128,7 +128,7 @@ def _shows(rng, scene, split):
 
 
 def _wrong(rng, scene, split):
-  """The words that a description should have had instead, if any."""
+  """The correction of a description; 'nothing' if it is true."""
   claim = _claim(rng, scene, split)
   templates = ('what is wrong here: {}?', 'the picture shows {}: what is wrong?',
                'what should be different in this: {}?')
@@ -142,7 +142,7 @@ def _fully(objects) -> str:
 
 
 def _which(rng, scene, split):
-  """The object that is pointed at, described."""
+  """A description of the object pointed at."""
   i = int(rng.integers(len(scene.objects)))
   pointer = random_pointer(rng, scene, i, split)
   templates = ('which is {}?', 'describe {}', 'what does {} look like?')
@@ -150,7 +150,7 @@ def _which(rng, scene, split):
 
 
 def _beside(rng, scene, split):
-  """Everything on one side of an object, described."""
+  """A description of everything on one side of an object."""
   j = int(rng.integers(len(scene.objects)))
   others = [o for k, o in enumerate(scene.objects) if k != j]
   relation = pick(rng, PAIRWISE)
@@ -166,7 +166,7 @@ def _beside(rng, scene, split):
 
 
 def _one_attribute(rng, scene, truth):
-  """An attribute (or place) and a value of it that some object has, or none: (name, value), or None."""
+  """(name, value) of an attribute or place that some object has (truth) or none has; None if there is no such value."""
   name = pick(rng, list(VALUES))
   here = {getattr(o, name) for o in scene.objects}
   values = [v for v in VALUES[name] if (v in here) == truth]
@@ -174,7 +174,7 @@ def _one_attribute(rng, scene, truth):
 
 
 def _what(rng, scene, split):
-  """Everything that has one attribute, described."""
+  """A description of everything with one attribute."""
   attribute = _one_attribute(rng, scene, truth=rng.random() < 0.85)
   if not attribute:
     return None
@@ -190,7 +190,7 @@ def _what(rng, scene, split):
 
 
 def _has(rng, scene, split):
-  """One attribute, seen somewhere or nowhere."""
+  """Whether any object has one attribute."""
   truth = rng.random() < 0.5
   attribute = _one_attribute(rng, scene, truth)
   if not attribute:
@@ -206,7 +206,7 @@ def _has(rng, scene, split):
 
 
 def _exists(rng, scene, split):
-  """One object, there or not; the false ones differ from a true one in one attribute."""
+  """Whether an object is there; a missing one differs from one of the scene in one attribute."""
   obj = pick(rng, scene.objects)
   values = {a: getattr(obj, a) for a in VALUES if rng.random() < (0.8 if a in ('shape', 'colour') else 0.25)}
   if not values:
@@ -230,7 +230,7 @@ def _relation(rng, scene, split):
     return _between(rng, scene, split, pick(rng, middles))
   i, j = (int(k) for k in rng.permutation(len(scene.objects))[:2])
   a, b = scene.objects[i], scene.objects[j]
-  # What is neither clearly so nor clearly the opposite is not asked.
+  # Only about relations that hold clearly, or whose opposite does
   truth = rng.random() < 0.5
   options = [r for r in (clear_relations(a, b) if truth else clear_relations(b, a))
              if splits.relation_allowed(split)(a.shape, r, b.shape)]
@@ -242,7 +242,7 @@ def _relation(rng, scene, split):
 
 
 def _between(rng, scene, split, chosen):
-  """Whether one of three stands between the two others: the first of those chosen does."""
+  """Whether one of three objects is between the others; of those chosen the first is."""
   truth = rng.random() < 0.5
   middle, *ends = chosen if truth else (chosen[1], chosen[0], chosen[2])
   ends = [int(k) for k in rng.permutation(ends)]
@@ -254,7 +254,7 @@ def _between(rng, scene, split, chosen):
 
 
 def _kinds_of_things(rng, scene) -> tuple[str, int]:
-  """A plural such as 'red shapes', 'circles', 'striped shapes', likely to be in the scene, and how many there are."""
+  """(plural, number): a class such as 'red shapes' or 'circles', likely to be in the scene, and its size."""
   name = pick(rng, ('shape', 'colour', 'fill', 'size'))
   value = pick(rng, [getattr(o, name) for o in scene.objects] + [pick(rng, VALUES[name])])
   count = sum(getattr(o, name) == value for o in scene.objects)
@@ -284,13 +284,13 @@ def _count(rng, scene, split):
 
 
 def _attribute(rng, scene, split, name, templates):
-  """The attribute of an object that is pointed at without it."""
+  """An attribute of an object whose pointer does not name it."""
   i = int(rng.integers(len(scene.objects)))
   for _ in range(5):
     pointer = random_pointer(rng, scene, i, split)
     if pointer and not getattr(pointer, name):
       named = phrase(rng, pointer)
-      # 'What shape is the shape ...' would be odd.
+      # Not 'what shape is the shape ...'
       return (pick(rng, templates).format(named.replace('shape', 'object') if name == 'shape' else named),
               getattr(scene.objects[i], name))
   return None
@@ -335,7 +335,7 @@ _ASK = {'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has
 
 
 def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = None, split: str = 'train') -> Question:
-  """A question about the scene with its answer. kind: asked for if the scene allows it (None: any)."""
+  """A question about the scene with its answer. kind: taken if the scene allows it (None: any kind)."""
   weights = TRAIN_WEIGHTS if split == 'train' else QUESTION_WEIGHTS
   for _ in range(12):
     chosen = kind or weighted(rng, QUESTION_KINDS, weights)

@@ -1,6 +1,6 @@
-"""Images of scenes: Pillow draws each shape finely, and its mean over a pixel is the pixel's coverage.
+"""Renderer of scenes: Pillow draws each shape FINE times as fine, and the mean over a pixel is its coverage.
 
-Every shape is left-right symmetric, so the mirrored image is the image of the mirrored scene.
+Every shape is left-right symmetric, so the mirror image of a scene is the image of the mirrored scene.
 """
 
 import functools
@@ -16,13 +16,13 @@ from unifusion_jax.scenes.world import Background, Object, Scene
 
 FINE = 8  # drawn pixels per pixel, along each side
 PHASES = 4  # sub-pixel positions per pixel, along each side
-# Of the square root of the canvas area: contour widths and the period of the stripes (1.7, 1.2 and 4.6 px at 64 px).
+# Widths of outline and rim and period of stripes, relative to the square root of the canvas area.
 OUTLINE, RIM, PERIOD = 1.7 / 64, 1.2 / 64, 4.6 / 64
-RING_HOLE = 0.4  # inner radius of a ring, of its outer one
+RING_HOLE = 0.4  # inner radius of a ring, relative to the outer one
 
 
 def _polygon(radii, start: float) -> list[tuple[float, float]]:
-  """Corners at even angles from `start` (degrees, 0 is right, -90 is up) with the given radii in turn."""
+  """Corners at even angles from `start` (degrees; 0 is right, -90 is up), with the radii in turn."""
   angles = np.radians(start + 360 / len(radii) * np.arange(len(radii)))
   return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
 
@@ -46,7 +46,7 @@ POLYGONS = {
 
 
 def _silhouette(shape: str, radius: float) -> np.ndarray:
-  """The filled shape in the unit of `radius`, centred, bool [n n] with n even and a margin of one."""
+  """The filled shape, centred, bool [n n] with n even and a margin of one drawn pixel."""
   half = math.ceil(radius) + 1
   image = Image.new('1', (2 * half, 2 * half))
   draw = ImageDraw.Draw(image)
@@ -68,7 +68,7 @@ def _silhouette(shape: str, radius: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=512)
 def _fine(shape: str, fill: str, radius: float, side: float) -> np.ndarray:
-  """The places that the object's colour covers, FINE times as fine as the image: bool [n n]. Lengths are in pixels."""
+  """The mask of the object's colour, bool [n n], FINE times as fine as the image; radius and side are in pixels."""
   inside = _silhouette(shape, radius * FINE)
   if fill == 'solid':
     return inside
@@ -83,7 +83,7 @@ def _fine(shape: str, fill: str, radius: float, side: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8192)
 def coverage(shape: str, fill: str, radius: float, side: float, phase_x: int, phase_y: int) -> np.ndarray:
-  """The object's share of every pixel, f32 [n n] in [0, 1]; its centre lies phase / PHASES right of and below n / 2.
+  """The object's coverage of each pixel, f32 [n n] in [0, 1]; its centre is phase / PHASES right of and below n / 2.
 
   `radius` is the object's and `side` the square root of the canvas area, both in pixels.
   """
@@ -107,7 +107,7 @@ def placed(obj: Object, width: int, height: int) -> tuple[np.ndarray, int, int]:
 
 
 def paint(image: np.ndarray, share: np.ndarray, left: int, top: int, ink: np.ndarray) -> None:
-  """Ink f32 [3] laid on the image f32 [y x 3], in place, as `share` f32 [n n] of its pixels from (left, top) on."""
+  """Blends ink f32 [3] into the image f32 [y x 3] in place; `share` f32 [n n] is its weight from (left, top) on."""
   y0, x0 = max(top, 0), max(left, 0)
   part = image[y0:top + len(share), x0:left + len(share)]
   share = share[y0 - top:y0 - top + part.shape[0], x0 - left:x0 - left + part.shape[1], None]
@@ -115,7 +115,7 @@ def paint(image: np.ndarray, share: np.ndarray, left: int, top: int, ink: np.nda
 
 
 def background(kind: str, colours, width: int, height: int) -> np.ndarray:
-  """The canvas without objects, f32 [y x 3] in 0..255. Colours are RGB triples."""
+  """The background alone, f32 [y x 3] in 0..255; colours are RGB triples."""
   image = np.empty((height, width, 3), np.float32)
   if kind == 'plain':
     image[:] = colours[0]
@@ -142,7 +142,7 @@ _INKS = {name: np.array(rgb, np.float32) for name, rgb in world.COLOURS.items()}
 def render(scene: Scene, size: int = 64) -> np.ndarray:
   """The scene as an image, uint8 [y x 3], of about size^2 pixels (see world.canvas); size is a multiple of 16."""
   if size % 16:
-    raise UserError(f'An image of size {size} has no whole checkerboard squares; choose a multiple of 16.')
+    raise UserError(f'an image of size {size} has no whole checkerboard squares: choose a multiple of 16')
   width, height = world.canvas(scene.aspect, size)
   image = _ground(scene.background, width, height).copy()
   for obj in scene.objects:

@@ -1,10 +1,10 @@
-"""The embedded models anew within a budget of wall-clock time: autoencoder, vision tower, VLM, text to image, edits.
+"""Training of all embedded models within a wall-clock budget: autoencoder, vision tower, VLM, text to image, edits.
 
   python -m unifusion_jax.scenes.retrain --minutes=9                 # a GPU; launch/embedded.sh makes the environment
-  python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR    # the same command again goes on where it stood
+  python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR    # run again, it resumes
 
-They learn the wider world (`data.path=scenes/wide`). Each stage gets a share of the budget, trains by the clock, so
-that its learning rate falls towards its end, and exports to FOLDER/STAGE/export, which later stages start from or read.
+All stages train on the wider world (`data.path=scenes/wide`). Each gets a share of the budget, decays its learning rate
+by the clock, and exports to FOLDER/STAGE/export, which later stages start from or read.
 """
 
 import dataclasses
@@ -23,13 +23,12 @@ from unifusion_jax.commands import export, train
 
 SHARES = {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16}
 RESERVE = 0.12  # share of the budget for starts, checkpoints and exports
-PROMPT, REWRITE = 150, 52  # one budget of tokens for all tasks: few shapes, so little to compile
+PROMPT, REWRITE = 150, 52  # one token budget for all tasks: few shapes, so little to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """Settings of a machine: batch sizes, noises per example, loader processes, tiles of the VLM, dtype of the DiT, and
-  the factor of all learning rates."""
+  """Settings that depend on the machine; `tiles` are the VLM's, `dtype` the DiT's, `rate` scales all learning rates."""
   vae_batch: int
   vlm_batch: int
   dit_batch: int
@@ -41,7 +40,7 @@ class Scale:
 
 
 def scale_of(platform: str, cores: int) -> Scale:
-  """An accelerator takes large batches in bfloat16 and a loader process a core; a CPU the recipes' own sizes."""
+  """The recipes' own sizes on a CPU; elsewhere large batches in bfloat16, with a loader process for each core."""
   if platform == 'cpu':
     return Scale(32, 32, 16, noises=4, workers=0, tiles=(1,), dtype='float32', rate=1.0)
   return Scale(512, 512, 512, noises=8, workers=max(1, cores - 1), tiles=(1, 4, 9), dtype='bfloat16', rate=2.0)
@@ -100,7 +99,7 @@ def main(argv):
 
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module
-  flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together.', lower_bound=0.1)
-  flags.DEFINE_string('folder', 'runs/embedded', 'Folder of the stages.')
+  flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together, in minutes.', lower_bound=0.1)
+  flags.DEFINE_string('folder', 'runs/embedded', 'Folder of all stages.')
   logging.use_absl_handler()
   app.run(main)

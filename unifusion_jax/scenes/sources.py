@@ -1,4 +1,4 @@
-"""The embedded world as a source of records (`data/sources.py`), and what it asks of a recipe's data."""
+"""Source of the embedded world's records (data/sources.py), and its checks of a recipe's DataConfig."""
 
 import collections
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ ASPECTS = {f'{width}:{height}': name for name, (width, height) in world.ASPECTS.
 
 
 def problems(data, unit: int) -> list[str]:
-  """What of a DataConfig scenes cannot be drawn for; canvas sides must be multiples of `unit` pixels."""
+  """Settings of a DataConfig that scenes cannot meet, a sentence each; canvas sides are multiples of `unit` pixels."""
   wrong = []
   sides = sorted({side for aspect in world.ASPECTS for side in world.canvas(aspect, data.size)})
   if data.size < 1 or any(side % unit for side in sides):
@@ -33,9 +33,9 @@ def problems(data, unit: int) -> list[str]:
 
 
 def mix(data, split: str, seed: int) -> list[tuple[object, float]]:
-  """(source, weight) for each task of a DataConfig, and where it has several numbers of tiles for each of these.
+  """(source, weight) for each task and each number of tiles of a DataConfig.
 
-  In the wider world references grow with the tiles that they are shown in, so that there is more to see in them.
+  In the wider world references are larger by the root of the number of tiles, so that more tiles show more detail.
   """
   wide = data.path == 'scenes/wide'
   weighted = []
@@ -50,11 +50,11 @@ def mix(data, split: str, seed: int) -> list[tuple[object, float]]:
 
 
 class SceneSource:
-  """Examples of the embedded world, drawn when asked for: example i is a pure function of (task, split, seed, i).
+  """Examples of the embedded world, made on access: example i is a pure function of (task, split, seed, i).
 
-  A task may name how many objects its scenes start with, as in 'edit/1-2'. wide: the split train is of the wider world.
-  magnified: how many times `size` the references are. aspects: of the targets, names in world.ASPECTS; `buckets` has no
-  others.
+  A task may limit the objects that its scenes start with, as in 'edit/1-2'. wide: train is of the wider world.
+  magnified: size of the references relative to `size`. aspects: of the targets, names in world.ASPECTS; `buckets` has
+  no others.
   """
 
   def __init__(self, task: str, split: str, size: int = 64, seed: int = 0, length: int = 2 ** 30, *,
@@ -81,18 +81,18 @@ class SceneSource:
 
   def buckets(self) -> dict[tuple[int, int, int], tuple[float, Sequence[int]]]:
     """Bucket -> (its share of the examples, the indices of its examples), without walking through all of them."""
-    drawn = [self.bucket(i) for i in range(min(self._length, 500))]
-    drawn = [bucket for bucket in drawn if bucket[:2] in self._canvases]
-    counts = collections.Counter(drawn)
-    return {bucket: (count / len(drawn), _Drawn(self, bucket)) for bucket, count in counts.items()}
+    sample = [self.bucket(i) for i in range(min(self._length, 500))]
+    sample = [bucket for bucket in sample if bucket[:2] in self._canvases]
+    counts = collections.Counter(sample)
+    return {bucket: (count / len(sample), _Indices(self, bucket)) for bucket, count in counts.items()}
 
 
 @dataclasses.dataclass
-class _Drawn:
-  """The indices of one bucket of a SceneSource: the k-th is the first such index from k x BLOCK on.
+class _Indices:
+  """Indices of one bucket of a SceneSource: the k-th is the first such index from k * BLOCK on.
 
-  So any of them is found in a few steps, and no two are the same: a bucket that is rarer than one in BLOCK examples
-  would be missing from the sample that named it.
+  Each is found in a few steps. No two are equal unless a block has no example of the bucket, and a bucket as rare as
+  that is hardly in the sample of `buckets`.
   """
 
   source: SceneSource

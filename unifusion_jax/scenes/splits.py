@@ -1,8 +1,8 @@
-"""Splits: train, test and the compositions that no model may train on.
+"""Splits: train, test, and 'heldout' with the compositions that no model may train on.
 
-Test differs from train by its seeds and half of its phrasing. The split 'heldout' asks for compositions that occur
-nowhere in train or test: not in a source, a target, a prompt, a question or a caption. Its every example holds at
-least one of them: an object (shape, colour, fill), a spoken relation, or a kind of edit on a kind of shape.
+Test differs from train by its seeds and half of its phrasing. The held-out compositions occur nowhere in train or test,
+be it a source, a target, a prompt, a question or a caption. Every example of 'heldout' has at least one of them: an
+object (shape, colour, fill), a spoken relation, or a kind of edit on a kind of shape.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from unifusion_jax.scenes.constraints import Constraints
 from unifusion_jax.scenes.language import clear_relations
 from unifusion_jax.scenes.world import Object, Scene
 
-SPLITS = {'train': 0, 'test': 1, 'heldout': 2}  # the number seeds the split, so it never changes
+SPLITS = {'train': 0, 'test': 1, 'heldout': 2}  # the seed of the split, so it never changes
 
 # Every shape two or three times, every colour twice, every fill at least seven times.
 HELDOUT_OBJECTS = (
@@ -34,28 +34,28 @@ _RELATIONS_ONE_WAY = (
     ('triangle', 'right of', 'diamond'), ('crescent', 'above', 'hexagon'), ('star', 'left of', 'circle'))
 HELDOUT_RELATIONS = frozenset(_RELATIONS_ONE_WAY) | {(b, _OPPOSITE[r], a) for a, r, b in _RELATIONS_ONE_WAY}
 
-# The shape is that of the object pointed at; for 'add', of the new one.
+# (kind of edit, shape of the object pointed at; for 'add', of the new one)
 HELDOUT_EDITS = frozenset({
     ('recolour', 'hexagon'), ('resize', 'ring'), ('move', 'heart'), ('remove', 'cross'), ('replace', 'crescent'),
     ('refill', 'star'), ('add', 'diamond'), ('swap', 'triangle')})
 
 
 def allowed(split: str) -> Callable[[Object], bool]:
-  """A test for the objects that may occur in a split, by shape, colour and fill."""
+  """A predicate: whether an object of this shape, colour and fill may occur in the split."""
   if split == 'heldout':
     return lambda obj: True
   return lambda obj: (obj.shape, obj.colour, obj.fill) not in _OBJECTS
 
 
 def relation_allowed(split: str) -> Callable[[str, str, str], bool]:
-  """A test for the relations (shape, relation, shape) that may be spoken of in a split."""
+  """A predicate on (shape, relation, shape): whether texts of the split may name the relation."""
   if split == 'heldout':
     return lambda subject, relation, other: True
   return lambda subject, relation, other: (subject, relation, other) not in HELDOUT_RELATIONS
 
 
 def edit_allowed(split: str) -> Callable[[str, str], bool]:
-  """A test for the pairs of edit and shape that may occur in a split."""
+  """A predicate on (kind of edit, shape): whether the pair may occur in the split."""
   if split == 'heldout':
     return lambda kind, shape: True
   return lambda kind, shape: (kind, shape) not in HELDOUT_EDITS
@@ -73,7 +73,7 @@ def constraints_are_heldout(constraints: Constraints) -> bool:
 
 
 def with_heldout_object(rng: np.random.Generator, scene: Scene) -> Scene:
-  """The scene with one of its objects turned into a held-out one of the same size at the same position."""
+  """The scene with one object replaced by a held-out one of the same size and position."""
   shape, colour, fill = HELDOUT_OBJECTS[rng.integers(len(HELDOUT_OBJECTS))]
   k = int(rng.integers(len(scene.objects)))
   new = dataclasses.replace(scene.objects[k], shape=shape, colour=colour, fill=fill)
@@ -81,11 +81,11 @@ def with_heldout_object(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def with_heldout_relation(rng: np.random.Generator, scene: Scene) -> Scene:
-  """The scene, of two objects or more, with a pair of objects in a held-out relation if one is clear between them."""
+  """The scene, of two objects or more, with a held-out relation between two of them if their positions allow one."""
   i, j = (int(k) for k in rng.permutation(len(scene.objects))[:2])
   objects = list(scene.objects)
   clear = clear_relations(objects[i], objects[j])
-  options = sorted(held for held in HELDOUT_RELATIONS if held[1] in clear)
+  options = sorted(relation for relation in HELDOUT_RELATIONS if relation[1] in clear)
   if options:
     first, _, second = options[rng.integers(len(options))]
     objects[i] = dataclasses.replace(objects[i], shape=first)

@@ -24,7 +24,7 @@ TASKS = ('rewrite', 'edit', 'question', 'multi')
 
 
 def corpus(count: int):
-  """The text of `count` training examples of every task that writes or reads text, and the words of the template."""
+  """Texts of `count` training examples of each task in TASKS, and of system prompts and chat template."""
   for text in (*verifi.SYSTEM.values(), 'system\nuser\nassistant\n', 'describe the picture'):
     yield from itertools.repeat(text, count // 10)
   for task in TASKS:
@@ -35,7 +35,7 @@ def corpus(count: int):
 
 
 def build(folder: str, vocabulary: int = 1024, count: int = 4000) -> None:
-  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, as `transformers` reads them."""
+  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for transformers."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -53,7 +53,7 @@ def build(folder: str, vocabulary: int = 1024, count: int = 4000) -> None:
   (out / 'chat_template.jinja').write_text(CHAT_TEMPLATE)
 
 
-_OUT = flags.DEFINE_string('out', None, 'folder to write', required=True)
-
 if __name__ == '__main__':
-  app.run(lambda _: build(_OUT.value))
+  # Defined here, so that programs with a flag of the same name may import this module
+  flags.DEFINE_string('out', None, 'folder to write', required=True)
+  app.run(lambda _: build(flags.FLAGS.out))

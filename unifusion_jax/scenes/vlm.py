@@ -1,8 +1,8 @@
-"""Training the embedded VLM: next-token loss on its answers, and two heads that teach it to see and to find.
+"""Objective of the embedded VLM: next-token loss on its answers, and two auxiliary heads that train its vision.
 
-The attributes head, linear on the projected image tokens, predicts the object or background that each of them covers.
-The grounding head predicts, half-way up the decoder at the end of an edit's instruction, which image tokens show what
-the edit changes. Both are dropped when the VLM is exported.
+The attributes head, linear on the projected image tokens, predicts the object and background that each token covers.
+The grounding head predicts which image tokens show the objects that an edit changes, from the decoder's states half-way
+up at the end of the instruction. Both are dropped when the VLM is exported.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _PARTS = (1, *(len(names) for _, names in image_tokens.ATTRIBUTES), 2, len(world
 
 
 class VLMWithHeads(nnx.Module):
-  """The VLM and the two heads that it is trained with."""
+  """The VLM with its two training heads."""
 
   def __init__(self, config: internvl.InternVLConfig, *, rngs: nnx.Rngs):
     self.vlm = internvl.InternVL(config, rngs=rngs)
@@ -40,8 +40,8 @@ class VLMWithHeads(nnx.Module):
 
 @dataclasses.dataclass
 class VLMObjective:
-  """Weights of the three losses; 'scenes' are the only data that has all of them."""
-  lm_weight: float = 1.0          # next-token loss; at 0 the vision tower alone is trained, several times as fast
+  """Weights of the three losses; only scenes have the labels for them."""
+  lm_weight: float = 1.0          # next-token loss; 0 trains the vision tower alone, several times as fast
   attributes_weight: float = 1.0  # attributes head
   grounding_weight: float = 1.0   # grounding head, on edits
   dtype: str = 'float32'          # of the computation; parameters stay f32
@@ -50,7 +50,7 @@ class VLMObjective:
   pretrained = ()
 
   def unit(self, config) -> int:
-    """Pixels that both sides of an image must be multiples of: any size will do."""
+    """Pixels that both sides of an image must be multiples of: 1, any size will do."""
     del config
     return 1
 
@@ -58,8 +58,8 @@ class VLMObjective:
     """Settings that cannot work together, a sentence each."""
     del devices
     if config.data.path.endswith(('.jsonl', '.parquet')):
-      return [f'data.path={config.data.path}: the embedded VLM trains on scenes, which know the answers to its '
-              'questions']
+      return [f'data.path={config.data.path}: the embedded VLM trains on scenes alone, which come with questions '
+              'and answers']
     return []
 
   def init(self, config) -> VLMWithHeads:
@@ -71,7 +71,7 @@ class VLMObjective:
     return VLMWithHeads(config.model, rngs=nnx.Rngs(config.seed))
 
   def load(self, config, folder: str) -> VLMWithHeads:
-    """The VLM in a folder, which holds no heads: these start anew."""
+    """The VLM in a folder, with newly initialised heads."""
     params = jax.jit(lambda: self.random(config))()
     params.vlm = internvl.load(folder, jnp.float32)
     return params
@@ -99,7 +99,7 @@ class VLMObjective:
     return sharding.batch_spec(transform.spec(size, size, references=1, task='edit'), config.data.batch_size)
 
   def preview(self, config):
-    """`preview(params, frozen)` -> uint8 grid: images, requests, answers and the truth; None for a tower alone."""
+    """`preview(params, frozen)` -> uint8 grid of images, requests, answers and truths; None for the tower alone."""
     encoder = self.prompt_encoder(config)
 
     def preview(params, frozen):
@@ -109,7 +109,7 @@ class VLMObjective:
   def loss(self, params: VLMWithHeads, frozen, batch, key):
     """Cross-entropy of the answers' tokens plus the two heads' losses: (scalar f32, metrics).
 
-    batch: as `chat_examples.ChatExample` gives it, batched.
+    batch: of `chat_examples.ChatExample`.
     """
     params = layers.cast(params, self.dtype)
     image_features, metrics = None, {}
@@ -127,25 +127,25 @@ class VLMObjective:
     if self.grounding_weight and 'grounding' in batch:
       ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
       grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['grounding'],
-                                                            batch['attributes'][..., 0] >= 0)
+                                                      batch['attributes'][..., 0] >= 0)
     logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
     mask = batch['target_mask'].astype(jnp.float32)
     targets = batch['targets'].astype(jnp.int32)
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
-    chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+    target_log_probabilities = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
     count = jnp.sum(mask)
-    loss = -jnp.sum(chosen * mask) / count
-    right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
+    loss = -jnp.sum(target_log_probabilities * mask) / count
+    accuracy = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * mask) / count
     heads = self.attributes_weight * attributes_loss + self.grounding_weight * grounding
-    return self.lm_weight * loss + heads, dict(loss=loss, accuracy=right, **metrics)
+    return self.lm_weight * loss + heads, dict(loss=loss, accuracy=accuracy, **metrics)
 
 
 def grounding_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, changes: jax.Array,
                    shown: jax.Array):
   """Loss of the grounding head, and the share of examples with every image token right.
 
-  ends [b 1 l e], states of a few layers at the end of the instruction; image_features [b s e]; changes [b s] bool,
-  the tokens that show what the edit changes; shown [b s] bool, False on padding.
+  ends [b 1 l e]: states of l layers at the end of the instruction. image_features [b s e]. changes [b s] bool: tokens
+  of objects that the edit changes. shown [b s] bool: False on padding.
   """
   queries = layers.einsum('ble,ef->blf', layers.rms_norm(ends[:, 0].astype(jnp.float32)), params.grounding)
   keys = layers.rms_norm(image_features.astype(jnp.float32))
@@ -165,19 +165,20 @@ def _attributes_loss(outputs: jax.Array, truth: jax.Array):
   def mean(x, where):
     return jnp.sum(x * where) / jnp.maximum(jnp.sum(where), 1.0)
 
-  def chosen(logits, labels, where):
+  def cross_entropy(logits, labels, where):
     log_probabilities = jax.nn.log_softmax(logits)
     labels = jnp.maximum(labels, 0).astype(jnp.int32)
-    picked = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
-    return -mean(picked, where), mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32), where)
+    label_log_probabilities = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    return -mean(label_log_probabilities, where), mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32), where)
 
   losses = {'covered': mean(jnp.logaddexp(0.0, jnp.where(present > 0, -1, 1) * covered[..., 0]), shown),
             'centre': mean(jnp.mean(jnp.abs(centre - truth[..., 5:7]), -1), present)}
   rates = {}
   for i, ((name, _), logits) in enumerate(zip(image_tokens.ATTRIBUTES, attributes, strict=True), 1):
-    losses[name], rates[f'attributes_{name}'] = chosen(logits, truth[..., i], present)
-  losses['kind'], rates['attributes_background'] = chosen(kind, truth[..., 7], shown)
-  losses['upper'], losses['lower'] = (chosen(logits, truth[..., i], shown)[0] for i, logits in ((8, upper), (9, lower)))
+    losses[name], rates[f'attributes_{name}'] = cross_entropy(logits, truth[..., i], present)
+  losses['kind'], rates['attributes_background'] = cross_entropy(kind, truth[..., 7], shown)
+  losses['upper'] = cross_entropy(upper, truth[..., 8], shown)[0]
+  losses['lower'] = cross_entropy(lower, truth[..., 9], shown)[0]
   return sum(losses.values()), dict(rates, attributes_centre=losses['centre'])
 
 

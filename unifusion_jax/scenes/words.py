@@ -1,6 +1,6 @@
-"""Words for the world's things: synonyms, and facts that a prompt may name instead of a colour or a shape.
+"""Vocabulary of scenes: synonyms, and facts that stand for a colour, a shape or a number.
 
-Every phrase means one thing only, so that what is asked for can be read off every prompt.
+Every phrase has one meaning only, so the constraints of a prompt can be read off its words.
 """
 
 SIZES = {
@@ -40,7 +40,7 @@ RELATIONS = {
     'above': ('above', 'over', 'higher up than'), 'below': ('below', 'under', 'lower down than'),
     'between': ('between', 'in between', 'right between')}
 
-# '{}' is the colour, or 'X' and 'Y' for two of them; the article stands in front.
+# {0} and {1} are the colours.
 BACKGROUNDS = {
     'plain': ('a {0} background', 'a plain {0} background', 'a {0} backdrop'),
     'gradient': ('a background fading from {0} to {1}', 'a background going from {0} at the top to {1} at the bottom',
@@ -99,7 +99,7 @@ def article(phrase: str) -> str:
   return f'an {phrase}' if phrase[0] in 'aeiou' else f'a {phrase}'
 
 
-# The wider world's further words, for training alone; each still means one thing only.
+# Further words of the wider world, for training alone; each has one meaning only, too.
 MORE_SIZES = {'small': ('mini', 'wee'), 'medium': ('middle-sized', 'average-sized'), 'large': ('giant', 'enormous')}
 MORE_FILLS = {'solid': ('filled-in',), 'striped': ('stripey',), 'outlined': ('unfilled', 'empty')}
 MORE_COLOURS = {'red': ('scarlet',), 'cyan': ('aqua',), 'blue': ('royal blue',), 'pink': ('hot pink',)}

@@ -1,7 +1,7 @@
-"""The embedded world: scenes, before anyone draws them or speaks of them.
+"""Scenes of the embedded world as data: one to four objects on a background.
 
-A scene is one to four objects on a background. Places are fractions of the canvas and sizes are fractions of
-the square root of its area, so one scene is the same scene at every resolution and shape of canvas.
+Positions are fractions of the canvas and sizes are fractions of the square root of its area, so a scene is independent
+of the canvas's resolution and shape.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ PLACES = ('top left', 'top center', 'top right', 'middle left', 'center', 'middl
 BACKGROUND_COLOURS = {
     'cream': (240, 222, 180), 'mint': (175, 225, 180), 'lavender': (208, 180, 235), 'sky': (155, 205, 240),
     'sand': (205, 180, 140), 'slate': (130, 148, 172)}
-# The six above, which test and heldout keep to, and those of the wider world. Names there may be names of object
-# colours, so not every object stands out from every background: see composition.stands_out.
+# The six above, the only ones in test and heldout, and those of the wider world. These include the object colours, so
+# not every object stands out from every background: see composition.stands_out.
 WIDE_BACKGROUND_COLOURS = BACKGROUND_COLOURS | {'light grey': (200, 200, 200)} | COLOURS
 BACKGROUND_KINDS = ('plain', 'gradient', 'checkered')
 ASPECTS = {'square': (1, 1), 'wide': (5, 3), 'tall': (3, 5)}
@@ -40,7 +40,7 @@ class Object:
 
   @property
   def place(self) -> str:
-    """The one of the nine places that the centre lies in."""
+    """The place, one of nine, that holds the centre."""
     return PLACES[3 * min(int(3 * self.y), 2) + min(int(3 * self.x), 2)]
 
 

@@ -27,7 +27,10 @@ class Tensor:
   def __init__(self, file, name: str):
     self._slice = file.get_slice(name)
     self.shape = tuple(self._slice.get_shape())
-    self.dtype = np.dtype(DTYPES[self._slice.get_dtype()])
+    kind = self._slice.get_dtype()
+    if kind not in DTYPES:
+      raise UserError(f'{name} is of type {kind}, which is not read here: take a release in one of {", ".join(DTYPES)}')
+    self.dtype = np.dtype(DTYPES[kind])
 
   def __getitem__(self, index) -> np.ndarray:
     return np.asarray(self._slice[index])

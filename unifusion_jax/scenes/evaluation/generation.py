@@ -1,4 +1,4 @@
-"""Success rates of text to image and edits on scenes, by the judge."""
+"""Success rates of text to image and of edits on scenes, read by the judge."""
 
 import collections
 import pathlib
@@ -11,14 +11,14 @@ from unifusion_jax.evaluation import vqascore
 from unifusion_jax.request import Request, SampleConfig
 from unifusion_jax.scenes import examples, judge, language, world
 
-SHOWN = 12  # rows of the sheet that goes with each measurement
+SHOWN = 12  # rows of a sheet
 
 
 def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
-  """Rates of `score` on `config.eval.examples` examples of each task, of `config.eval.split` and of `heldout`.
+  """Rates of `score` on `config.eval.examples` examples of each task, from `config.eval.split` and from `heldout`.
 
-  t2i is measured on scenes of one or two objects and on scenes of three or four. `vqascore`, the VLM's own judgement,
-  stands beside that of the true images. Sheets of the first examples are written into `folder`.
+  t2i is measured on scenes of one or two objects and on scenes of three or four. `vqascore` and `vqascore_truth` are
+  the VLM's own scores of sampled and of true images. Sheets of the first examples are written into `folder`.
   """
   settings = pipe.settings
   encoder = pipe.prompt_encoder.with_tiles(settings.tiles)
@@ -34,11 +34,12 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
       report[name] = score(records, samples)
       if encoder.image_processor.max_tokens:  # a VLM that reads images
         captions = [record['caption'] for record in records]
-        for whose, images in (('', [sample.image for sample in samples]), ('_truth', [r['target'] for r in records])):
+        sampled, targets = [sample.image for sample in samples], [record['target'] for record in records]
+        for suffix, images in (('', sampled), ('_truth', targets)):
           scores = vqascore.scores(pipe.frozen.vlm, encoder, images, captions, config.eval.batch_size)
-          report[name][f'vqascore{whose}'] = round(float(np.mean(scores)), 4)
+          report[name][f'vqascore{suffix}'] = round(float(np.mean(scores)), 4)
       if sharding.is_main_process():
-        imaging.write_png(folder / f'{name}.png', _sheet(records[:SHOWN], samples[:SHOWN]))
+        imaging.write_png(folder / f'{name}.png', sheet(records[:SHOWN], samples[:SHOWN]))
   return report
 
 
@@ -52,23 +53,23 @@ def generate(pipe: pipeline.UniFusionPipeline, records: list[dict], batch_size: 
   for (height, width, _), members in groups.items():
     for part, rows in sharding.batched(members, batch_size):
       requests = [Request(records[i]['instruction'], tuple(records[i]['references']), seed + i,
-                                   records[i].get('rewrite')) for i in rows]
+                          records[i].get('rewrite')) for i in rows]
       for i, sample in zip(part, pipe.generate(requests, height, width, settings=settings)):
         samples[i] = sample
   return samples
 
 
-def score(records: list[dict], samples: list[pipeline.Sample]) -> dict:
-  """Shares of examples by verdict.
+def score(records: list[dict], samples: list[pipeline.Sample], wide: bool = False) -> dict:
+  """Shares of examples by verdict; `wide`: the judge reads all backgrounds of the wider world.
 
-  t2i: `all` is every attribute, place, count, relation and background of the prompt met. edit: `asked`, the change was
-  made; `kept`, the rest stayed; `all`, both. `all/KIND` is of one kind of prompt or edit; `written_exact` of rewrites
-  that equal the caption; `fallback_rate` of rewrites that were not usable. An image of several references is compared
-  with the whole true scene, as none of them is the one to keep.
+  t2i: `all`, every attribute, place, count, relation and background of the prompt is met. edit: `asked`, the change was
+  made; `kept`, the rest stayed; `all`, both. `all/KIND`: the same for one kind of prompt or edit. `written_exact`:
+  rewrites equal to the caption. `fallback_rate`: unusable rewrites. With several references the image is compared with
+  the whole true scene, as there is no single source to preserve.
   """
   verdicts = collections.defaultdict(list)
   for record, sample in zip(records, samples):
-    reading = judge.read(sample.image)
+    reading = judge.read(sample.image, wide)
     if len(record['references']) > 1:
       verdict = {'all': judge.exact(reading, world.Scene.from_json(record['scene']))}
     elif record['references']:
@@ -84,7 +85,8 @@ def score(records: list[dict], samples: list[pipeline.Sample]) -> dict:
   return {name: round(float(np.mean(values)), 4) for name, values in sorted(verdicts.items())}
 
 
-def _sheet(records, samples) -> np.ndarray:
+def sheet(records, samples) -> np.ndarray:
+  """Grid of references, samples and targets."""
   rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]
           for r, sample in zip(records, samples)]
   captions = [[*([r['instruction']] * len(r['references'])), sample.rewrite,

@@ -1,11 +1,11 @@
-"""Requests and drawings from outside the grammar, to measure what the embedded models make of them.
+"""Handwritten requests and drawings, out of the distribution that the embedded models train on.
 
-PROMPTS and EDITS were written by hand, many of them after failures of the first shipped models; DRAWINGS are drawn with
-other means than scenes/render.py and scenes/looks.py: papers, pens, tilts. Nothing here is ever trained on: examples.py
-passes over every request that `is_kept` knows, however it is spelt.
+PROMPTS and EDITS were written by hand, many of them after failures of the first shipped models; DRAWINGS have papers,
+pens and tilts of their own, without scenes/render.py and scenes/looks.py. Nothing here is trained on: examples.py skips
+every request for which `is_kept` holds, whatever its spelling.
 
-`prompts()`, `drawings()` and `edits()` give records as `examples.example` does, for scenes/evaluation/language.py and
-generation.py; the judge should read images of them with `wide=True`.
+`prompts()`, `drawings()` and `edits()` return records as `examples.example` does, for `answers` of language.py and
+`score` of generation.py; the judge should read their images with `wide=True`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from unifusion_jax.scenes import language, world
 
-# (prompt, the description that says just that)
+# (prompt, its exact description)
 PROMPTS = (
     ('red circle left, blue circle right', 'a red circle left of a blue circle'),
     ('a star between two yellow circles', 'a star between a yellow circle and a yellow circle'),
@@ -88,7 +88,7 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """Marks on paper: its name and colour, and the softness and grain of the photograph of it."""
+  """Marks on paper: the paper's name and colour, blur and grain of the photograph."""
   paper: str
   colour: tuple[int, int, int]
   marks: tuple[Mark, ...]
@@ -137,7 +137,7 @@ DRAWINGS = (
                                       Mark('square', 'white', 'solid', 0.24, 0.24, 0.16, 12)), 0.5, 4),
 )
 
-# (index of the drawing, instruction, changes of its marks: index -> fields, None for gone; or a new paper)
+# (index of the drawing, instruction, change: a new paper, or {index of a mark: new fields, None to remove it})
 EDITS = (
     (0, 'make it blue', {0: dict(colour='blue')}),
     (0, 'fill it with solid color', {0: dict(fill='solid')}),
@@ -227,7 +227,7 @@ def _record(task: str, instruction: str, caption: str, **more) -> dict:
 
 
 def prompts(task: str = 'rewrite') -> list[dict]:
-  """Records of the prompts; task: 'rewrite' for what the VLM writes, 't2i' for images."""
+  """Records of the prompts; task: 'rewrite' to measure the VLM's text, 't2i' to measure images."""
   return [_record(task, text, description) for text, description in PROMPTS]
 
 
@@ -259,5 +259,5 @@ def _kept() -> frozenset[str]:
 
 
 def is_kept(text: str) -> bool:
-  """Whether a request stands here, in whatever spelling: then nothing may train on it."""
+  """Whether a request is one of these, in any spelling, and so kept out of training."""
   return _plain(text) in _kept()

@@ -1,10 +1,10 @@
-"""Success rates by noise level: true images, noised to a time and denoised from there, read by the judge.
+"""Success rates by noise level: the judge reads true images that were noised to a time and denoised from there.
 
   python -m unifusion_jax.main --config=configs/t2i.py --mode=eval --config.eval.study=noise_levels \
       --config.eval.split=train
 
-A rate that falls between two times is lost by the velocities there, so training should spend more on them
-(`objective.shift`). As it is for tuning, it takes the training split, with examples that no run has seen.
+A rate that falls between two times is lost by the velocities there, so training should spend more of its times there
+(`objective.shift`). As the study tunes training, it takes the training split, with examples that no run has seen.
 """
 
 import pathlib
@@ -16,15 +16,15 @@ from unifusion_jax.scenes import examples
 from unifusion_jax.scenes.evaluation import generation
 
 TIMES = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.0)  # the last is the autoencoder alone
-SEED = 2 ** 31 - 1  # of examples that no run trains on
-SHOWN = 8
+SEED = 2 ** 31 - 1  # of the examples: no run trains with it
+SHOWN = 8  # rows of the sheet
 
 
 def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
-  """`generation.score` by the time to which the true image was noised.
+  """`generation.score` for each time that the true images are noised to.
 
-  Over `config.eval.examples` square images of one or two objects of the recipe's first task, denoised under their true
-  captions.
+  Measured on `config.eval.examples` square images of one or two objects of the recipe's first task, denoised under
+  their true captions.
   """
   task = config.data.chosen[0].name.partition('/')[0]
   plan = (i for i in range(100 * config.eval.examples) if examples.aspect(task, config.eval.split, i, SEED) == 'square')

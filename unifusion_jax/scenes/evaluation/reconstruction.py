@@ -1,4 +1,4 @@
-"""Fidelity of the autoencoder, and the noise at which its latents stop telling objects apart."""
+"""Fidelity of the autoencoder, and the noise level above which its latents no longer tell objects apart."""
 
 import dataclasses
 
@@ -16,35 +16,35 @@ def _round_trip(vae, x):
 
 
 def round_trip(vae, images: np.ndarray) -> np.ndarray:
-  """uint8 [b y x 3] -> what comes back, uint8 [b y x 3]."""
-  back = _round_trip(vae, _pixels(images, len(images)))
-  return sharding.gather(imaging.to_uint8(back))[:len(images)]
+  """Images uint8 [b y x 3] -> their reconstructions uint8 [b y x 3]."""
+  decoded = _round_trip(vae, _pixels(images, len(images)))
+  return sharding.gather(imaging.to_uint8(decoded))[:len(images)]
 
 
 def _pixels(images: np.ndarray, rows: int) -> jax.Array:
-  """uint8 [b y x 3] -> [-1, 1] on the devices, filled up to so many rows and to what the devices share evenly."""
+  """uint8 [b y x 3] -> [-1, 1] on the devices, repeated to at least `rows` rows that the devices share evenly."""
   padded = np.resize(images, (sharding.padded_batch(rows), *images.shape[1:]))
   return sharding.shard(imaging.to_float(padded))
 
 
 def evaluate(vae, config) -> dict:
-  """Rates over `config.eval.examples` scenes of the split, all shapes of canvas."""
+  """Rates on `config.eval.examples` scenes of the split, in all canvas shapes."""
   source, _ = loader.mix(config.data, split=config.eval.split)[0]
   shapes: dict[tuple, list[int]] = {}
   for i in range(config.eval.examples):
     shapes.setdefault(source.bucket(i), []).append(i)
-  exact, drawn_exact, errors = [], [], []
+  exact, original_exact, errors = [], [], []
   for members in shapes.values():
     for part, filled in sharding.batched([source[i] for i in members], config.eval.batch_size):
       images = np.stack([record['target'] for record in filled])
-      for record, image, back in zip(part, images, round_trip(vae, images)):
+      for record, image, decoded in zip(part, images, round_trip(vae, images)):
         scene = world.Scene.from_json(record['scene'])
-        exact.append(judge.exact(judge.read(back), scene))
-        drawn_exact.append(judge.exact(judge.read(image), scene))
-        errors.append(np.mean((back.astype(np.float32) - image) ** 2))
+        exact.append(judge.exact(judge.read(decoded), scene))
+        original_exact.append(judge.exact(judge.read(image), scene))
+        errors.append(np.mean((decoded.astype(np.float32) - image) ** 2))
   psnr = float(np.mean(10 * np.log10(255 ** 2 / np.maximum(errors, 1e-3))))
   return dict(split=config.eval.split, examples=len(exact), exact=float(np.mean(exact)),
-              exact_as_drawn=float(np.mean(drawn_exact)), psnr_db=round(psnr, 2),
+              exact_as_drawn=float(np.mean(original_exact)), psnr_db=round(psnr, 2),
               decided=decided(vae, config.data.size, config.seed))
 
 
@@ -54,11 +54,11 @@ def _encode(vae, x):
 
 
 def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0) -> dict[str, float]:
-  """{attribute: time t} up to which noised latents tell an object from its nearest alternative; beyond, the text must.
+  """{attribute: time t}: up to t noised latents tell an object from its nearest alternative; beyond t the text must.
 
-  Two latents at distance D, noised to (1 - t) z + t noise, are D (1 - t) / t standard deviations of the noise apart;
-  an observer chooses between them well (wrong in 7 of 100) down to `errors` = 3 of these. A text is learned above these
-  times, so they say where training times belong (`objective.shift`).
+  Two latents at distance D, noised to (1 - t) z + t noise, are D (1 - t) / t standard deviations of the noise apart.
+  An observer tells them apart (wrong in 7 of 100) down to `errors` = 3 standard deviations. The effect of a text is
+  learned above these times, so training times belong there (`objective.shift`).
   """
   rng = np.random.default_rng(seed)
   values = {'shape': world.SHAPES, 'colour': tuple(world.COLOURS), 'size': tuple(world.SIZES), 'fill': world.FILLS,

@@ -1,11 +1,11 @@
-"""How --mode=eval measures the embedded models on scenes: the `eval` of their recipes."""
+"""Settings of --mode=eval on scenes: the `eval` of the embedded models' recipes."""
 
 import dataclasses
 
 from unifusion_jax.scenes import splits
-from unifusion_jax.scenes.evaluation import generation, language, noise_levels, reconstruction, verifi_study
+from unifusion_jax.scenes.evaluation import by_hand, generation, language, noise_levels, reconstruction, verifi_study
 
-STUDIES = {'rates': generation, 'verifi': verifi_study, 'noise_levels': noise_levels}
+STUDIES = {'rates': generation, 'verifi': verifi_study, 'noise_levels': noise_levels, 'by_hand': by_hand}
 
 
 @dataclasses.dataclass
@@ -28,13 +28,14 @@ class _Scenes:
 
 @dataclasses.dataclass
 class GenerationEvaluation(_Scenes):
-  """Images from prompts and edits, read by the judge.
+  """Evaluation of images from prompts and edits, read by the judge.
 
-  study: 'rates'; 'verifi', what rewriting, images and system prompts do (docs/verifi.md); or 'noise_levels', at which
-    times sampling falls short.
+  study: 'rates', success rates; 'verifi', the effect of rewriting, image tokens and system prompts (docs/verifi.md); or
+    'noise_levels', success rates by the time that denoising starts from; 'by_hand', success rates on requests and
+    drawings outside the grammar.
   """
   study: str = 'rates'
-  seeds: int = 3        # of the study of VERIFI
+  seeds: int = 3        # of study=verifi
 
   @property
   def report(self) -> str:
@@ -44,8 +45,8 @@ class GenerationEvaluation(_Scenes):
   def problems(self, config) -> list[str]:
     """Settings that cannot work, a sentence each."""
     split = {'verifi': 'test', 'noise_levels': 'train'}.get(self.study, self.split)
-    why = {'verifi': 'the study of VERIFI asks in phrasings that only the split test has',
-           'noise_levels': 'the study of noise levels is there to tune training with'}.get(self.study)
+    why = {'verifi': 'the study of VERIFI uses phrasings that only the split test has',
+           'noise_levels': 'the study of noise levels tunes training, so it keeps off the test split'}.get(self.study)
     checks = {
         f'eval.study={self.study!r} must be one of {", ".join(STUDIES)}': self.study in STUDIES,
         f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split,
@@ -60,7 +61,7 @@ class GenerationEvaluation(_Scenes):
 
 @dataclasses.dataclass
 class LanguageEvaluation(_Scenes):
-  """Captions, answers, rewrites and descriptions of edits by the VLM."""
+  """Evaluation of the VLM's captions, answers, rewrites and descriptions of edits."""
 
   def run(self, config, params, folder) -> dict:
     """The report."""
@@ -70,7 +71,7 @@ class LanguageEvaluation(_Scenes):
 
 @dataclasses.dataclass
 class AutoencoderEvaluation(_Scenes):
-  """Scenes that the judge reads in reconstructed images."""
+  """Evaluation of reconstructed images, read by the judge."""
 
   def run(self, config, params, folder) -> dict:
     """The report."""

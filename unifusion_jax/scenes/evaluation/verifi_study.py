@@ -15,21 +15,21 @@ from unifusion_jax.scenes import examples, multi
 from unifusion_jax.scenes.evaluation import generation
 
 SHOWN = 8         # rows of each sheet
-MEASURED = ('all', 'written_exact', 'fallback_rate')  # of `generation.score`
-TILES = (1, 4, 9)  # with the thumbnail 1, 5 and 10, the paper's
-SIDE = 3          # references of the tiles' study are this many times as large as those of training
+MEASURED = ('all', 'written_exact', 'fallback_rate')  # rates of `generation.score`
+TILES = (1, 4, 9)  # with the thumbnail 1, 5 and 10, as in the paper
+SIDE = 3          # side of references in the study of tiles, relative to those of training
 
 
 def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
-  """Rates MEASURED of `generation.score`, `config.eval.examples` examples of each kind, `config.eval.seeds` seeds.
+  """Rates MEASURED on `config.eval.examples` examples of each kind, with `config.eval.seeds` seeds.
 
   prompts: plain, paraphrased (by templates kept out of training) and knowledge prompts of one or two objects, with
     VERIFI and on the request itself.
   edits: conditioned on image tokens and rewrite, on either alone, and on image tokens with the request itself.
-  system: under the system prompt of training, and under another one that the embedded VLM knows.
-  references: two and three, named by what they show, each by itself and stitched into one; the VLM was trained to
-    describe several, the DiT never saw them. `copy` is the rate of the best single reference, unchanged.
-  tiles: error of images generated again from references in 1, 4 and 9 tiles.
+  system: the system prompt of training, and another one that the embedded VLM knows.
+  references: two and three, named by their content, as separate images and stitched into one; the VLM was trained to
+    describe several, the DiT was not trained on them. `copy` is the rate of the best reference, returned unchanged.
+  tiles: error of references generated again, read in 1, 4 and 9 tiles.
   Each rate is {'mean', 'least', 'most'} over the seeds. All targets are square.
   """
   study = _Study(pipe, config, folder)
@@ -65,20 +65,20 @@ class _Study:
   folder: pathlib.Path
 
   def records(self, task: str, objects, wanted=lambda record: True, size: int = 0) -> list[dict]:
-    """The first examples of the split that are wanted and have a square target, as each shape is compiled anew."""
+    """The first `wanted` examples of the split with a square target; other shapes would be compiled anew."""
     stream = (examples.example(task, self.config.eval.split, i, size=size or self.config.data.size, objects=objects)
               for i in itertools.count())
     square = (record for record in stream if record['target'].shape[0] == record['target'].shape[1])
     return list(itertools.islice(filter(wanted, square), self.config.eval.examples))
 
   def generate(self, records: list[dict], seed: int, rewrite: str | None = None, **settings) -> list[pipeline.Sample]:
-    """One image of each record, under changed settings of sampling."""
+    """One image of each record, with some sampling settings changed."""
     records = [dict(record, rewrite=rewrite) for record in records]
     return generation.generate(self.pipe, records, self.config.eval.batch_size, seed,
                                self.pipe.settings.changed(**settings))
 
   def compare(self, name: str, records: list[dict], **ways) -> dict:
-    """Rates of each way of sampling; writes a sheet with a column for each."""
+    """Rates by way of sampling, {name: settings}; writes a sheet with a column for each."""
     rates, samples = {}, {}
     for way, settings in ways.items():
       by_seed = {measure: [] for measure in MEASURED}
@@ -103,7 +103,7 @@ class _Study:
       imaging.write_png(self.folder / f'{name}.png', sheet)
 
   def tiles(self) -> dict:
-    """Root mean square error (0 to 255) of images generated again, by the number of tiles that the VLM read them in."""
+    """Root mean square error (0 to 255) of references generated again, by the number of tiles that the VLM reads."""
     small = self.records('reconstruct', (1, 4))
     large = self.records('reconstruct', (1, 4), size=SIDE * self.config.data.size)
     shown = [dict(record, references=big['references']) for record, big in zip(small, large)]

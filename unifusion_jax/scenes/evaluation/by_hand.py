@@ -1,0 +1,27 @@
+"""Requests and drawings made by hand, outside the grammar and the looks of training, sampled and read by the judge.
+
+  python -m unifusion_jax.main --config=configs/edit.py --mode=eval --config.eval.study=by_hand
+"""
+
+import pathlib
+
+import numpy as np
+
+from unifusion_jax import pipeline, sharding
+from unifusion_jax.data import imaging
+from unifusion_jax.scenes.evaluation import generation, handwritten
+
+
+def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> dict:
+  """Verdicts (`generation.score`) on all prompts and all edits, at square canvases; sheets go into `folder`."""
+  size = config.data.size
+  blank = np.full((size, size, 3), 255, np.uint8)  # says the size: of a prompt there is no one true image
+  groups = dict(prompts=[dict(record, target=blank) for record in handwritten.prompts('t2i')],
+                edits=handwritten.edits(size))
+  report = {}
+  for name, records in groups.items():
+    samples = generation.generate(pipe, records, config.eval.batch_size)
+    report[name] = dict(examples=len(records), **generation.score(records, samples, wide=True))
+    if sharding.is_main_process():
+      imaging.write_png(folder / f'by_hand_{name}.png', generation.sheet(records, samples))
+  return report
