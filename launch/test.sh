@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Runs linter and tests in .venv with the test requirements. Arguments go to pytest.
+# Environment, test requirements, the linter and the tests, in a process a core (four at most: each takes up to 4 GiB).
+# Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt requirements-test.txt
 .venv/bin/ruff check
-.venv/bin/python -m pytest -q "$@"
+cores=$(nproc)
+.venv/bin/python -m pytest -q -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
