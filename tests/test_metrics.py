@@ -48,6 +48,16 @@ def test_slow_steps_get_a_line_each(tmp_path):
   assert stream.getvalue().splitlines() == ['step 5/6', 'step 6/6']
 
 
+def test_a_run_by_the_clock_tells_its_share(tmp_path):
+  stream, clock = io.StringIO(), Clock()
+  writer = metrics.Writer(tmp_path, 0, None, stream=stream, clock=clock)
+  for step in range(1, 4):
+    clock.now += 6
+    writer.step(step, step / 3)
+  writer.close()
+  assert stream.getvalue().splitlines() == ['step 2 done 67%', 'step 3 done 100%']
+
+
 def test_a_terminal_gets_a_bar(tmp_path):
   stream = Terminal()
   writer = metrics.Writer(tmp_path, 2, 4, stream=stream)

@@ -32,7 +32,7 @@ def test_the_clock_ends_a_run_and_its_learning_rate(recipe, tmp_path, monkeypatc
   seconds, clock = itertools.count(0, 5), train.Clock
   monkeypatch.setattr(train, 'Clock', lambda minutes, progress: clock(minutes, progress, lambda: next(seconds)))
   config = recipe()
-  config.train = train.TrainConfig(steps=1000, minutes=1.0, log_every=1, save_every=1, preview_every=0)
+  config.train = train.TrainConfig(minutes=1.0, log_every=1, save_every=1, preview_every=0)
   config.optim.decay = 1.0
   state = train.run(config, tmp_path, stop_at=2)
   assert int(state.step) == 2 and 0 < float(state.progress) < 1

@@ -17,11 +17,13 @@ from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
 from unifusion_jax.training import checkpoint, metrics, record, step
 
+ENDLESS = 2 ** 31 - 1  # steps
+
 
 @dataclasses.dataclass
 class TrainConfig:
-  steps: int = 1000
-  minutes: float = 0.0         # wall-clock budget; above 0 the run and its schedule end with it, or with `steps`
+  steps: int = 1000            # of a run without `minutes`
+  minutes: float = 0.0         # wall-clock budget; above 0 the run ends, and its learning rate falls, by the clock
   log_every: int = 10
   save_every: int = 500
   preview_every: int = 500     # 0: never
@@ -59,9 +61,10 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   train_step = step.make_train_step(objective.loss, tx, config.optim)
   preview = objective.preview(config) if config.train.preview_every else None
 
-  start, end = int(state.step), config.train.steps if stop_at is None else min(stop_at, config.train.steps)
+  start, end = int(state.step), ENDLESS if config.train.minutes else config.train.steps
+  end = end if stop_at is None else min(stop_at, end)
   end = start if state.progress == 1 else end  # its budget of minutes is used up
-  writer = metrics.Writer(workdir, start, config.train.steps)
+  writer = metrics.Writer(workdir, start, None if config.train.minutes else config.train.steps)
   clock = Clock(config.train.minutes, float(state.progress))
   guard = DivergenceGuard(config.train.max_loss_ratio)
   key = jax.random.key(config.seed)
@@ -87,7 +90,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
           logged.append(values)
         pending = []
         writer.set_postfix(logged[-1])
-      writer.step(done)
+      writer.step(done, progress)
       if logs:
         now = time.monotonic()
         seconds = now - rate_clock

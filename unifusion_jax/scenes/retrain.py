@@ -57,8 +57,7 @@ def stages(folder: pathlib.Path, minutes: float, scale: Scale) -> dict[str, conf
                  edit=scale.dit_batch)
   for name, config in configs.items():
     config.train = dataclasses.replace(
-        config.train, minutes=minutes * (1 - RESERVE) * SHARES[name], steps=1_000_000, log_every=50, save_every=500,
-        preview_every=0)
+        config.train, minutes=minutes * (1 - RESERVE) * SHARES[name], log_every=50, save_every=500, preview_every=0)
     config.optim = dataclasses.replace(
         config.optim, learning_rate=config.optim.learning_rate * scale.rate, warmup=100, decay=0.4)
     tasks = tuple(dataclasses.replace(task, prompt=None, rewrite=None) for task in config.data.tasks)

@@ -19,7 +19,8 @@ class Writer:
   On a resumed run, lines of `metrics.jsonl` after `step` are dropped: their steps run again.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, step: int, steps: int, *, stream=None, clock=time.monotonic):
+  def __init__(self, workdir: str | pathlib.Path, step: int, steps: int | None, *, stream=None,
+               clock=time.monotonic):
     self._active = jax.process_index() == 0
     if not self._active:
       return
@@ -60,9 +61,12 @@ class Writer:
       self._postfix |= {shown[name]: f'{float(value):.4g}' for name, value in scalars.items() if name in shown}
       self._bar.set_postfix(self._postfix, refresh=False)
 
-  def step(self, step: int) -> None:
-    """Moves the progress to `step`."""
+  def step(self, step: int, share: float | None = None) -> None:
+    """Moves the progress to `step`; `share` of the run is done, where the number of its steps is not known."""
     if self._active:
+      if share is not None:
+        self._postfix['done'] = f'{share:.0%}'
+        self._bar.set_postfix(self._postfix, refresh=False)
       self._bar.update(step - self._bar.n)
 
   def note(self, text: str) -> None:
@@ -80,8 +84,9 @@ class Writer:
 class _Lines:
   """Progress on a pipe or into a file: a line every SECONDS at most, and one at the end. Called like tqdm's bar."""
 
-  def __init__(self, step: int, steps: int, stream, clock):
-    self.n, self._steps, self._stream, self._clock = step, steps, stream, clock
+  def __init__(self, step: int, steps: int | None, stream, clock):
+    self.n, self._shown, self._stream, self._clock = step, step, stream, clock
+    self._total = '' if steps is None else f'/{steps}'
     self._printed = clock()
     self._postfix = {}
 
@@ -91,13 +96,17 @@ class _Lines:
 
   def update(self, steps: int) -> None:
     self.n += steps
-    if self._clock() - self._printed >= SECONDS or self.n == self._steps and steps:
-      self._printed = self._clock()
-      values = [f'{value} {name}' if '/' in name else f'{name} {value}' for name, value in self._postfix.items()]
-      self.write(' '.join([f'step {self.n}/{self._steps}', *values]), file=self._stream)
+    if self._clock() - self._printed >= SECONDS:
+      self._print()
+
+  def _print(self) -> None:
+    self._printed, self._shown = self._clock(), self.n
+    values = [f'{value} {name}' if '/' in name else f'{name} {value}' for name, value in self._postfix.items()]
+    self.write(' '.join([f'step {self.n}{self._total}', *values]), file=self._stream)
 
   def write(self, text: str, file) -> None:
     print(text, file=file, flush=True)
 
   def close(self) -> None:
-    pass
+    if self._shown != self.n:
+      self._print()
