@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from test_scenes_wide import meeting
 
 from unifusion_jax import conditioning, config, description, pipeline, prompting, sharding, verifi
 from unifusion_jax.commands import sample
@@ -22,8 +23,8 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, text_generation, unifusion
 from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.request import Request
-from unifusion_jax.scenes import examples, judge, render, world
-from unifusion_jax.scenes.evaluation import generation, noise_levels, verifi_study
+from unifusion_jax.scenes import examples, judge, language, render, world
+from unifusion_jax.scenes.evaluation import by_hand, generation, handwritten, noise_levels, verifi_study
 from unifusion_jax.scenes.evaluation import settings as evaluation
 from unifusion_jax.weights import autoencoders, encoders
 
@@ -526,6 +527,27 @@ def test_the_study_of_noise_levels(tiny, recipe, tmp_path):
   report = noise_levels.evaluate(with_settings(tiny, steps=2, eta=1.0), settings, tmp_path)
   assert report['examples'] == 3 and report['0.0']['all'] == 1.0 and report['1.0']['all'] < 1.0
   assert imaging.read(tmp_path / 'times.png').shape[1] > 8 * 128
+
+
+def test_the_study_of_requests_by_hand(recipe, tmp_path):
+  """Right images and texts are measured as right; of edits, whose drawings the judge cannot read, the text is."""
+  truths = {record['instruction']: record for record in (*handwritten.prompts('t2i'), *handwritten.edits(64))}
+
+  @dataclasses.dataclass
+  class Perfect:
+    settings: config.SampleConfig
+
+    def generate(self, requests, height, width, settings):
+      records = [truths[request.instruction] for request in requests]
+      images = [record['target'] if record['references'] else render.render(
+          meeting(language.parse(record['caption']), np.random.default_rng(len(record['instruction']))), 64)
+          for record in records]
+      return [pipeline.Sample(image, record['caption']) for image, record in zip(images, records)]
+
+  settings = recipe(eval=evaluation.GenerationEvaluation(study='by_hand', batch_size=20))
+  report = by_hand.evaluate(Perfect(config.SampleConfig()), settings, tmp_path)
+  assert report['prompts']['examples'] == 40 and report['prompts']['written_exact'] == report['prompts']['all'] == 1
+  assert report['edits'] == dict(examples=15, written_exact=1.0, fallback_rate=0.0)
 
 
 def test_the_study_of_verifi(recipe, tmp_path):
