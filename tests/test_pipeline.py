@@ -381,6 +381,7 @@ def test_sizes_follow_the_first_reference(pipe):
 @pytest.mark.parametrize('ways, message', [
     (dict(prompt=''), 'nothing to generate'), (dict(prompt=[]), 'nothing to generate'),
     (dict(prompt=['x', 3]), 'list of texts'), (dict(guidence=2.0), "did you mean 'guidance'"),
+    (dict(references='photo.png'), "no argument 'references'"), (dict(weights='x'), "no argument 'weights'"),
     (dict(steps=0), 'steps=0 must be 1 or more'), (dict(steps=2.5), 'steps=2.5 must be a whole number'),
     (dict(guidance='high'), 'must be a number'), (dict(verifi=1), 'must be True or False'),
     (dict(method='rk4'), "must be 'euler' or 'heun'"), (dict(method='heun', eta=0.5), 'between Euler steps'),

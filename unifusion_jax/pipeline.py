@@ -11,6 +11,7 @@ images. `Conditioning` may be edited between these phases.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import difflib
 import functools
 import os
 import pathlib
@@ -160,9 +161,11 @@ class UniFusionPipeline:
       raise UserError("nothing to generate: give a prompt, as in pipe('make the circle blue', images='photo.png')")
     several = isinstance(images, (list, tuple))
     references = tuple(imaging.read(image) for image in (images if several else () if images is None else (images,)))
-    if unknown := [name for name in settings if name not in self.settings.settings() and name != 'batch_size']:
-      raise UserError(f'there is no argument {unknown[0]!r} of a call; settings are '
-                      f'{", ".join([*self.settings.settings(), "batch_size"])}')
+    arguments = [*self.settings.settings(), 'batch_size']
+    for name in settings.keys() - set(arguments):
+      near = difflib.get_close_matches(name, arguments, 1)
+      hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(arguments)}'
+      raise UserError(f'there is no argument {name!r}: {hint}')
     s = self.settings.changed(num_images=num_images, seed=seed, height=height, width=width, **settings)
     if problems := s.problems(self.unit, ''):
       raise UserError('; '.join(problems))
