@@ -101,4 +101,5 @@ if __name__ == '__main__':
   flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together, in minutes.', lower_bound=0.1)
   flags.DEFINE_string('folder', 'runs/embedded', 'Folder of all stages.')
   logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
   app.run(main)
