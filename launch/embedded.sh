@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt
 .venv/bin/python -m unifusion_jax.scenes.retrain "$@"
-echo "copy FOLDER/{vae,vlm,t2i,edit}/export to unifusion_jax/assets/tiny/ once --mode=eval finds them better (docs/training.md)"
+echo "once --mode=eval finds them better, copy FOLDER/{vae,vlm,t2i,edit}/export to unifusion_jax/assets/tiny/ and let vlm and"
+echo "vae in the copied unifusion.json be \"tiny\" (docs/training.md)"
