@@ -65,7 +65,7 @@ def echo(config, workdir):
 
 
 def test_the_vlm_rewrites_what_training_reads(recipe, tmp_path):
-  """The embedded VLM over prepared scenes: most of what it writes is the description that they have."""
+  """The embedded VLM rewrites prepared scenes: most rewrites equal the caption of their record."""
   builder.write(tmp_path, 'edit', 'train', 9)
   data = dataclasses.replace(recipe().data, path=str(tmp_path), tasks=(loader.Task('edit'),), max_prompt_tokens=132,
                              max_rewrite_tokens=52)
