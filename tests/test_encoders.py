@@ -1,5 +1,6 @@
 """Encoders by name: each kind of checkpoint finds its model, and what is kept of one is that model."""
 
+import codecs
 import dataclasses
 import json
 import os
@@ -145,6 +146,59 @@ def test_others_are_refused(tmp_path):
     encoders.load(tmp_path, quantized='int4')
 
 
+@pytest.mark.parametrize('content,message', [
+    (b'', 'is empty: download'), (b'{"model_type": "qwen2"', r'damaged or is no JSON \(.*line 1'),
+    (b'[1]', 'holds a list'), (b'\xff\xfe', 'damaged or is no JSON'), (b'[' * 10 ** 5, 'damaged or is no JSON'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n', 'Git LFS pointer.*git lfs pull'),
+    (b'{"model_type": "qwen2"}', "config.json does not give 'num_attention_heads'"),
+    (b'{"model_type": "qwen2", "num_attention_heads": "a", "hidden_size": 4}', 'config.json has a value of the wrong'),
+    (b'{"model_type": "internvl", "text_config": null, "vision_config": null}', 'config.json has a value of the wrong'),
+    (b'{"model_type": "qwen2", "hidden_act": "relu", "num_attention_heads": 2}', "config.json: .*hidden_act='relu'")])
+def test_a_wrong_config_is_named(tmp_path, content, message):
+  (tmp_path / 'config.json').write_bytes(content)
+  for call in (encoders.load, encoders.config):
+    with pytest.raises(UserError, match=message) as error:
+      call(tmp_path)
+    assert str(tmp_path / 'config.json') in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_byte_order_mark_is_passed_over(folders, tmp_path):
+  shutil.copytree(folders['qwen2'], tmp_path / 'model')
+  path = tmp_path / 'model' / 'config.json'
+  path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+  assert encoders.config(tmp_path / 'model') == MADE['qwen2'][2]
+
+
+@pytest.mark.parametrize('kind', ['internvl', 'qwen3_vl'])
+def test_a_wrong_preprocessor_is_named(folders, tmp_path, kind):
+  folder = tmp_path / 'model'
+  shutil.copytree(folders[kind], folder)
+  for content in (b'', b'{"image_mean": [0.5', b'version https://git-lfs.github.com/spec/v1\n',
+                  b'{"image_mean": [0.5, 0.5, 0.5]}'):
+    (folder / 'preprocessor_config.json').write_bytes(content)
+    with pytest.raises(UserError, match='preprocessor_config.json'):
+      encoders.config(folder)
+
+
+@pytest.mark.parametrize('kind', MADE)
+def test_weights_that_are_no_numbers_are_refused(folders, tmp_path, kind):
+  folder = tmp_path / 'model'
+  shutil.copytree(folders[kind], folder)
+  tensors = {name: np.array(tensor[...]) for name, tensor in safetensors_io.read(folder).items()}
+  first, *_, last = sorted(tensors)
+  tensors[first].flat[-1], tensors[last].flat[0] = np.nan, -np.inf
+  safetensors_io.write(folder / 'model.safetensors', tensors)
+  for settings in (dict(dtype=jnp.float32), dict(quantized='int8'), dict(cache=str(tmp_path / 'cache'))):
+    with pytest.raises(UserError, match='model.safetensors: .* hold NaN, infinite numbers') as error:
+      encoders.load(folder, **settings)
+    assert f'{first}, {last} hold' in str(error.value)
+  tensors[first].flat[-1], tensors[last].flat[0] = 0, 7e4
+  safetensors_io.write(folder / 'model.safetensors', tensors)
+  encoders.load(folder)
+  with pytest.raises(UserError, match=f'{last} hold .*too large for float16'):
+    encoders.load(folder, jnp.float16)
+
+
 @pytest.mark.parametrize('kind,quantized', [('internvl', ''), ('qwen3_vl', 'int8'), ('qwen2', 'w8a8'), ('t5', '')])
 def test_what_is_cached_is_the_model(folders, tmp_path, monkeypatch, kind, quantized):
   first = encoders.load(folders[kind], quantized=quantized, cache=str(tmp_path))
@@ -160,7 +214,7 @@ def test_what_is_cached_is_the_model(folders, tmp_path, monkeypatch, kind, quant
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-def test_every_form_of_every_version_is_cached_apart(folders, tmp_path):
+def test_every_form_of_every_version_is_cached_apart(folders, tmp_path, monkeypatch):
   folder = tmp_path / 'model'
   shutil.copytree(folders['qwen2'], folder)
   def count():
@@ -178,6 +232,9 @@ def test_every_form_of_every_version_is_cached_apart(folders, tmp_path):
   changed = encoders.load(folder, jnp.float32, cache=cache)
   assert count() == 4
   assert_equal(changed, causal_lm.load(folder, jnp.float32))
+  monkeypatch.setattr(encoders, 'FORMAT', encoders.FORMAT + 1)
+  assert_equal(encoders.load(folder, jnp.float32, cache=cache), changed)
+  assert count() == 5
 
 
 PROGRAM = '''
@@ -214,13 +271,35 @@ def test_two_processes_share_one_cache_entry(folders, tmp_path):
   assert len(list((tmp_path / 'cache').iterdir())) == 1
 
 
-def test_what_another_version_cached_is_refused(folders, tmp_path):
-  """As the same files would be read, but without one of the leaves that the model has today."""
-  from orbax.checkpoint.experimental import v1 as ocp
-  model = encoders.load(folders['qwen2'], jnp.float32, cache=str(tmp_path))
+def largest_file(entry):
+  return max((file for file in entry.rglob('*') if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def flip(entry):
+  file = largest_file(entry)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+
+
+def truncate(entry):
+  os.truncate(largest_file(entry), 100)
+
+
+def empty_digests(entry):
+  (entry / encoders.DIGESTS).write_text('')
+
+
+@pytest.mark.parametrize('damage', [flip, truncate, empty_digests, lambda entry: largest_file(entry).unlink(),
+                                    lambda entry: (entry / encoders.DIGESTS).unlink()])
+def test_a_damaged_cache_entry_is_made_again(folders, tmp_path, caplog, damage):
+  def load():
+    return encoders.load(folders['qwen2'], jnp.float32, cache=str(tmp_path))
+  first = load()
   entry, = tmp_path.iterdir()
-  described = ocp.metadata(entry).custom_metadata
-  shutil.rmtree(entry)
-  ocp.save(entry, dict(decoder=dict(norm=model.decoder.norm[...])), custom_metadata=described)
-  with pytest.raises(UserError, match='stored by another version'):
-    encoders.load(folders['qwen2'], jnp.float32, cache=str(tmp_path))
+  damage(entry)
+  assert_equal(load(), first)
+  assert f'{entry} is damaged' in caplog.text
+  caplog.clear()
+  assert_equal(load(), first)
+  assert not caplog.text and [*tmp_path.iterdir()] == [entry]

@@ -129,7 +129,9 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
   from huggingface_hub.utils import filter_repo_objects
   files = ['config.json', 'model-1.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer.model',
            'chat_template.jinja', 'merges.txt', 'modeling_x.py', 'pytorch_model.bin', 'model.onnx', 'README.md',
-           'original/consolidated.safetensors', 'vae/config.json', 'vae/model.safetensors', 'vae/more/x.json']
+           'model.fp16.safetensors', 'model.fp16-1-of-1.safetensors', 'model-1-of-1.fp16.safetensors',
+           'consolidated.safetensors', 'original/consolidated.safetensors', 'only/model.fp16.safetensors',
+           'vae/config.json', 'vae/model.safetensors', 'vae/more/x.json']
   fetched = []
 
   def download(repository, revision, allow_patterns, ignore_patterns):
@@ -142,8 +144,9 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
   hub.resolve('owner/model')
   hub.resolve('owner/model', weights=False)
   hub.resolve('owner/model/vae')
+  hub.resolve('owner/model/only')
   assert fetched == [files[:7], [f for f in files[:7] if not f.endswith('.safetensors')],
-                     ['vae/config.json', 'vae/model.safetensors']]
+                     ['vae/config.json', 'vae/model.safetensors'], [], ['only/model.fp16.safetensors']]
 
 
 @pytest.mark.parametrize('name,message', [

@@ -1,13 +1,16 @@
 """InternLM2's tokenizer, made of its sentencepiece model and its list of added tokens, against sentencepiece itself."""
 
+import codecs
 import json
 import pathlib
+import shutil
 
 import pytest
 import sentencepiece
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from unifusion_jax import verifi
+from unifusion_jax import config, verifi
+from unifusion_jax.errors import UserError
 from unifusion_jax.weights import tokenizers
 
 SIZE = 500  # pieces, of which added tokens replace the last two
@@ -89,12 +92,36 @@ def test_what_is_not_internlm2s_is_refused(tmp_path):
     tokenizers.load(str(folder))
 
 
+def test_a_file_that_is_to_blame_is_named(tmp_path):
+  assets = config.ASSETS / 'vlm'
+  cases = [('tokenizer.json', b'version https://git-lfs.github.com/spec/v1\n', 'is a Git LFS pointer'),
+           ('tokenizer.json', b'', 'is empty'), ('tokenizer.json', b'{"version": "1.0"', 'is damaged or is no JSON'),
+           ('tokenizer_config.json', b'{"a', 'is damaged'), ('tokenizer_config.json', b'', 'is empty'),
+           ('tokenizer_config.json', codecs.BOM_UTF8 + b'{}', 'begins with a byte-order mark'),
+           ('special_tokens_map.json', b'', 'is empty')]
+  for i, (name, content, message) in enumerate(cases):
+    folder = tmp_path / str(i)
+    shutil.copytree(assets, folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+      tokenizers.load(str(folder))
+    assert str(folder / name) in str(error.value)
+  (folder / 'special_tokens_map.json').unlink()
+  (folder / 'tokenizer.json').write_text('{"version": "1.0"}')
+  with pytest.raises(UserError, match=f'{folder}: transformers cannot load'):
+    tokenizers.load(str(folder))
+  (folder / 'tokenizer.json').write_bytes((assets / 'tokenizer.json').read_bytes())
+  (folder / 'generation_config.json').write_text('{')
+  with pytest.raises(UserError, match='generation_config.json is damaged'):
+    verifi.Chat(folder)
+
+
 def test_code_in_a_folder_never_runs(tmp_path, monkeypatch):
   monkeypatch.setattr('builtins.input', lambda *_: 'y')  # were anybody asked
   names = {'AutoConfig': 'evil.Config', 'AutoTokenizer': ['evil.Tokenizer', None]}
   (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='evil', auto_map=names)))
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='EvilTokenizer', auto_map=names)))
   (tmp_path / 'evil.py').write_text(f'open({str(tmp_path / "ran")!r}, "w").close()\n')
-  with pytest.raises(ValueError, match='trust_remote_code'):
+  with pytest.raises(ValueError, match='contains custom code'):
     tokenizers.load(str(tmp_path))
   assert not (tmp_path / 'ran').exists()

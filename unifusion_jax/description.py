@@ -6,7 +6,7 @@ import os
 import pathlib
 import posixpath
 
-from unifusion_jax import sharding
+from unifusion_jax import json_file, sharding
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.request import SampleConfig
@@ -45,12 +45,7 @@ def read(folder: pathlib.Path) -> Description:
   if not path.exists():
     raise UserError(f'{folder} has no {FILE}, which names the VLM and the autoencoder of this model and how '
                     'they are used: --mode=export and description.save write it')
-  try:
-    values = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path} is no JSON: {error}') from error
-  if not isinstance(values, dict):
-    raise UserError(f'{path} holds a {type(values).__name__}: it must be an object with vlm, vae, taps and the others')
+  values = json_file.read(path)
   fields = dataclasses.fields(Description)
   required = [field.name for field in fields
               if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 import functools
-import json
 import pathlib
 
 import jinja2
 import numpy as np
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.weights import tokenizers
 
@@ -123,7 +123,7 @@ class Chat:
   def _other_stops(self) -> list[int]:
     """Further ids that end an answer, from the model's generation_config.json."""
     path = pathlib.Path(self.folder) / 'generation_config.json'
-    stops = json.loads(path.read_text()).get('eos_token_id') if path.exists() else None
+    stops = json_file.read(path).get('eos_token_id') if path.exists() else None
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
   def with_bos(self, text: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from unifusion_jax import verifi
+from unifusion_jax import json_file, verifi
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import internvl, qwen3_vl, t5
@@ -188,8 +188,10 @@ def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None =
         encoders.preprocessor(folder)
       return TiledImages(config.vision.tile, config.tile_tokens, tiles)
     case qwen3_vl.Qwen3VLConfig():
-      limits = PixelLimits() if folder is None else PixelLimits.from_json(encoders.preprocessor(folder))
-      return PackedPatches(limits, tiles)
+      if folder is None:
+        return PackedPatches(PixelLimits(), tiles)
+      with json_file.named(folder / 'preprocessor_config.json'):
+        return PackedPatches(PixelLimits.from_json(encoders.preprocessor(folder)), tiles)
     case t5.T5Config():
       raise UserError(f'{folder} is an encoder, which writes nothing: take a VLM or a causal language model')
   return NoImages()

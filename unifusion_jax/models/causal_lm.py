@@ -4,13 +4,13 @@ Follows `LlamaForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM` of transfo
 """
 
 import dataclasses
-import json
 import pathlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder
 from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, Prompt, resolve_lm_head
@@ -68,7 +68,7 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> TextModel:
   `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
-  config_json = json.loads((folder / 'config.json').read_text())
+  config_json = json_file.read(folder / 'config.json')
   config = TextConfig.from_json(config_json)
   tensors, tied = resolve_lm_head(safetensors_io.read(folder), config_json, folder)
   config = TextConfig(dataclasses.replace(config.text, tied=tied))

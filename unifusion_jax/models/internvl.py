@@ -5,7 +5,6 @@ and, after the pixel shuffle by 2, a quarter as many image embeddings, which rep
 """
 
 import dataclasses
-import json
 import pathlib
 
 from flax import nnx
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder
 from unifusion_jax.models.attention import attention
@@ -289,7 +289,7 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> InternVL:
   `convert.load`.
   """
   folder = pathlib.Path(folder)
-  config_json = json.loads((folder / 'config.json').read_text())
+  config_json = json_file.read(folder / 'config.json')
   tensors = safetensors_io.read(folder)
   if 'llm_config' in config_json:
     config = InternVLConfig.from_original(config_json, image_token(folder))
@@ -306,7 +306,7 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> InternVL:
 def image_token(folder: pathlib.Path) -> int:
   """The id of <IMG_CONTEXT> in a folder with a tokenizer's files."""
   def parse(name):
-    return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    return json_file.read(folder / name) if (folder / name).exists() else {}
   ids = dict(parse('added_tokens.json'))
   decoder = parse('tokenizer_config.json').get('added_tokens_decoder', {})
   ids |= {token['content']: int(i) for i, token in decoder.items()}

@@ -12,7 +12,6 @@ device, so that one compiled program serves all images that fit, in any mixture 
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder
 from unifusion_jax.models.attention import attention
@@ -336,7 +336,7 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> Qwen3VL:
   `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
-  config_json = json.loads((folder / 'config.json').read_text())
+  config_json = json_file.read(folder / 'config.json')
   config = Qwen3VLConfig.from_json(config_json)
   tensors, tied = resolve_lm_head(safetensors_io.read(folder), config_json, folder)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))

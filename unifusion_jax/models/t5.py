@@ -5,7 +5,6 @@ learned bias for each bucket of token distances, the same in all blocks, and a g
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -15,6 +14,7 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.attention import MASKED
 from unifusion_jax.models.layers import (
@@ -154,7 +154,7 @@ def load(folder, dtype=jnp.bfloat16, on_leaf=None) -> T5Encoder:
   `on_leaf`: see `convert.load`.
   """
   folder = pathlib.Path(folder)
-  config = T5Config.from_json(json.loads((folder / 'config.json').read_text()))
+  config = T5Config.from_json(json_file.read(folder / 'config.json'))
   tensors = safetensors_io.read(folder)
   # The table has two names; files hold either or both
   if 'encoder.embed_tokens.weight' in tensors:

@@ -6,13 +6,13 @@ published transformer folder therefore loads here, and what is saved here loads 
 """
 
 import dataclasses
-import json
 import pathlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap
 from unifusion_jax.models.dit import DiT, DiTConfig
@@ -119,7 +119,8 @@ def read_config(folder) -> UniFusionConfig:
   if not path.exists():
     raise UserError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
                     'of a Krea 2 pipeline')
-  return from_json(json.loads(path.read_text()))
+  with json_file.named(path):
+    return from_json(json_file.read(path))
 
 
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:

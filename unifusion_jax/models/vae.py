@@ -9,13 +9,13 @@ never reaches them.
 """
 
 import dataclasses
-import json
 import pathlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.models.attention import attention
@@ -284,10 +284,11 @@ PRESETS = {'black-forest-labs/FLUX.1-schnell/vae': VAEConfig(scaling_factor=0.36
 def load(folder, dtype=jnp.float32) -> Autoencoder:
   """From a diffusers folder (config.json and *.safetensors), replicated over the mesh in context."""
   folder = pathlib.Path(folder)
-  config = VAEConfig.from_json(json.loads((folder / 'config.json').read_text()))
-  plain = folder / f'{STEM}.safetensors'  # releases may have an fp16 variant beside it
+  path = folder / 'config.json'
+  with json_file.named(path):
+    config = VAEConfig.from_json(json_file.read(path))
   tensors = {}
-  for name, tensor in safetensors_io.read(plain if plain.exists() else folder).items():
+  for name, tensor in safetensors_io.read(folder).items():
     *head, part, kind = name.split('.')
     tensors['.'.join([*head, OLD_NAMES.get(part, part), kind])] = tensor
   return convert.load(lambda: Autoencoder(config, dtype, rngs=nnx.Rngs(0)), tensors, RULES, {})

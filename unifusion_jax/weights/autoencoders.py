@@ -4,14 +4,13 @@ All have the same methods: `encode` images [b y x 3] in [-1, 1] to latents [b y 
 them, `downsampling` (pixels per latent) and `channels` (c). Another one is a file in models/ and a line in `CLASSES`.
 """
 
-import json
 import pathlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import sharding
+from unifusion_jax import json_file, sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import vae
 from unifusion_jax.weights import hub
@@ -34,7 +33,8 @@ def config(name) -> Config:
     return vae.PRESETS[str(name)]
   folder = hub.resolve(name, weights=False)
   config_json = _config_json(folder)
-  return _class(config_json, folder)[0].from_json(config_json)
+  with json_file.named(folder / 'config.json'):
+    return _class(config_json, folder)[0].from_json(config_json)
 
 
 def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:
@@ -48,7 +48,7 @@ def _config_json(folder: pathlib.Path) -> dict:
   path = folder / 'config.json'
   if not path.exists():
     raise UserError(f'{folder} has no config.json: give the folder of a diffusers autoencoder, the `vae` of a pipeline')
-  return json.loads(path.read_text())
+  return json_file.read(path)
 
 
 def _class(config_json: dict, folder: pathlib.Path):

@@ -38,7 +38,8 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
     on_leaf: `on_leaf(param) -> leaf` replaces a Param as soon as it is filled (`quantize.load`).
 
   Raises:
-    UserError: lists every missing, unused, misshapen or doubly used tensor, before any leaf is filled.
+    UserError: lists every missing, unused, misshapen or doubly used tensor, before any leaf is filled; names the
+      tensors that hold NaN or infinite numbers.
   """
   params, structure = _flatten(jax.eval_shape(make))
   leaves = {path: _value(param) for path, param in params.items()}
@@ -61,17 +62,20 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
     spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
     kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
     if sources[path][0].layer is None:
-      return _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec), {}).astype(kind)
+      array = _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec), {}, infinite)
+      return array.astype(kind)
     stacked = jnp.zeros(leaf.shape, kind, device=jax.NamedSharding(mesh, spec))
     layer, buffers = jax.NamedSharding(mesh, jax.P(*spec[1:])), {}
     for source in sources[path]:
-      new = _array(source, tensors, leaf.shape[1:], kind, layer, buffers)
+      new = _array(source, tensors, leaf.shape[1:], kind, layer, buffers, infinite)
       stacked = jax.block_until_ready(_set_layer(stacked, new, source.layer))
     return stacked
 
+  infinite = set()  # names of tensors
   on_leaf = on_leaf or (lambda param: param)
   filled = [on_leaf(jax.tree.unflatten(jax.tree.structure(param), [fill(path, leaves[path])]))
             for path, param in params.items()]
+  _check_finite(sorted(wanted), infinite, tensors, dtype)
   return jax.tree.unflatten(structure, filled)
 
 
@@ -176,10 +180,31 @@ def _layer(stacked, i):
   return jax.lax.dynamic_index_in_dim(stacked, i, 0, keepdims=False)
 
 
-def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
+def _check_finite(names: list[str], infinite: set[str], tensors, dtype) -> None:
+  """UserError if any process met NaN or infinite numbers in its slices of the tensors `names`."""
+  flags = np.array([name in infinite for name in names])
+  if jax.process_count() > 1:
+    flags = multihost_utils.process_allgather(flags).any(0)
+  found = [name for name, flag in zip(names, flags) if flag]
+  if found:
+    place = getattr(tensors[found[0]], 'path', 'the checkpoint')
+    kind = jnp.dtype(dtype).name if dtype else 'their dtype'
+    raise UserError(f'{place}: {", ".join(found[:3])}{f" and {len(found) - 3} more" * (len(found) > 3)} hold NaN, '
+                    f'infinite numbers, or numbers too large for {kind}: download it again, or take another checkpoint')
+
+
+def _is_finite(x: np.ndarray) -> bool:
+  if x.dtype.itemsize != 2 or x.dtype.kind in 'iub':
+    return bool(np.isfinite(x).all())
+  # The bits without the sign, because numpy is faster with integers than with half precision
+  return bool(np.max(x.view(np.uint16) & 0x7fff, initial=0) < np.array(np.inf, x.dtype).view(np.uint16))
+
+
+def _array(source, tensors, shape, dtype, sharding, buffers, infinite: set[str]) -> jax.Array:
   """A leaf, or a layer of one. Replicas share one read, into `buffers`, which the next layer reuses.
 
-  Its dtype is `dtype`, or the file's own where that is narrower: the device widens it, not the host.
+  Its dtype is `dtype`, or the file's own where that is narrower: the device widens it, not the host. A tensor with NaN
+  or infinite numbers among them is put into `infinite`.
   """
   tensor = tensors[source.name]
   dtype = min(np.dtype(dtype), np.dtype(tensor.dtype), key=lambda kind: kind.itemsize)
@@ -192,7 +217,10 @@ def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
       buffers[key] = filled[key]
       for block in source.blocks(index, dtype.itemsize):
         place = tuple(slice(b.start - i.start, b.stop - i.start) for b, i in zip(block, index))
-        _rearrange(filled[key][(..., *place)], source.read(tensor, block))  # a view, of a scalar too
+        part = filled[key][(..., *place)]  # a view, of a scalar too
+        _rearrange(part, source.read(tensor, block))
+        if not _is_finite(part):
+          infinite.add(source.name)
     return filled[key]
 
   filled = {}
@@ -201,6 +229,7 @@ def _array(source, tensors, shape, dtype, sharding, buffers) -> jax.Array:
   return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
 
 
+@np.errstate(over='ignore')  # `_is_finite` finds what is too large for the dtype of `out`
 def _rearrange(out: np.ndarray, x: np.ndarray):
   """out[...] = x for a transposed x: a cache-blocked copy on all cores."""
   near = min(range(x.ndim), key=lambda i: x.strides[i], default=-1)  # the axis along which x lies in memory
@@ -211,6 +240,7 @@ def _rearrange(out: np.ndarray, x: np.ndarray):
   if out.dtype == x.dtype and x.dtype.itemsize == 2:  # numpy moves integers faster than bfloat16
     out, x = out.view(np.uint16), x.view(np.uint16)
 
+  @np.errstate(over='ignore')  # of each thread
   def columns(start):
     for row in range(0, x.shape[near], SQUARE):
       square = [slice(None)] * x.ndim

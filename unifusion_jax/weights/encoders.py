@@ -6,19 +6,24 @@
 All models have the same methods; docs/encoders.md has the table and says how to add one.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
+import shutil
 
+from absl import logging
 from flax import nnx
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import sharding
+from unifusion_jax import json_file, sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, internvl, qwen3_vl, t5
 from unifusion_jax.weights import hub, quantize
@@ -26,7 +31,8 @@ from unifusion_jax.weights import hub, quantize
 Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | causal_lm.TextConfig | t5.T5Config
 Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | causal_lm.TextModel | t5.T5Encoder
 QUANTIZED = ('', 'int8', 'w8a8')
-FORMAT = 1  # of the cache: raise it when the same files and rules give other numbers
+FORMAT = 2  # of the cache: raise it when the same files and rules give other numbers
+DIGESTS = 'digests.json'  # {file: sha256} of a cache entry, written into it last
 
 
 def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None) -> Encoder:
@@ -36,6 +42,7 @@ def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None
     name: a folder, or a hub id; the folder of `hub.pin` is sure to be of one revision.
     quantized: 'int8' for int8 weights, 'w8a8' for int8 activations as well, '' for neither.
     cache: a folder (one for all processes) that keeps the converted form: the next load reads its own slices of it.
+      A damaged entry is made again.
 
   Raises:
     UserError: for a model that is not supported, and as raised by `hub`, `convert` and the model.
@@ -71,7 +78,7 @@ def preprocessor(folder: pathlib.Path) -> dict:
   """The image processor's settings, which newer checkpoints keep in processor_config.json."""
   for name in ('preprocessor_config.json', 'processor_config.json'):
     if (folder / name).exists():
-      settings = json.loads((folder / name).read_text())
+      settings = json_file.read(folder / name)
       settings = settings.get('image_processor', settings)
       if 'image_mean' in settings:
         return settings
@@ -85,7 +92,8 @@ def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
                                               for name in ('preprocessor', 'processor')):
     return config
   settings = preprocessor(folder)
-  mean, std = (tuple(settings[name]) for name in ('image_mean', 'image_std'))
+  with json_file.named(folder / 'preprocessor_config.json'):
+    mean, std = (tuple(settings[name]) for name in ('image_mean', 'image_std'))
   return dataclasses.replace(config, vision=dataclasses.replace(config.vision, mean=mean, std=std))
 
 
@@ -98,25 +106,26 @@ def _config_json(folder: pathlib.Path) -> dict:
   path = folder / 'config.json'
   if not path.exists():
     raise UserError(f'{folder} has no config.json: give the folder of a transformers checkpoint')
-  return json.loads(path.read_text())
+  return json_file.read(path)
 
 
 def _config(config_json: dict, folder: pathlib.Path) -> Config:
-  match config_json.get('model_type'):
-    case 'internvl':
-      return internvl.InternVLConfig.from_json(config_json)
-    case 'internvl_chat':
-      return internvl.InternVLConfig.from_original(config_json, internvl.image_token(folder))
-    case 'qwen3_vl':
-      return qwen3_vl.Qwen3VLConfig.from_json(config_json)
-    case 'llama' | 'qwen2' | 'qwen3':
-      return causal_lm.TextConfig.from_json(config_json)
-    case 't5':
-      return t5.T5Config.from_json(config_json)
-    case other:
-      raise UserError(f'{folder}: a model of type {other!r} is not supported; supported are internvl and '
-                       'internvl_chat (InternVL 2.5, 3, 3.5), qwen3_vl, llama, qwen2 and qwen3 (text alone), and t5 '
-                       '(the encoder of T5 v1.1 and Flan-T5)')
+  with json_file.named(folder / 'config.json'):
+    match config_json.get('model_type'):
+      case 'internvl':
+        return internvl.InternVLConfig.from_json(config_json)
+      case 'internvl_chat':
+        return internvl.InternVLConfig.from_original(config_json, internvl.image_token(folder))
+      case 'qwen3_vl':
+        return qwen3_vl.Qwen3VLConfig.from_json(config_json)
+      case 'llama' | 'qwen2' | 'qwen3':
+        return causal_lm.TextConfig.from_json(config_json)
+      case 't5':
+        return t5.T5Config.from_json(config_json)
+      case other:
+        raise UserError(f'{folder}: a model of type {other!r} is not supported; supported are internvl and '
+                        'internvl_chat (InternVL 2.5, 3, 3.5), qwen3_vl, llama, qwen2 and qwen3 (text alone), and t5 '
+                        '(the encoder of T5 v1.1 and Flan-T5)')
 
 
 def _initialised(config: Config, dtype) -> Encoder:
@@ -154,21 +163,46 @@ def _read(folder: pathlib.Path, dtype, quantized: str) -> Encoder:
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:
-  """Hash of the files of a checkpoint (names, sizes, times), of the rules, and of the converted form."""
+  """Hash of the files of a checkpoint (names, sizes, times), of the rules and shapes, and of the converted form."""
   files = sorted(file for pattern in hub.TEXTS + hub.WEIGHTS for file in folder.glob(pattern))
   facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
   rules = (FORMAT, internvl.RULES, internvl.ORIGINAL_RULES, internvl.INTERNLM2_RULES, qwen3_vl.RULES, causal_lm.RULES,
            t5.RULES)
-  config_json = _config(_config_json(folder), folder).to_json()
-  return hashlib.sha256(repr((facts, rules, config_json, jnp.dtype(dtype).name, quantized)).encode()).hexdigest()[:24]
+  config = _config(_config_json(folder), folder)
+  shapes = [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype.name)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(config, dtype, quantized))]
+  return hashlib.sha256(repr((facts, rules, config.to_json(), shapes, quantized)).encode()).hexdigest()[:24]
 
 
 def _cache_entry(cache: pathlib.Path, fingerprint: str) -> tuple[pathlib.Path, bool]:
-  """(folder of the converted form, whether it exists), as process 0 sees it: file times differ between hosts."""
-  facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([(cache / fingerprint).exists()]), np.uint8)
+  """(folder of the converted form, whether it is there and whole), as process 0 sees it: file times differ by host."""
+  whole = sharding.is_main_process() and _is_whole(cache / fingerprint)
+  facts = np.frombuffer(bytes.fromhex(fingerprint) + bytes([whole]), np.uint8)
   if jax.process_count() > 1:
     facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
   return cache / facts[:-1].tobytes().hex(), bool(facts[-1])
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+  """Whether a cache entry is there, every byte as it was written; one that is damaged is removed."""
+  if not path.exists():
+    return False
+  with contextlib.suppress(OSError, ValueError):  # of a missing or damaged DIGESTS
+    if json.loads((path / DIGESTS).read_text()) == _digests(path):
+      return True
+  logging.warning('%s is damaged or was not finished: it is made again from the checkpoint', path)
+  shutil.rmtree(path, ignore_errors=True)
+  return False
+
+
+def _digests(path: pathlib.Path) -> dict[str, str]:
+  def digest(name: str) -> str:
+    with (path / name).open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+
+  names = sorted(str(file.relative_to(path)) for file in path.rglob('*') if file.is_file() and file.name != DIGESTS)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(digest, names)))
 
 
 def _store(model: Encoder, path: pathlib.Path) -> None:
@@ -183,12 +217,15 @@ def _store(model: Encoder, path: pathlib.Path) -> None:
   except ValueError:
     if not path.exists():  # else another run stored the same in the meantime
       raise
+    return
+  if sharding.is_main_process():
+    with contextlib.suppress(FileNotFoundError):  # another run took the entry for an unfinished one
+      part = path.with_name(f'{path.name}.digests')
+      part.write_text(json.dumps(_digests(path)))
+      os.replace(part, path / DIGESTS)
 
 
 def _restore(path: pathlib.Path, dtype, quantized: str) -> Encoder:
   from orbax.checkpoint.experimental import v1 as ocp
   config = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path)
-  try:
-    return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))
-  except ValueError as error:
-    raise UserError(f'{path} was stored by another version of this model: remove that folder and load again') from error
+  return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))

@@ -21,6 +21,8 @@ from unifusion_jax.weights.safetensors_io import PICKLES
 
 TEXTS = ('*.json', '*.jinja', '*.txt', '*.model')  # configs, chat templates and all kinds of tokenizer files
 WEIGHTS = ('*.safetensors',)
+# The same weights in another precision (model.fp16.safetensors) or another layout: not fetched if there are plain ones
+VARIANTS = ('*.*.safetensors', 'consolidated*.safetensors')
 _TAIL = 1 << 20  # bytes at the end of a weights file that its fingerprint covers
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 
@@ -87,8 +89,11 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
     raise UserError(f'{name}: no such folder, and no hub id either, which is owner/name, owner/name/subfolder, or '
                      'one of these with @revision')
   repository, subfolder, revision = parts[1], parts[2].strip('/'), parts[3]
-  snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights)
-  folder = snapshot / subfolder
+  for left_out in (VARIANTS, ()):
+    snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights, left_out)
+    folder = snapshot / subfolder
+    if not weights or any(folder.glob('*.safetensors')):
+      break
   place = f'{repository}{f"/{subfolder}" if subfolder else ""}'
   label = f'{place}{f"@{revision}" if revision else ""}'
   if not folder.is_dir():
@@ -115,7 +120,8 @@ def fingerprint(folder: pathlib.Path) -> str:
   return digest.hexdigest()[:16]
 
 
-def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...]) -> pathlib.Path:
+def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...],
+              left_out: tuple[str, ...]) -> pathlib.Path:
   import huggingface_hub  # slow: half a second
   from huggingface_hub import errors
   place = f'{subfolder}/' if subfolder else ''
@@ -123,7 +129,8 @@ def _download(repository: str, subfolder: str, revision: str | None, patterns: t
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
         repository, revision=revision, allow_patterns=[place + pattern for pattern in patterns],
-        ignore_patterns=[f'{place}*/*']))  # the patterns' * also matches /: folders below are other models
+        # The patterns' * also matches /: folders below are other models
+        ignore_patterns=[place + pattern for pattern in ('*/*', *left_out)]))
   except errors.IncompleteSnapshotError as error:
     raise UserError(f'{label}: its copy in the cache is not whole, and the rest cannot be fetched now; go online once '
                      '(unset HF_HUB_OFFLINE) to finish the download') from error

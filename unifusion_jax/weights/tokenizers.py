@@ -4,14 +4,17 @@ InternVL2.5-8B brings a sentencepiece model (byte-pair encoding with byte fall-b
 all there is to its tokenizer.
 """
 
+import codecs
 import copy
 import functools
-import json
 import pathlib
 
+from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
 
 _PLACEHOLDER = '[UNUSED_TOKEN_'  # start of the pieces that added tokens may replace
+_FILES = ('tokenizer_config.json', 'tokenizer.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
+          'config.json')  # what transformers reads of JSON
 _ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
@@ -34,14 +37,29 @@ def load(folder: str):
   settings = path / 'tokenizer_config.json'
   if not settings.exists() and not (path / 'tokenizer.json').exists():
     raise UserError(f'{folder} holds no tokenizer.json: point config.vlm at a Hugging Face VLM folder')
-  config_json = json.loads(settings.read_text()) if settings.exists() else {}
-  if config_json.get('tokenizer_class', '').startswith('InternLM2Tokenizer') and not (path / 'tokenizer.json').exists():
+  config_json = json_file.read(settings) if settings.exists() else {}
+  is_internlm2 = str(config_json.get('tokenizer_class')).startswith('InternLM2Tokenizer')
+  if is_internlm2 and not (path / 'tokenizer.json').exists():
     return _internlm2(path, config_json)
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # the default asks the user
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # the default asks the user
+  except Exception as error:  # of the rust library too, which has no class of its own
+    raise UserError(_reason(path, error)) from error
   processors = path / 'chat_template.json'  # where some checkpoints keep the template, for their processor alone
   if not tokenizer.chat_template and processors.exists():
-    tokenizer.chat_template = json.loads(processors.read_text())['chat_template']
+    tokenizer.chat_template = json_file.read(processors).get('chat_template')
   return tokenizer
+
+
+def _reason(path: pathlib.Path, error: Exception) -> str:
+  """Why transformers does not load the tokenizer of a folder, with the file that is to blame."""
+  for file in (path / name for name in _FILES):
+    if file.exists():
+      json_file.read(file)  # its own error is the better one
+      if file.read_bytes().startswith(codecs.BOM_UTF8):
+        return f'{file} begins with a byte-order mark, which transformers does not read: save it as plain UTF-8'
+  return (f'{path}: transformers cannot load the tokenizer of this folder: {" ".join(str(error).split())[:300]}; '
+          'take the tokenizer files of the checkpoint again')
 
 
 def _internlm2(path: pathlib.Path, config_json: dict):
