@@ -8,7 +8,9 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
+from benchmarks import int8
 from unifusion_jax import config, sharding, verifi
 from unifusion_jax.data import vision_inputs
 from unifusion_jax.models import decoder, dit, internvl, lap, unifusion
@@ -46,6 +48,12 @@ def rounded(x, axes):
   return np.round(x / scale) * scale
 
 
+def rotated(x, axis):
+  size = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if x.shape[axis] % n == 0)
+  blocks = np.moveaxis(x, axis, -1).reshape(-1, size) @ scipy.linalg.hadamard(size) / size ** 0.5
+  return np.moveaxis(blocks.reshape(np.moveaxis(x, axis, -1).shape), -1, axis)
+
+
 @pytest.mark.parametrize('equation,shape,spec,name', PRODUCTS)
 @pytest.mark.parametrize('activations', [False, True])
 def test_product_is_that_of_the_rounded_matrix(equation, shape, spec, name, activations):
@@ -57,8 +65,15 @@ def test_product_is_that_of_the_rounded_matrix(equation, shape, spec, name, acti
   y = jax.jit(lambda x, w: einsum(equation, x, w, out))(x, small)
   exact = einsum(equation, x, w, out)
   assert jax.typeof(y) == jax.typeof(exact)
-  ours = rounded(np.asarray(x), tuple(range(2, x.ndim))) if activations else np.asarray(x)
-  np.testing.assert_allclose(y, np.einsum(equation, ours, rounded(np.asarray(w), contracted)), rtol=1e-4, atol=1e-4)
+  dense, rows = np.asarray(small.dense()), np.asarray(small.rows)
+  last = max(contracted)
+  np.testing.assert_allclose(rotated(dense / rows, last), rounded(rotated(np.asarray(w) / rows, last), contracted),
+                             atol=1e-5)
+  ours = np.asarray(x)
+  if activations:
+    rows = rows.reshape(rows.shape[:len(contracted)])
+    ours = rotated(rounded(rotated(ours * rows, -1), tuple(range(2, x.ndim))), -1) / rows
+  np.testing.assert_allclose(y, np.einsum(equation, ours, dense), rtol=1e-4, atol=1e-4)
   assert np.abs(np.asarray(y - exact)).max() > 1e-4  # it was rounded at all
 
 
@@ -76,7 +91,23 @@ def test_weights_travel_as_int8(equation, shape, spec, name, activations):
 def test_a_zero_channel_stays_zero():
   w = jnp.zeros((16, 24)).at[:, 3].set(1.0)
   small = quantize.quantize(layer(w)).w
-  np.testing.assert_array_equal(small.values * small.scale, w)
+  np.testing.assert_allclose(small.dense(), w, atol=1e-6)
+  assert not np.asarray(small.dense())[:, np.arange(24) != 3].any()
+
+
+@pytest.mark.parametrize('activations', [False, True])
+@pytest.mark.parametrize('factor', [1, 30, 1000])
+@pytest.mark.parametrize('split', [0, 0.5, 1])
+def test_outliers_of_the_input_cost_nothing(factor, split, activations):
+  """Some channels are `factor` times the others; the matrix makes up for it, wholly (1), half, or not at all."""
+  rng = np.random.default_rng(0)
+  x, w = rng.standard_normal((8, 32, 128), np.float32), rng.standard_normal((128, 64), np.float32)
+  x[..., :3] *= factor
+  w[:3] /= factor ** split
+  small = quantize.quantize(layer(jax.device_put(w, P('fsdp', 'tp'))), activations).w
+  exact = np.einsum('bsd,df->bsf', x, w)
+  y = einsum('bsd,df->bsf', jax.device_put(x, P(BATCH)), small)
+  assert np.linalg.norm(y - exact) < (0.012 if split in (0, 1) else 0.02) * np.linalg.norm(exact)
 
 
 def test_axes_that_do_not_fit_are_refused():
@@ -133,7 +164,7 @@ def test_velocity_within_two_percent(dtype):
   inputs = [jax.device_put(x, P(BATCH)) for x in (hidden, mask, z, t)]
   velocity = jax.jit(lambda model, hidden, mask, z, t: model.velocity(z, t, model.condition(hidden, mask), mask))
   exact = np.asarray(velocity(tiny_unifusion(), *inputs))
-  dense = jax.tree.map(lambda w: nnx.Param(w.values * w.scale) if is_int8(w) else w,
+  dense = jax.tree.map(lambda w: nnx.Param(w.dense()) if is_int8(w) else w,
                        quantize.quantize(tiny_unifusion()), is_leaf=is_int8)
   rounded = np.asarray(velocity(dense, *inputs))
   for activations, most in ((False, 0.02), (True, 0.03)):
@@ -187,6 +218,17 @@ def test_states_within_two_percent():
   assert (error < 0.05).all(), error
 
 
+@pytest.mark.parametrize('change,most', [(lambda model: model, (0.015, 0.02)), (int8.with_outliers, (0.035, 0.045))])
+def test_states_of_a_model_with_outliers(change, most):
+  """Within 3.5% and 4.5%, where one scale a token and one a channel alone give 4% and 10%."""
+  tokens = int8.random_tokens()
+  exact = int8.states(change(int8.random_model()), tokens)
+  for activations in (False, True):
+    error = int8.relative(int8.states(quantize.quantize(change(int8.random_model()), activations), tokens), exact)
+    print(error)
+    assert (error < most[activations]).all(), (activations, error)
+
+
 def test_states_within_two_percent_on_the_embedded_vlm():
   folder = str(config.ASSETS / 'vlm')
   chat, source = verifi.Chat(folder), sources.SceneSource('edit', 'test', 64)
@@ -205,6 +247,7 @@ def test_states_within_two_percent_on_the_embedded_vlm():
   # Rounded activations cost about as much again as rounded weights
   for dtype, activations, most in ((jnp.float32, False, 0.02), (jnp.bfloat16, False, 0.02), (jnp.float32, True, 0.03)):
     error = relative(states(quantize.quantize(internvl.load(folder, dtype), activations), *inputs, taps), exact)
+    print('embedded', dtype, activations, error)
     assert (error < most).all(), (dtype, activations, error)
 
 
@@ -215,7 +258,7 @@ def test_unrolled_layers_write_the_same(unrolled):
 def test_writes_what_the_rounded_model_writes():
   vlm = tiny()
   small = quantize.quantize(vlm)
-  dense = jax.tree.map(lambda w: nnx.Param(w.values * w.scale) if is_int8(w) else w, small, is_leaf=is_int8)
+  dense = jax.tree.map(lambda w: nnx.Param(w.dense()) if is_int8(w) else w, small, is_leaf=is_int8)
   tokens, valid, tiles = prompt(vlm)
   ours, wanted = (generate(m, tokens, valid, tiles, max_new=8, stop_ids=()) for m in (small, dense))
   np.testing.assert_array_equal(ours.ids, wanted.ids)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from unifusion_jax import prompting, sharding, verifi
+from unifusion_jax import json_file, prompting, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
@@ -224,7 +224,7 @@ def _claim_settings(folder: pathlib.Path, settings: dict) -> None:
 def _compare(folder: pathlib.Path, settings: dict, free: tuple[str, ...] = ()) -> None:
   if not (folder / rewrites.SETTINGS).exists():
     raise UserError(f'{folder} holds no {rewrites.SETTINGS}: give the folder that --mode=rewrite wrote')
-  stored = json.loads((folder / rewrites.SETTINGS).read_text())
+  stored = json_file.read(folder / rewrites.SETTINGS)
   changes = differences(stored, settings, lambda name: name in settings and name not in free)
   if changes:
     raise UserError(f'{folder} holds rewrites of other settings; give another folder, or remove that one.\n  '

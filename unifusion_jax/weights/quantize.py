@@ -1,7 +1,11 @@
-"""int8 weights for frozen models: symmetric, one scale for each output channel.
+"""int8 weights for frozen models: symmetric, one scale for each output channel, with outliers spread out first.
 
 An `Int8` takes the place of a matrix's Param, and `layers.einsum` multiplies with it: the integers are exact in
-bfloat16, and the scale is applied to the product. The matrices are the Params whose `layers.weight` names contracted
+bfloat16, and the scale is applied to the product. Trained models have input channels of 30 times the size of the
+others, which leave the others (of a token) and their rows (of a matrix) a few levels of the 255. So a matrix is first
+divided by the size of its rows, and its input multiplied by it (SmoothQuant, arXiv 2211.10438, but by the weights
+alone), then both are rotated by a Hadamard matrix in blocks of channels, which leaves the product as it is (QuaRot,
+arXiv 2404.00456). The matrices are the Params whose `layers.weight` names contracted
 dims and not `int8=False`: attention, MLPs, projectors, heads. Embeddings, norms, biases, convolutions and the input
 layers of pixels, latents and times stay as they are. With `activations`, the input of a matrix is rounded to int8 too
 (one scale for each token), and the product runs in integers: faster where the device has them (TPU, recent GPUs), and
@@ -13,28 +17,39 @@ explicit sharding the batch's axes land on another dimension, and its providers 
 
 import dataclasses
 import functools
+import math
 
 from flax import nnx
 import jax
 from jax import P
 import jax.numpy as jnp
+import scipy.linalg
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.layers import contracted
 from unifusion_jax.sharding import BATCH
 
+BLOCK = 128  # channels that are rotated together, or the largest power of two that divides their number
+SMALLEST = -8  # log2 of the least size of a row
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-  """A matrix as int8 times a scale; both may have a leading layer axis."""
+  """A matrix as int8 times a scale, rotated, times the size of its rows; all may have a leading layer axis."""
   values: jax.Array  # int8, in the shape and sharding of the matrix
   scale: jax.Array   # f32, of size 1 on every contracted axis, replicated (conflicts with no product's sharding)
+  rows: jax.Array    # f32 powers of two, of size 1 on every other axis, replicated
+  axis: int = dataclasses.field(metadata=dict(static=True))  # the rotated one, a negative number
   activations: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.values.shape
+
+  def dense(self) -> jax.Array:
+    """The matrix that this one stands for, f32."""
+    return _rotated(self.values * self.scale, self.axis) * self.rows
 
   def times(self, equation: str, x: jax.Array, out: P | None) -> jax.Array:
     """The einsum of x and this matrix, in x's dtype; arguments as `layers.einsum`."""
@@ -47,10 +62,11 @@ class Int8:
     # Gathered over the axes of the batch as int8: left to the compiler, it is cast first and travels at twice the bytes
     values = jax.sharding.reshard(self.values, P(*(None if axis in BATCH else axis
                                                    for axis in jax.typeof(self.values).sharding.spec)))
+    rotated = _rotated(x * _aligned(self.rows, w_axes, x_axes).astype(x.dtype), x_axes.index(w_axes[self.axis]))
     if not self.activations:
-      y = jnp.einsum(equation, x, values.astype(x.dtype), out_sharding=out)
+      y = jnp.einsum(equation, rotated.astype(x.dtype), values.astype(x.dtype), out_sharding=out)
       return (y.astype(jnp.float32) * scale).astype(x.dtype)
-    rounded, x_scale = _rounded(x, tuple(i for i, letter in enumerate(x_axes) if letter not in result))
+    rounded, x_scale = _rounded(rotated, tuple(i for i, letter in enumerate(x_axes) if letter not in result))
     y = jnp.einsum(equation, rounded, values, preferred_element_type=jnp.int32, out_sharding=out)
     return (y.astype(jnp.float32) * _aligned(x_scale, x_axes, result) * scale).astype(x.dtype)
 
@@ -95,14 +111,39 @@ def _quantized(leaf, activations: bool):
   """The Int8 of a matrix; any other leaf unchanged."""
   if not _is_matrix(leaf):
     return leaf
-  return jax.block_until_ready(Int8(*_matrix(leaf[...], contracted(leaf)), activations))
+  axes = contracted(leaf)
+  return jax.block_until_ready(Int8(*_matrix(leaf[...], axes), max(axes), activations))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _matrix(w: jax.Array, axes: tuple[int, ...]):
-  """(int8, scale) of a matrix, contracted over `axes`."""
-  values, scale = _rounded(w, axes)
-  return values, jax.sharding.reshard(scale, P())
+  """(int8, scale, rows) of a matrix, contracted over `axes`."""
+  if w.ndim > -min(axes):  # layer by layer: a rotation may gather the axis
+    return jax.lax.map(lambda layer: _matrix(layer, axes), w)
+  spec, w = jax.typeof(w).sharding.spec, w.astype(jnp.float32)
+  peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
+  rows = jnp.max(jnp.abs(w) / jnp.where(peak > 0, peak, 1.0), axis=tuple(range(max(axes) + 1, 0)), keepdims=True)
+  exponent = jnp.clip(jnp.round(jnp.log2(rows)), SMALLEST, 0).astype(jnp.int32)
+  rows = jax.sharding.reshard(jnp.ldexp(jnp.ones_like(rows), exponent), P())  # powers of two, exact in every dtype
+  values, scale = _rounded(_rotated(w / rows, max(axes)), axes)
+  return jax.sharding.reshard(values, spec), jax.sharding.reshard(scale, P()), rows
+
+
+def _rotated(x: jax.Array, axis: int) -> jax.Array:
+  """x times a Hadamard matrix on each block of channels of an axis, f32; twice makes x again."""
+  size = math.gcd(x.shape[axis], BLOCK)
+  x = jnp.moveaxis(x, axis, -1)
+  spec = tuple(jax.typeof(x).sharding.spec)
+  spec += (None,) * (x.ndim - len(spec))
+  mesh = jax.sharding.get_abstract_mesh()
+  names = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],) if spec[-1] else ()
+  split = x.shape[-1] // size % math.prod(mesh.shape[name] for name in names) != 0
+  within = P(*spec[:-1], None if split else spec[-1])  # no block may lie on two devices
+  blocks = jnp.reshape(jax.sharding.reshard(x, within), (*x.shape[:-1], -1, size), out_sharding=P(*within, None))
+  y = jnp.einsum('...i,ij->...j', blocks, scipy.linalg.hadamard(size).astype(x.dtype),
+                 precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32) * size ** -0.5
+  y = jax.sharding.reshard(jnp.reshape(y, x.shape, out_sharding=within), P(*spec))
+  return jnp.moveaxis(y, -1, axis)
 
 
 def _rounded(x: jax.Array, axes: tuple[int, ...]):
