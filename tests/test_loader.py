@@ -10,7 +10,7 @@ import pytest
 
 from unifusion_jax.data import buckets, loader, sources
 from unifusion_jax.data.loader import DataConfig, Task
-from unifusion_jax.errors import BrokenRecord
+from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.scenes import builder, world
 from unifusion_jax.scenes.sources import SceneSource
 
@@ -171,11 +171,26 @@ def test_nothing_but_broken_records_stops_at_once():
     next(iterator)
 
 
-def test_other_errors_are_not_swallowed():
+@pytest.mark.parametrize('error', [KeyError('a fault of the program'), OSError(24, 'Too many open files'),
+                                   UserError('a setting')])
+def test_what_is_no_records_fault_stops_the_run(error):
+  """An error of every record is the program's and keeps its traceback; a setting's and the machine's stop at once."""
   def faulty(record, rng):
-    return {'i': np.int32(record['no such key'])}
-  with pytest.raises(KeyError):
+    raise error
+  with pytest.raises(type(error)) as raised:
     next(loader.batches([(Numbers(60), 1)], faulty, 4))
+  assert raised.value is error and raised.traceback[-1].name == 'faulty'
+
+
+@pytest.mark.parametrize('error', [TypeError('odd'), RecursionError('deep'), MemoryError(), AttributeError('encode')])
+def test_a_record_is_broken_whatever_it_raises(error, caplog):
+  def odd(record, rng):
+    if record['i'] == 7:
+      raise error
+    return draw(record, rng)
+  seen = take(loader.batches([(Numbers(60), 1)], odd, 4, seed=1), 15)
+  assert 7 not in numbers(seen) and numbers(seen, 'skipped').sum() == 1
+  assert f'passed over numbers record 7: {type(error).__name__}' in caplog.text and 'in odd' in caplog.text
 
 
 def test_refused_arguments():

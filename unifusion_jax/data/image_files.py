@@ -19,7 +19,7 @@ _IFD = re.compile(rb'(II\*\0\x08\0\0\0|MM\0\*\0\0\0\x08)..', re.DOTALL)  # the h
 
 
 def pixels(file, whole: bool = True) -> tuple[io.IOBase, int]:
-  """(what Pillow decodes, orientation 1-8) of an open binary file; of WebP and GIF the file itself and 1.
+  """(what Pillow decodes, orientation 1-8) of an open binary file. That of WebP and AVIF is left to Pillow, as 1.
 
   whole: False leaves out the pixels of PNG and JPEG, where the size alone is wanted.
   """
@@ -29,7 +29,7 @@ def pixels(file, whole: bool = True) -> tuple[io.IOBase, int]:
     return _png(file, whole)
   if start.startswith(JPEG):
     return _jpeg(file, whole)
-  if start[4:12] in AVIF:  # turned by a property of its own; Pillow would write its EXIF anew, odd tags included
+  if start[4:12] in AVIF:  # whose turn is no part of its EXIF; Pillow would write that anew, odd tags included
     return io.BytesIO(_IFD.sub(rb'\1\0\0', file.read())), 1
   return file, 1
 

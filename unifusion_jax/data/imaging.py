@@ -84,7 +84,7 @@ def _opened(source, max_pixels: int, whole: bool = True):
     with _damage(name):
       pixels, orientation = image_files.pixels(file, whole)
       pil_image = _header(pixels, name, max_pixels)
-      if pil_image.format == 'WEBP':
+      if pil_image.format in ('WEBP', 'AVIF'):
         orientation = image_files.orientation(*(pil_image.info.get(key, b'') for key in ('exif', 'xmp')))
       _scale_transparency(pil_image)
     yield name, pil_image, orientation
