@@ -190,7 +190,7 @@ def test_a_record_is_broken_whatever_it_raises(error, caplog):
     return draw(record, rng)
   seen = take(loader.batches([(Numbers(60), 1)], odd, 4, seed=1), 15)
   assert 7 not in numbers(seen) and numbers(seen, 'skipped').sum() == 1
-  assert f'passed over numbers record 7: {type(error).__name__}' in caplog.text and 'in odd' in caplog.text
+  assert f'passed over numbers record 7: {type(error).__name__}' in caplog.text
 
 
 def test_refused_arguments():

@@ -115,4 +115,4 @@ def _jpeg(file, whole: bool) -> tuple[io.BytesIO, int]:
     kept += [head, body]
     if marker[1] == 0xda or len(body) < length:  # the scan follows, or nothing
       break
-  return io.BytesIO(b''.join(kept) + (file.read() if whole else b'')), orientation(exif, xmp)
+  return io.BytesIO(b''.join([*kept, file.read() if whole else b''])), orientation(exif, xmp)

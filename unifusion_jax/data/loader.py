@@ -28,6 +28,7 @@ from unifusion_jax.errors import BrokenRecord, UserError
 Transform = Callable[[dict, np.random.Generator], dict]
 ENDLESS = 2 ** 50  # examples; grain's own endless repeat overflows at one row a process
 TRIES = 100  # records of one bucket tried in a row before the run stops
+NAMED = 1000  # broken records that the log names
 SCENES = ('scenes', 'scenes/wide')  # the embedded world (unifusion_jax/scenes), and a wider one to train on
 THREADS = 2  # batches prepared at a time in a process without workers
 
@@ -407,13 +408,18 @@ class _Draw:
 
 
 def _pass_over(source, i: int, error: Exception) -> str:
-  """The logged reason, with its place, to pass over a record. Raises an `error` of a setting, a list or the machine."""
+  """The reason to pass over a record, with its place, logged once. Raises an `error` of a setting, list or machine."""
   if isinstance(error, UserError) and not isinstance(error, BrokenRecord):
     raise error
   place, reason = sources.where(source, i), sources.reason(error)
   reason = reason if reason.startswith(place) else f'{place}: {reason}'
-  logging.log_first_n(logging.WARNING, 'passed over %s', 10, reason)
+  if reason not in _NAMED and len(_NAMED) < NAMED:
+    _NAMED.add(reason)
+    logging.warning('passed over %s', reason)
   return reason
+
+
+_NAMED: set[str] = set()  # reasons in the log of this process
 
 
 def _buckets(source, transform: Transform) -> dict[tuple, tuple[float, Sequence[int]]]:
