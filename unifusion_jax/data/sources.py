@@ -15,6 +15,7 @@ only the sources of scenes, `InTiles` and `Rewritten` add them, never a column o
 """
 
 import collections
+from collections.abc import Iterator
 import concurrent.futures
 import os
 import pathlib
@@ -28,6 +29,7 @@ from unifusion_jax.data import imaging, lists, rewrites
 from unifusion_jax.errors import BrokenRecord, clipped, UserError
 
 READ_AHEAD = 64  # records of a list that are read whole at the start
+BLOCK = 2 ** 16  # paths of a list that are looked at together
 
 
 class ArrayRecordSource:
@@ -59,7 +61,6 @@ class ArrayRecordSource:
 
   def bucket(self, i: int) -> tuple[int, int, int]:
     return tuple(int(n) for n in self._shapes[i])
-
 
 
 def _text(value):
@@ -102,12 +103,11 @@ class FolderSource:
     self._buckets = tuple((int(height), int(width)) for height, width in buckets)
     self._rows = lists.load(path)
     self._shapes = np.full((len(self), 2), -1, np.int32)  # bucket (-1: broken), number of references
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      reasons = self._survey(pool)
+    reasons = self._survey(threads)
     self.problems = [f'{self.where(i)}: {reasons[i]}' for i in sorted(reasons)]
     if len(self.problems) > share * len(self):
       raise UserError(f'{path}: {len(self.problems)} of {len(self)} records cannot be used, more than the allowed '
-                      f'share of {share:g}: mend the list or allow more. '
+                      f'share of {share:g}: mend the list or allow more (data.skipped). '
                       f'The first are: {"; ".join(self.problems[:3])}')
     if self.problems:
       logging.warning('%s: %d of %d records cannot be used and are left out; the first: %s', path, len(self.problems),
@@ -146,43 +146,50 @@ class FolderSource:
     path = self._folder / image
     return self._folder / image.replace('\\', '/') if '\\' in image and not os.path.exists(path) else path
 
-  def _survey(self, pool: concurrent.futures.Executor) -> dict[int, str]:
+  def _survey(self, threads: int) -> dict[int, str]:
     """Fills `_shapes` -> why records are broken, by their number."""
     reasons: dict[int, str] = {}
     targets, references = collections.defaultdict(list), collections.defaultdict(list)  # rows by path
-    ahead = {}
-    for i, raw in enumerate(self._rows):
-      try:
-        row = self._rows.parse(raw)
-        self._shapes[i, 1] = len(row['references'])
-        if isinstance(row['target'], bytes):
-          self._shapes[i, 0] = self._nearest(row['target'])
+    ahead = []
+
+    def look(pool, function, inputs: dict) -> Iterator[tuple[object, list[int]]]:
+      """(function(input), its rows), but where it fails: that is noted for the rows."""
+      for result, rows in zip(pool.map(_caught(function), inputs), inputs.values()):
+        if isinstance(result, Exception):
+          reasons.update((i, reason(result)) for i in rows if i not in reasons)
         else:
-          targets[row['target']].append(i)
-        for reference in row['references']:
-          if isinstance(reference, str):
-            references[reference].append(i)
-      except Exception as error:
-        reasons[i] = reason(error)
-      if i < READ_AHEAD:
-        ahead[i] = raw
-
-    def look(function, inputs, rows_of):
-      """Notes the errors of function(input) as those of its rows -> (result, rows) of the others."""
-      for result, rows in zip(pool.map(_caught(function), inputs), rows_of):
-        if not isinstance(result, Exception):
           yield result, rows
-          continue
-        for i in rows:
-          reasons.setdefault(i, reason(result))
 
-    for nearest, rows in look(self._nearest, targets, targets.values()):
-      self._shapes[rows, 0] = nearest
-    for _ in look(lambda reference: imaging.check_file(self._file(reference)), references, references.values()):
-      pass
-    whole = [i for i in ahead if i not in reasons]
-    for _ in look(lambda i: self._record(ahead[i], *self._shapes[i]) and None, whole, ([i] for i in whole)):
-      pass
+    def look_at_files(pool) -> None:
+      for nearest, rows in look(pool, self._nearest, targets):
+        self._shapes[rows, 0] = nearest
+      for _ in look(pool, lambda path: imaging.check_file(self._file(path)), references):
+        pass
+      targets.clear()
+      references.clear()
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      for i, raw in enumerate(self._rows):
+        try:
+          row = self._rows.parse(raw)
+          self._shapes[i, 1] = len(row['references'])
+          if isinstance(row['target'], bytes):
+            self._shapes[i, 0] = self._nearest(row['target'])
+          else:
+            targets[row['target']].append(i)
+          for reference in row['references']:
+            if isinstance(reference, str):
+              references[reference].append(i)
+        except Exception as error:
+          reasons[i] = reason(error)
+        ahead += [raw] * (i < READ_AHEAD)
+        if len(targets) + len(references) > BLOCK:
+          look_at_files(pool)
+      look_at_files(pool)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each holds whole images
+      whole = {i: [i] for i in range(len(ahead)) if i not in reasons}
+      for _ in look(pool, lambda i: self._record(ahead[i], *self._shapes[i]) and None, whole):
+        pass
     self._shapes[list(reasons), 0] = -1
     return reasons
 
