@@ -12,7 +12,7 @@ import pytest
 
 from unifusion_jax.data import lists, loader, sources
 from unifusion_jax.data.loader import DataConfig, Task
-from unifusion_jax.errors import BrokenRecord
+from unifusion_jax.errors import BrokenRecord, UserError
 
 
 def take(iterator, count):
@@ -211,6 +211,19 @@ def test_parquet_with_images_inside(tmp_path, monkeypatch, rows):
     assert ours.bucket(i) == theirs.bucket(i) and record.keys() == same.keys()
     for name, value in same.items():
       np.testing.assert_array_equal(record[name], value)
+
+
+def test_a_damaged_parquet_file_is_one_sentence(tmp_path):
+  listed = folder(tmp_path, 'parquet')
+  data, rng = listed.read_bytes(), np.random.default_rng(0)
+  for _ in range(100):
+    changed = bytearray(data)
+    changed[rng.integers(len(data) - 1500, len(data))] = rng.integers(256)
+    listed.write_bytes(changed)
+    try:
+      sources.FolderSource(listed, BUCKETS, share=1.0)
+    except UserError as error:
+      assert len(str(error)) < 1500
 
 
 def test_no_message_holds_an_image(tmp_path):

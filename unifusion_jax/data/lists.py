@@ -137,12 +137,12 @@ class Table:
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    try:
+    with self._reading('is not a Parquet file that can be read', 'replace it'):
       file = self._open()
       metadata, names = file.metadata, file.schema_arrow.names
       rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    except (OSError, ValueError) as error:
-      raise UserError(f'{path} is not a Parquet file that can be read ({clipped(error)}): replace it') from error
+      if min(rows, default=0) < 0:
+        raise ValueError('a row group of less than no rows')
     missing = [name for name in COLUMNS if name not in names]
     if missing:
       raise UserError(f'{path} has no column {", ".join(missing)}: it wants {", ".join(COLUMNS)}')
@@ -150,7 +150,7 @@ class Table:
     self._groups, self._lock = collections.OrderedDict(), threading.Lock()
 
   def _open(self):
-    import pyarrow.parquet  # here, as the import takes a while
+    import pyarrow.parquet
     return pyarrow.parquet.ParquetFile(self._path)
 
   def __getstate__(self) -> dict:  # for worker processes: without what was read
@@ -179,13 +179,13 @@ class Table:
         yield from ((part, i) for i in range(part.num_rows))
 
   @contextlib.contextmanager
-  def _reading(self):
+  def _reading(self, fault: str = 'cannot be read', advice: str = 'replace it, or write it in smaller row groups'):
     """Arrow's errors, of many types, as a UserError."""
+    import pyarrow  # here, as the import takes a while
     try:
       yield
-    except (OSError, ValueError, NotImplementedError) as error:
-      raise UserError(f'{self._path} cannot be read ({clipped(error)}): replace it, or write it again in smaller row '
-                      'groups') from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+      raise UserError(f'{self._path} {fault} ({clipped(error)}): {advice}') from error
 
   def parse(self, raw: tuple) -> dict:
     part, i = raw
