@@ -6,10 +6,11 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import features, Image
 import pytest
 
 from unifusion_jax.data import imaging
+from unifusion_jax.errors import UserError
 
 # Four colours in quarters survive JPEG, palettes and turns.
 QUARTERS = np.zeros((24, 32, 3), np.uint8)
@@ -86,19 +87,153 @@ def test_sixteen_bits_are_scaled():
   np.testing.assert_array_equal(image[0, :, 0], [0, 1, 128, 255])
 
 
+def chunk(name: bytes, body: bytes) -> bytes:
+  return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+
+
+def png(rows: np.ndarray, width: int, bits: int, colours: int, *chunks: bytes) -> bytes:
+  """A PNG of packed rows uint8 [y n], of kinds that Pillow cannot write. colours: the colour type of the format."""
+  head = struct.pack('>IIBBBBB', width, len(rows), bits, colours, 0, 0, 0)
+  pixels = zlib.compress(b''.join(b'\0' + bytes(row) for row in rows))
+  return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + b''.join(chunks) + chunk(b'IDAT', pixels) + chunk(b'IEND', b''))
+
+
 def sixteen_bit_rgb(values: np.ndarray) -> bytes:
-  """A PNG of uint16 [y x 3], which Pillow cannot write."""
-  def chunk(name, body):
-    return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
-  y, x = values.shape[:2]
-  rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
-  head = struct.pack('>IIBBBBB', x, y, 16, 2, 0, 0, 0)
-  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+  """A PNG of uint16 [y x 3]."""
+  return png(values.astype('>u2').reshape(len(values), -1).view(np.uint8), values.shape[1], 16, 2)
 
 
 def test_sixteen_bit_colours():
   values = (QUARTERS.astype(np.uint16) * 257)
   np.testing.assert_array_equal(imaging.read(sixteen_bit_rgb(values)), QUARTERS)
+
+
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+@pytest.mark.parametrize('bits, colours, row, transparent, wanted', [
+    (1, 0, '40', '0001', [BLACK, WHITE, BLACK, BLACK]),
+    (2, 0, '1b', '0002', [BLACK, (85,) * 3, WHITE, WHITE]),
+    (4, 0, '07f0', '0007', [BLACK, WHITE, WHITE, BLACK]),
+    (8, 0, '0010ff20', '0010', [BLACK, WHITE, WHITE, (32,) * 3]),
+    (16, 0, '1234567812350000', '1234', [WHITE, (86,) * 3, (18,) * 3, BLACK]),
+    (8, 2, '102030102031000000ffffff', '001000200030', [WHITE, (16, 32, 49), BLACK, WHITE]),
+    (16, 2, '123456789abc' + 'ffff00008000' + '0' * 24, '123456789abc', [WHITE, (255, 0, 128), BLACK, BLACK]),
+    (16, 4, '1234000080800000' + '0000ffff' + 'ffffffff', '', [WHITE, WHITE, BLACK, WHITE]),
+    (16, 6, '1234123412340000' + '800000000000ffff' + '0000' * 3 + '8080' + '0' * 16, '',
+     [WHITE, (128, 0, 0), (127,) * 3, WHITE])])
+def test_transparency_of_every_depth_is_white(bits, colours, row, transparent, wanted):
+  chunks = [chunk(b'tRNS', bytes.fromhex(transparent))] if transparent else []
+  image = imaging.read(png([bytes.fromhex(row)], 4, bits, colours, *chunks))
+  np.testing.assert_array_equal(image, [wanted])
+
+
+def test_phone_photos_of_several_images_give_the_first():
+  more = [Image.new('RGB', (32, 24))]
+  data = encoded(Image.fromarray(QUARTERS), 'MPO', save_all=True, append_images=more, quality=95)
+  assert Image.open(io.BytesIO(data)).format == 'MPO'
+  assert np.abs(centres(imaging.read(data)) - centres(QUARTERS)).max() <= 8
+  grey = encoded(Image.fromarray(QUARTERS).convert('L'), 'JPEG', progressive=True, quality=95)
+  assert np.ptp(imaging.read(grey), axis=-1).max() == 0
+
+
+def exif(entries, order='<') -> bytes:
+  """EXIF of (tag, type, count, four bytes) entries."""
+  head = (b'II*\0' if order == '<' else b'MM\0*') + struct.pack(f'{order}IH', 8, len(entries))
+  return b'Exif\0\0' + head + b''.join(struct.pack(f'{order}HHI', *e[:3]) + e[3] for e in entries) + bytes(4)
+
+
+ODD_TAGS = [(0x010e, 5, 1, bytes(4)), (0x0131, 12, 1, b'\xff' * 4), (0x0132, 12, 1, bytes(4)), (0x011a, 2, 4, b'text'),
+            (0x0213, 4, 1, b'\xff' * 4), (0x8769, 4, 1, b'\xff' * 4), (0x8825, 2, 4, b'text'), (0x9003, 0, 0, bytes(4)),
+            (0xffff, 99, 2 ** 32 - 1, b'\xff' * 4)]
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('odd', ODD_TAGS)
+def test_odd_tags_hide_no_turn(kind, odd, recwarn):
+  wanted = QUARTERS.swapaxes(0, 1)[:, ::-1]
+  for order in '<>':
+    for long in (False, True):
+      value = struct.pack(f'{order}I' if long else f'{order}HH', *((6,) if long else (6, 0)))
+      tags = sorted([odd, (0x0112, 4 if long else 3, 1, value)])
+      options = {} if kind == 'PNG' else dict(quality=95)
+      data = encoded(Image.fromarray(QUARTERS), kind, exif=exif(tags, order), **options)
+      assert imaging.read_size(data) == (32, 24)
+      assert np.abs(centres(imaging.read(data)) - centres(wanted)).max() <= 8
+  assert not recwarn.list
+
+
+def test_exif_that_cannot_be_read_turns_nothing():
+  six = (0x0112, 3, 1, struct.pack('<HH', 6, 0))
+  whole = exif([six])
+  for broken in (whole[:20], whole.replace(b'II', b'XX'), exif([six[:3] + (struct.pack('<HH', 9, 0),)]),
+                 exif([(0x0112, 2, 4, b'six\0')]), b'Exif\0\0', b'Exif\0\0II*\0\xff\xff\xff\xff\xff\xff'):
+    data = encoded(Image.fromarray(QUARTERS), 'JPEG', exif=broken, quality=95)
+    assert imaging.read(data).shape == QUARTERS.shape and imaging.read_size(data) == QUARTERS.shape[:2]
+
+
+def test_an_odd_pillow_image_is_turned_too():
+  data = encoded(Image.fromarray(QUARTERS), 'JPEG', exif=exif([(0x0112, 3, 1, struct.pack('<HH', 6, 0)), ODD_TAGS[2]]))
+  assert imaging.read(Image.open(io.BytesIO(data))).shape == (32, 24, 3)
+
+
+def test_avif():
+  known = features.check('avif')
+  assert ('AVIF' in imaging.FORMATS) == ('AVIF' in imaging.WANTED) == known
+  for orientation, turned in ((1, QUARTERS), (6, QUARTERS.swapaxes(0, 1)[:, ::-1])) if known else ():
+    tags = Image.Exif()
+    tags[0x0112], tags[0x0132] = orientation, 'a date'
+    data = bytearray(encoded(Image.fromarray(QUARTERS), 'AVIF', exif=tags, quality=95))
+    data[data.index(b'MM\0*') + 13] = 12  # the date's type: now a double
+    assert imaging.read_size(data) == turned.shape[:2]
+    assert np.abs(centres(imaging.read(data)) - centres(turned)).max() <= 12
+
+
+def test_texts_and_profiles_of_any_length_are_not_read():
+  """As programs that generate images write them: whole workflows, or a profile that unpacks to megabytes."""
+  long = zlib.compress(b' ' * 2 ** 22)
+  chunks = [chunk(b'zTXt', b'workflow\0\0' + long), chunk(b'iTXt', b'prompt\0\1\0\0\0' + long),
+            chunk(b'iCCP', b'profile\0\0' + long), chunk(b'tEXt', b'x\0' + b' ' * 2 ** 21),
+            chunk(b'iTXt', b'\xff' * 10), chunk(b'zTXt', b''), chunk(b'sRGB', b'\0' * 50)]
+  rows = QUARTERS.reshape(24, -1)
+  data = png(rows, 32, 8, 2, *chunks)
+  damaged = bytearray(data)
+  damaged[data.index(b'workflow') + 30] ^= 0xff  # the checksum of a text is none of the pixels' business
+  for source in (data, bytes(damaged), data[:-12] + b''.join(chunks) + data[-12:]):
+    np.testing.assert_array_equal(imaging.read(source), QUARTERS)
+    assert imaging.read_size(source) == (24, 32)
+  jpeg = encoded(Image.fromarray(QUARTERS), 'JPEG', icc_profile=b'x' * 200_000, comment=b'y' * 60_000, quality=95)
+  assert np.abs(centres(imaging.read(jpeg)) - centres(QUARTERS)).max() <= 8
+
+
+@pytest.mark.parametrize('name, text', [
+    (b'tEXt', b'Raw profile type exif\0\nexif\n      32\n%s\n'),
+    (b'iTXt', b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')])
+def test_a_turn_that_a_text_of_a_png_holds(name, text):
+  tags = exif([(0x0112, 3, 1, struct.pack('<HH', 6, 0))])
+  data = png(QUARTERS.reshape(24, -1), 32, 8, 2, chunk(name, text.replace(b'%s', tags.hex().encode())))
+  assert imaging.read(data).shape == (32, 24, 3) and imaging.read_size(data) == (32, 24)
+
+
+def test_padding_between_the_segments_of_a_jpeg():
+  data = encoded(Image.fromarray(QUARTERS), 'JPEG', exif=exif([(0x0112, 3, 1, struct.pack('<HH', 6, 0))]), quality=95)
+  padded = data[:2] + b'\xff\xff' + data[2:]
+  assert imaging.read(padded).shape == (32, 24, 3) and imaging.read_size(padded) == (32, 24)
+
+
+def test_a_damaged_file_is_an_image_or_one_sentence():
+  """benchmarks/fuzz.py tries more."""
+  rng = np.random.default_rng(0)
+  for kind in imaging.FORMATS:
+    data = encoded(Image.fromarray(QUARTERS), kind)
+    for _ in range(60):
+      changed = bytearray(data)
+      changed[rng.integers(len(data))] = rng.integers(256)
+      for read in (imaging.read, imaging.read_size):
+        try:
+          read(changed)
+        except UserError as error:
+          assert len(str(error)) < 500
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
@@ -151,8 +286,18 @@ def test_refused_files(tmp_path):
         read(tmp_path / name)
   with pytest.raises(ValueError, match='empty'):
     imaging.read(b'')
-  with pytest.raises(ValueError, match='not there'):
-    imaging.read(tmp_path)
+  (tmp_path / 'loop.png').symlink_to('loop.png')
+  refused = (('', 'a folder or a device'), ('n' * 300, 'File name too long'), ('a\0b', 'null'),
+             ('\ud800', 'surrogates'), ('loop.png', 'symbolic links'), ('text.png/a.png', 'Not a directory'))
+  for name, words in refused:
+    for read in (imaging.read, imaging.read_size):
+      with pytest.raises(ValueError, match=words) as error:
+        read(f'{tmp_path}/{name}')
+      assert len(str(error.value).encode()) < 600
+  with open(tmp_path / 'long.png', 'wb') as file:
+    file.truncate(imaging.MAX_BYTES + 1)
+  with pytest.raises(ValueError, match='more than the .* allowed'):
+    imaging.read(tmp_path / 'long.png')
 
 
 def test_too_many_pixels():

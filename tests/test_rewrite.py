@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from unifusion_jax import config, sharding, verifi
 from unifusion_jax.commands import rewrite
-from unifusion_jax.data import imaging, loader, transforms
+from unifusion_jax.data import imaging, loader, rewrites, transforms
 from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.models import text_generation
 from unifusion_jax.scenes import builder
@@ -42,7 +42,7 @@ def asks(recipe, listed):
   return make
 
 
-def echo(config, workdir):
+def echo(config, workdir, wrapped=lambda source: source):
   """Rewrites the requests of a Config with a VLM that writes the request back -> the requests that it was asked."""
   requests, chat = [], verifi.Chat(config.vlm)
 
@@ -60,7 +60,7 @@ def echo(config, workdir):
     return text_generation.Generated(sharding.shard(ids), sharding.shard(np.array(lengths)), None, None, None)
 
   mixture = loader.mix(dataclasses.replace(config.data, rewrites=None))
-  rewrite.write(config, [source for source, _ in mixture], workdir / 'rewrites', generate)
+  rewrite.write(config, [wrapped(source) for source, _ in mixture], workdir / 'rewrites', generate)
   return set(requests)
 
 
@@ -151,15 +151,41 @@ def test_a_rewrite_that_does_not_fit_beside_its_request_is_left_out(asks, tmp_pa
     assert texts(tmp_path / str(prompt)) == written
 
 
+class WithTask:
+  """Another source, whose records say of what task they are, as those of scenes do."""
+
+  def __init__(self, source):
+    self._source, self.name, self.bucket = source, source.name, source.bucket
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, i):
+    record = self._source[i]
+    return dict(record, task=record['kind'])
+
+
 def test_a_rewrite_is_held_to_the_budget_of_its_task(asks, tmp_path, listed):
-  """Records say of what task they are."""
-  rows = [json.loads(line) for line in listed.read_text().splitlines()]
-  rows = [dict(row, task='edit' if row['references'] else 't2i') for row in rows]
-  listed.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   made = asks()
   made.data.tasks = (loader.Task('edit', rewrite=2), loader.Task('t2i', rewrite=30))
-  echo(made, tmp_path)
+  echo(made, tmp_path, WithTask)
   assert texts(tmp_path) == ['a red circle']  # of the prompt; the edits' rewrites are longer than 2 tokens
+  rows = [dict(json.loads(line), task='edit') for line in listed.read_text().splitlines()]
+  listed.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  echo(made, tmp_path / 'own')
+  assert len(texts(tmp_path / 'own')) == 5  # a column of the user's own means nothing
+
+
+@pytest.mark.parametrize('damage', ['{"key": "a", "ids": [[1, 2', 'null', '[]', '{"key": "a"}', '{"key": 1, "ids": []}',
+                                    '{"key": "a", "ids": [["x"]]}', '{"key": "a", "ids": [[-1]]}', '[' * 100_000])
+def test_a_damaged_line_is_named(tmp_path, damage):
+  path = tmp_path / 'rewrites-00000.jsonl'
+  path.write_text(f'{json.dumps(dict(key="good", ids=[[1, 2], []], texts=[]))}\n{damage}\n{{"interrupted": ')
+  with pytest.raises(ValueError, match='rewrites-00000.jsonl line 2 is damaged') as error:
+    rewrites.Table(tmp_path)
+  assert len(str(error.value)) < 500
+  path.write_text(path.read_text().splitlines()[0] + '\n')
+  assert rewrites.Table(tmp_path)['good'] == [[1, 2], []]
 
 
 def test_a_vlm_trained_further_is_another_one(tmp_path):

@@ -233,9 +233,7 @@ def _compare(folder: pathlib.Path, settings: dict, free: tuple[str, ...] = ()) -
 
 def _keys(folder: pathlib.Path) -> Iterator[str]:
   for path in folder.glob('rewrites-*.jsonl'):
-    for line in path.read_text().splitlines(keepends=True):
-      if line.endswith('\n'):
-        yield json.loads(line)['key']
+    yield from (line['key'] for _, line in rewrites.lines(path))
 
 
 def _cut_to_whole_lines(path: pathlib.Path) -> None:

@@ -4,67 +4,102 @@ An image is uint8 RGB [y x 3] on the host and on the wire; a model's door makes 
 dynamic preprocessing of InternVL (arXiv 2404.16821), as GotOcr2ImageProcessor does it with crop_to_patches.
 """
 
+import contextlib
+import errno
 import io
 import os
 import pathlib
-import struct
-import zlib
+import stat
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import features, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from unifusion_jax.errors import UserError
+from unifusion_jax.data import image_files
+from unifusion_jax.errors import clipped, UserError
 
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF') + ('AVIF',) * features.check('avif')
+WANTED = 'a PNG, JPEG, WebP, GIF or AVIF' if 'AVIF' in FORMATS else 'a PNG, JPEG, WebP or GIF'
 MAX_PIXELS = 64_000_000
-# Pillow's errors for a damaged file: they depend on the format and on where the damage is.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+MAX_BYTES = 2 ** 30  # of a file
 
 
 def read(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """The image as uint8 RGB [y x 3], from a path, encoded bytes, an array or a Pillow image.
 
-  The first frame, turned as its EXIF says, alpha over white, 16 bits scaled to 8; colour profiles are not applied.
+  The first frame, turned as its EXIF says, transparency over white, 16 bits scaled to 8; no colour profile is applied.
   UserError naming the file when it is missing, empty, damaged, no image, or has more than `max_pixels`.
   """
   if isinstance(source, np.ndarray):
     return _from_array(source)
   if isinstance(source, Image.Image):
-    return _to_rgb(ImageOps.exif_transpose(source))
-  name, file = _open(source)
-  pil_image = _header(file, name, max_pixels)
-  try:
-    pil_image.load()
-    return _to_rgb(ImageOps.exif_transpose(pil_image))
-  except _DAMAGE as error:
-    raise UserError(f'{name} is damaged or cut short ({error}): replace the file or take it out') from error
+    with _damage('a Pillow image'):
+      return _turned(_to_rgb(source), _orientation(source))
+  with _opened(source, max_pixels) as (name, pil_image, orientation), _damage(name):
+    return _turned(_to_rgb(pil_image), orientation)
 
 
 def read_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
   """(height, width) in pixels after the EXIF turn, from the header alone. Errors as `read`."""
-  name, file = _open(source)
-  pil_image = _header(file, name, max_pixels)
+  with _opened(source, max_pixels, whole=False) as (_, pil_image, orientation):
+    width, height = pil_image.size
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def check_file(path) -> None:
+  """UserError when there is no file at `path`, or nothing in it; the quickest check."""
+  path = pathlib.Path(path)
+  name = clipped(path)
   try:
-    turned = pil_image.getexif().get(0x0112, 1) >= 5  # orientations 5-8 swap the sides
-  except _DAMAGE as error:
-    raise UserError(f'{name} is damaged ({error}): replace the file or take it out') from error
-  width, height = pil_image.size
-  return (width, height) if turned else (height, width)
+    status = path.stat()
+  except FileNotFoundError:
+    raise UserError(f'{name} is not there: give the path of {WANTED}') from None
+  except (OSError, ValueError) as error:  # ValueError: a NUL, or half a surrogate pair
+    reason = error.strerror if isinstance(error, OSError) else error
+    raise UserError(f'{name!r} cannot be a file ({reason}): give the path of {WANTED}') from error
+  if not stat.S_ISREG(status.st_mode):
+    raise UserError(f'{name} is not there as a file, it is a folder or a device: give the path of {WANTED}')
+  if not status.st_size:
+    raise UserError(f'{name} is empty: give {WANTED}')
+  if status.st_size > MAX_BYTES:
+    raise UserError(f'{name} has {status.st_size} bytes, more than the {MAX_BYTES} allowed: scale the image down first')
 
 
-def _open(source) -> tuple[str, object]:
-  """(name for messages, path or file object for Pillow)."""
+@contextlib.contextmanager
+def _opened(source, max_pixels: int, whole: bool = True):
+  """(name for messages, Pillow image whose header is read, orientation)."""
   if isinstance(source, (bytes, bytearray, memoryview)):
-    name = f'an image of {len(source)} bytes'
+    name, file = f'an image of {len(source)} bytes', io.BytesIO(source)
     if not source:
-      raise UserError(f'{name} is empty: give a PNG, JPEG, WebP or GIF')
-    return name, io.BytesIO(source)
-  path = pathlib.Path(source)
-  if not path.is_file():
-    raise UserError(f'{path} is not there (or is no file): give the path of a PNG, JPEG, WebP or GIF')
-  if path.stat().st_size == 0:
-    raise UserError(f'{path} is empty: give a PNG, JPEG, WebP or GIF')
-  return str(path), path
+      raise UserError(f'{name} is empty: give {WANTED}')
+  else:
+    check_file(source)
+    name = clipped(source)
+    try:
+      file = open(source, 'rb')
+    except OSError as error:
+      if error.errno in (errno.EMFILE, errno.ENFILE):  # the machine's fault
+        raise
+      raise UserError(f'{name} cannot be read ({error.strerror}): give the path of {WANTED}') from error
+  with file:
+    with _damage(name):
+      pixels, orientation = image_files.pixels(file, whole)
+      pil_image = _header(pixels, name, max_pixels)
+      if pil_image.format in ('WEBP', 'AVIF'):
+        orientation = image_files.orientation(*(pil_image.info.get(key, b'') for key in ('exif', 'xmp')))
+      _scale_transparency(pil_image)
+    yield name, pil_image, orientation
+
+
+@contextlib.contextmanager
+def _damage(name: str):
+  """Pillow's errors as a UserError: their types depend on the format, and on where the damage is."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    reason = clipped(error, 100) or type(error).__name__
+    raise UserError(f'{name} is damaged or cut short ({reason}): replace the file or take it out') from error
 
 
 def _header(file, name: str, max_pixels: int) -> Image.Image:
@@ -73,15 +108,40 @@ def _header(file, name: str, max_pixels: int) -> Image.Image:
   except Image.DecompressionBombError as error:
     raise UserError(f'{name} has more than {max_pixels} pixels ({error}): scale it down first') from error
   except Image.UnidentifiedImageError as error:
-    raise UserError(f'{name} is not an image that can be read: give a PNG, JPEG, WebP or GIF') from error
-  except _DAMAGE as error:
-    raise UserError(f'{name} is damaged ({error}): replace the file or take it out') from error
+    raise UserError(f'{name} is not an image that can be read: give {WANTED}') from error
   width, height = pil_image.size
   if width * height > max_pixels:
     raise UserError(f'{name} has {width}x{height} pixels, more than the {max_pixels} allowed: scale it down first')
   if width * height == 0:
     raise UserError(f'{name} has no pixels ({width}x{height}): replace the file or take it out')
   return pil_image
+
+
+def _orientation(pil_image: Image.Image) -> int:
+  """The orientation 1-8 of an opened image; 1 where its EXIF cannot be read."""
+  try:
+    orientation = pil_image.getexif().get(image_files.ORIENTATION)
+  except Exception:
+    return image_files.orientation(pil_image.info.get('exif', b''))
+  return orientation if orientation in range(1, 9) else 1
+
+
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+  across = image.swapaxes(0, 1) if orientation >= 5 else image
+  flips = {2: np.s_[:, ::-1], 3: np.s_[::-1, ::-1], 4: np.s_[::-1],
+           6: np.s_[:, ::-1], 7: np.s_[::-1, ::-1], 8: np.s_[::-1]}
+  return np.ascontiguousarray(across[flips.get(orientation, ...)])
+
+
+def _scale_transparency(pil_image: Image.Image) -> None:
+  """The transparent colour of a PNG in 8 bits, as its pixels; Pillow keeps it in those of the file."""
+  if 'transparency' not in pil_image.info or not pil_image.tile:
+    return
+  colour, bits = pil_image.info['transparency'], pil_image.tile[0].args
+  if bits in ('L;2', 'L;4'):
+    pil_image.info['transparency'] = colour * {'L;2': 85, 'L;4': 17}[bits]
+  elif bits == 'RGB;16B':
+    pil_image.info['transparency'] = tuple(value >> 8 for value in colour)
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -99,6 +159,7 @@ def _to_rgb(pil_image: Image.Image) -> np.ndarray:
   if pil_image.mode.startswith('I'):  # 16-bit grey; Pillow's own conversion would clip it at 255
     values = np.asarray(pil_image).astype(np.uint32)
     grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    grey[values == pil_image.info.get('transparency', -1)] = 255
     return np.repeat(grey[..., None], 3, axis=-1)
   if pil_image.has_transparency_data:
     pil_image = pil_image.convert('RGBA')

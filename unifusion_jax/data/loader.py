@@ -21,13 +21,14 @@ import jax
 import numpy as np
 
 from unifusion_jax import sharding
-from unifusion_jax.data import buckets, rewrites, sources
+from unifusion_jax.data import buckets, lists, rewrites, sources
 from unifusion_jax.errors import BrokenRecord, UserError
 
 # transform(record, rng) -> the arrays of one example
 Transform = Callable[[dict, np.random.Generator], dict]
 ENDLESS = 2 ** 50  # examples; grain's own endless repeat overflows at one row a process
 TRIES = 100  # records of one bucket tried in a row before the run stops
+NAMED = 1000  # broken records that the log names
 SCENES = ('scenes', 'scenes/wide')  # the embedded world (unifusion_jax/scenes), and a wider one to train on
 THREADS = 2  # batches prepared at a time in a process without workers
 
@@ -165,13 +166,17 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
   if data.path in SCENES:
     weighted = _scenes().mix(data, split, seed)
   else:
-    if path.suffix in ('.jsonl', '.parquet'):
+    if path.suffix.lower() in lists.SUFFIXES:
       own = sources.FolderSource(path, data.canvases, data.skipped)
       reconstructed = sum(task.weight for task in tasks if task.name == 'reconstruct')
       requested = sum(task.weight for task in tasks if task.name != 'reconstruct')
       pairs = (own, requested), (sources.Reconstruct(own), reconstructed)
       weighted = [(source, weight) for source, weight in pairs if weight]
     elif path.is_dir():
+      kinds = sorted({file.suffix for file in itertools.islice(path.iterdir(), 1000)} - {''})
+      if kinds and not any(path.glob('*/*/*/dataset_info.json')):
+        raise UserError(f'data.path={data.path!r} is a folder with files of {", ".join(kinds[:5])}, not one of '
+                        'unifusion_jax.scenes.builder: give a .jsonl or .parquet file that lists its images')
       weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
     else:
       raise UserError(f"data.path={data.path!r} is neither 'scenes' or 'scenes/wide' nor a .jsonl or .parquet file nor "
@@ -202,7 +207,7 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
   for source, weight in mixture:
     if weight <= 0:
       raise UserError(f'{source.name} has weight {weight}: a source in the mix needs a weight above 0')
-    for bucket, (share, indices) in sorted(_buckets(source).items()):
+    for bucket, (share, indices) in sorted(_buckets(source, transform).items()):
       facts.append((weight, bucket, len(indices)))  # not the name: a folder may have moved
       weights.append(weight * share)
       positions = grain.MapDataset.range(len(indices)).seed(_seed(seed, len(datasets))).shuffle()
@@ -224,7 +229,8 @@ def whole_records(source, count: int) -> Iterator[dict]:
 def _sound(source, i: int) -> dict | None:
   try:
     return source[i]
-  except BrokenRecord:
+  except Exception as error:
+    _pass_over(source, i, error)
     return None
 
 
@@ -362,29 +368,65 @@ class _Read:
 
 @dataclasses.dataclass
 class _Draw:
-  """Position in a bucket -> the example there, or the next of the bucket that is not broken."""
+  """Position in a bucket -> the example there, or the next of the bucket that is not broken.
+
+  A record is broken whatever it raises. What it cannot have caused stops the run: a UserError is a setting's, an
+  OSError the list's or the machine's, and an error of `TRIES` records in a row the program's.
+  """
 
   source: object
   indices: Sequence[int]
   transform: Transform
 
   def __call__(self, position: int, rng: np.random.Generator) -> dict:
-    reasons = []
-    for skipped in range(min(TRIES, len(self.indices))):
-      i = int(self.indices[(position + skipped) % len(self.indices)])
-      try:
-        example = self.transform(self.source[i], rng)
-      except BrokenRecord as error:
-        logging.log_first_n(logging.WARNING, 'passed over %s', 10, error)
-        reasons.append(str(error))
-        continue
-      return {**example, 'skipped': np.int32(skipped)}
+    example, reasons, unforeseen = self._first(position, rng)
+    if example is not None:
+      return example
+    if unforeseen is not None:  # whatever the record: the program is wrong
+      raise unforeseen
     raise UserError(f'{self.source.name}: {len(reasons)} records in a row cannot be used: mend or replace them. '
                     'The first are: ' + '; '.join(reasons[:3]))
 
+  def can_draw(self) -> bool:
+    """Whether one of the first `TRIES` records can be used; errors that are no record's fault come up in drawing."""
+    try:
+      return self._first(0, np.random.default_rng(0))[0] is not None
+    except Exception:
+      return True
 
-def _buckets(source) -> dict[tuple, tuple[float, Sequence[int]]]:
-  """Bucket -> (its share of the examples, their indices). UserError when there are none."""
+  def _first(self, position: int, rng: np.random.Generator) -> tuple[dict | None, list[str], Exception | None]:
+    """(the first example that can be used, why records before it cannot, an error of theirs that was not foreseen)."""
+    reasons, unforeseen = [], None
+    for skipped in range(min(TRIES, len(self.indices))):
+      i = int(self.indices[(position + skipped) % len(self.indices)])
+      try:
+        return {**self.transform(self.source[i], rng), 'skipped': np.int32(skipped)}, reasons, unforeseen
+      except Exception as error:
+        reasons.append(_pass_over(self.source, i, error))
+        unforeseen = unforeseen if isinstance(error, BrokenRecord) else error
+    return None, reasons, unforeseen
+
+
+def _pass_over(source, i: int, error: Exception) -> str:
+  """The reason to pass over a record, with its place, logged once. Raises an `error` of a setting, list or machine."""
+  if isinstance(error, UserError) and not isinstance(error, BrokenRecord):
+    raise error
+  place, reason = sources.where(source, i), sources.reason(error)
+  reason = reason if reason.startswith(place) else f'{place}: {reason}'
+  if reason not in _NAMED and len(_NAMED) < NAMED:
+    _NAMED.add(reason)
+    logging.warning('passed over %s', reason)
+  return reason
+
+
+_NAMED: set[str] = set()  # reasons in the log of this process
+
+
+def _buckets(source, transform: Transform) -> dict[tuple, tuple[float, Sequence[int]]]:
+  """Bucket -> (its share of the examples, their indices). UserError when there are none.
+
+  A small bucket without a record that can be used would stop a run later: it is left out.
+  """
   if hasattr(source, 'buckets'):
     return source.buckets()
   groups: dict[tuple, list[int]] = {}
@@ -394,8 +436,14 @@ def _buckets(source) -> dict[tuple, tuple[float, Sequence[int]]]:
       groups.setdefault(bucket, []).append(i)
   if not groups:
     raise UserError(f'{source.name} has no usable records among {len(source)}: give it some')
-  usable = sum(len(indices) for indices in groups.values())
-  return {bucket: (len(indices) / usable, np.array(indices, np.int64)) for bucket, indices in groups.items()}
+  usable = {bucket: indices for bucket, indices in groups.items()
+            if len(indices) > TRIES or _Draw(source, indices, transform).can_draw()}
+  for height, width, references in groups.keys() - usable.keys() if usable else ():
+    logging.warning('%s: no record for a canvas of %dx%d with %d references can be used: the canvas is left out',
+                    source.name, width, height, references)
+  groups = usable or groups
+  count = sum(len(indices) for indices in groups.values())
+  return {bucket: (len(indices) / count, np.array(indices, np.int64)) for bucket, indices in groups.items()}
 
 
 def _seed(seed: int, number: int) -> int:

@@ -1,12 +1,13 @@
 """Tables of the rewrites that commands/rewrite.py wrote offline, by request."""
 
+from collections.abc import Iterator
 import hashlib
 import json
 import pathlib
 
 import numpy as np
 
-from unifusion_jax.errors import UserError
+from unifusion_jax.errors import clipped, UserError
 
 SETTINGS = 'settings.json'
 
@@ -19,19 +20,38 @@ def key(record: dict) -> str:
   return digest.hexdigest()[:32]
 
 
+def lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+  """(offset, line) of each whole line of a file of rewrites; a last one without an end was interrupted.
+
+  UserError naming file and line for one that is damaged.
+  """
+  offset = 0
+  with path.open('rb') as file:
+    for number, line in enumerate(file, 1):
+      if line.endswith(b'\n'):
+        yield offset, _line(line, f'{path} line {number}')
+      offset += len(line)
+
+
+def _line(line: bytes, place: str) -> dict:
+  try:
+    row = json.loads(line)
+    ids = [int(i) for written in row['ids'] for i in written]
+    if isinstance(row['key'], str) and all(0 <= i < 2 ** 31 for i in ids):
+      return row
+    reason = 'its key or ids are of another kind'
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
+    reason = f'{type(error).__name__}: {clipped(error, 100)}'
+  raise UserError(f'{place} is damaged ({reason}): remove the line, and run --mode=rewrite again')
+
+
 class Table:
   """Rewrites of a folder by key, a list of token ids each; memory holds only the offsets of their lines."""
 
   def __init__(self, folder):
     self.folder = pathlib.Path(folder)
-    self._places = {}
-    for path in sorted(self.folder.glob('rewrites-*.jsonl')):
-      offset = 0
-      with path.open('rb') as file:
-        for line in file:
-          if line.endswith(b'\n'):
-            self._places[json.loads(line)['key']] = path, offset
-          offset += len(line)
+    self._places = {line['key']: (path, offset) for path in sorted(self.folder.glob('rewrites-*.jsonl'))
+                    for offset, line in lines(path)}
     if not self._places:
       raise UserError(f'{folder} holds no rewrites: write them with --mode=rewrite')
 
@@ -42,4 +62,4 @@ class Table:
     path, offset = self._places[name]
     with path.open('rb') as file:
       file.seek(offset)
-      return json.loads(file.readline())['ids']
+      return _line(file.readline(), f'{path} at byte {offset}')['ids']

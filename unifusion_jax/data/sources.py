@@ -7,23 +7,29 @@ A source has
     known to be broken.
   buckets() -> {bucket: (its share of the examples, the indices of its examples)}, only in sources too long to walk
     through.
+  where(i) -> the place of example i for messages, its file and line; only in sources of files.
 
 A record is {'references': [uint8 [y x 3]], 'instruction': str, 'target': uint8 [height width 3], 'caption': str,
-'kind': str, ...}: reference images, request, target image and its full caption.
+'kind': str}: reference images, request, target image and its full caption. `task`, `tiles` and `rewrites` are settings:
+only the sources of scenes, `InTiles` and `Rewritten` add them, never a column of a user's own.
 """
 
+import collections
+from collections.abc import Iterator
 import concurrent.futures
-import json
+import os
 import pathlib
+import traceback
 
 from absl import logging
 import numpy as np
 
 from unifusion_jax.data import buckets as bucketing
-from unifusion_jax.data import imaging, rewrites
-from unifusion_jax.errors import BrokenRecord, UserError
+from unifusion_jax.data import imaging, lists, rewrites
+from unifusion_jax.errors import BrokenRecord, clipped, UserError
 
-COLUMNS = ('references', 'instruction', 'target', 'caption')
+READ_AHEAD = 64  # records of a list that are read whole at the start
+BLOCK = 2 ** 16  # paths of a list that are looked at together
 
 
 class ArrayRecordSource:
@@ -48,7 +54,10 @@ class ArrayRecordSource:
     return len(self._records)
 
   def __getitem__(self, i: int) -> dict:
-    return {name: _text(value) for name, value in self._records[int(i)].items()}
+    try:
+      return {name: _text(value) for name, value in self._records[int(i)].items()}
+    except Exception as error:  # of many types: what decodes it is TFDS's choice
+      raise BrokenRecord(f'{where(self, i)}: {reason(error)}') from error
 
   def bucket(self, i: int) -> tuple[int, int, int]:
     return tuple(int(n) for n in self._shapes[i])
@@ -61,33 +70,44 @@ def _text(value):
   return [_text(v) for v in value] if isinstance(value, list) else value
 
 
-class FolderSource:
-  """A user's own images, listed in a .jsonl or .parquet file with the columns of COLUMNS.
+def where(source, i: int) -> str:
+  """The place of example i of a source, for messages."""
+  return source.where(i) if hasattr(source, 'where') else f'{source.name} record {i}'
 
-  `references` is a list of paths and `target` one path, relative to the file; `kind`, `tags` and any other column are
-  kept in the record. A target is scaled to cover the bucket (height, width) nearest in aspect, and cut at the centre.
-  Broken records (a malformed line, a missing or undecodable target, an empty caption, references without an
-  instruction) are listed in `problems` by one pass over the headers at the start; more than `share` of them is a
-  UserError.
+
+def reason(error: Exception) -> str:
+  """What is wrong with a record, for messages. An OSError is the machine's or the list's fault and raised again."""
+  if isinstance(error, UserError):
+    return clipped(error, 400)
+  if isinstance(error, OSError):
+    raise error
+  logging.log_first_n(logging.WARNING, 'a record failed in a way that was not foreseen:\n%s', 3,
+                      ''.join(traceback.format_exception(error)))
+  return clipped(f'{type(error).__name__}: {error}', 400)
+
+
+class FolderSource:
+  """A user's own images, listed in a .jsonl or .parquet file with the columns of lists.COLUMNS; others mean nothing.
+
+  `references` is a list of images and `target` one image: a path, relative to the file, or the encoded bytes in a
+  Parquet file. A target is scaled to cover the bucket (height, width) nearest in aspect, and cut at the centre.
+
+  A finite read-ahead at the start lists broken records in `problems`: all rows with the headers of their targets and
+  whether their references are there, and READ_AHEAD records whole. More than `share` of them is a UserError.
   """
 
   def __init__(self, path, buckets=((512, 512),), share: float = 0.01, threads: int = 16):
     path = pathlib.Path(path)
     self.name = str(path)
-    self.problems: list[str] = []
     self._folder = path.parent
     self._buckets = tuple((int(height), int(width)) for height, width in buckets)
-    if not path.is_file():
-      raise UserError(f'{path} is not there (or is no file): give a .jsonl or .parquet file')
-    if path.suffix not in ('.jsonl', '.parquet'):
-      raise UserError(f'{path} is neither .jsonl nor .parquet: give a list of records in one of the two')
-    self._rows = _Lines(path) if path.suffix == '.jsonl' else _Table(path)
-    if not len(self._rows):
-      raise UserError(f'{path} has no records: give one line (or row) for each example')
-    self._shapes = self._survey(threads)
+    self._rows = lists.load(path)
+    self._shapes = np.full((len(self), 2), -1, np.int32)  # bucket (-1: broken), number of references
+    reasons = self._survey(threads)
+    self.problems = [f'{self.where(i)}: {reasons[i]}' for i in sorted(reasons)]
     if len(self.problems) > share * len(self):
       raise UserError(f'{path}: {len(self.problems)} of {len(self)} records cannot be used, more than the allowed '
-                      f'share of {share:g}: mend the list or allow more. '
+                      f'share of {share:g}: mend the list or allow more (data.skipped). '
                       f'The first are: {"; ".join(self.problems[:3])}')
     if self.problems:
       logging.warning('%s: %d of %d records cannot be used and are left out; the first: %s', path, len(self.problems),
@@ -97,127 +117,95 @@ class FolderSource:
     return len(self._rows)
 
   def __getitem__(self, i: int) -> dict:
+    raw = self._rows[int(i)]  # an error here is the list's
     try:
-      row = self._rows[int(i)]
-      _check_text(row)
-      references = [imaging.read(self._folder / path) for path in row['references']]
-      target = imaging.read(self._folder / row['target'])
-    except ValueError as error:
-      raise BrokenRecord(f'{self._rows.where(i)}: {error}') from error
-    height, width = self._buckets[bucketing.nearest(self._buckets, *target.shape[:2])]
-    return {'kind': 'edit' if references else 't2i', **row, 'references': references,
-            'target': imaging.resize_cover(target, width, height)}
+      return self._record(raw, *self._shapes[i])
+    except Exception as error:
+      raise BrokenRecord(f'{self.where(i)}: {reason(error)}') from error
+
+  def _record(self, raw, bucket: int, count: int) -> dict:
+    row = self._rows.parse(raw)
+    references = [imaging.read(self._file(reference)) for reference in row['references']]
+    target = imaging.read(self._file(row['target']))
+    if bucket < 0 or len(references) != count:
+      raise UserError('it is another record than at the start: start again to use it')
+    target = imaging.resize_cover(target, *self._buckets[bucket][::-1])
+    return dict(row, references=references, target=target, kind='edit' if references else 't2i')
 
   def bucket(self, i: int) -> tuple[int, int, int] | None:
-    which, references = self._shapes[i]
-    return None if which < 0 else (*self._buckets[which], int(references))
+    bucket, references = self._shapes[i]
+    return None if bucket < 0 else (*self._buckets[bucket], int(references))
 
-  def _survey(self, threads: int) -> np.ndarray:
-    """[n 2] i32: index of the bucket (-1 for a broken record) and number of references. Fills `problems`."""
-    shapes = np.full((len(self), 2), -1, np.int32)
+  def where(self, i: int) -> str:
+    return self._rows.where(i)
+
+  def _file(self, image: str | bytes) -> pathlib.Path | bytes:
+    """The image for `imaging`; a path may be written with the backslashes of Windows."""
+    if isinstance(image, bytes):
+      return image
+    path = self._folder / image
+    return self._folder / image.replace('\\', '/') if '\\' in image and not os.path.exists(path) else path
+
+  def _survey(self, threads: int) -> dict[int, str]:
+    """Fills `_shapes` -> why records are broken, by their number."""
     reasons: dict[int, str] = {}
-    rows_of: dict[str, list[int]] = {}  # by target
-    for i in range(len(self)):
-      try:
-        row = self._rows[i]
-        shapes[i, 1] = len(row['references'])
-        rows_of.setdefault(row['target'], []).append(i)
-        _check_text(row)
-      except ValueError as error:
-        reasons[i] = str(error)
+    targets, references = collections.defaultdict(list), collections.defaultdict(list)  # rows by path
+    ahead = []
+
+    def look(pool, function, inputs: dict) -> Iterator[tuple[object, list[int]]]:
+      """(function(input), its rows), but where it fails: that is noted for the rows."""
+      for result, rows in zip(pool.map(_caught(function), inputs), inputs.values()):
+        if isinstance(result, Exception):
+          reasons.update((i, reason(result)) for i in rows if i not in reasons)
+        else:
+          yield result, rows
+
+    def look_at_files(pool) -> None:
+      for nearest, rows in look(pool, self._nearest, targets):
+        self._shapes[rows, 0] = nearest
+      for _ in look(pool, lambda path: imaging.check_file(self._file(path)), references):
+        pass
+      targets.clear()
+      references.clear()
+
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      for bucket, rows in zip(pool.map(self._bucket_of, rows_of), rows_of.values()):
-        for i in rows:
-          if isinstance(bucket, str):
-            reasons.setdefault(i, bucket)
-          elif i not in reasons:
-            shapes[i, 0] = bucket
-    self.problems = [f'{self._rows.where(i)}: {reasons[i]}' for i in sorted(reasons)]
-    return shapes
+      for i, raw in enumerate(self._rows):
+        try:
+          row = self._rows.parse(raw)
+          self._shapes[i, 1] = len(row['references'])
+          if isinstance(row['target'], bytes):
+            self._shapes[i, 0] = self._nearest(row['target'])
+          else:
+            targets[row['target']].append(i)
+          for reference in row['references']:
+            if isinstance(reference, str):
+              references[reference].append(i)
+        except Exception as error:
+          reasons[i] = reason(error)
+        ahead += [raw] * (i < READ_AHEAD)
+        if len(targets) + len(references) > BLOCK:
+          look_at_files(pool)
+      look_at_files(pool)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each holds whole images
+      whole = {i: [i] for i in range(len(ahead)) if i not in reasons}
+      for _ in look(pool, lambda i: self._record(ahead[i], *self._shapes[i]) and None, whole):
+        pass
+    self._shapes[list(reasons), 0] = -1
+    return reasons
 
-  def _bucket_of(self, target: str) -> int | str:
-    """The bucket index of a target, or the reason that it has none."""
+  def _nearest(self, target: str | bytes) -> int:
+    """The index of the bucket nearest to a target in aspect."""
+    return bucketing.nearest(self._buckets, *imaging.read_size(self._file(target)))
+
+
+def _caught(function):
+  """`function`, returning the exceptions that it raises."""
+  def caught(x):
     try:
-      return bucketing.nearest(self._buckets, *imaging.read_size(self._folder / target))
-    except ValueError as error:
-      return str(error)
-
-
-def _check_text(row: dict) -> None:
-  if not row['caption'].strip():
-    raise UserError('the caption is empty: write what the target shows')
-  if row['references'] and not row['instruction'].strip():
-    raise UserError('there are references but no instruction: write what to do with them')
-
-
-def _check_row(row) -> dict:
-  """The row, if it has all columns with their types; UserError otherwise."""
-  if not isinstance(row, dict):
-    raise UserError(f'it is a {type(row).__name__}: wanted an object with {", ".join(COLUMNS)}')
-  missing = [name for name in COLUMNS if name not in row]
-  if missing:
-    raise UserError(f'it has no {", ".join(missing)}: every record wants {", ".join(COLUMNS)}')
-  for name in ('instruction', 'target', 'caption'):
-    if not isinstance(row[name], str):
-      raise UserError(f'{name} is {row[name]!r}, wanted text')
-  if not isinstance(row['references'], list) or not all(isinstance(path, str) for path in row['references']):
-    raise UserError(f'references is {row["references"]!r}, wanted a list of paths (empty for none)')
-  return row
-
-
-class _Lines:
-  """Rows of a JSON-lines file; memory holds only their offsets and line numbers, sixteen bytes a row."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    offsets, numbers, offset = [], [], 0
-    with path.open('rb') as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          offsets.append(offset)
-          numbers.append(number)
-        offset += len(line)
-    self._offsets, self._numbers = np.array(offsets, np.int64), np.array(numbers, np.int64)
-
-  def __len__(self) -> int:
-    return len(self._offsets)
-
-  def __getitem__(self, i: int) -> dict:
-    with self._path.open('rb') as file:
-      file.seek(self._offsets[i])
-      line = file.readline()
-    try:
-      row = json.loads(line.decode('utf-8-sig'))
-    except ValueError as error:
-      raise UserError(f'it is not JSON ({error})') from error
-    return _check_row(row)
-
-  def where(self, i: int) -> str:
-    return f'{self._path} line {self._numbers[i]}'
-
-
-class _Table:
-  """Rows of a Parquet file, held in memory as columns."""
-
-  def __init__(self, path: pathlib.Path):
-    import pyarrow.parquet
-    self._path = path
-    try:
-      self._table = pyarrow.parquet.read_table(path)
-    except (OSError, ValueError) as error:
-      raise UserError(f'{path} is not a Parquet file that can be read ({error}): replace it') from error
-    missing = [name for name in COLUMNS if name not in self._table.column_names]
-    if missing:
-      raise UserError(f'{path} has no column {", ".join(missing)}: it wants {", ".join(COLUMNS)}')
-
-  def __len__(self) -> int:
-    return self._table.num_rows
-
-  def __getitem__(self, i: int) -> dict:
-    return _check_row({name: self._table[name][i].as_py() for name in self._table.column_names})
-
-  def where(self, i: int) -> str:
-    return f'{self._path} row {i + 1}'
+      return function(x)
+    except Exception as error:
+      return error
+  return caught
 
 
 class Reconstruct:
@@ -239,6 +227,9 @@ class Reconstruct:
     bucket = self._source.bucket(i)
     return None if bucket is None else (*bucket[:2], 1)
 
+  def where(self, i: int) -> str:
+    return where(self._source, i)
+
 
 class InTiles:
   """Another source, with its references cut into at most `tiles` tiles."""
@@ -258,6 +249,9 @@ class InTiles:
   def bucket(self, i: int):
     return self._source.bucket(i)
 
+  def where(self, i: int) -> str:
+    return where(self._source, i)
+
 
 class Rewritten:
   """Another source, with the rewrites of each record under `rewrites`, a list of token ids each."""
@@ -276,8 +270,11 @@ class Rewritten:
     try:
       return dict(record, rewrites=self._table[rewrites.key(record)])
     except KeyError:
-      raise BrokenRecord(f'{self._source.name} record {i} has no rewrite in {self._table.folder}: run --mode=rewrite '
-                         'over this data') from None
+      raise BrokenRecord(f'{self.where(i)}: it has no rewrite in {self._table.folder}: run --mode=rewrite over this '
+                         'data') from None
 
   def bucket(self, i: int):
     return self._source.bucket(i)
+
+  def where(self, i: int) -> str:
+    return where(self._source, i)
