@@ -17,7 +17,6 @@ import platform
 import time
 
 from absl import logging
-import numpy as np
 
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
@@ -32,15 +31,10 @@ def held(path: pathlib.Path) -> Iterator[None]:
   A lock whose owner died on this host is taken over, with a warning. UserError on all processes where the lock is
   another run's.
   """
-  file, error = None, None
-  if sharding.is_main_process():
-    try:
-      file = _taken(path)
-    except (UserError, OSError) as problem:  # raised as soon as the other processes know
-      error = problem
+  file = None
   try:
-    if not sharding.from_main_process(np.array(error is None)):
-      raise error or UserError(f'{path} could not be locked, and the message of process 0 says why: all stop')
+    with sharding.together('lock the folder'):
+      file = _taken(path) if sharding.is_main_process() else None
     yield
   finally:
     if file is not None:
