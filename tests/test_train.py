@@ -17,7 +17,7 @@ from unifusion_jax.commands import train
 from unifusion_jax.data import loader
 from unifusion_jax.models import layers
 from unifusion_jax.scenes.evaluation import settings
-from unifusion_jax.training import record, step
+from unifusion_jax.training import step
 from unifusion_jax.weights import encoders
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
@@ -217,28 +217,6 @@ def test_a_leap_of_the_loss_stops():
   with pytest.raises(train.Diverged, match='median of the last 20 losses, 5'):
     for i in range(150, 170):
       watch(i, dict(loss=9.0, gradient_norm=1.0))
-
-
-def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
-  other = recipe()
-  other.optim.learning_rate = 5.0
-  record.claim(other, tmp_path)
-  record.claim(recipe(), tmp_path)  # as long as nothing was trained, a start with other settings leaves nothing behind
-  (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
-  record.claim(recipe(sample=config.SampleConfig(steps=9)), tmp_path)  # sampling may differ
-  with pytest.raises(ValueError, match='optim.learning_rate: 0.01 there, 5.0 now'):
-    record.claim(other, tmp_path)
-
-
-def test_a_run_is_sampled_as_it_was_trained(recipe, tmp_path):
-  record.claim(recipe(), tmp_path)
-  (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
-  other = recipe(optim=step.OptimConfig(learning_rate=5.0))
-  other.model.dit.remat = True
-  record.check_same_model(other, tmp_path)  # how it was trained, and how it is computed, are no matter now
-  for changes, text in ((dict(taps=(0, 2)), 'taps: .* there'), (dict(vlm=str(config.ASSETS / 'vlm')), 'vlm: .* there')):
-    with pytest.raises(ValueError, match=text):
-      record.check_same_model(recipe(**changes), tmp_path)
 
 
 @pytest.mark.parametrize('change, text', [
