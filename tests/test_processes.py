@@ -195,6 +195,20 @@ def test_one_process_trains_as_two_and_goes_on_where_they_stopped(tmp_path):
   assert 0
 
 
+def test_a_folder_in_use_stops_all(tmp_path):
+  results = run('''
+import pathlib
+from unifusion_jax.training import lock
+path = pathlib.Path(folder) / 'train.lock'
+with lock.held(path):
+  with lock.held(path):
+    pass
+''', folder=str(tmp_path))
+  assert [code for code, *_ in results] == [1, 1], results
+  assert 'is in use by process' in results[0][2] and 'process 0 of 2 could not lock the folder' in results[1][2], results
+  assert (tmp_path / 'train.lock').read_text() == ''
+
+
 @pytest.mark.parametrize('trouble, first, second', [
     ('Numbers(faulty=[17] if here else [])', 'UserError: process 1 of 2 could not read its data and says why: all stop',
      "KeyError: '17 on process 1'"),
