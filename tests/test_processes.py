@@ -205,7 +205,7 @@ with lock.held(path):
     pass
 ''', folder=str(tmp_path))
   assert [code for code, *_ in results] == [1, 1], results
-  assert 'is in use by process' in results[0][2] and 'process 0 of 2 could not lock the folder' in results[1][2], results
+  assert 'is in use by process' in results[0][2] and 'process 0 of 2 could not lock the' in results[1][2], results
   assert (tmp_path / 'train.lock').read_text() == ''
 
 
