@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifusion_jax import flow
+from unifusion_jax import flow, sharding
 from unifusion_jax.sharding import BATCH
 
 
@@ -31,12 +31,27 @@ def test_the_true_velocity_has_zero_loss_and_a_constant_error_its_square():
 
 
 def test_times_are_the_shifted_logit_normal():
-  t = np.asarray(flow.sample_time(jax.random.key(0), 40000, mean=0.4, std=0.8, shift=3.0))
+  numbers = sharding.shard(np.arange(40000, dtype=np.uint32))
+  t = np.asarray(flow.sample_time(jax.random.key(0), numbers, mean=0.4, std=0.8, shift=3.0))
   assert t.dtype == np.float32 and (t > 0).all() and (t < 1).all()
   # A shift by s adds log s to the logit.
   logit = np.log(t / (1 - t))
   np.testing.assert_allclose(logit.mean(), 0.4 + np.log(3.0), atol=0.02)
   np.testing.assert_allclose(logit.std(), 0.8, atol=0.02)
+
+
+def test_noise_belongs_to_a_number_and_not_to_its_place():
+  """The same bits in any order, any batch and on any mesh, sharded as the numbers are; others for other numbers."""
+  noise, key = jax.jit(flow.noise, static_argnums=2), jax.random.key(0)
+  numbers = np.array([7, 2 ** 32 - 1, 0, 5, 6, 4, 3, 9], np.uint32)
+  whole = noise(key, sharding.shard(numbers), (4, 2))
+  assert whole.dtype == jnp.float32 and jax.typeof(whole).sharding.spec == P(BATCH, None, None)
+  for order in (slice(None, None, -1), slice(0, 4), [3, 1, 6, 2]):
+    np.testing.assert_array_equal(noise(key, sharding.shard(numbers[order]), (4, 2)), np.asarray(whole)[order])
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(fsdp=8))):
+    np.testing.assert_array_equal(noise(jax.random.key(0), sharding.shard(numbers), (4, 2)), whole)
+  other = noise(jax.random.key(1), sharding.shard(numbers), (4, 2))
+  assert len(np.unique(whole)) == whole.size and (whole != other).all()
 
 
 def test_krea2_shift_and_sampling_times_are_those_of_diffusers():

@@ -116,13 +116,20 @@ def test_an_epoch_has_no_duplicates():
 def test_processes_share_each_batch():
   mix = [(Numbers(50), 1), (Numbers(20, 'other'), 1)]
   whole = take(loader.batches(mix, draw, 8, seed=2), 10)
-  parts = [take(loader.batches(mix, draw, 8, seed=2, process_index=p, process_count=4), 10) for p in range(4)]
-  for k, batch in enumerate(whole):
-    rows = [part[k] for part in parts]
-    assert {row['target'].shape for row in rows} == {(2, *batch['target'].shape[1:])}
-    for key in ('i', 'random', 'target'):
-      joined = np.stack([row[key] for row in rows], axis=1).reshape(batch[key].shape)
-      np.testing.assert_array_equal(joined, batch[key])
+  for shares in ([[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [range(8)]):
+    parts = [take(loader.batches(mix, draw, 8, seed=2, rows=rows), 10) for rows in shares]
+    for k, batch in enumerate(whole):
+      for rows, part in zip(shares, parts):
+        assert_same([part[k]], [{name: x[list(rows)] for name, x in batch.items()}])
+
+
+def test_numbers_tell_the_examples_of_a_batch_apart():
+  """They count the examples of a bucket of a source, whatever the batches, and go with the example."""
+  batches = take(loader.batches([(Numbers(50), 1)], draw, 8, seed=2), 12)
+  for shape in {batch['target'].shape for batch in batches}:
+    counted = numbers([batch for batch in batches if batch['target'].shape == shape], 'number')
+    assert counted.dtype == np.uint32
+    np.testing.assert_array_equal(counted, np.arange(len(counted)))
 
 
 def test_batches_are_pure_and_shares_are_kept():
@@ -194,8 +201,6 @@ def test_a_record_is_broken_whatever_it_raises(error, caplog):
 
 
 def test_refused_arguments():
-  with pytest.raises(ValueError, match='batch_size=6 .* 4 processes'):
-    loader.batches([(Numbers(60), 1)], draw, 6, process_count=4)
   with pytest.raises(ValueError, match='weight 0'):
     loader.batches([(Numbers(60), 0)], draw, 4)
   with pytest.raises(ValueError, match='no usable records among 0'):

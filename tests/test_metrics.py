@@ -80,3 +80,18 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
   assert [json.loads(line) for line in path.read_text().splitlines()] == [
       dict(step=1, loss=3.0), dict(step=2, loss=2.0), dict(step=3, loss=0.123457)]
   assert list(tmp_path.glob('events.*'))
+
+
+def test_a_torn_file_keeps_its_whole_lines_and_takes_more(tmp_path):
+  """Lines that run into each other, zeros of a lost block, other JSON: none of them stops a run that goes on."""
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "lo{"step": 2, "loss": 2.5}\n' + b'\0' * 40 + b'\n\n'
+                   b'[2]\n7\n{"loss": 1}\n{"step": "2"}\n\xff\xfe\n' + b'[' * 10 ** 5 + b'\n'
+                   b'{"step": 2, "loss": NaN}\n{"step": 2, "loss_held_out": 2.0}\n{"step": 3, "loss": 1.0}')
+  writer = metrics.Writer(tmp_path, 2, 4, stream=io.StringIO())
+  writer.write(3, dict(loss=0.5, ratio=float('nan'), rate=float('inf')))
+  writer.close()
+  lines = path.read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [1, 2, 2, 3]
+  assert lines[-1] == '{"step": 3, "loss": 0.5, "ratio": null, "rate": null}'
+  assert [file.name for file in tmp_path.iterdir() if file.suffix == '.part'] == []

@@ -13,6 +13,8 @@ from unifusion_jax.models import text_generation
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import builder, examples
 
+NUMBERS = dict(number=np.arange(16, dtype=np.uint32))  # of the examples of a batch
+
 
 def random_model(made):
   """A random model whose final layer is not zero, so that its condition matters."""
@@ -59,7 +61,7 @@ def test_writing_while_training_is_training_on_what_was_written(recipe, monkeypa
   for config in (made, online):
     transform = config.objective.transform(config)
     rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
-    batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    batch = sharding.shard({name: np.stack([row[name] for row in rows]) for name in rows[0]} | NUMBERS)
     monkeypatch.setattr(flow_matching.text_generation, 'generate', _dictated([*ids, *chat.stop_ids]))
     losses.append(float(config.objective.loss(params, frozen, batch, jax.random.key(0))[0]))
   assert 4 < np.sum(batch['needs_rewrite']) < 16
@@ -78,7 +80,7 @@ def test_a_request_whose_answer_is_no_use_is_trained_on_itself(recipe, monkeypat
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:16]
   transform = made.objective.transform(made)
   rows = [transform(record, np.random.default_rng(i)) for i, record in enumerate(records)]
-  batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | NUMBERS
   assert 4 < np.sum(batch['needs_rewrite']) < 16
   key = jax.random.key(0)
   value, metrics = made.objective.loss(params, frozen, sharding.shard(batch), key)

@@ -8,10 +8,7 @@ import math
 from typing import Callable
 
 import jax
-from jax import P
 import jax.numpy as jnp
-
-from unifusion_jax.sharding import BATCH
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -27,10 +24,15 @@ def shift_for(tokens: int, low: tuple[float, float] = (256, 0.5), high: tuple[fl
   return math.exp(low[1] + slope * (tokens - low[0]))
 
 
-def sample_time(key: jax.Array, batch: int, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> jax.Array:
-  """Training times [b] f32 in (0, 1): the logistic of N(mean, std), shifted."""
-  normal = jax.random.normal(key, (batch,), out_sharding=P(BATCH))
-  return shifted(jax.nn.sigmoid(mean + std * normal), shift)
+def noise(key: jax.Array, numbers: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
+  """Unit normal values [b *shape] f32, each row from the key and the row's number alone, wherever it stands."""
+  return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(key, number), shape))(numbers)
+
+
+def sample_time(key: jax.Array, numbers: jax.Array, mean: float = 0.0, std: float = 1.0,
+                shift: float = 1.0) -> jax.Array:
+  """Training times [b] f32 in (0, 1), as `noise`: the logistic of N(mean, std), shifted."""
+  return shifted(jax.nn.sigmoid(mean + std * noise(key, numbers)), shift)
 
 
 def interpolate(data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:

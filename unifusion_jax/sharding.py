@@ -5,6 +5,7 @@ All are Explicit: an array's type says how it is sharded, and gradients, moments
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 
@@ -64,8 +65,18 @@ def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh
   return jax.sharding.AbstractMesh(config.shape(devices), AXES, axis_types=explicit)
 
 
+def rows(batch: int) -> list[int]:
+  """The rows of a batch that this process's devices hold on the mesh in context, in order.
+
+  Processes whose devices share an example's work (tp) hold the same ones.
+  """
+  spread = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
+  places = spread.addressable_devices_indices_map((batch,)).values()
+  return sorted({row for (place,) in places for row in range(*place.indices(batch))})
+
+
 def shard_batch(batch, mesh: jax.sharding.Mesh):
-  """Global arrays sharded over BATCH, from this process's share of the batch (numpy, leading dim b)."""
+  """Global arrays sharded over BATCH, from this process's `rows` of the batch (numpy, leading dim b)."""
   sharding = jax.sharding.NamedSharding(mesh, jax.P(BATCH))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
@@ -107,6 +118,25 @@ def local(x: jax.Array | np.ndarray) -> np.ndarray:
 def is_main_process() -> bool:
   """Whether this process is the one that prints and writes shared files."""
   return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together(work: str):
+  """A part of the work, which all processes enter together: where it fails on one, all of them raise.
+
+  work: what it does, for the message of those where it did not fail.
+  """
+  error = None
+  try:
+    yield
+  except Exception as problem:  # raised as soon as the other processes know
+    error = problem
+  if jax.process_count() > 1:
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+    if len(failed) and error is None:
+      raise UserError(f'process {failed[0]} of {jax.process_count()} could not {work} and says why: all stop')
+  if error is not None:
+    raise error
 
 
 def from_main_process(x: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from unifusion_jax import json_file, prompting, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
+from unifusion_jax.training import lock
 from unifusion_jax.training.record import differences
 from unifusion_jax.weights import encoders, hub
 
@@ -75,8 +76,9 @@ def run(config, workdir: pathlib.Path) -> None:
     raise UserError('this cannot be rewritten:\n  ' + '\n  '.join(problems))
   mixture = loader.mix(dataclasses.replace(config.data, rewrites=None, tiles=config.data.tiles[-1:]))
   vlm = encoders.load(config.vlm, jnp.dtype(config.frozen_dtype), config.vlm_quantized, config.vlm_cache)
-  write(config, [source for source, _ in mixture], workdir / 'rewrites',
-        functools.partial(text_generation.generate, vlm))
+  with lock.held(workdir / 'rewrites' / 'rewrite.lock'):
+    write(config, [source for source, _ in mixture], workdir / 'rewrites',
+          functools.partial(text_generation.generate, vlm))
 
 
 def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., text_generation.Generated]) -> None:

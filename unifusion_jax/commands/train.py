@@ -15,7 +15,7 @@ from unifusion_jax import sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
-from unifusion_jax.training import checkpoint, metrics, record, step
+from unifusion_jax.training import checkpoint, lock, metrics, record, step
 
 ENDLESS = 2 ** 31 - 1  # steps
 
@@ -43,13 +43,16 @@ class Diverged(UserError):
 def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.State:
   """Trains to the end, or to a pause at step `stop_at`; resumes from the workdir's last checkpoint.
 
-  Returns the final State. The mesh must be in context.
+  Returns the final State. The mesh must be in context. UserError when another training is at work in the workdir.
   """
+  with lock.held(workdir / 'train.lock'):
+    return _run(config, workdir, stop_at)
+
+
+def _run(config, workdir: pathlib.Path, stop_at: int | None) -> step.State:
   mesh, objective = jax.sharding.get_mesh(), config.objective
   checkpoints = checkpoint.Checkpoints(workdir, tidy=True)
-  if config.init:
-    record.pin(config, workdir, 'init')
-  record.claim(config, workdir)
+  planned = record.claim(config, workdir)
   frozen = objective.frozen(config)
   tx = step.optimizer(config.optim, config.train.steps)
   data = batches(config)
@@ -58,6 +61,10 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   else:
     state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
     logging.info('resuming from step %d of %s', int(state.step), workdir)
+  note = None
+  if planned:
+    progress, note = step.rescheduled(config.optim, planned, vars(config.train), int(state.step), float(state.progress))
+    state.progress = jax.device_put(np.float32(progress), state.progress.sharding)
   train_step = step.make_train_step(objective.loss, tx, config.optim)
   preview = objective.preview(config) if config.train.preview_every else None
 
@@ -71,6 +78,8 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
   rate_clock, rate_step, waited = time.monotonic(), start, 0.0
   try:
+    if note:
+      writer.note(note)
     writer.note('compiling: the first step of each shape of batch takes its time')
     for done in range(start + 1, end + 1):
       waiting = time.monotonic()
@@ -125,7 +134,7 @@ def batches(config) -> loader.Feed:
     rewrite.check(config)
   batches = loader.batches(
       loader.mix(config.data, seed=config.seed), config.objective.transform(config), config.data.batch_size,
-      config.seed, jax.process_index(), jax.process_count(), config.data.workers)
+      config.seed, sharding.rows(config.data.batch_size), config.data.workers)
   return loader.Feed(batches, config.data.skipped)
 
 

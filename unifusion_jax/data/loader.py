@@ -191,18 +191,17 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
 
 
 def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch_size: int, seed: int = 0,
-            process_index: int = 0, process_count: int = 1, workers: int = 0) -> 'Batches':
+            rows: Sequence[int] | None = None, workers: int = 0) -> 'Batches':
   """Endless batches of a weighted mix of sources.
 
   mixture: (source, weight) pairs, as from `mix`; a source's examples make up weight / sum of weights of all examples.
-  batch_size: of all processes together; each gets batch_size / process_count rows.
+  batch_size: of all processes together.  rows: those of this process (`sharding.rows`); None: all.
   workers: processes that make batches instead of threads of this one (0 for none).
-  Each example carries 'skipped', the number of broken records passed over for it (see `Feed`).
-  Everything must be picklable when workers > 0. UserError for sizes that do not divide and for empty sources.
+  Each example carries its 'number', which no other of its batch has, and 'skipped', the number of broken records passed
+  over for it (see `Feed`).
+  Everything must be picklable when workers > 0. UserError for empty sources.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(f'batch_size={batch_size} does not divide among {process_count} processes: choose a multiple of '
-                    'their number')
+  rows = range(batch_size) if rows is None else rows
   datasets, weights, facts = [], [], []
   for source, weight in mixture:
     if weight <= 0:
@@ -211,13 +210,19 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
       facts.append((weight, bucket, len(indices)))  # not the name: a folder may have moved
       weights.append(weight * share)
       positions = grain.MapDataset.range(len(indices)).seed(_seed(seed, len(datasets))).shuffle()
-      # The rng of an example comes from its place in the global order, hence the slice after the map.
+      # The rng of an example comes from its number in the order of all processes, hence the choice after the map.
       examples = positions.repeat(ENDLESS // len(indices)).random_map(_Draw(source, indices, transform))
-      datasets.append(examples[process_index::process_count].batch(batch_size // process_count))
+      numbers = grain.MapDataset.range(len(examples) // batch_size * len(rows))
+      datasets.append(numbers.map(_Chosen(examples, batch_size, rows)).batch(len(rows)))
   if not datasets:
     raise UserError('the mix has no sources: give at least one (source, weight)')
   fingerprint = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
   return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers)
+
+
+def batch_spec(example: dict, batch_size: int) -> dict:
+  """The shapes of the batches of one bucket, from those that a transform's `spec` gives of one example."""
+  return sharding.batch_spec(example | dict(number=jax.ShapeDtypeStruct((), np.uint32)), batch_size)
 
 
 def whole_records(source, count: int) -> Iterator[dict]:
@@ -364,6 +369,20 @@ class _Read:
   error: Exception | None
   state: dict
   facts: jax.Array
+
+
+@dataclasses.dataclass
+class _Chosen:
+  """Number of an example in the order of this process -> the example, with its number in that of all processes."""
+
+  examples: grain.MapDataset
+  batch_size: int
+  rows: Sequence[int]
+
+  def __call__(self, i: int) -> dict:
+    batch, row = divmod(i, len(self.rows))
+    number = batch * self.batch_size + self.rows[row]
+    return {**self.examples[number], 'number': np.uint32(number % 2 ** 32)}
 
 
 @dataclasses.dataclass

@@ -5,8 +5,9 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unifusion_jax import conditioning, description, flow, pipeline, sharding
+from unifusion_jax import conditioning, description, flow, pipeline
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.errors import UserError
@@ -35,6 +36,7 @@ class FlowMatching:
 
   tasks = ('t2i', 'edit', 'reconstruct')
   pretrained = ('vlm', 'vae')  # settings that name folders which it reads
+  tokenizers = ()
 
   def unit(self, config) -> int:
     """Pixels that both sides of an image must be multiples of: one patch of latents."""
@@ -117,7 +119,7 @@ class FlowMatching:
     """Shapes and shardings of the largest batch of the train step."""
     encoder = transforms.abstract_prompt_encoder(config)
     transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
-    return sharding.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
+    return loader.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
@@ -138,10 +140,10 @@ class FlowMatching:
     Args:
       params: a UniFusion; with `repa_weight` a WithREPA.
       frozen: VLM and autoencoder, and the taps and stop ids that go with them.
-      batch: target uint8 [b y x 3]; input_ids, attention_mask [b s]; cond_index, cond_mask [b q]; tiles if any; with
-        `rewrite_online` needs_rewrite [b], and fallback_index, fallback_mask [b n] of the instruction, which conditions
-        where the rewrite is invalid.
-      key: random key of times and noise.
+      batch: number uint32 [b]; target uint8 [b y x 3]; input_ids, attention_mask [b s]; cond_index, cond_mask [b q];
+        tiles if any; with `rewrite_online` needs_rewrite [b], and fallback_index, fallback_mask [b n] of the
+        instruction, which conditions where the rewrite is invalid.
+      key: random key of times and noise, with an example's number.
 
     A metric is a scalar, or a pair (sum, count) whose ratio over many steps is the mean.
     """
@@ -150,15 +152,17 @@ class FlowMatching:
     hidden, mask, metrics = self._hidden(frozen, batch)
     model = model_of(params)
     cond = model.condition(jax.lax.stop_gradient(hidden), mask)
-    z, cond, mask = (_repeat(x, self.noises_per_example) for x in (z, cond, mask))
-    t = flow.sample_time(time_key, z.shape[0], self.mean, self.std, self.shift)
-    noise = jax.random.normal(noise_key, z.shape, out_sharding=jax.typeof(z).sharding.spec)
+    n = self.noises_per_example
+    z, cond, mask = (_repeat(x, n) for x in (z, cond, mask))
+    numbers = _numbers(batch['number'], n)
+    t = flow.sample_time(time_key, numbers, self.mean, self.std, self.shift)
+    noise = flow.noise(noise_key, numbers, z.shape[1:])
     noised = flow.interpolate(z, noise, t)
     repa_term = 0.0
     if self.repa_weight:
       velocity, states = model.velocity(noised, t, cond, mask, self.repa_depth)
       targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
-      metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, self.noises_per_example))
+      metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, n))
       repa_term = self.repa_weight * metrics['repa']
     else:
       velocity = model.velocity(noised, t, cond, mask)
@@ -196,3 +200,9 @@ def _repeat(x: jax.Array, n: int) -> jax.Array:
   """Each row repeated n times, on the device that holds it: [b ...] -> [b*n ...]."""
   rows = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
   return jnp.reshape(rows, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))
+
+
+def _numbers(numbers: jax.Array, n: int) -> jax.Array:
+  """A number for each of the n noises of each example, by rows as of `_repeat`: uint32 [b] -> [b*n]."""
+  rows = numbers[:, None] * np.uint32(n) + np.arange(n, dtype=np.uint32)
+  return jnp.reshape(rows, (-1,), out_sharding=jax.P(BATCH))

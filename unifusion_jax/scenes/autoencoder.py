@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import sharding
+from unifusion_jax import flow, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.models import layers, vae
@@ -29,6 +29,7 @@ class AutoencoderObjective:
 
   tasks = ('t2i', 'edit', 'reconstruct')
   pretrained = ()
+  tokenizers = ()
 
   def unit(self, config) -> int:
     """Pixels that both sides of an image must be multiples of."""
@@ -76,7 +77,7 @@ class AutoencoderObjective:
 
   def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as it reaches the train step."""
-    return sharding.batch_spec(self.transform(config).spec(config.data.size, config.data.size), config.data.batch_size)
+    return loader.batch_spec(self.transform(config).spec(config.data.size, config.data.size), config.data.batch_size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid: test images and their reconstructions."""
@@ -90,10 +91,10 @@ class AutoencoderObjective:
     return preview
 
   def loss(self, params: vae.Autoencoder, frozen, batch, key):
-    """Squared error plus weighted KL: (scalar f32, metrics). batch: target uint8 [b y x 3]."""
+    """Squared error plus weighted KL: (scalar f32, metrics). batch: number uint32 [b]; target uint8 [b y x 3]."""
     x, params = imaging.to_float(batch['target']), layers.cast(params, self.dtype)
     mean, log_variance = params.moments(x)
-    noise = jax.random.normal(key, mean.shape, out_sharding=jax.typeof(mean).sharding.spec)
+    noise = flow.noise(key, batch['number'], mean.shape[1:])
     decoded = params.decode(mean + jnp.exp(0.5 * log_variance) * noise)
     error = jnp.mean(jnp.square(decoded - x))
     kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)

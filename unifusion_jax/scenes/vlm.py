@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax import sharding
-from unifusion_jax.data import transforms
+from unifusion_jax.data import loader, transforms
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.scenes import chat_examples, image_tokens, world
 from unifusion_jax.scenes.evaluation import language
@@ -48,6 +48,7 @@ class VLMObjective:
 
   tasks = ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')
   pretrained = ()
+  tokenizers = ('vlm',)  # settings that name folders of which it reads the tokenizer alone
 
   def unit(self, config) -> int:
     """Pixels that both sides of an image must be multiples of: 1, any size will do."""
@@ -96,7 +97,7 @@ class VLMObjective:
   def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch, as it reaches the train step."""
     size, transform = config.data.size, self.transform(config)
-    return sharding.batch_spec(transform.spec(size, size, references=1, task='edit'), config.data.batch_size)
+    return loader.batch_spec(transform.spec(size, size, references=1, task='edit'), config.data.batch_size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of images, requests, answers and truths; None for the tower alone."""
@@ -109,7 +110,7 @@ class VLMObjective:
   def loss(self, params: VLMWithHeads, frozen, batch, key):
     """Cross-entropy of the answers' tokens plus the two heads' losses: (scalar f32, metrics).
 
-    batch: of `chat_examples.ChatExample`.
+    batch: of `chat_examples.ChatExample`. Nothing is drawn from the key.
     """
     params = layers.cast(params, self.dtype)
     image_features, metrics = None, {}

@@ -1,6 +1,7 @@
 """Training metrics: progress on stderr, `metrics.jsonl` and TensorBoard events."""
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -16,7 +17,9 @@ SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 class Writer:
   """Metrics and progress of one run; only the first of several processes writes.
 
-  On a resumed run, lines of `metrics.jsonl` after `step` are dropped: their steps run again.
+  On a resumed run, lines of `metrics.jsonl` after `step` are dropped: their steps run again. So are lines that are no
+  metrics of a step, which a machine that stopped in the middle of writing may leave. NaN and infinity, which JSON does
+  not have, are null there.
   """
 
   def __init__(self, workdir: str | pathlib.Path, step: int, steps: int | None, *, stream=None,
@@ -25,14 +28,10 @@ class Writer:
     if not self._active:
       return
     path = pathlib.Path(workdir) / 'metrics.jsonl'
-    earlier = []
     if path.exists():
-      lines = path.read_text().splitlines(keepends=True)
-      complete = [line for line in lines if line.strip() and line.endswith('\n')]  # the last one may be cut off
-      earlier = [line for line in complete if json.loads(line)['step'] <= step]
-    part = path.with_name(path.name + '.part')
-    part.write_text(''.join(earlier))
-    os.replace(part, path)
+      part = path.with_name(path.name + '.part')
+      part.write_bytes(b''.join(line for line in path.read_bytes().splitlines(keepends=True) if _is_up_to(step, line)))
+      os.replace(part, path)
     self._file = path.open('a')
     self._postfix = {}
     self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True, purge_step=step + 1 if step else None)
@@ -48,7 +47,8 @@ class Writer:
     if not self._active:
       return
     scalars = {name: float(value) for name, value in scalars.items()}
-    self._file.write(json.dumps(dict(step=step, **{k: round(v, 6) for k, v in scalars.items()})) + '\n')
+    values = {name: round(value, 6) if math.isfinite(value) else None for name, value in scalars.items()}
+    self._file.write(json.dumps(dict(step=step, **values), allow_nan=False) + '\n')
     self._file.flush()
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
@@ -79,6 +79,15 @@ class Writer:
       self._bar.close()
       self._events.close()
       self._file.close()
+
+
+def _is_up_to(step: int, line: bytes) -> bool:
+  """Whether a line of metrics.jsonl is whole and of a step up to `step`."""
+  try:
+    at = json.loads(line)['step'] if line.endswith(b'\n') else None
+  except (ValueError, TypeError, KeyError, RecursionError):
+    return False
+  return isinstance(at, int) and at <= step
 
 
 class _Lines:

@@ -64,6 +64,33 @@ def schedule(config: OptimConfig, steps: int):
   return rate
 
 
+def rescheduled(config: OptimConfig, before: dict, now: dict, step: int, progress: float) -> tuple[float, str | None]:
+  """(progress, sentence) for a run that goes on at `step` with another number of steps or minutes than before.
+
+  Args:
+    before, now: `steps` and `minutes` of the run; with minutes above 0 it ends by the clock.
+    progress: share of the minutes before that was used.
+
+  Returns:
+    The share of the minutes now that was used, and what the learning rate does; None where nothing changes.
+  """
+  clock, key = bool(now['minutes']), 'minutes' if now['minutes'] else 'steps'
+  changes = [f'train.{name} {before[name]:g} -> {now[name]:g}' for name in ('steps', 'minutes')
+             if before[name] != now[name] and (name == 'minutes' or not clock)]
+  if not changes:
+    return progress, None
+  after = min(progress * before['minutes'] / now['minutes'], 1.0) if clock else 0.0
+  old, new = (float(schedule(config, length['steps'])(step, share if length['minutes'] else None))
+              for length, share in ((before, progress), (now, after)))
+  move = (f'stays at {new:.3g}' if abs(new - old) <= 1e-6 * old else
+          f'{"rises back" if new > old else "drops"} from {old:.3g} to {new:.3g}')
+  end, unit = now[key], 'minute' if clock else 'step'
+  start, done = (1 - config.decay) * end, after * end if clock else step
+  fall = ('does not fall' if not config.decay else f'falls from {unit} {start:.4g} to {unit} {end:.4g}' if done < start
+          else f'goes on falling until {unit} {end:.4g}')
+  return after, f'{", ".join(changes)}: the learning rate {move} and {fall}'
+
+
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
   """AdamW or Muon after clipping by the global norm; weight decay is for all parameters, norms too (Krea 2's report).
 
@@ -120,7 +147,8 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
     loss: `loss(params, frozen, batch, key) -> (scalar f32, dict of scalars or pairs of them)`.
     tx: the optimizer of `state.opt`.
     config: its settings. With `accumulate` = n the batch [b ...] is split into n micro-batches [b/n ...], which run one
-      after another; gradients and metrics are averaged.
+      after another; gradients and metrics are averaged. All get the same key: what a loss draws for an example comes
+      from the key and the example's number.
   """
   gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -133,11 +161,11 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
       return jnp.moveaxis(x, 1, 0)
 
     def add(total, part):
-      return jax.tree.map(lambda t, p: t + p / n, total, gradient(params, frozen, *part)), None
+      return jax.tree.map(lambda t, p: t + p / n, total, gradient(params, frozen, part, key)), None
 
-    parts = jax.tree.map(cut, batch), jax.random.split(key, n)
+    parts = jax.tree.map(cut, batch)
     # From zeros, so that the gradient is compiled once; only its shapes and shardings are known before it runs.
-    shapes = jax.eval_shape(lambda parts: gradient(params, frozen, *jax.tree.map(lambda x: x[0], parts)), parts)
+    shapes = jax.eval_shape(lambda parts: gradient(params, frozen, jax.tree.map(lambda x: x[0], parts), key), parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
