@@ -48,7 +48,7 @@ def test_state_and_position_come_back(name, mesh, tmp_path):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
   for name, x in next(other).items():
     np.testing.assert_array_equal(x, following[name])
-  ema = again.restore_ema(jax.eval_shape(lambda: made.objective.random(made)), mesh)
+  ema, _ = again.restore_ema(jax.eval_shape(lambda: made.objective.random(made)), mesh)
   for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(ema), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   again.close()
