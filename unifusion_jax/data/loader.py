@@ -293,7 +293,8 @@ class Batches(grain.DatasetIterator):
       flags.FLAGS.mark_as_parsed()
     within = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return rest.to_iter_dataset(within).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2), _outlast_signals)
+        grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2),
+        worker_init_fn=_outlast_signals)
 
 
 def _outlast_signals(worker: int, workers: int) -> None:
