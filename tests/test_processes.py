@@ -4,7 +4,13 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from unifusion_jax.data import loader
+from unifusion_jax.training import checkpoint, step
 
 START = '''
 import sys
@@ -62,6 +68,20 @@ def train(data, steps):
     total = step(total, seen[-1])
   return [sharding.gather(x).tolist() for x in seen], float(total)
 '''
+
+
+class Numbers:
+  """The source of the same name above."""
+  name = 'numbers'
+
+  def __len__(self):
+    return 40
+
+  def bucket(self, i):
+    return 8, 8, 0
+
+  def __getitem__(self, i):
+    return dict(x=np.float32(i))
 
 
 def run(program: str, count: int = 2, folder: str = '') -> list[tuple[int, str, str]]:
@@ -228,3 +248,44 @@ with jax.set_mesh(mesh):
   (code, out, error), (other_code, other_out, other_error) = results
   assert code == other_code == 1 and out == other_out and int(out.split()[0]) < 100, results
   assert first in error and second in other_error, results
+
+
+def test_a_signal_to_one_ends_both_after_the_same_step():
+  results = run('''
+import os, signal
+from unifusion_jax.training import interrupt
+with jax.set_mesh(mesh), interrupt.Interrupts() as interrupts:
+  interrupts.defer()
+  data = feed(Numbers())
+  for done in range(1, 100):
+    train(data, 1)
+    if done == 3 and here:
+      os.kill(os.getpid(), signal.SIGTERM)
+    if signum := interrupts():
+      print(done)
+      raise interrupt.Interrupted(signum, 'saved')
+''')
+  assert [(code, out) for code, out, _ in results] == [(143, '4')] * 2, results
+  assert [error.splitlines()[-1] for _, _, error in results].count('SIGTERM: saved') == 1
+
+
+def test_a_checkpoint_of_two_is_gone_on_with_by_one(mesh, tmp_path):
+  results = run(f'''
+from unifusion_jax.training import checkpoint
+from unifusion_jax.training.step import State
+with jax.set_mesh(mesh), checkpoint.Checkpoints({str(tmp_path)!r}) as checkpoints:
+  data = feed(Numbers())
+  train(data, 3)
+  x = sharding.shard({{'w': np.arange(8, dtype=np.float32)}})
+  whole = lambda value, dtype: jax.device_put(dtype(value), jax.NamedSharding(mesh, jax.P()))
+  checkpoints.save(State(whole(3, np.int32), whole(0, np.float32), x, x, x), data)
+  checkpoints.wait()
+''')
+  assert [code for code, _, _ in results] == [0, 0], results
+  alone = loader.Feed(loader.batches([(Numbers(), 1.0)], lambda record, rng: record, 4))
+  x = {'w': jax.device_put(np.zeros(8, np.float32), jax.P('fsdp'))}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    abstract = jax.eval_shape(lambda: step.State(jnp.int32(0), jnp.float32(0), x, x, x))
+    state = checkpoints.restore(abstract, alone, mesh)
+  np.testing.assert_array_equal(state.ema['w'], np.arange(8))
+  assert int(state.step) == 3 and alone.get_state()['next_batch'] == 3

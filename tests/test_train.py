@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
+import signal
+import threading
 
 from flax import nnx
 import jax
@@ -65,6 +68,36 @@ def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, mo
   again = train.run(cut, tmp_path / 'cut')  # nothing is left to do
   for a, b in zip(leaves(whole), leaves(again), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_signal_ends_a_run_after_its_step(recipe, mesh, tmp_path, monkeypatch, capfd):
+  """Saved, and the same call goes on to the same numbers."""
+  made = recipe(train=config.TrainConfig(steps=2, log_every=1, save_every=100, preview_every=0))
+  whole = train.run(made, tmp_path / 'whole')
+  read, handler = loader.Feed.__next__, signal.getsignal(signal.SIGTERM)
+
+  def signalled(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return read(self)
+
+  monkeypatch.setattr(loader.Feed, '__next__', signalled)
+  with pytest.raises(SystemExit) as ended:
+    train.run(made, tmp_path / 'parts')
+  monkeypatch.undo()
+  last = capfd.readouterr().err.splitlines()[-1]
+  assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+  assert last.startswith('SIGTERM: step 1 is saved in ') and last.endswith('the same command goes on from there')
+  for a, b in zip(leaves(whole), leaves(train.run(made, tmp_path / 'parts')), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_failed_start_closes_what_it_opened(recipe, mesh, tmp_path, monkeypatch):
+  monkeypatch.setattr(train.metrics, 'Writer', lambda *_: 1 / 0)
+  handler = signal.getsignal(signal.SIGINT)
+  with pytest.raises(ZeroDivisionError):
+    train.run(recipe(), tmp_path)
+  assert signal.getsignal(signal.SIGINT) is handler
+  assert not {'signals', 'checkpoint_0'} & {thread.name for thread in threading.enumerate()}
 
 
 def losses(recipe, shape, name):

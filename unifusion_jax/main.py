@@ -71,6 +71,9 @@ def run():
   flags.mark_flag_as_required('config')
   try:
     app.run(start, flags_parser=command_line.parse)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
   except UserError as error:
     if os.environ.get('UNIFUSION_TRACEBACK'):
       raise

@@ -1,6 +1,7 @@
 """Training: build, restore, step, log, preview, save. The loop knows no model; `config.objective` does."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -15,7 +16,7 @@ from unifusion_jax import sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
-from unifusion_jax.training import checkpoint, lock, metrics, record, step
+from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step
 
 ENDLESS = 2 ** 31 - 1  # steps
 
@@ -28,6 +29,7 @@ class TrainConfig:
   save_every: int = 500
   preview_every: int = 500     # 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
+  checksums: bool = True       # digests of checkpoints' files, written and compared at 2.5 GB/s
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
@@ -43,44 +45,45 @@ class Diverged(UserError):
 def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.State:
   """Trains to the end, or to a pause at step `stop_at`; resumes from the workdir's last checkpoint.
 
-  Returns the final State. The mesh must be in context. UserError when another training is at work in the workdir.
+  Returns the final State. The mesh must be in context. SIGTERM and SIGINT end it after a step, saved, with
+  interrupt.Interrupted, a SystemExit. UserError when another training is at work in the workdir.
   """
-  with lock.held(workdir / 'train.lock'):
-    return _run(config, workdir, stop_at)
-
-
-def _run(config, workdir: pathlib.Path, stop_at: int | None) -> step.State:
   mesh, objective = jax.sharding.get_mesh(), config.objective
-  checkpoints = checkpoint.Checkpoints(workdir, tidy=True)
-  planned = record.claim(config, workdir)
-  frozen = objective.frozen(config)
-  tx = step.optimizer(config.optim, config.train.steps)
-  data = batches(config)
-  if checkpoints.latest() is None:
-    state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
-  else:
-    state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
-    logging.info('resuming from step %d of %s', int(state.step), workdir)
-  note = None
-  if planned:
-    progress, note = step.rescheduled(config.optim, planned, vars(config.train), int(state.step), float(state.progress))
-    state.progress = jax.device_put(np.float32(progress), state.progress.sharding)
-  train_step = step.make_train_step(objective.loss, tx, config.optim)
-  preview = objective.preview(config) if config.train.preview_every else None
+  with contextlib.ExitStack() as opened:
+    interrupts = opened.enter_context(interrupt.Interrupts())
+    opened.enter_context(lock.held(workdir / 'train.lock'))
+    checkpoints = opened.enter_context(checkpoint.Checkpoints(workdir, tidy=True, checksums=config.train.checksums))
+    planned = record.claim(config, workdir)
+    frozen = objective.frozen(config)
+    tx = step.optimizer(config.optim, config.train.steps)
+    data = opened.enter_context(contextlib.closing(batches(config)))
+    if checkpoints.latest() is None:
+      state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
+    else:
+      state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
+      logging.info('resuming from step %d of %s', int(state.step), workdir)
+    note = None
+    if planned:
+      progress, note = step.rescheduled(
+          config.optim, planned, vars(config.train), int(state.step), float(state.progress))
+      state.progress = jax.device_put(np.float32(progress), state.progress.sharding)
+    train_step = step.make_train_step(objective.loss, tx, config.optim)
+    preview = objective.preview(config) if config.train.preview_every else None
 
-  start, end = int(state.step), ENDLESS if config.train.minutes else config.train.steps
-  end = end if stop_at is None else min(stop_at, end)
-  end = start if state.progress == 1 else end  # its budget of minutes is used up
-  writer = metrics.Writer(workdir, start, None if config.train.minutes else config.train.steps)
-  clock = Clock(config.train.minutes, float(state.progress))
-  guard = DivergenceGuard(config.train.max_loss_ratio)
-  key = jax.random.key(config.seed)
-  logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
-  rate_clock, rate_step, waited = time.monotonic(), start, 0.0
-  try:
+    start, end = int(state.step), ENDLESS if config.train.minutes else config.train.steps
+    end = end if stop_at is None else min(stop_at, end)
+    end = start if state.progress == 1 else end  # its budget of minutes is used up
+    writer = opened.enter_context(contextlib.closing(
+        metrics.Writer(workdir, start, None if config.train.minutes else config.train.steps)))
+    clock = Clock(config.train.minutes, float(state.progress))
+    guard = DivergenceGuard(config.train.max_loss_ratio)
+    key = jax.random.key(config.seed)
+    logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
+    rate_clock, rate_step, waited = time.monotonic(), start, 0.0
     if note:
       writer.note(note)
     writer.note('compiling: the first step of each shape of batch takes its time')
+    interrupts.defer()
     for done in range(start + 1, end + 1):
       waiting = time.monotonic()
       batch = next(data)
@@ -90,7 +93,9 @@ def _run(config, workdir: pathlib.Path, stop_at: int | None) -> step.State:
       pending.append(scalars)
       if len(pending) > 1:
         jax.block_until_ready(pending[-2])  # the host runs at most one step ahead
-      last = done == end or progress == 1
+      finished = done == end or progress == 1
+      signum = 0 if finished else interrupts()
+      last = finished or signum
       logs, saves = (done % every == 0 or last for every in (config.train.log_every, config.train.save_every))
       if logs or saves or done == start + 1:
         # A state is saved only after the guard has seen its metrics
@@ -108,20 +113,20 @@ def _run(config, workdir: pathlib.Path, stop_at: int | None) -> step.State:
         rate_clock, rate_step, waited = now, done, 0.0
         writer.write(done, dict(_means(logged), **rates, skipped=data.skipped))
         logged = []
+      if saves:
+        checkpoints.save(state, data)
+      if signum:
+        checkpoints.wait()
+        raise interrupt.Interrupted(signum, f'step {done} is saved in {workdir / "checkpoints"}, and the same command '
+                                    'goes on from there')
       if preview and (done % config.train.preview_every == 0 or last):
         grid = preview(state.ema, frozen)
         if grid is not None and sharding.is_main_process():
           imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
         rate_clock, rate_step, waited = time.monotonic(), done, 0.0
-      if saves:
-        checkpoints.save(state, data)
       if last:
         break
     checkpoints.wait()
-  finally:
-    checkpoints.close()
-    data.close()
-    writer.close()
   if sharding.is_main_process():
     print('done.', f'images: {workdir / "samples"}', f'metrics: {workdir / "metrics.jsonl"}',
           f'checkpoint: {workdir / "checkpoints"}', sep='\n  ')

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import signal
 
 from absl import flags, logging
 import grain
@@ -30,6 +31,7 @@ ENDLESS = 2 ** 50  # examples; grain's own endless repeat overflows at one row a
 TRIES = 100  # records of one bucket tried in a row before the run stops
 NAMED = 1000  # broken records that the log names
 SCENES = ('scenes', 'scenes/wide')  # the embedded world (unifusion_jax/scenes), and a wider one to train on
+GRACE = 60  # seconds that a worker goes on after SIGTERM
 THREADS = 2  # batches prepared at a time in a process without workers
 
 
@@ -302,7 +304,15 @@ class Batches(grain.DatasetIterator):
       flags.FLAGS.mark_as_parsed()
     within = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return rest.to_iter_dataset(within).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+        grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2),
+        worker_init_fn=_outlast_signals)
+
+
+def _outlast_signals(worker: int, workers: int) -> None:
+  """Signals that the whole group gets are the main process's, which finishes its step and ends its workers."""
+  del worker, workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class Feed(grain.DatasetIterator):
