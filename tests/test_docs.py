@@ -9,7 +9,6 @@ import shlex
 import tomllib
 
 from absl import flags
-from ml_collections import config_flags
 import pytest
 
 from unifusion_jax import command_line, main
@@ -28,12 +27,12 @@ def names(path: pathlib.Path) -> str:
 def parsed(arguments: list[str]):
   """The recipe under the overrides of one command; UserError where they cannot be parsed or cannot work together."""
   values, argv = flags.FlagValues(), ['main', *arguments]
-  config_flags.DEFINE_config_file('config', None, '', flag_values=values, sys_argv=argv)
+  command_line.define(values)
   for name in ('mode', 'workdir', 'distributed', 'compilation_cache'):
     flags.DEFINE_flag(copy.deepcopy(flags.FLAGS[name]), values)
   assert main.__name__  # which defines these
   command_line.parse(argv, values)
-  config = values['config'].value
+  config = command_line.read(values.config, values.setting)
   if isinstance(config, configuration.Config):
     configuration.check(config, config.devices or 1)
   return config

@@ -1,5 +1,14 @@
 """Errors that a user can fix: a message says what was given, what is expected and how to fix it."""
 
+import errno
+import os
+import re
+
+LONGEST = 2000  # characters of a message on the terminal
+# Errors of files and disks that are no fault of the program, and those of them that may come without a file's name.
+_ANYWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE}
+_OF_FILES = _ANYWHERE | {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 class UserError(ValueError):
   """Bad settings, files or records. `main` exits with the message alone; every other error keeps its traceback."""
@@ -7,3 +16,19 @@ class UserError(ValueError):
 
 class BrokenRecord(UserError):
   """One record that cannot be used. The loader skips and counts it; any other error stops the run."""
+
+
+def sentence(error: BaseException) -> str | None:
+  """The message for an error that a user can mend: a UserError, or one of files and disks. None for every other."""
+  if isinstance(error, UserError):
+    return shown(str(error))
+  if isinstance(error, OSError) and error.errno in (_ANYWHERE if error.filename is None else _OF_FILES):
+    names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    return shown(' -> '.join(names) + ': ' * bool(names) + os.strerror(error.errno))
+  return None
+
+
+def shown(text: str) -> str:
+  """A message without control characters, cut to a length that can be read."""
+  text = re.sub(r'[^\n\t\x20-\x7e\xa0-\U0010ffff]', '\N{REPLACEMENT CHARACTER}', text)
+  return text if len(text) <= LONGEST else f'{text[:LONGEST]}... ({len(text) - LONGEST:,} more characters)'

@@ -43,6 +43,8 @@ def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None
   if quantized not in QUANTIZED:
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
   folder = hub.resolve(name)
+  if wrong := config(folder).undivided(jax.sharding.get_mesh().shape):
+    raise UserError(f'{name}: {"; ".join(wrong)}: choose another mesh')
   path = stored = None
   if cache:
     path, stored = _cache_entry(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
@@ -90,7 +92,9 @@ def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
 
 
 def abstract(config: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
-  """Shapes and shardings of a configuration's model on the mesh in context."""
+  """Shapes and shardings of a configuration's model on the mesh in context; UserError where it does not divide."""
+  if wrong := config.undivided(jax.sharding.get_abstract_mesh().shape):
+    raise UserError(f'{"; ".join(wrong)}: choose another mesh')
   return sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_abstract_mesh())
 
 
@@ -102,6 +106,13 @@ def _config_json(folder: pathlib.Path) -> dict:
 
 
 def _config(config_json: dict, folder: pathlib.Path) -> Config:
+  config = _of_type(config_json, folder)
+  if wrong := config.problems():
+    raise UserError(f'{folder / "config.json"}: {"; ".join(wrong)}')
+  return config
+
+
+def _of_type(config_json: dict, folder: pathlib.Path) -> Config:
   match config_json.get('model_type'):
     case 'internvl':
       return internvl.InternVLConfig.from_json(config_json)
