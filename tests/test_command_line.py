@@ -155,7 +155,7 @@ def test_a_recipe_by_its_name(tmp_path, monkeypatch):
     ([EDIT, '--mod=train'], 'Did you mean: mode'),
     ([f'{EDIT}:huge'], "has the scales tiny and 8b, not 'huge'"),
     (['configs/describe.py:tiny'], 'this recipe has no scales'),
-    (['configs/nothere.py'], 'there is no recipe configs/nothere.py: give the path of a file, or one of describe, edit'),
+    (['configs/nothere.py'], 'there is no recipe configs/nothere.py: give the path of a file, or one of describe'),
     (['configs'], 'there is no recipe configs:'),
     (['README.md'], 'README.md is no recipe: it must be a Python file'),
     (['unifusion_jax/flow.py'], 'flow.py is no recipe: it has no function get_config()'),

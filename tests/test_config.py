@@ -22,7 +22,7 @@ MINUS_ONE = {'mesh.data', 'mesh.fsdp', 'mesh.tp', 'objective.mean', 'model.shift
 
 
 def numbers(holder, prefix=''):
-  """(name, value, kind) of every number of a configuration, tuples of them too, and of the items of tuples of groups."""
+  """(name, value, kind) of every number of a configuration and tuple of numbers; of a tuple of groups, of the first."""
   for name, hint in fields.hints(type(holder)).items():
     value, name = getattr(holder, name), prefix + name
     kinds = {hint, *typing.get_args(hint)} & {int, float}
@@ -76,7 +76,7 @@ def test_all_wrong_settings_are_listed_at_once():
 
 
 @pytest.mark.parametrize('settings, sentence', [
-    (['data.batch_size=10000000'], '10,000,000 images of 64^2 pixels with prompts of 132 tokens are 119 GiB on each of 1'),
+    (['data.batch_size=10000000'], '10,000,000 images of 64^2 pixels with prompts of 132 tokens are 119 GiB'),
     (['data.batch_size=1000000000'], 'data.batch_size=1000000000 must be between 1 and 10,000,000'),
     (['data.path=x.jsonl', 'data.size=10000', 'data.unit=1', 'data.batch_size=1'], 'more than 2048 times data.unit=1'),
     (['mesh.tp=0'], 'mesh.tp=0 must be between 1 and 1,048,576'), (['mesh.data=0'], 'mesh.data=0 must be'),

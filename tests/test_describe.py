@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifusion_jax import config as configuration
 from unifusion_jax import command_line, sharding, verifi
+from unifusion_jax import config as configuration
 from unifusion_jax.commands import describe
 from unifusion_jax.data import imaging, vision_inputs
 from unifusion_jax.models import causal_lm, decoder, t5, text_generation
@@ -177,8 +177,8 @@ def test_a_folder_that_does_not_say_how_to_normalise(recipe, tmp_path, images):
 
 def test_command_line():
   settings = ['image=a b.png', 'system=Be kind.', 'temperature=0.5', 'quantized=int8', 'mesh.tp=2']
-  assert command_line.read('describe', settings) == describe.DescribeConfig(image='a b.png', system='Be kind.', temperature=0.5, quantized='int8',
-                                                  mesh=sharding.MeshConfig(tp=2))
+  assert command_line.read('describe', settings) == describe.DescribeConfig(
+      image='a b.png', system='Be kind.', temperature=0.5, quantized='int8', mesh=sharding.MeshConfig(tp=2))
 
 
 def test_embedded_vlm_describes_a_scene(tmp_path, capsys):

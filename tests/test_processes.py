@@ -131,3 +131,19 @@ with jax.set_mesh(mesh):
   (code, out, error), (other_code, other_out, other_error) = results
   assert code == other_code == 1 and out == other_out and int(out.split()[0]) < 100, results
   assert first in error and second in other_error, results
+
+
+def test_what_one_process_cannot_do_ends_both():
+  results = run('''
+with sharding.together('count'):
+  count = here
+try:
+  with sharding.together('write the file'):
+    if sharding.is_main_process():
+      open('/', 'w')
+except Exception as error:
+  print(type(error).__name__, error)
+''')
+  assert [(code, out) for code, out, _ in results] == [
+      (0, "IsADirectoryError [Errno 21] Is a directory: '/'"),
+      (0, 'UserError process 0 of 2 could not write the file and says why: all stop')], results

@@ -78,9 +78,10 @@ def save(folder: str | os.PathLike, config) -> None:
   vlm, vae = (config.hub.get(name) or _entry(getattr(config, name), folder) for name in ('vlm', 'vae'))
   description = Description(vlm, vae, config.taps, config.data.size, encoder.max_prompt, encoder.max_rewrite,
                             config.system, max(config.data.tiles), config.sample.settings())
-  if sharding.is_main_process():
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
+  with sharding.together(f'write {folder / FILE}'):
+    if sharding.is_main_process():
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
 
 
 def _entry(path: str, folder: pathlib.Path) -> str:

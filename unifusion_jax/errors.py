@@ -1,8 +1,10 @@
 """Errors that a user can fix: a message says what was given, what is expected and how to fix it."""
 
+import contextlib
 import errno
 import os
 import re
+import sys
 
 LONGEST = 2000  # characters of a message on the terminal
 # Errors of files and disks that are no fault of the program, and those of them that may come without a file's name.
@@ -32,3 +34,23 @@ def shown(text: str) -> str:
   """A message without control characters, cut to a length that can be read."""
   text = re.sub(r'[^\n\t\x20-\x7e\xa0-\U0010ffff]', '\N{REPLACEMENT CHARACTER}', text)
   return text if len(text) <= LONGEST else f'{text[:LONGEST]}... ({len(text) - LONGEST:,} more characters)'
+
+
+@contextlib.contextmanager
+def at_the_terminal():
+  """Ends the process in one sentence for an error that a user can mend, and with its traceback for every other.
+
+  UNIFUSION_TRACEBACK=1 keeps all tracebacks. Output goes to a terminal of any encoding.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')
+  try:
+    yield
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
+  except Exception as error:
+    message = sentence(error)
+    if message is None or os.environ.get('UNIFUSION_TRACEBACK'):
+      raise
+    sys.exit(f'error: {message}')

@@ -8,7 +8,6 @@ import importlib
 import math
 import os
 import pathlib
-import sys
 import tempfile
 
 from absl import app, flags, logging
@@ -49,18 +48,19 @@ def start(argv):
 def main(argv):
   """Runs the command on the recipe's mesh."""
   del argv
-  recipe, _ = command_line.locate(flags.FLAGS.config)
-  config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
-  trains = isinstance(config, configuration.Config)
-  mode = _MODE.value or ('train' if trains else 'describe')
-  if trains == (mode == 'describe'):
-    wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
-    raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
-  configuration.check(config, jax.device_count())
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
-  if trains:
-    with sharding.together('write into the workdir'):
+  with sharding.together('start'):
+    recipe, _ = command_line.locate(flags.FLAGS.config)
+    config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
+    trains = isinstance(config, configuration.Config)
+    mode = _MODE.value or ('train' if trains else 'describe')
+    if trains == (mode == 'describe'):
+      wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
+      raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
+    configuration.check(config, jax.device_count())
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+    if trains:
       check_writable(workdir)
+  if trains:
     record.pin(config, workdir, *config.objective.pretrained)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
@@ -81,21 +81,11 @@ def check_writable(workdir: pathlib.Path) -> None:
 
 
 def run():
-  """The console entry: errors that a user can mend print one sentence, every other error its traceback."""
-  for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(errors='backslashreplace')  # a terminal that has no accents is no reason to stop
+  """The console entry."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  try:
+  with errors.at_the_terminal():
     app.run(start, flags_parser=command_line.parse)
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(130)
-  except Exception as error:
-    sentence = errors.sentence(error)
-    if sentence is None or os.environ.get('UNIFUSION_TRACEBACK'):
-      raise
-    sys.exit(f'error: {sentence}')
 
 
 if __name__ == '__main__':

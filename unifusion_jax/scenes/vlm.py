@@ -191,8 +191,12 @@ def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
   """Writes a Hugging Face folder, tokenizer and preprocessor_config.json included; all processes call it together."""
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
-  if not sharding.is_main_process():
-    return
+  with sharding.together(f'write {folder}'):
+    if sharding.is_main_process():
+      _save_processors(vlm, tokenizer, folder)
+
+
+def _save_processors(vlm: internvl.InternVL, tokenizer: str, folder: pathlib.Path) -> None:
   vision = vlm.config.vision
   pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=vision.tile, width=vision.tile),
                 image_mean=list(vision.mean), image_std=list(vision.std), crop_to_patches=True, min_patches=1,

@@ -51,11 +51,12 @@ def check_same_model(config, workdir: pathlib.Path) -> None:
 
 def write(config, workdir: pathlib.Path, name: str, **more) -> None:
   """The configuration as a JSON file of the workdir, whole or not at all; the first of several processes writes it."""
-  if sharding.is_main_process():
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = workdir / f'{name}.part'
-    part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
-    os.replace(part, workdir / name)
+  with sharding.together(f'write {workdir / name}'):
+    if sharding.is_main_process():
+      workdir.mkdir(parents=True, exist_ok=True)
+      part = workdir / f'{name}.part'
+      part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
+      os.replace(part, workdir / name)
 
 
 def fingerprints(config) -> dict[str, str]:
