@@ -155,7 +155,7 @@ def test_stops_of_the_checkpoint_count(recipe, tmp_path):
 @pytest.mark.parametrize('changes,message', [
     (dict(), 'nothing to answer'), (dict(prompt='x', dtype='int4'), "dtype='int4' must be"),
     (dict(prompt='x', quantized='int4'), "quantized='int4' must be one of"),
-    (dict(image='nowhere.png'), 'nowhere.png is not there'), (dict(prompt='x', max_tokens=0), 'max_new is 0'),
+    (dict(image='nowhere.png'), 'nowhere.png is not there'), (dict(prompt='x', max_tokens=0), 'max_tokens=0 must be'),
     (dict(prompt='a red circle ' * 400), 'more than the 512 positions')])
 def test_errors(recipe, changes, message):
   with pytest.raises(ValueError, match=message):

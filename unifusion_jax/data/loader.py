@@ -87,7 +87,7 @@ class DataConfig:
   def canvases(self) -> tuple[tuple[int, int], ...]:
     """(height, width) of the canvases that your own images are cut to. UserError where there are none."""
     if not self.aspects:
-      raise UserError('data.aspects=() must name one or more, as in 1:1,5:3')
+      raise UserError('data.aspects=() must name at least one, as in 1:1,5:3')
     if self.size // self.unit > FINEST:
       raise UserError(f'data.size={self.size} is more than {FINEST} times data.unit={self.unit}: raise the unit')
     return buckets.canvases(self.aspects, self.size, self.unit)
