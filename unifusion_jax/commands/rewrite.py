@@ -46,8 +46,7 @@ class RewriteConfig:
 
   def problems(self, *, path: str = '', shards: int = 1) -> list[str]:
     """Settings that cannot work for the data of `path` and a batch over `shards` devices, one sentence each."""
-    problems = ranges.problems(self, 'rewrite.', count=Range(1, 10 ** 4), temperature=Range(0, 1000),
-                               top_p=Range(above=0, most=1), batch_size=Range(1, 10 ** 6))
+    problems = []
     if path in loader.SCENES:
       problems.append(f'data.path={path} is generated on the fly, without an end: write a folder with '
                       'python -m unifusion_jax.scenes.builder, or name a list of your own')
@@ -57,7 +56,8 @@ class RewriteConfig:
     if self.count > 1 and not self.temperature:
       problems.append(f'rewrite.count={self.count} wants rewrite.temperature above 0: only one rewrite is the most '
                       'probable')
-    return problems
+    return problems + ranges.problems(self, 'rewrite.', count=Range(1, 10 ** 4), temperature=Range(0, 1000),
+                                      top_p=Range(above=0, most=1), batch_size=Range(1, 10 ** 6))
 
 
 def run(config, workdir: pathlib.Path) -> None:
