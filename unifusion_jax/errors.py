@@ -24,9 +24,13 @@ def sentence(error: BaseException) -> str | None:
   """The message for an error that a user can mend: a UserError, or one of files and disks. None for every other."""
   if isinstance(error, UserError):
     return shown(str(error))
-  if isinstance(error, OSError) and error.errno in (_ANYWHERE if error.filename is None else _OF_FILES):
-    names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
-    return shown(' -> '.join(names) + ': ' * bool(names) + os.strerror(error.errno))
+  number, names = None, []
+  if isinstance(error, OSError):
+    number, names = error.errno, [name for name in (error.filename, error.filename2) if name is not None]
+  elif match := re.search(r"os_error_code='(\d+)'", str(error)):  # of tensorstore, which writes the checkpoints
+    number, names = int(match[1]), re.findall(r'"(/[^"]*)"', str(error))
+  if number in (_OF_FILES if names else _ANYWHERE):
+    return shown(' -> '.join(map(str, names)) + ': ' * bool(names) + os.strerror(number))
   return None
 
 

@@ -84,6 +84,8 @@ def run():
   """The console entry."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
+  # orbax logs the traceback of an error in each of its threads that sees it, and raises it too
+  logging.get_absl_logger().addFilter(lambda entry: not (entry.exc_info and 'orbax' in entry.pathname))
   with errors.at_the_terminal():
     app.run(start, flags_parser=command_line.parse)
 
