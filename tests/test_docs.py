@@ -10,6 +10,7 @@ import tomllib
 
 from absl import flags
 import pytest
+import setuptools
 
 from unifusion_jax import command_line, main
 from unifusion_jax import config as configuration
@@ -153,3 +154,13 @@ def test_extras_are_the_requirement_files():
   assert project['license'] == 'Apache-2.0' and 'Apache License' in (ROOT / 'LICENSE').read_text()
   module, _, function = project['scripts']['unifusion'].partition(':')
   assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_package_holds_recipes_and_assets():
+  settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+  packages = setuptools.find_packages(ROOT, include=settings['packages']['find']['include'])
+  sources = {path.parent for room in ('unifusion_jax', 'configs') for path in (ROOT / room).rglob('*.py')}
+  assert {names(folder).replace('/', '.') for folder in sources} == set(packages)
+  (pattern,) = settings['package-data']['unifusion_jax']
+  assert {path for path in (ROOT / 'unifusion_jax' / 'assets').rglob('*') if path.is_file()} <= set(
+      (ROOT / 'unifusion_jax').glob(pattern))

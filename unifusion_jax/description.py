@@ -6,9 +6,10 @@ import os
 import pathlib
 import posixpath
 
-from unifusion_jax import sharding
+from unifusion_jax import ranges, sharding
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
+from unifusion_jax.ranges import Range
 from unifusion_jax.request import SampleConfig
 
 ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
@@ -67,9 +68,13 @@ def read(folder: pathlib.Path) -> Description:
       wrong = SampleConfig().changed(**values.get('sample', {})).problems()
     except UserError as error:
       wrong = [f'sample: {error}']
+  if not wrong:
+    described, tokens = Description(**values | dict(taps=tuple(values['taps']))), Range(1, 10 ** 6)
+    wrong = ranges.problems(described, '', taps=Range(0, 1000), size=Range(1, 10 ** 4), tiles=Range(1, 1000),
+                            max_prompt_tokens=tokens, max_rewrite_tokens=tokens)
   if wrong:
     raise UserError(f'{path}: {"; ".join(wrong)}')
-  return Description(**values | dict(taps=tuple(values['taps'])))
+  return described
 
 
 def save(folder: str | os.PathLike, config) -> None:
