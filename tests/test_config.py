@@ -84,6 +84,9 @@ def test_all_wrong_settings_are_listed_at_once():
      'model.dit.depth=1000 blocks of model.dit.width=100000, with 1000000 hidden units, are 3e+14 parameters'),
     (['model.dit.head_dim=10000', 'model.dit.heads=11'], 'model.dit.heads=11 x model.dit.head_dim=10000 make a width'),
     (['model.lap.heads=7'], 'model.lap.heads=7 must divide model.lap.width=160'),
+    (['model.dit.rope_axes=4,14,12'], 'model.dit.rope_axes=(4, 14, 12) must be three even numbers that add up'),
+    (['model.dit.kv_heads=5'], 'model.dit.kv_heads=5 must divide model.dit.heads=6'),
+    (['data.path=x.jsonl', 'data.aspects=wide'], "data.aspects: the aspect 'wide' must be"),
     (['model.dtype=int4'], "model.dtype='int4' must be"),
 ])
 def test_sizes_are_bounded_and_the_arithmetic_said(settings, sentence):

@@ -47,6 +47,11 @@ class DiTConfig:
     if not wrong and self.width not in sizes.LIMITS['width']:
       wrong.append(f'{prefix}heads={self.heads} x {prefix}head_dim={self.head_dim} make a width of {self.width:,}, '
                    f'which must be {sizes.LIMITS["width"]}')
+    if not wrong and (sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes)):
+      wrong.append(f'{prefix}rope_axes={self.rope_axes} must be three even numbers that add up to {prefix}head_dim='
+                   f'{self.head_dim}')
+    if not wrong and self.heads % self.kv_heads:
+      wrong.append(f'{prefix}kv_heads={self.kv_heads} must divide {prefix}heads={self.heads}')
     return wrong
 
   def undivided(self, mesh: Mapping[str, int], prefix: str = 'dit.') -> list[str]:
