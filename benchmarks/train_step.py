@@ -9,20 +9,19 @@ import time
 
 from absl import app, flags
 import jax
-from ml_collections import config_flags
 
-from unifusion_jax import sharding
+from unifusion_jax import command_line, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.training import step
 
-_CONFIG = config_flags.DEFINE_config_file('config')
+command_line.define()
 _CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 1, 'Number of jax devices on a CPU.')
 _STEPS = flags.DEFINE_integer('steps', 12, 'Timed steps, after the first, which compiles.')
 
 
 def main(_):
   jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
-  config = _CONFIG.value
+  config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     frozen, tx = config.objective.frozen(config), step.optimizer(config.optim, config.train.steps)
@@ -46,4 +45,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

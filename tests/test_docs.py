@@ -9,15 +9,15 @@ import shlex
 import tomllib
 
 from absl import flags
-from ml_collections import config_flags
 import pytest
+import setuptools
 
 from unifusion_jax import command_line, main
 from unifusion_jax import config as configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', ROOT / 'launch' / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-RECIPES = sorted((ROOT / 'configs').glob('*.py'))
+RECIPES = sorted((ROOT / 'configs').glob('[a-z]*.py'))
 GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model')
 
 
@@ -28,12 +28,12 @@ def names(path: pathlib.Path) -> str:
 def parsed(arguments: list[str]):
   """The recipe under the overrides of one command; UserError where they cannot be parsed or cannot work together."""
   values, argv = flags.FlagValues(), ['main', *arguments]
-  config_flags.DEFINE_config_file('config', None, '', flag_values=values, sys_argv=argv)
+  command_line.define(values)
   for name in ('mode', 'workdir', 'distributed', 'compilation_cache'):
     flags.DEFINE_flag(copy.deepcopy(flags.FLAGS[name]), values)
   assert main.__name__  # which defines these
   command_line.parse(argv, values)
-  config = values['config'].value
+  config = command_line.read(values.config, values.setting)
   if isinstance(config, configuration.Config):
     configuration.check(config, config.devices or 1)
   return config
@@ -79,7 +79,9 @@ def test_commands_parse(path):
         file = ROOT / (module.replace('.', '/') + '.py')
         for argument in arguments:
           name = argument.lstrip('-').partition('=')[0].partition('.')[0]
-          assert re.search(rf"""['"](--)?{name}['"]""", file.read_text()), f'{names(path)}: {module} has no --{name}'
+          there = re.search(rf"""['"](--)?{name}['"]""", file.read_text())
+          assert there or name == 'config' and 'command_line.define()' in file.read_text(), (
+              f'{names(path)}: {module} has no --{name}')
     elif words[0] == 'bash':
       assert (ROOT / words[1]).exists(), words
 
@@ -152,3 +154,13 @@ def test_extras_are_the_requirement_files():
   assert project['license'] == 'Apache-2.0' and 'Apache License' in (ROOT / 'LICENSE').read_text()
   module, _, function = project['scripts']['unifusion'].partition(':')
   assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_package_holds_recipes_and_assets():
+  settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+  packages = setuptools.find_packages(ROOT, include=settings['packages']['find']['include'])
+  sources = {path.parent for room in ('unifusion_jax', 'configs') for path in (ROOT / room).rglob('*.py')}
+  assert {names(folder).replace('/', '.') for folder in sources} == set(packages)
+  (pattern,) = settings['package-data']['unifusion_jax']
+  assert {path for path in (ROOT / 'unifusion_jax' / 'assets').rglob('*') if path.is_file()} <= set(
+      (ROOT / 'unifusion_jax').glob(pattern))

@@ -1,5 +1,6 @@
 """The command line: from training to images, and what cannot run ends in one sentence that says how to mend it."""
 
+import errno
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from absl import flags
 from PIL import Image
 import pytest
 
-from unifusion_jax import command_line, main
+from unifusion_jax import command_line, errors, main
 from unifusion_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,8 +28,7 @@ def run(monkeypatch):
       main.main(command_line.parse(sys.argv))
     finally:
       flags.FLAGS.unparse_flags()
-      for name in [name for name in flags.FLAGS if name.startswith('config.')]:
-        delattr(flags.FLAGS, name)
+      flags.FLAGS.setting = []
   return call
 
 
@@ -78,7 +78,7 @@ def test_from_training_to_images(run, tmp_path):
     (['--config=configs/vlm.py', '--mode=sample'], 'samples no images'),
     (['--config=configs/vae.py', '--mode=rewrite'], 'rewritten for a DiT'),
     (['--config=configs/edit.py', '--config.data.path=nowhere'], "data.path='nowhere' is neither"),
-    (['--config=configs/edit.py', '--config.data.batch_size=0'], 'data.batch_size=0 must be a multiple of'),
+    (['--config=configs/edit.py', '--config.data.batch_size=0'], 'data.batch_size=0 must be between 1 and'),
 ])
 def test_what_cannot_run_says_so(run, arguments, sentence, tmp_path):
   with pytest.raises(UserError) as error:
@@ -87,17 +87,96 @@ def test_what_cannot_run_says_so(run, arguments, sentence, tmp_path):
   assert not list(tmp_path.glob('run/checkpoints/*'))
 
 
+@pytest.mark.parametrize('name, reason', [
+    ('file', 'Not a directory'), ('file/below', 'Not a directory'), ('n' * 300, 'File name too long')])
+@pytest.mark.parametrize('mode', ['train', 'sample', 'eval', 'export', 'rewrite'])
+def test_a_workdir_that_cannot_be_says_so_at_the_start(run, mode, name, reason, tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match=f'^--workdir=.* cannot be written to: .*: {reason}; give another folder'):
+    run('--config=configs/edit.py', f'--mode={mode}', f'--workdir={tmp_path / name}')
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def ended(error: BaseException):
+  """The exit code or message of a process in which an error is raised."""
+  with pytest.raises(SystemExit) as stop, errors.at_the_terminal():
+    raise error
+  return stop.value.code
+
+
+@pytest.mark.parametrize('code', ['ENOSPC', 'EACCES', 'EROFS', 'ENOTDIR', 'EISDIR', 'ENAMETOOLONG', 'EDQUOT', 'EMFILE'])
+def test_errors_of_files_end_in_one_sentence(code):
+  number = getattr(errno, code)
+  assert ended(OSError(number, 'why', '/a/b')) == f'error: /a/b: {os.strerror(number)}'
+  assert ended(OSError(number, 'why', '/a', None, '/b')) == f'error: /a -> /b: {os.strerror(number)}'
+
+
+def test_a_full_disk_needs_no_name():
+  assert ended(OSError(errno.ENOSPC, 'why')) == 'error: No space left on device'
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path):
+  """As orbax raises it: what it writes to is a file no larger than the limit of the process."""
+  code = """
+import resource, sys
+import numpy as np
+from orbax.checkpoint.experimental import v1 as ocp
+from unifusion_jax import errors, main
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+main.app.run = lambda *_, **__: ocp.save(sys.argv[1], dict(x=np.random.default_rng(0).random(10_000)))
+main.run()
+"""
+  done = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'saved')], cwd=ROOT, capture_output=True, text=True,
+                        check=False, env=os.environ | dict(JAX_PLATFORMS='cpu'))
+  assert done.returncode == 1 and len(done.stderr.splitlines()) < 4, done.stderr[-3000:]
+  assert done.stderr.splitlines()[-1].startswith(f'error: {tmp_path}/saved')
+  assert done.stderr.endswith(': File too large\n')
+
+
+@pytest.mark.parametrize('error', [
+    FileNotFoundError(errno.ENOENT, 'why', '/a/b'), OSError('why'), OSError(errno.ENOTDIR, 'why'), ValueError('why'),
+    KeyError('why')])
+def test_a_programmers_error_keeps_its_traceback(error):
+  with pytest.raises(type(error), match='why'), errors.at_the_terminal():
+    raise error
+
+
+def test_a_message_is_no_longer_than_it_is_useful():
+  message = ended(UserError('\x1b[31mred\x00 ' + 'é' * 10 ** 6))
+  assert len(message) < 2100 and message.endswith('é... (998,010 more characters)')
+  assert message.startswith('error: \ufffd[31mred\ufffd é')
+  assert ended(UserError('two\nlines')) == 'error: two\nlines'
+
+
+def test_an_interrupted_process_says_so_in_one_line(capsys):
+  assert ended(KeyboardInterrupt()) == 130
+  assert capsys.readouterr().err == 'interrupted\n'
+
+
+def test_output_goes_to_a_terminal_of_any_encoding():
+  code = r"""
+from unifusion_jax import errors
+with errors.at_the_terminal():
+  print('caf\xe9')
+  raise errors.UserError('\xe9')
+"""
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False,
+                        env=os.environ | dict(PYTHONIOENCODING='ascii'))
+  assert (done.stdout, done.stderr, done.returncode) == ('caf\\xe9\n', 'error: \\xe9\n', 1)
+
+
 WRONG = ['--config=configs/edit.py', '--config.optim.learning_rat=1']
 
 
 def test_a_process_ends_in_the_sentence_alone():
-  ended = started(*WRONG)
-  assert ended.returncode == 1 and ended.stderr.startswith("error: there is no setting 'learning_rat'; did you mean")
-  assert 'Traceback' not in ended.stderr
+  process = started(*WRONG)
+  assert process.returncode == 1
+  assert process.stderr.startswith("error: there is no setting 'config.optim.learning_rat'; did you mean")
+  assert 'Traceback' not in process.stderr
 
 
 def test_a_traceback_where_it_is_asked_for(monkeypatch):
-  monkeypatch.setattr(sys, 'argv', ['main', *WRONG])
+  monkeypatch.setattr(sys, 'argv', ['main', '--config=edit', '--mode=dance'])
   monkeypatch.setenv('UNIFUSION_TRACEBACK', '1')
-  with pytest.raises(UserError, match="no setting 'learning_rat'"):
+  with pytest.raises(UserError, match='train|sample|rewrite|eval'):
     main.run()

@@ -289,3 +289,19 @@ with jax.set_mesh(mesh), checkpoint.Checkpoints({str(tmp_path)!r}) as checkpoint
     state = checkpoints.restore(abstract, alone, mesh)
   np.testing.assert_array_equal(state.ema['w'], np.arange(8))
   assert int(state.step) == 3 and alone.get_state()['next_batch'] == 3
+
+
+def test_what_one_process_cannot_do_ends_both():
+  results = run('''
+with sharding.together('count'):
+  count = here
+try:
+  with sharding.together('write the file'):
+    if sharding.is_main_process():
+      open('/', 'w')
+except Exception as error:
+  print(type(error).__name__, error)
+''')
+  assert [(code, out) for code, out, _ in results] == [
+      (0, "IsADirectoryError [Errno 21] Is a directory: '/'"),
+      (0, 'UserError process 0 of 2 could not write the file and says why: all stop')], results

@@ -93,6 +93,6 @@ def test_what_cannot_be_aligned_is_refused(aligned, qwen):
     aligned.objective.init(dataclasses.replace(aligned, vlm=str(qwen)))
   for objective, text in ((dataclasses.replace(WITH_REPA, repa_depth=3), 'one of the 2 blocks'),
                           (dataclasses.replace(WITH_REPA, repa_depth=0), 'one of the 2 blocks'),
-                          (dataclasses.replace(WITH_REPA, repa_weight=-1.0), 'must be 0 or more')):
+                          (dataclasses.replace(WITH_REPA, repa_weight=-1.0), 'repa_weight=-1.0 must be')):
     with pytest.raises(ValueError, match=text):
       config.check(dataclasses.replace(aligned, objective=objective), 8)

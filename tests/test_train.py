@@ -269,7 +269,7 @@ def test_a_leap_of_the_loss_stops():
     (lambda c: setattr(c, 'frozen_dtype', 'fp16'), "frozen_dtype='fp16'"),
     (lambda c: setattr(c.sample, 'seed', -1), 'sample.seed=-1'),
     (lambda c: setattr(c.mesh, 'tp', 3), 'does not fit 8 devices'),
-    (lambda c: setattr(c, 'mesh', sharding.MeshConfig(tp=4, fsdp=-1)), 'mesh.tp=4 must divide the heads'),
+    (lambda c: setattr(c, 'mesh', sharding.MeshConfig(tp=4, fsdp=-1)), 'mesh.tp=4 must divide model.lap.heads=2'),
     (lambda c: setattr(c.model.lap, 'width', 33), 'must divide model.lap.width=33'),
     (lambda c: setattr(c.sample, 'width', 50), 'sample.width=50 must be a multiple of 8'),
     (lambda c: setattr(c, 'eval', settings.GenerationEvaluation(split='tset')), "eval.split='tset' must be one of"),

@@ -1,100 +1,202 @@
-"""Command-line overrides `--config.a.b=value` of a recipe, and one-sentence errors for wrong ones."""
+"""Command lines: a recipe, its settings `--config.a.b=value`, and one-sentence errors for wrong ones.
 
+`--config.a.b value` is the same, as are `--config.flag` and `--config.flag=true`. `None` unsets an optional setting, an
+empty value an optional path. A tuple is given as `1,4,9`, as `(1, 4, 9)`, or item by item with the flag once for each.
+"""
+
+import ast
+from collections.abc import Sequence
 import dataclasses
 import difflib
+import importlib.util
+import inspect
+import os
 import pathlib
-import pydoc
 import re
-import traceback
+import sys
+import types
 import typing
 
 from absl import flags
 
+from unifusion_jax import fields
 from unifusion_jax.errors import UserError
 
-_HINT = ('\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list them, --helpfull the flags. '
+flags.disclaim_key_flags()  # they are the flags of the module that defines them
+
+PACKAGED = pathlib.Path(__file__).parent.parent / 'configs'  # the recipes that come with the package
+_HINT = ('\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list them, --help the flags. '
          'UNIFUSION_TRACEBACK=1 shows where this was raised.')
+_SETTING = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
+_NOUNS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
+_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
+
+
+class PathParser(flags.ArgumentParser):
+  """Of flags that name a file or folder: `~` is the home folder."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags `config` and `setting`, which `read` takes."""
+  flags.DEFINE(PathParser(), 'config', None, 'Recipe: a file, as configs/edit.py or configs/edit.py:8b, or edit, '
+               'edit:8b for those of the package.', values)
+  flags.DEFINE_multi_string('setting', [], '--setting=a.b=value is --config.a.b=value.', values)
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Parses argv into flags; the flag `config` then holds the recipe with its overrides applied.
+  """Parses argv into flags, with settings `--config.a.b=value` as --setting; UserError for what is no flag."""
+  try:
+    rest = values(_with_settings(argv))
+  except flags.Error as error:
+    raise UserError(str(error).strip().removeprefix('flag ') + _HINT) from error
+  if len(rest) > 1:
+    raise UserError(f'{rest[1]!r} is no flag: settings are given as --config.a.b=value{_HINT}')
+  return rest
+
+
+def _with_settings(argv: list[str]) -> list[str]:
+  """argv with each setting as one argument, --setting=a.b=value."""
+  rest, arguments = argv[:1], iter(argv[1:])
+  following = next(arguments, None)
+  while (argument := following) is not None:
+    following = next(arguments, None)
+    if match := _SETTING.fullmatch(argument):
+      negated, name, value = match.groups()
+      if value is None and following is not None and not re.match('--?[a-zA-Z]', following) and not negated:
+        value, following = following, next(arguments, None)
+      value = 'false' if negated else value
+      argument = f'--setting={name}' + ('' if value is None else f'={value}')
+    rest.append(argument)
+  return rest
+
+
+def read(recipe: str | None, settings: Sequence[str] = ()):
+  """The configuration of a recipe under settings 'a.b=value', with its paths and seeds completed.
 
   Raises:
-    UserError: for an unknown flag or setting and for a wrong value. Errors of a recipe's own code pass unchanged.
+    UserError: for a recipe that is not there, an unknown setting and a wrong value. Errors of a recipe's own code pass
+      unchanged.
   """
-  try:
-    rest = values([_quoted(argument) for argument in argv])
-    dataclasses.fields(values['config'].value)  # a recipe that could not be read raises at its first use
-    _check_tuples(values)
-    if len(rest) > 1:
-      raise UserError(f'{rest[1]!r} is no flag: settings are given as --config.a.b=value')
-    return rest
-  except (flags.Error, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-    chain = [error]
-    while inner := chain[-1].__cause__ or chain[-1].__context__:
-      chain.append(inner)
-    for cause in chain[::-1]:  # absl and ml_collections wrap what a recipe raises in errors of the same type
-      if isinstance(cause, UserError):
-        raise cause from None
-    if any(map(_raised_by_recipe, chain)):
-      raise
-    raise UserError(_sentence(error, chain[-1], values) + _HINT) from error
+  config, given = load(recipe), {}
+  for setting in settings:
+    name, equals, value = setting.partition('=')
+    given.setdefault(name, []).append(value if equals else None)
+  for name, values in given.items():
+    config = _changed(config, name, values)
+  return fields.completed(config)
 
 
-def _raised_by_recipe(error: BaseException) -> bool:
-  """Whether the body of a recipe's file or its `get_config` was running."""
-  return any(frame.f_code.co_name in ('get_config', '<module>') for frame, _ in traceback.walk_tb(error.__traceback__))
+def locate(recipe: str | None) -> tuple[pathlib.Path, str]:
+  """(file, scale) of a recipe: a path, or the name of one of the package; with ':' and its scale, or without."""
+  if not recipe:
+    raise UserError('no recipe is named: give --config=configs/edit.py or another of configs/' + _HINT)
+  name, _, scale = (recipe, '', '') if pathlib.Path(recipe).is_file() else recipe.partition(':')
+  for path in (pathlib.Path(name), PACKAGED.parent / name, PACKAGED / f'{name}.py'):
+    if path.is_file():
+      return path, scale
+  there = ', '.join(sorted(path.stem for path in PACKAGED.glob('[a-z]*.py')))
+  raise UserError(f'--config={recipe}: there is no recipe {name}: give the path of a file, or one of {there}{_HINT}')
 
 
-def _quoted(argument: str) -> str:
-  """The argument, with the path of an existing reference quoted: a comma or a space would make it a list."""
-  name, equals, value = argument.partition('=')
-  if equals and name.lstrip('-') == 'config.sample.references' and pathlib.Path(value).is_file():
-    return f'{name}={value!r}'
-  return argument
+def load(recipe: str | None):
+  """What a recipe's `get_config` returns."""
+  path, scale = locate(recipe)
+  spec = importlib.util.spec_from_file_location(f'recipe_{path.stem}', path)
+  if spec is None:
+    raise UserError(f'{path} is no recipe: it must be a Python file (.py) with a function get_config(){_HINT}')
+  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'{path} is no recipe: it has no function get_config(){_HINT}')
+  arguments = inspect.signature(module.get_config).parameters.values()
+  if scale and not arguments:
+    raise UserError(f'{path}: this recipe has no scales: remove the colon and the text after it{_HINT}')
+  if not scale and any(argument.default is argument.empty for argument in arguments):
+    raise UserError(f'{path}: this recipe wants a scale, after a colon: --config={path}:SCALE{_HINT}')
+  config = module.get_config(*[scale] * bool(scale))
+  if not dataclasses.is_dataclass(config):
+    raise UserError(f'{path}: get_config() returned a {type(config).__name__}, and must return a config.Config{_HINT}')
+  return config
 
 
-def _check_tuples(values: flags.FlagValues) -> None:
-  """Checks the items of overridden tuples by the field's annotation: ml_collections takes items of any type."""
-  for path in values['config'].override_values:
-    *groups, name = path.split('.')
-    holder = values['config'].value
-    for group in groups:
-      holder = getattr(holder, group)
-    annotation, value = typing.get_type_hints(type(holder))[name], getattr(holder, name)
-    if typing.get_origin(annotation) is tuple:
-      kind = typing.get_args(annotation)[0]
-      wrong = [item for item in value if not isinstance(item, (int, float) if kind is float else kind)]
-      if wrong:
-        raise UserError(f'config.{path} holds {wrong[0]!r}: all its items must be of type {kind.__name__}{_HINT}')
-
-
-def _sentence(error: Exception, cause: BaseException, values: flags.FlagValues) -> str:
-  """Message for a command-line error: names the settings that exist, or the expected type."""
-  text = str(cause.args[0] if isinstance(cause, KeyError) else cause)
-  if match := (re.match(r"Field (?P<name>\w+) not found on dataclass <class '(?P<holder>[\w.]+)'>", text)
-               or re.match(r"Attribute <class '(?P<holder>[\w.]+)'>\.(?P<name>\w+) does not exist", text)):
-    return _no_such_setting(match['name'], pydoc.locate(match['holder']))
-  if 'get_config() takes' in text:
-    return 'this recipe has no scales: remove the colon and the text after it'
-  if match := re.match(r'flag --(config\.[\w.]+)=(.*?): ', str(error), re.DOTALL):
-    name, value = match.groups()
-    flag = values[name]
-    if dataclasses.is_dataclass(flag.default):
-      first = dataclasses.fields(flag.default)[0].name
-      return f'{name} is a group of settings: give --{name}.{first}=value, or another of them'
-    if flag.parser.flag_type() == 'tuple':
-      return f'{name}={value} must be a tuple: give the flag once for each item'
-    return f'{name}={value!r} must be of type {flag.parser.flag_type()}, as {flag.default!r} is'
-  if '--config=None' in str(error):
-    return 'no recipe is named: give --config=configs/edit.py or another of configs/'
-  return (str(error) if isinstance(error, flags.Error) else text.splitlines()[-1]).strip().removeprefix('flag ')
-
-
-def _no_such_setting(name: str, holder: type) -> str:
+def _changed(holder, name: str, values: list[str | None], prefix: str = 'config'):
+  """`holder` with the setting `name` ('a.b') set to the texts of one or more flags."""
+  first, _, rest = name.partition('.')
   if not dataclasses.is_dataclass(holder):
-    return f'there is no setting {name!r}: its parent is of type {holder.__name__} and not a group of settings'
-  names = [field.name for field in dataclasses.fields(holder)]
-  near = difflib.get_close_matches(name, names, 1)
-  question = f'did you mean {near[0]!r}? ' if near else ''
-  return f'there is no setting {name!r}; {question}There are: {", ".join(names)}'
+    raise UserError(f'there is no setting {f"{prefix}.{name}"!r}: {prefix} is of type {type(holder).__name__} and '
+                    f'no group of settings{_HINT}')
+  hints = fields.hints(type(holder))
+  if first not in hints:
+    near = difflib.get_close_matches(first, hints, 1)
+    question = f'did you mean {f"{prefix}.{near[0]}"!r}? ' if near else ''
+    raise UserError(f'there is no setting {f"{prefix}.{first}"!r}; {question}There are: {", ".join(hints)}{_HINT}')
+  value, prefix = getattr(holder, first), f'{prefix}.{first}'
+  if rest:
+    value = _changed(value, rest, values, prefix)
+  elif dataclasses.is_dataclass(value):
+    raise UserError(f'{prefix} is a group of settings: give --{prefix}.{dataclasses.fields(value)[0].name}=value, or '
+                    f'another of them{_HINT}')
+  else:
+    try:
+      value = _value(hints[first], values)
+    except ValueError as error:
+      shown = ','.join('' if text is None else text for text in values)
+      raise UserError(f'--{prefix}={shown}: {error}; here it is {value!r}{_HINT}') from error
+  return dataclasses.replace(holder, **{first: value})
+
+
+def _value(hint, texts: list[str | None]):
+  """The value of type `hint` of the texts of a flag, None for one without a value; ValueError for another type."""
+  if hasattr(hint, '__metadata__'):
+    return _value(typing.get_args(hint)[0], texts)
+  kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+  if kind in (typing.Union, types.UnionType):
+    (inner,) = (argument for argument in arguments if argument is not type(None))
+    unset = ('None',) if inner is str else ('None', '')  # the empty text is a text
+    return None if texts[-1] in unset else _value(inner, texts)
+  if kind is tuple:
+    return _items(arguments, texts)
+  if kind not in _NOUNS:
+    raise ValueError('this setting is a part of the recipe, which the command line cannot change')
+  if texts[-1] is None:
+    if kind is bool:
+      return True
+    raise ValueError('it wants a value, after = or a space')
+  try:
+    return _PARSERS[kind].parse(texts[-1]) if kind in _PARSERS else texts[-1]
+  except (ValueError, TypeError):
+    raise ValueError(f'it must be {_NOUNS[kind]}') from None
+
+
+def _items(arguments: tuple, texts: list[str | None]) -> tuple:
+  """The items of a tuple[...] from the texts of all its flags."""
+  kind = arguments[0] if arguments else str
+  pieces = [piece for text in texts for piece in _pieces(text, kind == fields.Path)]
+  if len(arguments) > 1 and arguments[1] is not Ellipsis and len(pieces) != len(arguments):
+    raise ValueError(f'it must be {len(arguments)} items with commas between')
+  values = []
+  for piece in pieces:
+    try:
+      values.append(_value(kind, [piece]))
+    except ValueError as error:
+      raise ValueError(f'item {piece!r}: {error}') from None
+  return tuple(values)
+
+
+def _pieces(text: str | None, paths: bool) -> list[str]:
+  """The texts of the items in the text of one flag. A path may itself hold commas, so one that exists is one item."""
+  if text is None:
+    raise ValueError('it wants a value, after = or a space')
+  if text in ('', 'None', '()', '[]'):
+    return []
+  if text[0] + text[-1] in ('()', '[]'):
+    try:
+      return [str(item) for item in ast.literal_eval(f'[{text[1:-1]}]')]
+    except (ValueError, SyntaxError):
+      text = text if paths else text[1:-1]
+  pieces = [piece.strip() for piece in text.rstrip(',').split(',')]
+  whole, *each = (os.path.exists(os.path.expanduser(path)) for path in (text, *pieces))
+  return [text] if paths and (whole or not all(each)) else pieces

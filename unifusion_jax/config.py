@@ -7,12 +7,15 @@ start. `objective` is what is trained and `eval` how it is measured. Both hold s
 
 import dataclasses
 
+from unifusion_jax import ranges
 from unifusion_jax.commands.rewrite import RewriteConfig
 from unifusion_jax.commands.train import TrainConfig
 from unifusion_jax.data.loader import DataConfig
 from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.vqascore import VQAScore
+from unifusion_jax.fields import Path, Seed
+from unifusion_jax.ranges import Range
 from unifusion_jax.request import SampleConfig
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training.step import OptimConfig
@@ -22,15 +25,15 @@ from unifusion_jax.training.step import OptimConfig
 class Config:
   objective: object               # what is trained: a dataclass of objectives/ or scenes/
   model: object                   # sizes of the model in training
-  vlm: str = str(ASSETS / 'vlm')  # folder or hub id of the frozen VLM; when a VLM is trained, of its tokenizer
+  vlm: Path = str(ASSETS / 'vlm')  # folder or hub id of the frozen VLM; when a VLM is trained, of its tokenizer
   vlm_quantized: str = ''         # 'int8': weights in int8; 'w8a8': activations too
-  vlm_cache: str | None = None    # folder that keeps the converted VLM for the next start
-  vae: str = str(ASSETS / 'vae')  # folder or hub id of a diffusers autoencoder
-  init: str | None = None         # checkpoint folder to start training from; None: random weights
+  vlm_cache: Path | None = None   # folder that keeps the converted VLM for the next start
+  vae: Path = str(ASSETS / 'vae')  # folder or hub id of a diffusers autoencoder
+  init: Path | None = None        # checkpoint folder to start training from; None: random weights
   system: str = 'rewrite'         # system prompt of training, a name in verifi.SYSTEM or a text
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
-  seed: int = 0
+  seed: Seed = 0
   # {setting: hub id at its commit}; `record.pin` puts the local folder into the setting itself.
   hub: dict[str, str] = dataclasses.field(default_factory=dict)
   devices: int = 0                # devices that the recipe is for, to check it on another machine; 0: those present
@@ -44,17 +47,23 @@ class Config:
 
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work together on a number of devices, one sentence each."""
-    data, fsdp, _ = self.mesh.shape(devices)
+    wrong = [*ranges.problems(self, '', devices=Range(0, 10 ** 7), taps=Range(0, 1000)), *self.mesh.problems(),
+             *self.model.problems('model.')]
+    if wrong:
+      return wrong
+    data, fsdp, tp = self.mesh.shape(devices)
+    mesh = dict(data=data, fsdp=fsdp, tp=tp)
     kinds, unit = self.objective.tasks, self.objective.unit(self)
     dtype_problems = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
         f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
     data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
-    return [*dtype_problems, *data_problems, *self.optim.problems(), *self.train.problems(),
-            *self.objective.problems(self, devices), *self.eval.problems(self)]
+    return [*dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems, *self.optim.problems(),
+            *self.train.problems(), *self.objective.problems(self, devices), *self.sample.problems(unit),
+            *self.rewrite.problems(), *self.eval.problems(self)]
 
 
-def check(config: Config, devices: int) -> None:
-  """Raises a UserError that lists all of `config.problems`, if there are any."""
+def check(config, devices: int) -> None:
+  """Raises a UserError that lists all of `config.problems`, if there are any; of a Config or a DescribeConfig."""
   problems = config.problems(devices)
   if problems:
     raise UserError('this configuration cannot run:\n  ' + '\n  '.join(problems))

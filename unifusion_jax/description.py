@@ -6,9 +6,10 @@ import os
 import pathlib
 import posixpath
 
-from unifusion_jax import json_file, sharding
+from unifusion_jax import json_file, ranges, sharding
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
+from unifusion_jax.ranges import Range
 from unifusion_jax.request import SampleConfig
 
 ASSETS = pathlib.Path(__file__).parent / 'assets' / 'tiny'
@@ -62,9 +63,13 @@ def read(folder: pathlib.Path) -> Description:
       wrong = SampleConfig().changed(**values.get('sample', {})).problems()
     except UserError as error:
       wrong = [f'sample: {error}']
+  if not wrong:
+    described, tokens = Description(**values | dict(taps=tuple(values['taps']))), Range(1, 10 ** 6)
+    wrong = ranges.problems(described, '', taps=Range(0, 1000), size=Range(1, 10 ** 4), tiles=Range(1, 1000),
+                            max_prompt_tokens=tokens, max_rewrite_tokens=tokens)
   if wrong:
     raise UserError(f'{path}: {"; ".join(wrong)}')
-  return Description(**values | dict(taps=tuple(values['taps'])))
+  return described
 
 
 def save(folder: str | os.PathLike, config) -> None:
@@ -73,9 +78,10 @@ def save(folder: str | os.PathLike, config) -> None:
   vlm, vae = (config.hub.get(name) or _entry(getattr(config, name), folder) for name in ('vlm', 'vae'))
   description = Description(vlm, vae, config.taps, config.data.size, encoder.max_prompt, encoder.max_rewrite,
                             config.system, max(config.data.tiles), config.sample.settings())
-  if sharding.is_main_process():
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
+  with sharding.together(f'write {folder / FILE}'):
+    if sharding.is_main_process():
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / FILE).write_text(json.dumps(dataclasses.asdict(description), indent=2) + '\n')
 
 
 def _entry(path: str, folder: pathlib.Path) -> str:

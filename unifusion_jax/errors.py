@@ -1,5 +1,16 @@
 """Errors that a user can fix: a message says what was given, what is expected and how to fix it."""
 
+import contextlib
+import errno
+import os
+import re
+import sys
+
+LONGEST = 2000  # characters of a message on the terminal
+# Errors of files and disks that are no fault of the program, and those of them that may come without a file's name.
+_ANYWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE}
+_OF_FILES = _ANYWHERE | {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 class UserError(ValueError):
   """Bad settings, files or records. `main` exits with the message alone; every other error keeps its traceback."""
@@ -15,3 +26,41 @@ def clipped(value, most: int = 300) -> str:
   if len(text) > most:
     text = f'{text[:most // 2]} ... {text[len(text) - most // 2:]}'
   return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def sentence(error: BaseException) -> str | None:
+  """The message for an error that a user can mend: a UserError, or one of files and disks. None for every other."""
+  if isinstance(error, UserError):
+    return shown(str(error))
+  number, names = None, []
+  if isinstance(error, OSError):
+    number, names = error.errno, [name for name in (error.filename, error.filename2) if name is not None]
+  if number in (_OF_FILES if names else _ANYWHERE):
+    return shown(' -> '.join(map(str, names)) + ': ' * bool(names) + os.strerror(number))
+  return None
+
+
+def shown(text: str) -> str:
+  """A message without control characters, cut to a length that can be read."""
+  text = re.sub(r'[^\n\t\x20-\x7e\xa0-\U0010ffff]', '\N{REPLACEMENT CHARACTER}', text)
+  return text if len(text) <= LONGEST else f'{text[:LONGEST]}... ({len(text) - LONGEST:,} more characters)'
+
+
+@contextlib.contextmanager
+def at_the_terminal():
+  """Ends the process in one sentence for an error that a user can mend, and with its traceback for every other.
+
+  UNIFUSION_TRACEBACK=1 keeps all tracebacks. Output goes to a terminal of any encoding.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')
+  try:
+    yield
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
+  except Exception as error:
+    message = sentence(error)
+    if message is None or os.environ.get('UNIFUSION_TRACEBACK'):
+      raise
+    sys.exit(f'error: {message}')

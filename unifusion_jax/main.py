@@ -1,19 +1,19 @@
 """Entry: flags, configuration, mesh, one command.
 
   python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit
+  unifusion --config=edit --workdir=runs/edit
 """
 
 import importlib
 import math
 import os
 import pathlib
-import sys
+import tempfile
 
 from absl import app, flags, logging
 import jax
-from ml_collections import config_flags
 
-from unifusion_jax import command_line, sharding
+from unifusion_jax import command_line, errors, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
 from unifusion_jax.training import record
@@ -22,14 +22,15 @@ from unifusion_jax.training import record
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
             'describe': 'describe'}
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, e.g. configs/edit.py or configs/edit.py:8b.')
+command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; default runs/<name of the recipe>.')
+_WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
+                        'Folder of the run; default runs/<name of the recipe>.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
     'others by itself on Cloud TPU, Slurm and Kubernetes.')
-_CACHE = flags.DEFINE_string('compilation_cache', str(pathlib.Path('.cache') / 'jax'),
-                             'Folder that keeps compiled programs between runs; empty for none.')
+_CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathlib.Path('.cache') / 'jax'),
+                      'Folder that keeps compiled programs between runs; empty for none.')
 
 
 def start(argv):
@@ -47,16 +48,18 @@ def start(argv):
 def main(argv):
   """Runs the command on the recipe's mesh."""
   del argv
-  config = _CONFIG.value
-  trains = isinstance(config, configuration.Config)
-  mode = _MODE.value or ('train' if trains else 'describe')
-  recipe = pathlib.Path(flags.FLAGS['config'].config_filename.split(':')[0])
-  if trains == (mode == 'describe'):
-    wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
-    raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
-  if trains:
+  with sharding.together('start'):
+    recipe, _ = command_line.locate(flags.FLAGS.config)
+    config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
+    trains = isinstance(config, configuration.Config)
+    mode = _MODE.value or ('train' if trains else 'describe')
+    if trains == (mode == 'describe'):
+      wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
+      raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     configuration.check(config, jax.device_count())
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+    if trains:
+      check_writable(workdir)
   if trains:
     record.pin(config, workdir, *config.objective.pretrained)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
@@ -64,20 +67,25 @@ def main(argv):
     command.run(config, workdir)
 
 
+def check_writable(workdir: pathlib.Path) -> None:
+  """UserError where a workdir cannot be made or written to; it is not made yet."""
+  folder = workdir.absolute()
+  try:
+    while not folder.exists():
+      folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder) as file:
+      file.write(b'0')
+  except OSError as error:
+    raise UserError(f'--workdir={workdir} cannot be written to: {folder}: {os.strerror(error.errno)}; give another '
+                    'folder, or mend that one') from error
+
+
 def run():
-  """The console entry: a UserError prints its message alone, every other error its traceback."""
+  """The console entry."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  flags.mark_flag_as_required('config')
-  try:
+  with errors.at_the_terminal():
     app.run(start, flags_parser=command_line.parse)
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(130)
-  except UserError as error:
-    if os.environ.get('UNIFUSION_TRACEBACK'):
-      raise
-    sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

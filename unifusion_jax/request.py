@@ -8,14 +8,15 @@ import numbers
 import numpy as np
 
 from unifusion_jax.errors import UserError
+from unifusion_jax.fields import Path, Text
 
 
 @dataclasses.dataclass
 class SampleConfig:
   """Sampling settings, and the requests of --mode=sample."""
-  weights: str | None = None        # checkpoint to use where the workdir holds no run; None: that of `init`
-  prompt: str = ''                  # one request a line; @file.txt reads them from a file
-  references: tuple[str, ...] = ()  # image files, the same for every request; give the flag once for each
+  weights: Path | None = None       # checkpoint to use where the workdir holds no run; None: that of `init`
+  prompt: Text = ''                 # one request a line; @file.txt reads them from a file
+  references: tuple[Path, ...] = ()  # image files, the same for every request; give the flag once for each
   rewrite: str | None = None        # text to condition on instead of the VLM's rewrite
   num_images: int = 1               # of each request
   seed: int = 0                     # of the first image; every further image takes the next number

@@ -13,7 +13,9 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from unifusion_jax import ranges
 from unifusion_jax.errors import UserError
+from unifusion_jax.ranges import Range
 
 AXES = ('data', 'fsdp', 'tp')
 BATCH = ('data', 'fsdp')  # the batch dimension of every activation
@@ -27,14 +29,21 @@ class MeshConfig:
 
   def shape(self, devices: int) -> tuple[int, int, int]:
     """(data, fsdp, tp) for a number of devices; UserError when their product is another number."""
+    if wrong := self.problems():
+      raise UserError('; '.join(wrong))
     sizes = [self.data, self.fsdp, self.tp]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and devices % known == 0:
       sizes[sizes.index(-1)] = devices // known
     if any(s < 1 for s in sizes) or int(np.prod(sizes)) != devices:
-      raise UserError(f'mesh data={self.data} fsdp={self.fsdp} tp={self.tp} does not fit {devices} devices: '
-                       'the product must equal the number of devices, and one axis at most may be -1')
+      raise UserError(f'mesh.data={self.data} x mesh.fsdp={self.fsdp} x mesh.tp={self.tp} does not fit {devices} '
+                       'devices: the product must equal the number of devices, and one axis at most may be -1')
     return tuple(sizes)
+
+  def problems(self) -> list[str]:
+    """Sizes out of range, a sentence each."""
+    return [problem for name in AXES if getattr(self, name) != -1
+            for problem in ranges.problems(self, 'mesh.', **{name: Range(1, 2 ** 20)})]
 
 
 def padded_batch(count: int) -> int:

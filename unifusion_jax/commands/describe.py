@@ -1,6 +1,7 @@
 """Text from a VLM for images and a prompt: the first thing to try with a checkpoint."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -8,10 +9,11 @@ import jax
 import numpy as np
 
 from unifusion_jax import config as configuration
-from unifusion_jax import sharding, verifi
+from unifusion_jax import ranges, sharding, verifi
 from unifusion_jax.data import imaging, vision_inputs
-from unifusion_jax.errors import UserError
+from unifusion_jax.fields import Path, Seed
 from unifusion_jax.models import text_generation
+from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH, MeshConfig
 from unifusion_jax.weights import encoders, hub
 
@@ -21,7 +23,7 @@ SHORTEST = 64  # prompts are padded to this many tokens or to a power of 2 above
 
 @dataclasses.dataclass
 class DescribeConfig:
-  vlm: str = str(EMBEDDED)     # a folder, or a hub id
+  vlm: Path = str(EMBEDDED)    # a folder, or a hub id
   image: str = ''              # an image file, or several with commas between, in the order they are shown
   prompt: str = ''             # '' with an image: describe the image
   system: str | None = None    # a name in verifi.SYSTEM, or a text; None: the model's own
@@ -29,11 +31,25 @@ class DescribeConfig:
   max_tokens: int = 256        # maximum tokens of the answer
   temperature: float = 0.0     # 0: always the most probable token
   top_p: float = 1.0
-  seed: int = 0                # of sampling
+  seed: Seed = 0               # of sampling
   dtype: str = 'bfloat16'
   quantized: str = ''          # 'int8': int8 weights; 'w8a8': int8 activations as well
-  cache: str | None = None     # a folder that keeps the converted model for the next start
+  cache: Path | None = None    # a folder that keeps the converted model for the next start
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+  def problems(self, devices: int) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    del devices
+    wrong = self.mesh.problems() + ranges.problems(
+        self, '', tiles=Range(1, 1000), max_tokens=Range(1, 10 ** 6), temperature=Range(0, 1000),
+        top_p=Range(above=0, most=1))
+    if not self.prompt and not self.image:
+      wrong.append('nothing to answer: give --config.image=x.png, --config.prompt="..." or both')
+    if self.dtype not in ('float32', 'bfloat16'):
+      wrong.append(f"dtype={self.dtype!r} must be 'bfloat16' or 'float32'")
+    if self.quantized not in encoders.QUANTIZED:
+      wrong.append(f'quantized={self.quantized!r} must be one of {", ".join(map(repr, encoders.QUANTIZED))}')
+    return wrong
 
 
 def run(config: DescribeConfig, workdir: pathlib.Path) -> None:
@@ -50,12 +66,10 @@ def describe(config: DescribeConfig) -> str:
   Raises:
     UserError: without prompt and image, for a wrong setting, and for a file that is not an image.
   """
-  if not config.prompt and not config.image:
-    raise UserError('nothing to answer: give --config.image=x.png, --config.prompt="..." or both')
-  if config.dtype not in ('float32', 'bfloat16'):
-    raise UserError(f"dtype={config.dtype!r} must be 'bfloat16' or 'float32'")
-  paths = [config.image] if pathlib.Path(config.image).is_file() else config.image.split(',') if config.image else []
-  images = [imaging.read(path) for path in paths]
+  configuration.check(config, jax.device_count())
+  whole = os.path.isfile(os.path.expanduser(config.image))
+  paths = [config.image] if whole else config.image.split(',') if config.image else []
+  images = [imaging.read(os.path.expanduser(path)) for path in paths]
   folder = hub.resolve(config.vlm)
   vlm_config = encoders.config(folder)
   image_processor = vision_inputs.for_model(vlm_config, config.tiles, folder)

@@ -21,15 +21,15 @@ import pathlib
 import time
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from unifusion_jax import json_file, prompting, sharding, verifi
+from unifusion_jax import json_file, prompting, ranges, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
+from unifusion_jax.ranges import Range
 from unifusion_jax.training import lock
 from unifusion_jax.training.record import differences
 from unifusion_jax.weights import encoders, hub
@@ -45,22 +45,20 @@ class RewriteConfig:
   top_p: float = 1.0
   batch_size: int = 32      # requests at a time, over all devices
 
-  def problems(self, *, path: str, shards: int) -> list[str]:
+  def problems(self, *, path: str = '', shards: int = 1) -> list[str]:
     """Settings that cannot work for the data of `path` and a batch over `shards` devices, one sentence each."""
     problems = []
     if path in loader.SCENES:
       problems.append(f'data.path={path} is generated on the fly, without an end: write a folder with '
                       'python -m unifusion_jax.scenes.builder, or name a list of your own')
-    if self.batch_size < 1 or self.batch_size % shards:
+    if self.batch_size % shards:
       problems.append(f'rewrite.batch_size={self.batch_size} must be a multiple of the {shards} devices that share a '
                       'batch')
-    if self.count < 1 or (self.count > 1 and not self.temperature):
+    if self.count > 1 and not self.temperature:
       problems.append(f'rewrite.count={self.count} wants rewrite.temperature above 0: only one rewrite is the most '
                       'probable')
-    if self.temperature < 0 or not 0 < self.top_p <= 1:
-      problems.append(f'rewrite.temperature={self.temperature} must be 0 or more, and rewrite.top_p={self.top_p} above '
-                      '0 and at most 1')
-    return problems
+    return problems + ranges.problems(self, 'rewrite.', count=Range(1, 10 ** 4), temperature=Range(0, 1000),
+                                      top_p=Range(above=0, most=1), batch_size=Range(1, 10 ** 6))
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -87,22 +85,30 @@ def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., t
   generate: `text_generation.generate` with its VLM: (input_ids, attention_mask, tiles, *, max_new, ...).
   """
   encoder, local = transforms.prompt_encoder(config), config.rewrite.batch_size // jax.process_count()
-  if sharding.is_main_process():
-    _claim_settings(folder, _settings(config, encoder))
   path = folder / f'rewrites-{jax.process_index():05d}.jsonl'
-  _cut_to_whole_lines(path)
-  multihost_utils.sync_global_devices('rewrite settings')
-  done, tally, start = set(_keys(folder)), collections.Counter(), time.monotonic()
+  with sharding.together('prepare the folder of rewrites'):
+    if sharding.is_main_process():
+      _claim_settings(folder, _settings(config, encoder))
+    folder.mkdir(parents=True, exist_ok=True)
+    _cut_to_whole_lines(path)
+  with sharding.together('read the rewrites that are there'):
+    done, tally, start = set(_keys(folder)), collections.Counter(), time.monotonic()
   total = sum(len(source) for source in sources)
   with path.open('a') as file, tqdm.tqdm(total=total, unit='record', disable=not sharding.is_main_process()) as bar:
     for source in sources:
       for references, indices in _by_references(source):
         requests = _requests(encoder, source, references, indices, config.rewrite.count, done, tally, bar)
-        while _largest(len(batch := _take(requests, local))):
-          for key, ids, texts in _rewrite(config.rewrite, encoder, generate, batch, references, local):
-            file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
-            tally.update(written=len(ids), failed=config.rewrite.count - len(ids))
-          file.flush()
+        while True:
+          with sharding.together('read its requests'):
+            batch = _take(requests, local)
+          if not _largest(len(batch)):
+            break
+          results = _rewrite(config.rewrite, encoder, generate, batch, references, local)
+          with sharding.together('write its rewrites'):
+            for key, ids, texts in results:
+              file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
+              tally.update(written=len(ids), failed=config.rewrite.count - len(ids))
+            file.flush()
   seconds = time.monotonic() - start
   print(f'{folder}: {tally["written"]} rewrites in {seconds:.0f} s ({tally["written"] / seconds:.1f}/s), '
         f'{tally["failed"]} left out that were empty, had no end or did not fit, {tally["broken"]} broken records '

@@ -12,10 +12,11 @@ from absl import logging
 import jax
 import numpy as np
 
-from unifusion_jax import sharding
+from unifusion_jax import ranges, sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
+from unifusion_jax.ranges import Range
 from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step
 
 ENDLESS = 2 ** 31 - 1  # steps
@@ -33,9 +34,10 @@ class TrainConfig:
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
-    least = dict(steps=1, log_every=1, save_every=1, preview_every=0, minutes=0)
-    return [f'train.{name}={getattr(self, name)} must be {limit} or more' for name, limit in least.items()
-            if getattr(self, name) < limit]
+    interval = Range(1, 10 ** 9)
+    return ranges.problems(
+        self, 'train.', steps=interval, minutes=Range(0, 10 ** 7), log_every=interval, save_every=interval,
+        preview_every=Range(0, 10 ** 9), max_loss_ratio=Range(above=1))
 
 
 class Diverged(UserError):

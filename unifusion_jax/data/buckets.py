@@ -26,14 +26,15 @@ def nearest(sizes: tuple[tuple[int, int], ...], height: int, width: int) -> int:
 def _ratio(aspect: str) -> float:
   width, _, height = aspect.partition(':')
   if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-    raise UserError(f'the aspect {aspect!r} must be width:height in whole numbers, as in 16:9')
+    raise UserError(f'data.aspects: the aspect {aspect!r} must be width:height in whole numbers, as in 16:9')
   return int(width) / int(height)
 
 
 def _canvas(ratio: float, size: int, unit: int) -> tuple[int, int]:
   most = size ** 2 // unit ** 2  # squares of unit x unit
   if not most:
-    raise UserError(f'a canvas of {size}^2 pixels has no sides that are multiples of {unit}: raise the size')
+    raise UserError(f'data.size={size}: no canvas of so few pixels has sides that are multiples of data.unit={unit}: '
+                    'raise the size')
   heights = np.arange(1, most + 1)
   widths = np.clip(np.rint(heights * ratio), 1, most // heights)
   error = np.abs(np.log(widths / heights / ratio)) - AREA * np.log(widths * heights / most)

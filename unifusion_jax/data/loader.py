@@ -21,9 +21,11 @@ import grain
 import jax
 import numpy as np
 
-from unifusion_jax import sharding
+from unifusion_jax import ranges, sharding
 from unifusion_jax.data import buckets, lists, rewrites, sources
 from unifusion_jax.errors import BrokenRecord, UserError
+from unifusion_jax.fields import Path
+from unifusion_jax.ranges import Range
 
 # transform(record, rng) -> the arrays of one example
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -32,6 +34,9 @@ TRIES = 100  # records of one bucket tried in a row before the run stops
 NAMED = 1000  # broken records that the log names
 SCENES = ('scenes', 'scenes/wide')  # the embedded world (unifusion_jax/scenes), and a wider one to train on
 GRACE = 60  # seconds that a worker goes on after SIGTERM
+TOKENS = Range(1, 10 ** 6)  # of a prompt
+LARGEST = 2 ** 34  # bytes of a device's share of a batch
+FINEST = 2048  # units in the side of a canvas
 THREADS = 2  # batches prepared at a time in a process without workers
 
 
@@ -48,7 +53,7 @@ class Task:
 class DataConfig:
   """Source, tasks and shapes of the examples."""
   # 'scenes' or 'scenes/wide': drawn on the fly; a folder of scenes/builder.py; a .jsonl or .parquet file of your own.
-  path: str = 'scenes'
+  path: Path = 'scenes'
   tasks: tuple[Task, ...] = (Task('t2i'),)   # your own images: one source for all; 'reconstruct': their own references
   only: str = ''                             # some of the tasks: 'edit' (edit/1-2 too), or 'edit=0.7,t2i=0.3'
   size: int = 64                             # images have about size^2 pixels
@@ -58,7 +63,7 @@ class DataConfig:
   tiles: tuple[int, ...] = (1,)
   max_prompt_tokens: int = 128               # of a prompt with its written text, without image tokens
   max_rewrite_tokens: int = 52               # of the written text
-  rewrites: str | None = None                # folder of --mode=rewrite to train on; None: captions
+  rewrites: Path | None = None               # folder of --mode=rewrite to train on; None: captions
   batch_size: int = 32                       # over all devices
   workers: int = 0                           # processes that prepare batches; 0: threads of this one
   skipped: float = 0.01                      # share of broken records past which the run stops
@@ -84,9 +89,10 @@ class DataConfig:
   @property
   def canvases(self) -> tuple[tuple[int, int], ...]:
     """(height, width) of the canvases that your own images are cut to. UserError where there are none."""
-    if self.size < 1 or self.unit < 1 or not self.aspects:
-      raise UserError(f'data.size={self.size} and data.unit={self.unit} must be 1 or more, and '
-                      f'data.aspects={self.aspects} must name at least one')
+    if not self.aspects:
+      raise UserError('data.aspects=() must name at least one, as in 1:1,5:3')
+    if self.size // self.unit > FINEST:
+      raise UserError(f'data.size={self.size} is more than {FINEST} times data.unit={self.unit}: raise the unit')
     return buckets.canvases(self.aspects, self.size, self.unit)
 
   @property
@@ -110,7 +116,7 @@ class DataConfig:
       shards: devices that share a batch.  accumulate: micro-batches that each device splits its share into.
     """
     wrong, micro = [], shards * max(1, accumulate)
-    if self.batch_size < 1 or self.batch_size % micro:
+    if self.batch_size % micro:
       wrong.append(f'data.batch_size={self.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {shards} '
                    f'devices share a batch, times optim.accumulate={accumulate}')
     names = [task.name for task in self.tasks]
@@ -119,21 +125,21 @@ class DataConfig:
     for task in self.tasks:
       if task.name.partition('/')[0] not in kinds:
         wrong.append(f'data.tasks: this objective trains on {", ".join(kinds)}, not on {task.name!r}')
-      if any(budget is not None and budget < 1 for budget in (task.prompt, task.rewrite)):
-        wrong.append(f'data.tasks: {task.name!r} has prompt={task.prompt} and rewrite={task.rewrite} tokens, which '
-                     'must be 1 or more')
-      if task.weight <= 0:
-        wrong.append(f'data.tasks: {task.name!r} has the weight {task.weight}, which must be above 0: '
-                     'leave the task out instead')
-    if min(self.max_prompt_tokens, self.max_rewrite_tokens) < 1:
-      wrong.append(f'data.max_prompt_tokens={self.max_prompt_tokens} and data.max_rewrite_tokens='
-                   f'{self.max_rewrite_tokens} must be 1 or more')
-    if not self.tiles or min(self.tiles) < 1:
-      wrong.append(f'data.tiles={self.tiles} must be numbers of 1 or more')
-    if self.workers < 0:
-      wrong.append(f'data.workers={self.workers} must be 0 or more')
-    if not 0 <= self.skipped <= 1:
-      wrong.append(f'data.skipped={self.skipped} is a share: between 0 and 1')
+      wrong += ranges.problems(task, f'data.tasks[{task.name!r}].', weight=Range(above=0, most=10 ** 9), prompt=TOKENS,
+                               rewrite=TOKENS)
+    if not self.tiles:
+      wrong.append('data.tiles=() must be one number of tiles or more')
+    out_of_range = ranges.problems(
+        self, 'data.', size=Range(1, 10 ** 4), unit=Range(1, 10 ** 4), tiles=Range(1, 1000), max_prompt_tokens=TOKENS,
+        max_rewrite_tokens=TOKENS, batch_size=Range(1, 10 ** 7), workers=Range(0, 1000), skipped=Range(0, 1))
+    if out_of_range:
+      return wrong + out_of_range
+    tokens = self.budget[0]
+    largest = self.batch_size / shards * (3 * self.size ** 2 + 4 * tokens)
+    if largest > LARGEST:
+      wrong.append(f'data.batch_size={self.batch_size} of data.size={self.size}: {self.batch_size:,} images of '
+                   f'{self.size}^2 pixels with prompts of {tokens:,} tokens are {largest / 2 ** 30:,.0f} GiB on each '
+                   f'of {shards} devices, where {LARGEST / 2 ** 30:.0f} are the most: take fewer or smaller ones')
     for name in ('chosen', *([] if self.path in SCENES else ['canvases'])):
       try:
         getattr(self, name)

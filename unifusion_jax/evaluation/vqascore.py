@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import sharding, verifi
+from unifusion_jax import ranges, sharding, verifi
 from unifusion_jax.data import loader, transforms
 from unifusion_jax.models.decoder import last_valid
+from unifusion_jax.ranges import Range
 from unifusion_jax.request import requests_of
 
 QUESTION = 'does this picture show {}?'
@@ -27,8 +28,7 @@ class VQAScore:
   def problems(self, config) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del config
-    return [f'eval.{name}={getattr(self, name)} must be 1 or more' for name in ('examples', 'batch_size')
-            if getattr(self, name) < 1]
+    return ranges.problems(self, 'eval.', examples=Range(1, 10 ** 6), batch_size=Range(1, 10 ** 6))
 
   def run(self, config, params, folder: pathlib.Path) -> dict:
     """The report; nothing is written into `folder`."""

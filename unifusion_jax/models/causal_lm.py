@@ -3,6 +3,7 @@
 Follows `LlamaForCausalLM`, `Qwen2ForCausalLM` and `Qwen3ForCausalLM` of transformers.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 
@@ -23,6 +24,14 @@ from unifusion_jax.weights import convert, safetensors_io
 class TextConfig:
   """A text-only model: a decoder, under the name `text` as in the VLMs."""
   text: DecoderConfig = DecoderConfig()
+
+  def problems(self) -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    return self.text.problems()
+
+  def undivided(self, mesh: Mapping[str, int]) -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each."""
+    return self.text.undivided(mesh)
 
   @classmethod
   def from_json(cls, config: dict) -> 'TextConfig':

@@ -6,6 +6,7 @@ A tap k is the residual stream after k blocks, as in `hidden_states[k]` of trans
 never final-normed; tap 0 is the embeddings.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax.errors import UserError
+from unifusion_jax.models import sizes
 from unifusion_jax.models.attention import attention
 from unifusion_jax.models.layers import (
   constant,
@@ -30,6 +32,7 @@ from unifusion_jax.models.layers import (
   SwiGLU,
   weight,
 )
+from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH
 
 
@@ -89,6 +92,19 @@ class DecoderConfig:
         head_dim=head_dim, hidden=text['intermediate_size'],
         eps=text.get('rms_norm_eps', 1e-6), theta=rotary['rope_theta'], max_positions=limit, llama3=llama3,
         tied=text.get('tie_word_embeddings', False))
+
+  def problems(self, prefix: str = 'text.') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    positive = Range(above=0, most=1e12)
+    wrong = sizes.problems(self, prefix, theta=positive, max_positions=Range(1, 10 ** 9), llama3=positive)
+    if not wrong and (self.heads % self.kv_heads or self.head_dim % 2):
+      wrong.append(f'{prefix}kv_heads={self.kv_heads} must divide {prefix}heads={self.heads}, and {prefix}head_dim='
+                   f'{self.head_dim} be even')
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = 'text.') -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each; heads that it does not divide are repeated."""
+    return sizes.undivided(self, prefix, mesh, fsdp=('width',), tp=('hidden',))
 
   def to_json(self) -> dict:
     """The text config that transformers (5.x, and 4.x through the top-level `rope_theta`) reads back."""

@@ -5,6 +5,7 @@ vectors that all blocks share; each block adds a table of its own. Rotary positi
 condition tokens, frame zero for images.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import layers
+from unifusion_jax.models import layers, sizes
 from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
+from unifusion_jax.ranges import Range
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -37,6 +39,24 @@ class DiTConfig:
   @property
   def width(self) -> int:
     return self.heads * self.head_dim
+
+  def problems(self, prefix: str = 'dit.') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    wrong = sizes.problems(self, prefix, channels=Range(1, 10 ** 4), time_dim=Range(2, 10 ** 5),
+                           rope_axes=Range(0, 10 ** 4), rope_theta=Range(above=0, most=1e12))
+    if not wrong and self.width not in sizes.LIMITS['width']:
+      wrong.append(f'{prefix}heads={self.heads} x {prefix}head_dim={self.head_dim} make a width of {self.width:,}, '
+                   f'which must be {sizes.LIMITS["width"]}')
+    if not wrong and (sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes)):
+      wrong.append(f'{prefix}rope_axes={self.rope_axes} must be three even numbers that add up to {prefix}head_dim='
+                   f'{self.head_dim}')
+    if not wrong and self.heads % self.kv_heads:
+      wrong.append(f'{prefix}kv_heads={self.kv_heads} must divide {prefix}heads={self.heads}')
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = 'dit.') -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each."""
+    return sizes.undivided(self, prefix, mesh, fsdp=('width', 'time_dim'), tp=('heads', 'kv_heads', 'mlp'))
 
 
 class Block(nnx.Module):

@@ -4,6 +4,7 @@ Follows `InternVLForConditionalGeneration` of transformers. One tile of y x x pi
 and, after the pixel shuffle by 2, a quarter as many image embeddings, which replace the image tokens of the prompt.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import decoder
+from unifusion_jax.models import decoder, sizes
 from unifusion_jax.models.attention import attention
 from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, Prompt, tied_head
 from unifusion_jax.models.layers import (
@@ -29,6 +30,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
+from unifusion_jax.ranges import Range
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -56,6 +58,23 @@ class InternVLConfig:
   text: DecoderConfig = DecoderConfig()
   image_token_id: int = 151667
   shuffle: int = 2  # tokens joined along each side
+
+  def problems(self, prefix: str = '') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    vision = self.vision
+    wrong = [*sizes.problems(vision, f'{prefix}vision.', tile=Range(1, 10 ** 4)), *self.text.problems(f'{prefix}text.'),
+             *sizes.problems(self, prefix, image_token_id=Range(0, 10 ** 7), shuffle=Range(1, 100))]
+    if not wrong and (vision.width % vision.heads or vision.tile % (vision.patch * self.shuffle)):
+      wrong.append(f'{prefix}vision.heads={vision.heads} must divide {prefix}vision.width={vision.width}, and '
+                   f'{prefix}vision.patch={vision.patch} x {prefix}shuffle={self.shuffle} the {vision.tile} pixels of '
+                   f'{prefix}vision.tile')
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each."""
+    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('width',), tp=('hidden',)),
+            *self.text.undivided(mesh, f'{prefix}text.'),
+            *sizes.undivided(self.text, f'{prefix}text.', mesh, tp=('width',))]  # of the projector
 
   @property
   def tile_tokens(self) -> int:

@@ -6,6 +6,7 @@ tokens undoes the position bias of causal attention. The blocks are those of Kre
 are one configuration of this module.
 """
 
+from collections.abc import Mapping
 import dataclasses
 
 from flax import nnx
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import layers
+from unifusion_jax.models import layers, sizes
 from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
+from unifusion_jax.ranges import Range
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -29,6 +31,18 @@ class LAPConfig:
   mlp: int = 6912
   eps: float = 1e-5
   remat: bool = False
+
+  def problems(self, prefix: str = 'lap.') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    wrong = sizes.problems(self, prefix, taps=Range(1, 1000), depth=Range(0, 1000), refiner_depth=Range(0, 1000))
+    if not wrong and (self.width % self.heads or self.heads % self.kv_heads):
+      wrong.append(f'{prefix}heads={self.heads} must divide {prefix}width={self.width}, and {prefix}kv_heads='
+                   f'{self.kv_heads} the heads')
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = 'lap.') -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each."""
+    return sizes.undivided(self, prefix, mesh, fsdp=('width',), tp=('heads', 'kv_heads', 'mlp'))
 
 
 class Block(nnx.Module):

@@ -11,6 +11,7 @@ padded at the end, beside their grids. Positions, rotations, interpolation and m
 device, so that one compiled program serves all images that fit, in any mixture within a batch.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 
 from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import decoder
+from unifusion_jax.models import decoder, sizes
 from unifusion_jax.models.attention import attention
 from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, Prompt, resolve_lm_head
 from unifusion_jax.models.internvl import TEXT_RULES
@@ -39,6 +40,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
+from unifusion_jax.ranges import Range
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -70,6 +72,11 @@ class VisionConfig:
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   @property
+  def joined(self) -> int:
+    """Width of the patches that one token joins."""
+    return self.width * self.merge ** 2
+
+  @property
   def patch_size(self) -> int:
     """Numbers in a patch."""
     return 3 * self.frames * self.patch ** 2
@@ -82,6 +89,22 @@ class Qwen3VLConfig:
   text: DecoderConfig = DecoderConfig(model_type='qwen3')
   image_token_id: int = 151655
   sections: tuple[int, int, int] = (24, 20, 20)  # rotary frequencies that turn with time, row and column
+
+  def problems(self, prefix: str = '') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    few, vision = Range(1, 100), self.vision
+    wrong = [*sizes.problems(vision, f'{prefix}vision.', frames=few, merge=few, side=Range(1, 10 ** 4),
+                             deepstack=Range(0, 1000)),
+             *self.text.problems(f'{prefix}text.'),
+             *sizes.problems(self, prefix, image_token_id=Range(0, 10 ** 7), sections=Range(0, 10 ** 4))]
+    if not wrong and vision.width % vision.heads:
+      wrong.append(f'{prefix}vision.heads={vision.heads} must divide {prefix}vision.width={vision.width}')
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each."""
+    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('width',), tp=('hidden', 'joined')),
+            *self.text.undivided(mesh, f'{prefix}text.')]
 
   @classmethod
   def from_json(cls, config: dict) -> 'Qwen3VLConfig':

@@ -4,6 +4,7 @@ Follows `T5EncoderModel` of transformers. Pre-norm blocks with RMSNorm, attentio
 learned bias for each bucket of token distances, the same in all blocks, and a gated GELU. No other positions.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 
 from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
+from unifusion_jax.models import sizes
 from unifusion_jax.models.attention import MASKED
 from unifusion_jax.models.layers import (
   constant,
@@ -27,6 +29,7 @@ from unifusion_jax.models.layers import (
   stack,
   weight,
 )
+from unifusion_jax.ranges import Range
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -42,6 +45,14 @@ class T5Config:
   buckets: int = 32
   max_distance: int = 128  # tokens farther apart than this are all in one bucket
   eps: float = 1e-6
+
+  def problems(self) -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    return sizes.problems(self, '', buckets=Range(2, 10 ** 4), max_distance=Range(1, 10 ** 6))
+
+  def undivided(self, mesh: Mapping[str, int]) -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each; heads that it does not divide are repeated."""
+    return sizes.undivided(self, '', mesh, fsdp=('width',), tp=('hidden',))
 
   @classmethod
   def from_json(cls, config: dict) -> 'T5Config':

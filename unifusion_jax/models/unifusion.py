@@ -5,6 +5,7 @@ A checkpoint is a folder in the layout of diffusers' Krea2Transformer2DModel: co
 published transformer folder therefore loads here, and what is saved here loads there.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 
@@ -25,6 +26,17 @@ class UniFusionConfig:
   lap: LAPConfig = dataclasses.field(default_factory=LAPConfig)
   dit: DiTConfig = dataclasses.field(default_factory=DiTConfig)
   dtype: str = 'bfloat16'  # of the computation; parameters have their own
+
+  def problems(self, prefix: str = '') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    wrong = self.lap.problems(f'{prefix}lap.') + self.dit.problems(f'{prefix}dit.')
+    if self.dtype not in ('float32', 'bfloat16'):
+      wrong.append(f"{prefix}dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
+    """Sizes that a mesh does not divide, a sentence each."""
+    return self.lap.undivided(mesh, f'{prefix}lap.') + self.dit.undivided(mesh, f'{prefix}dit.')
 
 
 def krea2() -> UniFusionConfig:
@@ -120,7 +132,10 @@ def read_config(folder) -> UniFusionConfig:
     raise UserError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
                     'of a Krea 2 pipeline')
   with json_file.named(path):
-    return from_json(json_file.read(path))
+    config = from_json(json_file.read(path))
+    if wrong := config.problems():
+      raise UserError('; '.join(wrong))
+    return config
 
 
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
@@ -130,6 +145,8 @@ def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> Un
   """
   stored = read_config(folder)
   config = config or stored
+  if wrong := config.undivided(jax.sharding.get_mesh().shape):
+    raise UserError(f'{folder}: {"; ".join(wrong)}: choose another mesh')
   wanted, present = to_json(config), to_json(stored)
   differ = [f'{k} is {present[k]}, not {wanted[k]}' for k in wanted if wanted[k] != present[k]]
   if differ:

@@ -8,6 +8,7 @@ layer would start from other values. Not nnx.GroupNorm: see `GroupNorm`. Convolu
 never reaches them.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 
@@ -15,10 +16,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import json_file
+from unifusion_jax import json_file, ranges
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.models.attention import attention
+from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import convert, safetensors_io
 
@@ -30,7 +32,7 @@ UNREAD = ('sample_size', 'force_upcast')  # diffusers' own tiling and precision
 OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}  # of attention before 2023
 
 
-@dataclasses.dataclass(unsafe_hash=True)  # not frozen: flags set the fields of a recipe's model; modules hold a copy
+@dataclasses.dataclass(unsafe_hash=True)  # not frozen: recipes set fields of their model; modules hold a copy
 class VAEConfig:
   in_channels: int = 3
   out_channels: int = 3
@@ -43,6 +45,24 @@ class VAEConfig:
   shift_factor: float | None = None
   use_quant_conv: bool = False
   use_post_quant_conv: bool = False
+
+  def problems(self, prefix: str = '') -> list[str]:
+    """Sizes that cannot be, a sentence each."""
+    channels, widths = Range(1, 10 ** 4), self.block_out_channels
+    wrong = ranges.problems(
+        self, prefix, in_channels=channels, out_channels=channels, block_out_channels=channels,
+        latent_channels=channels, layers_per_block=Range(1, 100), norm_num_groups=channels,
+        scaling_factor=Range(above=0, most=10 ** 6), shift_factor=Range(-10 ** 6, 10 ** 6))
+    if not 1 <= len(widths) <= 10:
+      wrong.append(f'{prefix}block_out_channels={widths} must be from 1 to 10 numbers')
+    if not wrong and any(width % self.norm_num_groups for width in widths):
+      wrong.append(f'{prefix}norm_num_groups={self.norm_num_groups} must divide {prefix}block_out_channels={widths}')
+    return wrong
+
+  def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
+    """Sizes that a mesh does not divide: none, for every device holds the whole autoencoder."""
+    del mesh, prefix
+    return []
 
   @property
   def downsampling(self) -> int:

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import conditioning, description, flow, pipeline
+from unifusion_jax import conditioning, description, flow, pipeline, ranges
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import internvl, text_generation, unifusion
 from unifusion_jax.objectives import repa
+from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import autoencoders, encoders
 
@@ -47,8 +48,7 @@ class FlowMatching:
     """Settings that cannot work together, a sentence each."""
     if not isinstance(config.model, unifusion.UniFusionConfig):
       return [f'flow matching trains a UniFusion model, not a {type(config.model).__name__}']
-    lap, dit, (_, fsdp, tp) = config.model.lap, config.model.dit, config.mesh.shape(devices)
-    shares = ('cond_dropout', 'image_dropout', 'text_dropout', 'instruction_prob')
+    lap, dit, share = config.model.lap, config.model.dit, Range(0, 1)
     checks = {
         f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={lap.taps}': len(config.taps) == lap.taps,
         f'taps={config.taps} must rise': list(config.taps) == sorted(set(config.taps)),
@@ -56,18 +56,12 @@ class FlowMatching:
             config.vlm_quantized in encoders.QUANTIZED,
         f'objective.rewrite_online rewrites during training, but data.rewrites={config.data.rewrites} names stored '
         'rewrites: leave one of them out': not (self.rewrite_online and config.data.rewrites),
-        f'objective.noises_per_example={self.noises_per_example} must be 1 or more': self.noises_per_example >= 1,
-        f'mesh.tp={tp} must divide the heads, key/value heads and mlp of model.lap ({lap.heads}, {lap.kv_heads}, '
-        f'{lap.mlp}) and model.dit ({dit.heads}, {dit.kv_heads}, {dit.mlp})':
-            not any(n % tp for n in (lap.heads, lap.kv_heads, lap.mlp, dit.heads, dit.kv_heads, dit.mlp)),
-        f'mesh.fsdp={fsdp} must divide model.lap.width={lap.width}, the width {dit.width} of model.dit and its '
-        f'time_dim={dit.time_dim}': not any(n % fsdp for n in (lap.width, dit.width, dit.time_dim)),
-        f'objective.repa_weight={self.repa_weight} must be 0 or more': self.repa_weight >= 0,
         f'objective.repa_depth={self.repa_depth} must be one of the {dit.depth} blocks that model.dit.depth counts':
-            not self.repa_weight or 0 < self.repa_depth <= dit.depth,
-        **{f'objective.{name}={getattr(self, name)} is a share: between 0 and 1': 0 <= getattr(self, name) <= 1
-           for name in shares}}
-    return [text for text, holds in checks.items() if not holds] + config.sample.problems(self.unit(config))
+            not self.repa_weight or 0 < self.repa_depth <= dit.depth}
+    return [text for text, holds in checks.items() if not holds] + ranges.problems(
+        self, 'objective.', mean=Range(-20, 20), std=Range(0, 20), shift=Range(above=0, most=1000),
+        noises_per_example=Range(1, 1000), cond_dropout=share, image_dropout=share, text_dropout=share,
+        instruction_prob=share, repa_weight=Range(0, 10 ** 6), repa_depth=Range(0, 1000))
 
   def init(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
     """Initial parameters: random ones, or those of `config.init`. A REPA head is always initialised anew."""

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import flow, sharding
+from unifusion_jax import flow, ranges, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.models import layers, vae
+from unifusion_jax.ranges import Range
 from unifusion_jax.scenes.evaluation import reconstruction
 
 PREVIEWED = 8    # images of a preview
@@ -38,10 +39,13 @@ class AutoencoderObjective:
   def problems(self, config, devices: int) -> list[str]:
     """Settings that cannot work together, a sentence each."""
     del devices
+    wrong = ranges.problems(self, 'objective.', kl=Range(0, 10 ** 6))
+    if self.dtype not in ('float32', 'bfloat16'):
+      wrong.append(f"objective.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
     if config.model.scaling_factor == 1.0 and not config.model.shift_factor:
-      return []
-    return [f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1, and --mode=export '
-            'measures the factor: leave it out']
+      return wrong
+    return [*wrong, f'model.scaling_factor={config.model.scaling_factor}: an autoencoder trains with 1, and '
+            '--mode=export measures the factor: leave it out']
 
   def init(self, config) -> vae.Autoencoder:
     """Parameters to start from: random ones, or those of `config.init`."""

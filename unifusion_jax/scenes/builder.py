@@ -12,6 +12,7 @@ import io
 from absl import app, flags
 import tensorflow_datasets as tfds
 
+from unifusion_jax import command_line, errors
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import sources, splits
@@ -83,11 +84,12 @@ def main(argv) -> None:
 
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module.
-  flags.DEFINE_string('out', None, 'folder to write to', required=True)
+  flags.DEFINE(command_line.PathParser(), 'out', None, 'folder to write to', required=True)
   flags.DEFINE_string('task', 't2i', f'task of the examples: {", ".join(TASKS)}, or one of these with its numbers of '
                                      'objects, as in t2i/1-2')
   flags.DEFINE_enum('split', 'train', tuple(splits.SPLITS), 'split of the examples')
   flags.DEFINE_integer('examples', 10_000, 'number of examples', lower_bound=1)
   flags.DEFINE_integer('size', 64, 'side in pixels of a square canvas', lower_bound=16)
   flags.DEFINE_integer('seed', 0, 'seed of the examples', lower_bound=0)
-  app.run(main)
+  with errors.at_the_terminal():
+    app.run(main)

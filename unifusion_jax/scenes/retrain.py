@@ -17,8 +17,8 @@ from absl import app, flags, logging
 import jax
 
 from configs import edit, t2i, vae, vlm
+from unifusion_jax import command_line, errors, sharding
 from unifusion_jax import config as configuration
-from unifusion_jax import sharding
 from unifusion_jax.commands import export, train
 
 SHARES = {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16}
@@ -99,7 +99,8 @@ def main(argv):
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module
   flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together, in minutes.', lower_bound=0.1)
-  flags.DEFINE_string('folder', 'runs/embedded', 'Folder of all stages.')
+  flags.DEFINE(command_line.PathParser(), 'folder', 'runs/embedded', 'Folder of all stages.')
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  with errors.at_the_terminal():
+    app.run(main)

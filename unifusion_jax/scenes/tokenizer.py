@@ -10,7 +10,7 @@ import pathlib
 from absl import app, flags
 import tokenizers
 
-from unifusion_jax import verifi
+from unifusion_jax import command_line, errors, verifi
 from unifusion_jax.scenes import examples
 
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<img>', '</img>', '<IMG_CONTEXT>')
@@ -55,5 +55,6 @@ def build(folder: str, vocabulary: int = 1024, count: int = 4000) -> None:
 
 if __name__ == '__main__':
   # Defined here, so that programs with a flag of the same name may import this module
-  flags.DEFINE_string('out', None, 'folder to write', required=True)
-  app.run(lambda _: build(flags.FLAGS.out))
+  flags.DEFINE(command_line.PathParser(), 'out', None, 'folder to write', required=True)
+  with errors.at_the_terminal():
+    app.run(lambda _: build(flags.FLAGS.out))

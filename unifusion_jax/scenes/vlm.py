@@ -14,9 +14,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import sharding
+from unifusion_jax import ranges, sharding
 from unifusion_jax.data import loader, transforms
 from unifusion_jax.models import internvl, layers
+from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import chat_examples, image_tokens, world
 from unifusion_jax.scenes.evaluation import language
 
@@ -58,10 +59,14 @@ class VLMObjective:
   def problems(self, config, devices: int) -> list[str]:
     """Settings that cannot work together, a sentence each."""
     del devices
+    weight = Range(0, 10 ** 6)
+    wrong = ranges.problems(self, 'objective.', lm_weight=weight, attributes_weight=weight, grounding_weight=weight)
+    if self.dtype not in ('float32', 'bfloat16'):
+      wrong.append(f"objective.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
     if config.data.path.endswith(('.jsonl', '.parquet')):
-      return [f'data.path={config.data.path}: the embedded VLM trains on scenes alone, which come with questions '
+      wrong += [f'data.path={config.data.path}: the embedded VLM trains on scenes alone, which come with questions '
               'and answers']
-    return []
+    return wrong
 
   def init(self, config) -> VLMWithHeads:
     """Parameters to start from: random ones, or those of `config.init` with new heads."""
@@ -187,8 +192,12 @@ def save(vlm: internvl.InternVL, tokenizer: str, folder) -> None:
   """Writes a Hugging Face folder, tokenizer and preprocessor_config.json included; all processes call it together."""
   folder = pathlib.Path(folder)
   internvl.save(vlm, folder)
-  if not sharding.is_main_process():
-    return
+  with sharding.together(f'write {folder}'):
+    if sharding.is_main_process():
+      _save_processors(vlm, tokenizer, folder)
+
+
+def _save_processors(vlm: internvl.InternVL, tokenizer: str, folder: pathlib.Path) -> None:
   vision = vlm.config.vision
   pixels = dict(image_processor_type='GotOcr2ImageProcessor', size=dict(height=vision.tile, width=vision.tile),
                 image_mean=list(vision.mean), image_std=list(vision.std), crop_to_patches=True, min_patches=1,

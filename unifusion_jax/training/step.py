@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from unifusion_jax import ranges
 from unifusion_jax.models.layers import contracted
+from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH
 
 
@@ -28,14 +30,11 @@ class OptimConfig:
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
-    checks = {
-        f'optim.name={self.name!r} must be adamw or muon': self.name in ('adamw', 'muon'),
-        f'optim.learning_rate={self.learning_rate} must be above 0': self.learning_rate > 0,
-        f'optim.ema={self.ema} must be in [0, 1)': 0 <= self.ema < 1,
-        f'optim.accumulate={self.accumulate} must be 1 or more': self.accumulate >= 1,
-        f'optim.decay={self.decay} is a share of the run: between 0 and 1': 0 <= self.decay <= 1,
-        f'optim.clip={self.clip} must be above 0': self.clip > 0}
-    return [text for text, holds in checks.items() if not holds]
+    name = [] if self.name in ('adamw', 'muon') else [f'optim.name={self.name!r} must be adamw or muon']
+    return name + ranges.problems(
+        self, 'optim.', learning_rate=Range(above=0, most=1000), warmup=Range(0, 10 ** 9), decay=Range(0, 1),
+        b1=Range(0, below=1), b2=Range(0, below=1), weight_decay=Range(0, 1000), clip=Range(above=0),
+        ema=Range(0, below=1), accumulate=Range(1, 10 ** 6))
 
 
 @jax.tree_util.register_dataclass

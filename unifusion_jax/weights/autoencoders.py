@@ -23,6 +23,7 @@ CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.Autoencoder, vae.load)}  # by _c
 def load(name, dtype=jnp.float32) -> Autoencoder:
   """The autoencoder in a folder (as `hub.pin` gave it) or behind a hub id, in `dtype`, on the mesh in context."""
   folder = hub.resolve(name)
+  config(folder)  # a size that cannot be ends here
   _, _, load_class = _class(_config_json(folder), folder)
   return load_class(folder, dtype)
 
@@ -34,7 +35,10 @@ def config(name) -> Config:
   folder = hub.resolve(name, weights=False)
   config_json = _config_json(folder)
   with json_file.named(folder / 'config.json'):
-    return _class(config_json, folder)[0].from_json(config_json)
+    config = _class(config_json, folder)[0].from_json(config_json)
+    if wrong := config.problems():
+      raise UserError('; '.join(wrong))
+    return config
 
 
 def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:

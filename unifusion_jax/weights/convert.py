@@ -107,26 +107,26 @@ def save(module, rules, axis_sizes: dict[str, int], folder, config_json: dict, s
   try:
     for file, names in files.items():
       arrays = {name: _assembled(leaves, tensors[name]) for name in names}
-      if writes:
-        safetensors_io.write(new / file, arrays)
+      with sharding.together(f'write {new / file}'):
+        if writes:
+          safetensors_io.write(new / file, arrays)
       del arrays
-    if writes:
-      index = f'{stem}.safetensors.index.json'
-      if len(files) > 1:
-        (new / index).write_text(safetensors_io.index(files, sum(sizes.values())))
-      (new / 'config.json').write_text(json.dumps(config_json, indent=2) + '\n')
-      for pattern in (index, f'{stem}.safetensors', f'{stem}-*-of-*.safetensors'):
-        for stale in folder.glob(pattern):
-          stale.unlink()
-      for path in sorted(new.iterdir(), key=lambda path: path.suffix == '.json'):  # the index comes last
-        os.replace(path, folder / path.name)
+    with sharding.together(f'write {folder}'):  # the others may read the folder next
+      if writes:
+        index = f'{stem}.safetensors.index.json'
+        if len(files) > 1:
+          (new / index).write_text(safetensors_io.index(files, sum(sizes.values())))
+        (new / 'config.json').write_text(json.dumps(config_json, indent=2) + '\n')
+        for pattern in (index, f'{stem}.safetensors', f'{stem}-*-of-*.safetensors'):
+          for stale in folder.glob(pattern):
+            stale.unlink()
+        for path in sorted(new.iterdir(), key=lambda path: path.suffix == '.json'):  # the index comes last
+          os.replace(path, folder / path.name)
   finally:
     if writes:
       shutil.rmtree(new, ignore_errors=True)
       if not existed and folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
-  if jax.process_count() > 1:  # the others may read the folder next
-    multihost_utils.sync_global_devices(f'saved {folder}')
 
 
 def _flatten(module):

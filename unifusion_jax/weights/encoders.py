@@ -50,6 +50,8 @@ def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None
   if quantized not in QUANTIZED:
     raise UserError(f'quantized={quantized!r} must be one of {", ".join(map(repr, QUANTIZED))}')
   folder = hub.resolve(name)
+  if wrong := config(folder).undivided(jax.sharding.get_mesh().shape):
+    raise UserError(f'{name}: {"; ".join(wrong)}: choose another mesh')
   path = stored = None
   if cache:
     path, stored = _cache_entry(pathlib.Path(cache).expanduser().absolute(), _fingerprint(folder, dtype, quantized))
@@ -98,7 +100,9 @@ def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
 
 
 def abstract(config: Config, dtype=jnp.bfloat16, quantized: str = '') -> Encoder:
-  """Shapes and shardings of a configuration's model on the mesh in context."""
+  """Shapes and shardings of a configuration's model on the mesh in context; UserError where it does not divide."""
+  if wrong := config.undivided(jax.sharding.get_abstract_mesh().shape):
+    raise UserError(f'{"; ".join(wrong)}: choose another mesh')
   return sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_abstract_mesh())
 
 
@@ -111,21 +115,28 @@ def _config_json(folder: pathlib.Path) -> dict:
 
 def _config(config_json: dict, folder: pathlib.Path) -> Config:
   with json_file.named(folder / 'config.json'):
-    match config_json.get('model_type'):
-      case 'internvl':
-        return internvl.InternVLConfig.from_json(config_json)
-      case 'internvl_chat':
-        return internvl.InternVLConfig.from_original(config_json, internvl.image_token(folder))
-      case 'qwen3_vl':
-        return qwen3_vl.Qwen3VLConfig.from_json(config_json)
-      case 'llama' | 'qwen2' | 'qwen3':
-        return causal_lm.TextConfig.from_json(config_json)
-      case 't5':
-        return t5.T5Config.from_json(config_json)
-      case other:
-        raise UserError(f'{folder}: a model of type {other!r} is not supported; supported are internvl and '
-                        'internvl_chat (InternVL 2.5, 3, 3.5), qwen3_vl, llama, qwen2 and qwen3 (text alone), and t5 '
-                        '(the encoder of T5 v1.1 and Flan-T5)')
+    config = _of_type(config_json, folder)
+    if wrong := config.problems():
+      raise UserError('; '.join(wrong))
+    return config
+
+
+def _of_type(config_json: dict, folder: pathlib.Path) -> Config:
+  match config_json.get('model_type'):
+    case 'internvl':
+      return internvl.InternVLConfig.from_json(config_json)
+    case 'internvl_chat':
+      return internvl.InternVLConfig.from_original(config_json, internvl.image_token(folder))
+    case 'qwen3_vl':
+      return qwen3_vl.Qwen3VLConfig.from_json(config_json)
+    case 'llama' | 'qwen2' | 'qwen3':
+      return causal_lm.TextConfig.from_json(config_json)
+    case 't5':
+      return t5.T5Config.from_json(config_json)
+    case other:
+      raise UserError(f'{folder}: a model of type {other!r} is not supported; supported are internvl and '
+                       'internvl_chat (InternVL 2.5, 3, 3.5), qwen3_vl, llama, qwen2 and qwen3 (text alone), and t5 '
+                       '(the encoder of T5 v1.1 and Flan-T5)')
 
 
 def _initialised(config: Config, dtype) -> Encoder:

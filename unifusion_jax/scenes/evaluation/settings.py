@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from unifusion_jax import ranges
+from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import splits
 from unifusion_jax.scenes.evaluation import by_hand, generation, language, noise_levels, reconstruction, verifi_study
 
@@ -20,10 +22,9 @@ class _Scenes:
     """Settings that cannot work, a sentence each."""
     del config
     checks = {
-        f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}': self.split in splits.SPLITS,
-        f'eval.batch_size={self.batch_size} and eval.examples={self.examples} must be 1 or more':
-            min(self.batch_size, self.examples) >= 1}
-    return [text for text, holds in checks.items() if not holds]
+        f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}': self.split in splits.SPLITS}
+    return [text for text, holds in checks.items() if not holds] + ranges.problems(
+        self, 'eval.', examples=Range(1, 10 ** 6), batch_size=Range(1, 10 ** 6))
 
 
 @dataclasses.dataclass
@@ -49,9 +50,9 @@ class GenerationEvaluation(_Scenes):
            'noise_levels': 'the study of noise levels tunes training, so it keeps off the test split'}.get(self.study)
     checks = {
         f'eval.study={self.study!r} must be one of {", ".join(STUDIES)}': self.study in STUDIES,
-        f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split,
-        f'eval.seeds={self.seeds} must be 1 or more': self.seeds >= 1}
-    return super().problems(config) + [text for text, holds in checks.items() if not holds]
+        f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split}
+    return [*super().problems(config), *(text for text, holds in checks.items() if not holds),
+            *ranges.problems(self, 'eval.', seeds=Range(1, 1000))]
 
   def run(self, config, params, folder) -> dict:
     """The report; sheets of images go into `folder`."""
