@@ -27,11 +27,12 @@ class TrainConfig:
   log_every: int = 10
   save_every: int = 500
   preview_every: int = 500     # 0: never
+  held_out_every: int = 100    # steps between measurements on data.held_out; 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
-    least = dict(steps=1, log_every=1, save_every=1, preview_every=0, minutes=0)
+    least = dict(steps=1, log_every=1, save_every=1, preview_every=0, held_out_every=0, minutes=0)
     return [f'train.{name}={getattr(self, name)} must be {limit} or more' for name, limit in least.items()
             if getattr(self, name) < limit]
 
@@ -60,6 +61,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     logging.info('resuming from step %d of %s', int(state.step), workdir)
   train_step = step.make_train_step(objective.loss, tx, config.optim)
   preview = objective.preview(config) if config.train.preview_every else None
+  measure = objective.measure(config) if config.data.held_out and config.train.held_out_every else None
 
   start, end = int(state.step), ENDLESS if config.train.minutes else config.train.steps
   end = end if stop_at is None else min(stop_at, end)
@@ -99,6 +101,9 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         rate_clock, rate_step, waited = now, done, 0.0
         writer.write(done, dict(_means(logged), **rates, skipped=data.skipped))
         logged = []
+      if measure and (done % config.train.held_out_every == 0 or last):
+        writer.write(done, measure(state.ema, frozen))
+        rate_clock, rate_step, waited = time.monotonic(), done, 0.0
       if preview and (done % config.train.preview_every == 0 or last):
         grid = preview(state.ema, frozen)
         if grid is not None and sharding.is_main_process():

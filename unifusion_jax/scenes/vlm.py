@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import sharding
 from unifusion_jax.data import transforms
+from unifusion_jax.data.loader import LISTS
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.scenes import chat_examples, image_tokens, world
 from unifusion_jax.scenes.evaluation import language
@@ -57,10 +58,9 @@ class VLMObjective:
   def problems(self, config, devices: int) -> list[str]:
     """Settings that cannot work together, a sentence each."""
     del devices
-    if config.data.path.endswith(('.jsonl', '.parquet')):
-      return [f'data.path={config.data.path}: the embedded VLM trains on scenes alone, which come with questions '
-              'and answers']
-    return []
+    return [f'data.{name}={path}: the embedded VLM is trained and measured on scenes alone, which come with questions '
+            'and answers' for name, path in (('path', config.data.path), ('held_out', config.data.held_out))
+            if path and path.endswith(LISTS)]
 
   def init(self, config) -> VLMWithHeads:
     """Parameters to start from: random ones, or those of `config.init` with new heads."""

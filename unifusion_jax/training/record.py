@@ -36,7 +36,8 @@ def claim(config, workdir: pathlib.Path) -> None:
   How a run samples, evaluates and keeps its books may change; what it trains may not.
   """
   free = ('sample', 'rewrite', 'eval', 'devices', 'mesh', 'vlm_cache')
-  bookkeeping = ('data.workers', 'train.log_every', 'train.save_every', 'train.preview_every')
+  bookkeeping = ('data.workers', 'data.held_out', 'train.log_every', 'train.save_every', 'train.preview_every',
+                 'train.held_out_every')
   _compare(config, workdir, lambda name: name.split('.')[0] not in free and name not in bookkeeping)
   write(config, workdir, 'config.json', files=fingerprints(config))
 

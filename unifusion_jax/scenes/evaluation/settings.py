@@ -1,7 +1,15 @@
-"""Settings of --mode=eval on scenes: the `eval` of the embedded models' recipes."""
+"""Settings of --mode=eval on scenes: the `eval` of the embedded models' recipes.
+
+Records of one's own are measured by what needs no judge (unifusion_jax/evaluation); rates are of scenes alone.
+"""
 
 import dataclasses
 
+from unifusion_jax import ranges
+from unifusion_jax.data.loader import LISTS, SCENES
+from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation import fidelity, records
+from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import splits
 from unifusion_jax.scenes.evaluation import by_hand, generation, language, noise_levels, reconstruction, verifi_study
 
@@ -19,11 +27,10 @@ class _Scenes:
   def problems(self, config) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del config
-    checks = {
-        f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}': self.split in splits.SPLITS,
-        f'eval.batch_size={self.batch_size} and eval.examples={self.examples} must be 1 or more':
-            min(self.batch_size, self.examples) >= 1}
-    return [text for text, holds in checks.items() if not holds]
+    wrong = ranges.problems(self, 'eval.', examples=Range(1), batch_size=Range(1))
+    if self.split not in splits.SPLITS:
+      wrong.append(f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}')
+    return wrong
 
 
 @dataclasses.dataclass
@@ -50,13 +57,18 @@ class GenerationEvaluation(_Scenes):
     checks = {
         f'eval.study={self.study!r} must be one of {", ".join(STUDIES)}': self.study in STUDIES,
         f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split,
-        f'eval.seeds={self.seeds} must be 1 or more': self.seeds >= 1}
-    return super().problems(config) + [text for text, holds in checks.items() if not holds]
+        f'eval.study={self.study!r} is a study of scenes, not of {config.data.measured}: leave it out, or set '
+        'data.path=scenes without data.held_out': self.study == 'rates' or config.data.measured in SCENES}
+    return [*super().problems(config), *ranges.problems(self, 'eval.', seeds=Range(1)),
+            *(text for text, holds in checks.items() if not holds)]
 
   def run(self, config, params, folder) -> dict:
-    """The report; sheets of images go into `folder`."""
+    """The report; sheets of images go into `folder`. The scenes of a prepared folder are also read by the judge."""
     pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
-    return STUDIES[self.study].evaluate(pipe, config, folder)
+    path = config.data.measured
+    if path in SCENES:
+      return STUDIES[self.study].evaluate(pipe, config, folder)
+    return records.evaluate(pipe, config, folder, None if path.endswith(LISTS) else generation.score)
 
 
 @dataclasses.dataclass
@@ -66,6 +78,9 @@ class LanguageEvaluation(_Scenes):
   def run(self, config, params, folder) -> dict:
     """The report."""
     del folder
+    if config.data.measured not in SCENES:
+      raise UserError(f'what the VLM writes is measured on scenes drawn on the fly, not on {config.data.measured}: '
+                      'evaluate with --config.data.path=scenes')
     return language.evaluate(params.vlm, config.objective.prompt_encoder(config), config)
 
 
@@ -74,6 +89,7 @@ class AutoencoderEvaluation(_Scenes):
   """Evaluation of reconstructed images, read by the judge."""
 
   def run(self, config, params, folder) -> dict:
-    """The report."""
-    del folder
+    """The report; a sheet of images of one's own goes into `folder`."""
+    if config.data.measured.endswith(LISTS):
+      return fidelity.evaluate(params, config, folder)
     return reconstruction.evaluate(params, config)
