@@ -51,6 +51,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   if config.init:
     record.pin(config, workdir, 'init')
   record.claim(config, workdir)
+  measure = objective.measure(config) if config.data.held_out and config.train.held_out_every else None
   frozen = objective.frozen(config)
   tx = step.optimizer(config.optim, config.train.steps)
   data = batches(config)
@@ -61,7 +62,6 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     logging.info('resuming from step %d of %s', int(state.step), workdir)
   train_step = step.make_train_step(objective.loss, tx, config.optim)
   preview = objective.preview(config) if config.train.preview_every else None
-  measure = objective.measure(config) if config.data.held_out and config.train.held_out_every else None
 
   start, end = int(state.step), ENDLESS if config.train.minutes else config.train.steps
   end = end if stop_at is None else min(stop_at, end)

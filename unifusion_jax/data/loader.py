@@ -13,7 +13,6 @@ import collections
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import hashlib
-import itertools
 import pathlib
 
 from absl import flags, logging
@@ -154,10 +153,9 @@ class DataConfig:
     if self.held_out is None:
       return []
     held_out, path = pathlib.Path(self.held_out), pathlib.Path(self.path)
-    if held_out.suffix not in LISTS or not held_out.is_file():
-      return [f'data.held_out={self.held_out!r} is no .jsonl or .parquet file that is there: give the list of the '
-              'records to measure']
-    if path.exists() and held_out.samefile(path):
+    if held_out.suffix not in LISTS:
+      return [f'data.held_out={self.held_out!r} must be a .jsonl or .parquet file: a list of the records to measure']
+    if held_out.exists() and path.exists() and held_out.samefile(path):
       return [f'data.held_out={self.held_out!r} is the file of data.path: put the records to measure into a list of '
               'their own, which training does not read']
     return []
@@ -258,8 +256,9 @@ def first_records(source, count: int, size: int) -> Iterator[tuple[list[tuple[in
   records are left out.
   """
   groups: dict[tuple, list[int]] = collections.defaultdict(list)
-  for i in itertools.islice((i for i in range(len(source)) if source.bucket(i) is not None), count):
-    groups[source.bucket(i)].append(i)
+  for i in range(min(count, len(source))):
+    if (bucket := source.bucket(i)) is not None:
+      groups[bucket].append(i)
   for members in groups.values():
     rows = sharding.padded_batch(min(size, len(members)))
     for part, _ in sharding.batched(members, min(size, len(members))):

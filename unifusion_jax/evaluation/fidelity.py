@@ -59,4 +59,4 @@ def evaluate(vae, config, folder: pathlib.Path) -> dict:
   if sharding.is_main_process():
     imaging.write_png(folder / 'reconstructions.png', imaging.grid(rows, titles=['image', 'reconstruction']))
   return records.origin(source, trained, len(values), config.eval.examples) | dict(
-      psnr_db=round(float(np.mean(values)), 2), psnr_db_least=round(float(min(values)), 2))
+      file=config.data.measured, psnr_db=round(float(np.mean(values)), 2), psnr_db_least=round(float(min(values)), 2))

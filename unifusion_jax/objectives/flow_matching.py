@@ -139,7 +139,8 @@ class FlowMatching:
     """`measure(params, frozen)` -> the flow loss on the first records of `data.held_out`, its mean and by time."""
     named, _ = loader.held_out(config.data)
     (source,) = named.values()
-    batches = list(flow_loss.batches(source, transforms.prompt_encoder(config), MEASURED, config.data.batch_size))
+    batches = [batch._replace(records=()) for batch in flow_loss.batches(  # which may be large photographs
+        source, transforms.prompt_encoder(config), MEASURED, config.data.batch_size)]
 
     def measure(params, frozen):
       pipe = self.pipeline(config, params, frozen)
