@@ -1,4 +1,4 @@
-"""Evaluation: measures the workdir's run, or the weights that the configuration names, by `config.eval`, on `data.held_out` or `data.path`."""
+"""Evaluation: `config.eval` measures the workdir's run, or the weights that the configuration names."""
 
 import json
 import pathlib
