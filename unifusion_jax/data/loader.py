@@ -153,7 +153,7 @@ class DataConfig:
     if self.held_out is None:
       return []
     held_out, path = pathlib.Path(self.held_out), pathlib.Path(self.path)
-    if held_out.suffix not in LISTS:
+    if not is_list(self.held_out):
       return [f'data.held_out={self.held_out!r} must be a .jsonl or .parquet file: a list of the records to measure']
     if held_out.exists() and path.exists() and held_out.samefile(path):
       return [f'data.held_out={self.held_out!r} is the file of data.path: put the records to measure into a list of '
@@ -166,6 +166,11 @@ def _is_positive(number: str) -> bool:
     return 0 < float(number) < float('inf')
   except ValueError:
     return False
+
+
+def is_list(path: str) -> bool:
+  """Whether a path is that of a list of a user's own images."""
+  return pathlib.Path(path).suffix in LISTS
 
 
 def _scenes():
@@ -183,7 +188,7 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
   if data.path in SCENES:
     weighted = _scenes().mix(data, split, seed)
   else:
-    if path.suffix in LISTS:
+    if is_list(data.path):
       own = sources.FolderSource(path, data.canvases, data.skipped)
       reconstructed = sum(task.weight for task in tasks if task.name == 'reconstruct')
       requested = sum(task.weight for task in tasks if task.name != 'reconstruct')
@@ -240,20 +245,19 @@ def held_out(data: DataConfig) -> tuple[dict[str, object], bool]:
   training. A list is one source, named as its file; scenes and prepared folders have one for each task.
   """
   data = dataclasses.replace(data, path=data.measured, rewrites=None, tiles=(max(data.tiles),))
-  path = pathlib.Path(data.path)
   try:
-    mixture, trained = mix(data, split='test'), path.suffix in LISTS and not data.held_out
+    mixture, trained = mix(data, split='test'), is_list(data.path) and not data.held_out
   except sources.NoDataset:
     mixture, trained = mix(data), True
-  names = [path.stem] if path.suffix in LISTS else [task.name for task in data.chosen]
+  names = [pathlib.Path(data.path).stem] if is_list(data.path) else [task.name for task in data.chosen]
   return {name: source for name, (source, _) in zip(names, mixture)}, trained
 
 
-def first_records(source, count: int, size: int) -> Iterator[tuple[list[tuple[int, dict]], int]]:
-  """([(index, record), ...], rows) of the first `count` records of a source, at most `size` of one bucket at a time.
+def first_records(source, count: int, size: int, transform=lambda record: record) -> Iterator[tuple[list[tuple], int]]:
+  """([(index, transform(record)), ...], rows) of the first `count` records of a source, `size` of one bucket at a time.
 
   `rows`, the same for every batch of a bucket, is the number to fill them up to, so that a bucket has one shape. Broken
-  records are left out.
+  records, also those that `transform` finds broken, are left out.
   """
   groups: dict[tuple, list[int]] = collections.defaultdict(list)
   for i in range(min(count, len(source))):
@@ -262,12 +266,12 @@ def first_records(source, count: int, size: int) -> Iterator[tuple[list[tuple[in
   for members in groups.values():
     rows = sharding.padded_batch(min(size, len(members)))
     for part, _ in sharding.batched(members, min(size, len(members))):
-      yield [(i, record) for i in part if (record := _sound(source, i)) is not None], rows
+      yield [(i, record) for i in part if (record := _sound(source, i, transform)) is not None], rows
 
 
-def _sound(source, i: int) -> dict | None:
+def _sound(source, i: int, transform=lambda record: record):
   try:
-    return source[i]
+    return transform(source[i])
   except BrokenRecord:
     return None
 

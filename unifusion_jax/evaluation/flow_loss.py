@@ -7,14 +7,13 @@ caption, read after its request and its references; nothing is dropped.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import conditioning, flow, sharding
 from unifusion_jax.data import imaging, loader, transforms
-from unifusion_jax.errors import BrokenRecord, UserError
+from unifusion_jax.errors import UserError
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # 1 is noise
 
@@ -29,18 +28,13 @@ class Batch(NamedTuple):
 
 def batches(source, encoder: transforms.PromptEncoder, count: int, size: int) -> Iterator[Batch]:
   """The usable ones of the first `count` records of a source, `size` at a time; UserError when there are none."""
-  transform = transforms.GenerationExample(encoder, cond_dropout=0.0, image_dropout=0.0)
+  transform = transforms.GenerationExample(encoder, cond_dropout=0.0, image_dropout=0.0)  # so nothing is random
+  arrays = lambda record: (record, transform(record, np.random.default_rng(0)))
   empty = True
-  for part, rows in loader.first_records(source, count, size):
-    usable = []
-    for number, record in part:
-      try:
-        usable.append((number, record, transform(record, np.random.default_rng(number))))
-      except BrokenRecord as error:
-        logging.log_first_n(logging.WARNING, 'left out record %d of %s: %s', 10, number, source.name, error)
-    if usable:
+  for part, rows in loader.first_records(source, count, size, arrays):
+    if part:
       empty = False
-      yield Batch(*zip(*usable), rows)
+      yield Batch([number for number, _ in part], *zip(*(pair for _, pair in part)), rows)
   if empty:
     raise UserError(f'{source.name}: none of its first {count} records can be used: mend them or give others')
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import sharding
 from unifusion_jax.data import transforms
-from unifusion_jax.data.loader import LISTS
+from unifusion_jax.data.loader import is_list
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.scenes import chat_examples, image_tokens, world
 from unifusion_jax.scenes.evaluation import language
@@ -60,7 +60,7 @@ class VLMObjective:
     del devices
     return [f'data.{name}={path}: the embedded VLM is trained and measured on scenes alone, which come with questions '
             'and answers' for name, path in (('path', config.data.path), ('held_out', config.data.held_out))
-            if path and path.endswith(LISTS)]
+            if path and is_list(path)]
 
   def init(self, config) -> VLMWithHeads:
     """Parameters to start from: random ones, or those of `config.init` with new heads."""

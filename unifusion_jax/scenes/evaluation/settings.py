@@ -6,7 +6,7 @@ Records of one's own are measured by what needs no judge (unifusion_jax/evaluati
 import dataclasses
 
 from unifusion_jax import ranges
-from unifusion_jax.data.loader import LISTS, SCENES
+from unifusion_jax.data.loader import is_list, SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import fidelity, records
 from unifusion_jax.ranges import Range
@@ -68,7 +68,7 @@ class GenerationEvaluation(_Scenes):
     path = config.data.measured
     if path in SCENES:
       return STUDIES[self.study].evaluate(pipe, config, folder)
-    return records.evaluate(pipe, config, folder, None if path.endswith(LISTS) else generation.score)
+    return records.evaluate(pipe, config, folder, None if is_list(path) else generation.score)
 
 
 @dataclasses.dataclass
@@ -90,6 +90,6 @@ class AutoencoderEvaluation(_Scenes):
 
   def run(self, config, params, folder) -> dict:
     """The report; a sheet of images of one's own goes into `folder`."""
-    if config.data.measured.endswith(LISTS):
+    if is_list(config.data.measured):
       return fidelity.evaluate(params, config, folder)
     return reconstruction.evaluate(params, config)
