@@ -16,9 +16,9 @@ import transformers
 
 from unifusion_jax import config, sharding, verifi
 from unifusion_jax.data import vision_inputs
+from unifusion_jax.evaluation import fidelity
 from unifusion_jax.models import text_generation, unifusion, vae
 from unifusion_jax.scenes import examples, judge
-from unifusion_jax.scenes.evaluation import reconstruction
 from unifusion_jax.scenes.world import Scene
 from unifusion_jax.weights import encoders
 
@@ -69,7 +69,7 @@ def test_diffusers_reads_the_autoencoder_and_the_judge_what_comes_back():
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:96]
   images = np.stack([record['target'] for record in records])
   ours = vae.load(config.ASSETS / 'vae', jnp.float32)
-  back = reconstruction.round_trip(ours, images)
+  back = fidelity.round_trip(ours, images)
   right = [judge.exact(judge.read(image), Scene.from_json(record['scene'])) for record, image in zip(records, back)]
   assert np.mean(right) >= 0.95
   x = images[:8].astype(np.float32) / 127.5 - 1

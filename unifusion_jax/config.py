@@ -13,7 +13,7 @@ from unifusion_jax.commands.train import TrainConfig
 from unifusion_jax.data.loader import DataConfig
 from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
-from unifusion_jax.evaluation.vqascore import VQAScore
+from unifusion_jax.evaluation.records import RecordsEvaluation
 from unifusion_jax.fields import Path, Seed
 from unifusion_jax.ranges import Range
 from unifusion_jax.request import SampleConfig
@@ -43,7 +43,7 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
-  eval: object = dataclasses.field(default_factory=VQAScore)  # how --mode=eval measures: settings and behaviour
+  eval: object = dataclasses.field(default_factory=RecordsEvaluation)  # how --mode=eval measures
 
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work together on a number of devices, one sentence each."""

@@ -8,6 +8,7 @@ import numpy as np
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation.records import sheet
 from unifusion_jax.request import Request, requests_for, requests_of, SampleConfig, shape_like
 from unifusion_jax.training import checkpoint, record
 
@@ -77,11 +78,5 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
 
 def preview_grid(pipe: pipeline.UniFusionPipeline, records: list[dict]) -> np.ndarray:
   """Preview grid of records: references, request, sample with its rewrite, target; uint8 [y x 3]."""
-  requests = requests_of(records)
-  samples = pipe.generate(requests, *records[0]['target'].shape[:2])
-  rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]
-          for r, sample in zip(records, samples)]
-  captions = [([''] * (len(r['references']) - 1) + [request.instruction] if r['references'] else [])
-              + [sample.rewrite, r['caption'] if r['references'] else request.instruction]
-              for r, request, sample in zip(records, requests, samples)]
-  return imaging.grid(rows, captions, cell=192)
+  samples = pipe.generate(requests_of(records), *records[0]['target'].shape[:2])
+  return sheet(records, samples)

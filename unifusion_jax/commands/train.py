@@ -29,15 +29,16 @@ class TrainConfig:
   log_every: int = 10
   save_every: int = 500
   preview_every: int = 500     # 0: never
+  held_out_every: int = 100    # steps between measurements on data.held_out; 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
   checksums: bool = True       # digests of checkpoints' files, written and compared at 2.5 GB/s
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
-    interval = Range(1, 10 ** 9)
+    interval, optional = Range(1, 10 ** 9), Range(0, 10 ** 9)
     return ranges.problems(
         self, 'train.', steps=interval, minutes=Range(0, 10 ** 7), log_every=interval, save_every=interval,
-        preview_every=Range(0, 10 ** 9), max_loss_ratio=Range(above=1))
+        preview_every=optional, held_out_every=optional, max_loss_ratio=Range(above=1))
 
 
 class Diverged(UserError):
@@ -56,6 +57,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     opened.enter_context(lock.held(workdir / 'train.lock'))
     checkpoints = opened.enter_context(checkpoint.Checkpoints(workdir, tidy=True, checksums=config.train.checksums))
     planned = record.claim(config, workdir)
+    measure = objective.measure(config) if config.data.held_out and config.train.held_out_every else None
     frozen = objective.frozen(config)
     tx = step.optimizer(config.optim, config.train.steps)
     data = opened.enter_context(contextlib.closing(batches(config)))
@@ -121,6 +123,9 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         checkpoints.wait()
         raise interrupt.Interrupted(signum, f'step {done} is saved in {workdir / "checkpoints"}, and the same command '
                                     'goes on from there')
+      if measure and (done % config.train.held_out_every == 0 or last):
+        writer.write(done, measure(state.ema, frozen))
+        rate_clock, rate_step, waited = time.monotonic(), done, 0.0
       if preview and (done % config.train.preview_every == 0 or last):
         grid = preview(state.ema, frozen)
         if grid is not None and sharding.is_main_process():

@@ -9,6 +9,7 @@ function of the arguments and k, whatever the number of threads, workers and pro
   batch = next(feed)                    # numpy arrays [b / processes ...]
 """
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import hashlib
@@ -54,6 +55,7 @@ class DataConfig:
   """Source, tasks and shapes of the examples."""
   # 'scenes' or 'scenes/wide': drawn on the fly; a folder of scenes/builder.py; a .jsonl or .parquet file of your own.
   path: Path = 'scenes'
+  held_out: Path | None = None               # a list as `path`, kept out of training: measured, and shown in previews
   tasks: tuple[Task, ...] = (Task('t2i'),)   # your own images: one source for all; 'reconstruct': their own references
   only: str = ''                             # some of the tasks: 'edit' (edit/1-2 too), or 'edit=0.7,t2i=0.3'
   size: int = 64                             # images have about size^2 pixels
@@ -85,6 +87,11 @@ class DataConfig:
       share = float(weight) / sum(task.weight for task in matching) if given else 1.0
       chosen |= {task.name: dataclasses.replace(task, weight=task.weight * share) for task in matching}
     return tuple(chosen[task.name] for task in self.tasks if task.name in chosen)
+
+  @property
+  def measured(self) -> str:
+    """Path of the records that evaluation measures and previews show."""
+    return self.held_out or self.path
 
   @property
   def canvases(self) -> tuple[tuple[int, int], ...]:
@@ -140,16 +147,27 @@ class DataConfig:
       wrong.append(f'data.batch_size={self.batch_size} of data.size={self.size}: {self.batch_size:,} images of '
                    f'{self.size}^2 pixels with prompts of {tokens:,} tokens are {largest / 2 ** 30:,.0f} GiB on each '
                    f'of {shards} devices, where {LARGEST / 2 ** 30:.0f} are the most: take fewer or smaller ones')
-    for name in ('chosen', *([] if self.path in SCENES else ['canvases'])):
+    for name in ('chosen', *([] if self.measured in SCENES else ['canvases'])):
       try:
         getattr(self, name)
       except UserError as error:
         wrong.append(str(error))
     if self.path in SCENES:
       wrong += _scenes().problems(self, unit)
-    elif self.unit % unit:
+    if self.measured not in SCENES and self.unit % unit:
       wrong.append(f'data.unit={self.unit} must be a multiple of the {unit} pixels of a latent patch')
-    return wrong
+    return wrong + self._problems_of_held_out()
+
+  def _problems_of_held_out(self) -> list[str]:
+    if self.held_out is None:
+      return []
+    held_out, path = pathlib.Path(self.held_out), pathlib.Path(self.path)
+    if not is_list(self.held_out):
+      return [f'data.held_out={self.held_out!r} must be a .jsonl or .parquet file: a list of the records to measure']
+    if held_out.exists() and path.exists() and held_out.samefile(path):
+      return [f'data.held_out={self.held_out!r} is the file of data.path: put the records to measure into a list of '
+              'their own, which training does not read']
+    return []
 
 
 def _is_positive(number: str) -> bool:
@@ -157,6 +175,11 @@ def _is_positive(number: str) -> bool:
     return 0 < float(number) < float('inf')
   except ValueError:
     return False
+
+
+def is_list(path: str) -> bool:
+  """Whether a path is that of a list of a user's own images."""
+  return pathlib.Path(path).suffix.lower() in lists.SUFFIXES
 
 
 def _scenes():
@@ -174,7 +197,7 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
   if data.path in SCENES:
     weighted = _scenes().mix(data, split, seed)
   else:
-    if path.suffix.lower() in lists.SUFFIXES:
+    if is_list(data.path):
       own = sources.FolderSource(path, data.canvases, data.skipped)
       reconstructed = sum(task.weight for task in tasks if task.name == 'reconstruct')
       requested = sum(task.weight for task in tasks if task.name != 'reconstruct')
@@ -233,27 +256,51 @@ def batch_spec(example: dict, batch_size: int) -> dict:
   return sharding.batch_spec(example | dict(number=jax.ShapeDtypeStruct((), np.uint32)), batch_size)
 
 
-def whole_records(source, count: int) -> Iterator[dict]:
-  """The first `count` records of a source that can be used; fewer where it ends."""
-  records = (_sound(source, i) for i in range(len(source)) if source.bucket(i) is not None)
-  return itertools.islice((record for record in records if record is not None), count)
+def held_out(data: DataConfig) -> tuple[dict[str, object], bool]:
+  """({name: source}, whether training reads them) of the records to measure and to preview.
 
-
-def _sound(source, i: int) -> dict | None:
+  Those of `data.held_out`, or else the test split of scenes or of a prepared folder; if there is none, those of
+  training. A list is one source, named as its file; scenes and prepared folders have one for each task.
+  """
+  data = dataclasses.replace(data, path=data.measured, rewrites=None, tiles=(max(data.tiles),))
   try:
-    return source[i]
+    mixture, trained = mix(data, split='test'), is_list(data.path) and not data.held_out
+  except sources.NoDataset:
+    mixture, trained = mix(data), True
+  names = [pathlib.Path(data.path).stem] if is_list(data.path) else [task.name for task in data.chosen]
+  return {name: source for name, (source, _) in zip(names, mixture)}, trained
+
+
+def first_records(source, count: int, size: int, transform=lambda record: record) -> Iterator[tuple[list[tuple], int]]:
+  """([(index, transform(record)), ...], rows) of the first `count` records of a source, `size` of one bucket at a time.
+
+  `rows`, the same for every batch of a bucket, is the number to fill them up to, so that a bucket has one shape. Broken
+  records, also those that `transform` finds broken, are left out.
+  """
+  groups: dict[tuple, list[int]] = collections.defaultdict(list)
+  for i in range(min(count, len(source))):
+    if (bucket := source.bucket(i)) is not None:
+      groups[bucket].append(i)
+  for members in groups.values():
+    rows = sharding.padded_batch(min(size, len(members)))
+    for part, _ in sharding.batched(members, min(size, len(members))):
+      yield [(i, record) for i in part if (record := _sound(source, i, transform)) is not None], rows
+
+
+def _sound(source, i: int, transform=lambda record: record):
+  try:
+    return transform(source[i])
   except Exception as error:
     _pass_over(source, i, error)
     return None
 
 
 def preview_records(data: DataConfig, count: int, wanted=lambda record: True) -> list[dict]:
-  """Records of the first task that share one shape, from the test split if there is one."""
-  data = dataclasses.replace(data, only=data.chosen[0].name, rewrites=None, tiles=(max(data.tiles),))
-  try:
-    (source, _), *_ = mix(data, split='test')
-  except UserError:
-    (source, _), *_ = mix(data)
+  """Records of the first task that share one shape; training reads them only where there are no others."""
+  named, trained = held_out(dataclasses.replace(data, only=data.chosen[0].name))
+  source, *_ = named.values()
+  if trained:
+    logging.warning('previews show records that training reads, of %s: name others with data.held_out', source.name)
   records, shape = [], None
   for i in range(len(source)):
     bucket = source.bucket(i)

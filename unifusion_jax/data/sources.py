@@ -32,6 +32,10 @@ READ_AHEAD = 64  # records of a list that are read whole at the start
 BLOCK = 2 ** 16  # paths of a list that are looked at together
 
 
+class NoDataset(UserError):
+  """A prepared folder that has no dataset of a task and split."""
+
+
 class ArrayRecordSource:
   """A prepared TFDS dataset in ArrayRecord files, DIR/DATASET/TASK_SPLIT/VERSION, read without TensorFlow.
 
@@ -42,7 +46,7 @@ class ArrayRecordSource:
     name = f'{task.replace("/", "_")}_{split}'
     infos = sorted(pathlib.Path(folder).glob(f'*/{name}/*/dataset_info.json'))
     if not infos:
-      raise UserError(f'{folder} has no dataset {name}/VERSION/dataset_info.json: write it, for scenes with '
+      raise NoDataset(f'{folder} has no dataset {name}/VERSION/dataset_info.json: write it, for scenes with '
                       f'python -m unifusion_jax.scenes.builder --out={folder} --task={task} --split={split}')
     import tensorflow_datasets as tfds  # here, as the import takes half a second
     self.name = str(infos[-1].parent)

@@ -1,53 +1,14 @@
 """VQAScore (arXiv 2404.01291): a VLM's probability that an image shows a description."""
 
-import collections
-import dataclasses
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import ranges, sharding, verifi
-from unifusion_jax.data import loader, transforms
+from unifusion_jax import sharding, verifi
+from unifusion_jax.data import transforms
 from unifusion_jax.models.decoder import last_valid
-from unifusion_jax.ranges import Range
-from unifusion_jax.request import requests_of
 
 QUESTION = 'does this picture show {}?'
-
-
-@dataclasses.dataclass
-class VQAScore:
-  """Mean VQAScore of images sampled for the first records of `data.path`, beside that of their targets."""
-  examples: int = 200
-  batch_size: int = 32
-
-  report = 'eval'
-
-  def problems(self, config) -> list[str]:
-    """Settings that cannot work, a sentence each."""
-    del config
-    return ranges.problems(self, 'eval.', examples=Range(1, 10 ** 6), batch_size=Range(1, 10 ** 6))
-
-  def run(self, config, params, folder: pathlib.Path) -> dict:
-    """The report; nothing is written into `folder`."""
-    del folder
-    pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
-    (source, _), *_ = loader.mix(dataclasses.replace(config.data, rewrites=None))
-    records = list(loader.whole_records(source, self.examples))
-    groups = collections.defaultdict(list)  # by shape, as a batch has one shape
-    for record, request in zip(records, requests_of(records)):
-      groups[(*record['target'].shape[:2], len(record['references']))].append((record, request))
-    images, targets, captions = [], [], []
-    for (height, width, _), members in groups.items():
-      for part, rows in sharding.batched([request for _, request in members], self.batch_size):
-        images += [sample.image for sample in pipe.generate(rows, height, width)][:len(part)]
-      targets += [record['target'] for record, _ in members]
-      captions += [record['caption'] for record, _ in members]
-    probabilities = {name: scores(pipe.frozen.vlm, pipe.prompt_encoder, shown, captions, self.batch_size)
-                     for name, shown in (('vqascore', images), ('vqascore_truth', targets))}
-    return dict(examples=len(captions), **{name: round(float(np.mean(p)), 4) for name, p in probabilities.items()})
 
 
 def scores(vlm, encoder: transforms.PromptEncoder, images: list[np.ndarray], descriptions: list[str],

@@ -11,6 +11,7 @@ from unifusion_jax import conditioning, description, flow, pipeline, ranges
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation import flow_loss
 from unifusion_jax.models import internvl, text_generation, unifusion
 from unifusion_jax.objectives import repa
 from unifusion_jax.ranges import Range
@@ -18,6 +19,7 @@ from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import autoencoders, encoders
 
 PREVIEWED = 8  # rows of a preview
+MEASURED = 64  # records of data.held_out
 
 
 @dataclasses.dataclass
@@ -127,6 +129,19 @@ class FlowMatching:
     def preview(params, frozen):
       return sample.preview_grid(self.pipeline(config, params, frozen), records) if records else None
     return preview
+
+  def measure(self, config):
+    """`measure(params, frozen)` -> the flow loss on the first records of `data.held_out`, its mean and by time."""
+    named, _ = loader.held_out(config.data)
+    (source,) = named.values()
+    batches = [batch._replace(records=()) for batch in flow_loss.batches(  # which may be large photographs
+        source, transforms.prompt_encoder(config), MEASURED, config.data.batch_size)]
+
+    def measure(params, frozen):
+      pipe = self.pipeline(config, params, frozen)
+      by_time = flow_loss.summary(np.concatenate([flow_loss.losses(pipe, batch) for batch in batches]))
+      return dict(held_out_loss=by_time.pop('mean'), **{f'held_out_loss_{t}': loss for t, loss in by_time.items()})
+    return measure
 
   def loss(self, params, frozen: conditioning.Frozen, batch, key):
     """Mean squared error of the velocity plus the weighted REPA term: (scalar f32, metrics).

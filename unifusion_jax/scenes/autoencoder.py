@@ -10,12 +10,13 @@ import numpy as np
 from unifusion_jax import flow, ranges, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import imaging, loader, transforms
+from unifusion_jax.evaluation import fidelity
 from unifusion_jax.models import layers, vae
 from unifusion_jax.ranges import Range
-from unifusion_jax.scenes.evaluation import reconstruction
 
 PREVIEWED = 8    # images of a preview
-MEASURED = 8     # batches that the scaling factor is measured on
+SCALED = 8       # batches that the scaling factor is measured on
+MEASURED = 64    # images of data.held_out
 
 
 @dataclasses.dataclass
@@ -65,7 +66,7 @@ class AutoencoderObjective:
     """Writes the autoencoder with the scaling factor that gives latents of training images unit variance."""
     batches, mesh = train.batches(config), jax.sharding.get_mesh()
     latent_std = jax.jit(lambda model, x: jnp.std(model.moments(imaging.to_float(x))[0]))
-    stds = [float(latent_std(params, sharding.shard_batch(next(batches)['target'], mesh))) for _ in range(MEASURED)]
+    stds = [float(latent_std(params, sharding.shard_batch(next(batches)['target'], mesh))) for _ in range(SCALED)]
     batches.close()
     params.config = dataclasses.replace(params.config, scaling_factor=1.0 / float(np.mean(stds)))
     vae.save(params, folder)
@@ -91,8 +92,19 @@ class AutoencoderObjective:
       if not records:
         return None
       images = np.stack([imaging.read(record['target']) for record in records])
-      return imaging.grid([list(images), list(reconstruction.round_trip(params, images))], cell=128)
+      return imaging.grid([list(images), list(fidelity.round_trip(params, images))], cell=128)
     return preview
+
+  def measure(self, config):
+    """`measure(params, frozen)` -> the mean PSNR of the first images of `data.held_out`."""
+    named, _ = loader.held_out(config.data)
+    (source,) = named.values()
+    batches = list(fidelity.batches(source, MEASURED, config.data.batch_size))
+
+    def measure(params, frozen):
+      values = [fidelity.psnr(images, fidelity.round_trip(params, images)) for images in batches]
+      return dict(held_out_psnr_db=float(np.mean(np.concatenate(values))))
+    return measure
 
   def loss(self, params: vae.Autoencoder, frozen, batch, key):
     """Squared error plus weighted KL: (scalar f32, metrics). batch: number uint32 [b]; target uint8 [b y x 3]."""

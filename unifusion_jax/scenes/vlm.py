@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import ranges, sharding
 from unifusion_jax.data import loader, transforms
+from unifusion_jax.data.loader import is_list
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import chat_examples, image_tokens, world
@@ -63,9 +64,9 @@ class VLMObjective:
     wrong = ranges.problems(self, 'objective.', lm_weight=weight, attributes_weight=weight, grounding_weight=weight)
     if self.dtype not in ('float32', 'bfloat16'):
       wrong.append(f"objective.dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
-    if config.data.path.endswith(('.jsonl', '.parquet')):
-      wrong += [f'data.path={config.data.path}: the embedded VLM trains on scenes alone, which come with questions '
-              'and answers']
+    wrong += [f'data.{name}={path}: the embedded VLM is trained and measured on scenes alone, which come with '
+              'questions and answers' for name, path in (('path', config.data.path), ('held_out', config.data.held_out))
+              if path and is_list(path)]
     return wrong
 
   def init(self, config) -> VLMWithHeads:

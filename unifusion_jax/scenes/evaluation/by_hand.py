@@ -9,6 +9,7 @@ import numpy as np
 
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.data import imaging
+from unifusion_jax.evaluation.records import sheet
 from unifusion_jax.scenes.evaluation import generation, handwritten
 
 
@@ -30,5 +31,5 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
       rates = {measure: rates[measure] for measure in ('written_exact', 'fallback_rate')}
     report[name] = dict(examples=len(records), **rates)
     if sharding.is_main_process():
-      imaging.write_png(folder / f'by_hand_{name}.png', generation.sheet(records, samples))
+      imaging.write_png(folder / f'by_hand_{name}.png', sheet(records, samples))
   return report

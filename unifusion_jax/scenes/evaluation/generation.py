@@ -8,6 +8,7 @@ import numpy as np
 from unifusion_jax import pipeline, sharding
 from unifusion_jax.data import imaging
 from unifusion_jax.evaluation import vqascore
+from unifusion_jax.evaluation.records import sheet
 from unifusion_jax.request import Request, SampleConfig
 from unifusion_jax.scenes import examples, judge, language, world
 
@@ -83,12 +84,3 @@ def score(records: list[dict], samples: list[pipeline.Sample], wide: bool = Fals
     verdicts['written_exact'].append(sample.rewrite == record['caption'])
     verdicts['fallback_rate'].append(bool(sample.warning))
   return {name: round(float(np.mean(values)), 4) for name, values in sorted(verdicts.items())}
-
-
-def sheet(records, samples) -> np.ndarray:
-  """Grid of references, samples and targets."""
-  rows = [[*(imaging.read(image) for image in r['references']), sample.image, imaging.read(r['target'])]
-          for r, sample in zip(records, samples)]
-  captions = [[*([r['instruction']] * len(r['references'])), sample.rewrite,
-               r['caption'] if r['references'] else r['instruction']] for r, sample in zip(records, samples)]
-  return imaging.grid(rows, captions, cell=192)

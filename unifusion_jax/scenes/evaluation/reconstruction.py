@@ -6,45 +6,29 @@ import jax
 import numpy as np
 
 from unifusion_jax import sharding
-from unifusion_jax.data import imaging, loader
+from unifusion_jax.data import loader
+from unifusion_jax.evaluation.fidelity import pixels, psnr, round_trip
 from unifusion_jax.scenes import composition, judge, render, world
-
-
-@jax.jit
-def _round_trip(vae, x):
-  return vae.decode(vae.encode(x))
-
-
-def round_trip(vae, images: np.ndarray) -> np.ndarray:
-  """Images uint8 [b y x 3] -> their reconstructions uint8 [b y x 3]."""
-  decoded = _round_trip(vae, _pixels(images, len(images)))
-  return sharding.gather(imaging.to_uint8(decoded))[:len(images)]
-
-
-def _pixels(images: np.ndarray, rows: int) -> jax.Array:
-  """uint8 [b y x 3] -> [-1, 1] on the devices, repeated to at least `rows` rows that the devices share evenly."""
-  padded = np.resize(images, (sharding.padded_batch(rows), *images.shape[1:]))
-  return sharding.shard(imaging.to_float(padded))
 
 
 def evaluate(vae, config) -> dict:
   """Rates on `config.eval.examples` scenes of the split, in all canvas shapes."""
   source, _ = loader.mix(config.data, split=config.eval.split)[0]
   shapes: dict[tuple, list[int]] = {}
-  for i in range(config.eval.examples):
+  for i in range(min(config.eval.examples, len(source))):
     shapes.setdefault(source.bucket(i), []).append(i)
-  exact, original_exact, errors = [], [], []
+  exact, original_exact, fidelity = [], [], []
   for members in shapes.values():
     for part, filled in sharding.batched([source[i] for i in members], config.eval.batch_size):
       images = np.stack([record['target'] for record in filled])
-      for record, image, decoded in zip(part, images, round_trip(vae, images)):
+      reconstructed = round_trip(vae, images)
+      fidelity.extend(psnr(images, reconstructed)[:len(part)])
+      for record, image, decoded in zip(part, images, reconstructed):
         scene = world.Scene.from_json(record['scene'])
         exact.append(judge.exact(judge.read(decoded), scene))
         original_exact.append(judge.exact(judge.read(image), scene))
-        errors.append(np.mean((decoded.astype(np.float32) - image) ** 2))
-  psnr = float(np.mean(10 * np.log10(255 ** 2 / np.maximum(errors, 1e-3))))
   return dict(split=config.eval.split, examples=len(exact), exact=float(np.mean(exact)),
-              exact_as_drawn=float(np.mean(original_exact)), psnr_db=round(psnr, 2),
+              exact_as_drawn=float(np.mean(original_exact)), psnr_db=round(float(np.mean(fidelity)), 2),
               decided=decided(vae, config.data.size, config.seed))
 
 
@@ -70,7 +54,7 @@ def decided(vae, size: int, seed: int = 0, scenes: int = 24, errors: float = 3.0
     for name, options in values.items():
       objects = [dataclasses.replace(obj, **(_at(option) if name == 'place' else {name: option})) for option in options]
       images = np.stack([render.render(dataclasses.replace(scene, objects=(o,)), size) for o in objects])
-      z = sharding.gather(_encode(vae, _pixels(images, most)))[:len(objects)]
+      z = sharding.gather(_encode(vae, pixels(images, most)))[:len(objects)]
       z = np.asarray(z, np.float64).reshape(len(objects), -1)
       distance = np.linalg.norm(z[:, None] - z, axis=-1)
       nearest[name] += list(np.min(distance + np.diag([np.inf] * len(objects)), axis=1))

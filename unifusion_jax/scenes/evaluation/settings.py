@@ -1,8 +1,14 @@
-"""Settings of --mode=eval on scenes: the `eval` of the embedded models' recipes."""
+"""Settings of --mode=eval on scenes: the `eval` of the embedded models' recipes.
+
+Records of one's own are measured by what needs no judge (unifusion_jax/evaluation); rates are of scenes alone.
+"""
 
 import dataclasses
 
 from unifusion_jax import ranges
+from unifusion_jax.data.loader import is_list, SCENES
+from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation import fidelity, records
 from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import splits
 from unifusion_jax.scenes.evaluation import by_hand, generation, language, noise_levels, reconstruction, verifi_study
@@ -21,10 +27,10 @@ class _Scenes:
   def problems(self, config) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del config
-    checks = {
-        f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}': self.split in splits.SPLITS}
-    return [text for text, holds in checks.items() if not holds] + ranges.problems(
-        self, 'eval.', examples=Range(1, 10 ** 6), batch_size=Range(1, 10 ** 6))
+    wrong = ranges.problems(self, 'eval.', examples=Range(1, 10 ** 6), batch_size=Range(1, 10 ** 6))
+    if self.split not in splits.SPLITS:
+      wrong.append(f'eval.split={self.split!r} must be one of {", ".join(splits.SPLITS)}')
+    return wrong
 
 
 @dataclasses.dataclass
@@ -50,14 +56,19 @@ class GenerationEvaluation(_Scenes):
            'noise_levels': 'the study of noise levels tunes training, so it keeps off the test split'}.get(self.study)
     checks = {
         f'eval.study={self.study!r} must be one of {", ".join(STUDIES)}': self.study in STUDIES,
-        f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split}
-    return [*super().problems(config), *(text for text, holds in checks.items() if not holds),
-            *ranges.problems(self, 'eval.', seeds=Range(1, 1000))]
+        f'eval.split={self.split!r}: {why}: set it to {split}': self.split == split,
+        f'eval.study={self.study!r} is a study of scenes, not of {config.data.measured}: leave it out, or set '
+        'data.path=scenes without data.held_out': self.study == 'rates' or config.data.measured in SCENES}
+    return [*super().problems(config), *ranges.problems(self, 'eval.', seeds=Range(1, 1000)),
+            *(text for text, holds in checks.items() if not holds)]
 
   def run(self, config, params, folder) -> dict:
-    """The report; sheets of images go into `folder`."""
+    """The report; sheets of images go into `folder`. The scenes of a prepared folder are also read by the judge."""
     pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
-    return STUDIES[self.study].evaluate(pipe, config, folder)
+    path = config.data.measured
+    if path in SCENES:
+      return STUDIES[self.study].evaluate(pipe, config, folder)
+    return records.evaluate(pipe, config, folder, None if is_list(path) else generation.score)
 
 
 @dataclasses.dataclass
@@ -67,6 +78,9 @@ class LanguageEvaluation(_Scenes):
   def run(self, config, params, folder) -> dict:
     """The report."""
     del folder
+    if config.data.measured not in SCENES:
+      raise UserError(f'what the VLM writes is measured on scenes drawn on the fly, not on {config.data.measured}: '
+                      'evaluate with --config.data.path=scenes')
     return language.evaluate(params.vlm, config.objective.prompt_encoder(config), config)
 
 
@@ -75,6 +89,7 @@ class AutoencoderEvaluation(_Scenes):
   """Evaluation of reconstructed images, read by the judge."""
 
   def run(self, config, params, folder) -> dict:
-    """The report."""
-    del folder
+    """The report; a sheet of images of one's own goes into `folder`."""
+    if is_list(config.data.measured):
+      return fidelity.evaluate(params, config, folder)
     return reconstruction.evaluate(params, config)
