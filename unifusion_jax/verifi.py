@@ -184,6 +184,12 @@ class Chat:
             Span('stop', self.stop_ids[:1])]
 
   @functools.cached_property
+  def blank_ids(self) -> tuple[int, ...]:
+    """Ids of which text alone is left empty by `read`: white space and special tokens."""
+    texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))], skip_special_tokens=True)
+    return tuple(i for i, text in enumerate(texts) if not text.strip())
+
+  @functools.cached_property
   def _between(self) -> tuple[int, ...]:
     """The template's ids between the stop token of one turn and the next instruction."""
     turns = [*PLACEHOLDERS, *(slot + 'again' for slot in PLACEHOLDERS[1:])]

@@ -65,7 +65,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
   """
   number = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdecimal()), default=-1)
   settings = pipe.settings.changed(batch_size=min(pipe.settings.batch_size, len(requests)))
-  page, done = [], 0  # page: (path, images, captions) of each request
+  page, done = [], 0  # page: the rows of a grid
   try:
     for part, padded in sharding.batched(requests, settings.batch_size):
       samples, problem = pipe.generate(padded, height, width, settings=settings), None
@@ -73,15 +73,15 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
         for request, sample in zip(part, samples if sharding.is_main_process() else ()):
           text = metadata.as_text(pipe.metadata(request, sample, settings))
           path = imaging.write_new_png(folder, number, sample.image, text)
-          number = 1 + int(path.stem)
+          number, done = 1 + int(path.stem), done + 1
           print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
                 + (f'\n  warning: {sample.warning}' if sample.warning else ''))
-          page.append((path, *_row(request, sample)))
-          done += 1
+          first = path.stem if not page else first
+          page.append(_row(request, sample))
           if len(page) == PAGE or done == len(requests):
-            grid = folder / ('grid.png' if len(requests) <= PAGE else f'grid-{page[0][0].stem}.png')
-            imaging.write_png(grid, imaging.wrapped_grid(*zip(*[row[1:] for row in page]), CELL))
-            print(grid)
+            path = folder / ('grid.png' if len(requests) <= PAGE else f'grid-{first}.png')
+            imaging.write_png(path, imaging.wrapped_grid(*zip(*page), CELL))
+            print(path)
             page = []
       except UserError as error:
         problem = error

@@ -266,7 +266,7 @@ def grid(rows, captions=None, titles=None, cell: int = 256, pad: int = 8) -> np.
 def wrapped_grid(groups, captions, cell: int = 256, aspect: float = 1.6) -> np.ndarray:
   """`grid` of groups of images that stay side by side, as many to a row as bring the sheet near `aspect`, x / y.
 
-  Groups of three and more have a row each.
+  Pairs have a gap between them; groups of three and more have a row each.
 
   groups: lists of images [y x 3].  captions: like groups.
   """
@@ -282,8 +282,10 @@ def wrapped_grid(groups, captions, cell: int = 256, aspect: float = 1.6) -> np.n
     return abs(math.log(n * columns * width / (rows * height) / aspect)) + math.log(rows * n / len(groups))
 
   n = 1 if columns > 2 else min(range(1, len(groups) + 1), key=cost)
-  joined = [[sum(part[i:i + n], []) for i in range(0, len(part), n)] for part in (groups, captions)]
-  return grid(*joined, cell=cell)
+  gap = columns > 1
+  rows = [[sum(([empty] * gap + part for part in parts[i + 1:i + n]), parts[i]) for i in range(0, len(parts), n)]
+          for parts, empty in ((groups, None), (captions, ''))]
+  return grid(*rows, cell=cell)
 
 
 def shrunk(image: np.ndarray, cell: int) -> np.ndarray:
