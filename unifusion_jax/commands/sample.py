@@ -65,7 +65,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
   """
   number = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdecimal()), default=-1)
   settings = pipe.settings.changed(batch_size=min(pipe.settings.batch_size, len(requests)))
-  page, done = [], 0  # page: the rows of a grid
+  page, first, done = [], '', 0  # what a grid shows, the number of its first image, and all images so far
   try:
     for part, padded in sharding.batched(requests, settings.batch_size):
       samples, problem = pipe.generate(padded, height, width, settings=settings), None
@@ -76,13 +76,13 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
           number, done = 1 + int(path.stem), done + 1
           print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
                 + (f'\n  warning: {sample.warning}' if sample.warning else ''))
-          first = path.stem if not page else first
+          first = first or path.stem
           page.append(_row(request, sample))
           if len(page) == PAGE or done == len(requests):
             path = folder / ('grid.png' if len(requests) <= PAGE else f'grid-{first}.png')
             imaging.write_png(path, imaging.wrapped_grid(*zip(*page), CELL))
             print(path)
-            page = []
+            page, first = [], ''
       except UserError as error:
         problem = error
       if sharding.from_main_process(np.array([problem is not None]))[0]:
