@@ -124,11 +124,12 @@ def test_any_whole_number_is_a_seed(pipe):
 def test_weights_that_are_no_numbers_make_no_image(pipe, part, message, value):
   broken = with_settings(pipe)
   broken.origin = dict(vlm=dict(name='reader'), model=dict(name='painter'))
-  damaged = lambda tree: jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(value) if x.dtype == np.float32 else x, tree)
+
+  def damaged(tree, part=''):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * np.float32(value) if part in jax.tree_util.keystr(path) else x, tree)
   if part == 'model':
-    broken.model = unifusion.UniFusion.__new__(unifusion.UniFusion)
-    broken.model.__dict__.update(pipe.model.__dict__)
-    broken.model.dit = damaged(pipe.model.dit)
+    broken.model = damaged(pipe.model, 'dit')
   else:
     broken.frozen = dataclasses.replace(pipe.frozen, **{part: damaged(getattr(pipe.frozen, part))})
   with pytest.raises(UserError, match=message):
@@ -176,8 +177,9 @@ def test_an_image_is_made_again_from_its_metadata_alone(pipe, recipe, tmp_path, 
   unifusion.save(pipe.model, tmp_path / 'model')
   description.save(tmp_path / 'model', recipe())
   loaded = UniFusionPipeline.from_pretrained('model', quantized='int8')
-  loaded.settings = loaded.settings.changed(prompt='make it blue', references=('first.png',), num_images=3, seed=-3,
-                                            eta=0.5, guidance=2.0, rewrite='a blue star')
+  loaded.settings = dataclasses.replace(
+      loaded.settings, prompt='make it blue', references=('first.png',), num_images=3, seed=-3, eta=0.5, guidance=2.0,
+      rewrite='a blue star')
   sample.run_requests(loaded, *sample.requests(loaded.settings, 64, 8), tmp_path / 'images')
   with Image.open('images/001.png') as file:
     from_file = {name: value if name in ('prompt', 'rewrite', 'warning') else json.loads(value)
@@ -323,7 +325,7 @@ def test_grids_are_wrapped():
   image = lambda grey, size=64: np.full((size, size, 3), grey, np.uint8)
   for count in (1, 4, 9, 30, 64):
     height, width = imaging.wrapped_grid([[image(9)]] * count, [['a red circle']] * count).shape[:2]
-    assert count == 1 or 1 < width / height < 2.2
+    assert count == 1 or 0.8 < width / height < 2.5
   pairs = imaging.wrapped_grid([[image(10 * i + 1), image(10 * i + 2)] for i in range(12)], [['', '']] * 12, cell=64)
   rows = [[value for value, before in zip(row, [255, *row]) if value != before and value != 255]
           for row in pairs[8 + 32::64 + 8, :, 0].tolist()]

@@ -85,7 +85,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
             page, first = [], ''
       except UserError as error:
         problem = error
-      if sharding.from_main_process(np.array([problem is not None]))[0]:
+      if sharding.from_main_process(np.array([problem is not None], np.uint8))[0]:
         raise problem or UserError('the first process could not write an image, and says why: all stop')
   except BaseException:
     if 0 < done < len(requests):
