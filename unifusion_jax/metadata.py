@@ -13,7 +13,7 @@ from unifusion_jax.description import ASSETS
 from unifusion_jax.request import Request, SampleConfig
 from unifusion_jax.weights import hub
 
-EMBEDDED = {ASSETS / part: 'tiny' for part in ('edit', 'vlm', 'vae')}  # as from_pretrained names them
+EMBEDDED = {(ASSETS / part).resolve(): 'tiny' for part in ('edit', 'vlm', 'vae')}  # as from_pretrained names them
 
 
 def weights(name) -> dict[str, str]:
