@@ -63,9 +63,9 @@ def test_from_training_to_images(run, tmp_path):
   assert sorted(path.name for path in (workdir / 'images').iterdir()) == ['000.png', '001.png', 'grid.png']
   text = Image.open(workdir / 'images' / '000.png').text
   assert text['prompt'] == 'make the circle blue' and text['seed'] == '0'
-  settings = json.loads(text['settings'])
-  assert settings['system'] == 'rewrite' and settings['weights'].endswith('at step 2')
-  assert 'white.png' in settings['references'][0]
+  settings, origin = json.loads(text['settings']), json.loads(text['origin'])
+  assert settings['system'] == 'rewrite' and origin['model']['name'].endswith('at step 2')
+  assert 'white.png' in json.loads(text['references'])[0]['file']
   with pytest.raises(UserError, match=r'taps: \[2, 4, 6\] there'):
     run(*small, '--config.taps=(1,2,3)', '--mode=eval')
 

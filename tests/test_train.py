@@ -267,7 +267,7 @@ def test_a_leap_of_the_loss_stops():
     (lambda c: setattr(c.optim, 'decay', 2.0), 'optim.decay=2.0'),
     (lambda c: setattr(c.optim, 'clip', 0.0), 'optim.clip=0.0'),
     (lambda c: setattr(c, 'frozen_dtype', 'fp16'), "frozen_dtype='fp16'"),
-    (lambda c: setattr(c.sample, 'seed', -1), 'sample.seed=-1'),
+    (lambda c: setattr(c.sample, 'guidance', float('nan')), 'sample.guidance=nan'),
     (lambda c: setattr(c.mesh, 'tp', 3), 'does not fit 8 devices'),
     (lambda c: setattr(c, 'mesh', sharding.MeshConfig(tp=4, fsdp=-1)), 'mesh.tp=4 must divide model.lap.heads=2'),
     (lambda c: setattr(c.model.lap, 'width', 33), 'must divide model.lap.width=33'),

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
@@ -23,6 +24,7 @@ class Frozen:
     stop_ids: token ids that end generated text.
     image_id: the id of every image token; None for a language model.
     max_rewrite: maximum tokens of a rewrite.
+    blank_ids: ids that say nothing, alone or together (`verifi.Chat.blank_ids`); only for rewriting during training.
   """
   vlm: encoders.Encoder
   vae: autoencoder.Autoencoder
@@ -30,6 +32,7 @@ class Frozen:
   stop_ids: tuple[int, ...] = _static()
   image_id: int | None = _static()
   max_rewrite: int = _static()
+  blank_ids: tuple[int, ...] = _static()
 
   @classmethod
   def load(cls, config) -> 'Frozen':
@@ -54,7 +57,8 @@ class Frozen:
 
 def _token_ids(config) -> dict:
   encoder = transforms.prompt_encoder(config)
-  return dict(stop_ids=encoder.chat.stop_ids, image_id=encoder.chat.image_id, max_rewrite=encoder.max_rewrite)
+  return dict(stop_ids=encoder.chat.stop_ids, image_id=encoder.chat.image_id, max_rewrite=encoder.max_rewrite,
+              blank_ids=encoder.chat.blank_ids if getattr(config.objective, 'rewrite_online', False) else ())
 
 
 def _check_fit(config, vlm, vae) -> None:
@@ -83,13 +87,16 @@ def condition_states(prompt_hidden: jax.Array, hidden: jax.Array, lengths: jax.A
 
 
 def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int, ...],
-                        image_id: int | None) -> jax.Array:
-  """Valid rows [b] bool of generated ids [b n] with lengths [b]: a stop id at the end, not empty, no image token.
+                        image_id: int | None, blank_ids: tuple[int, ...] | None = None) -> jax.Array:
+  """Valid rows [b] bool of generated ids [b n] with lengths [b]: a stop id at the end, not blank, no image token.
 
-  The rule of `prompting.read_rewrites`, on the device.
+  The rule of `prompting.read_rewrites`, on the device. They differ only where several ids make one character of white
+  space, none of which is blank alone.
   """
   last = jnp.take_along_axis(ids, lengths[:, None] - 1, axis=1)
-  ended = jnp.any(last == jnp.array(stop_ids), axis=1) & (lengths > 1)
+  blank = jnp.any(ids[:, :, None] == np.array(blank_ids or (-1,)), axis=-1)
+  text = ~blank & (jnp.arange(ids.shape[1]) < lengths[:, None] - 1)
+  ended = jnp.any(last == jnp.array(stop_ids), axis=1) & jnp.any(text, axis=1)
   if image_id is None:
     return ended
   generated_mask = jnp.arange(ids.shape[1]) < lengths[:, None]

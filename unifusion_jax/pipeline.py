@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 
 from unifusion_jax import conditioning as states
-from unifusion_jax import description, flow, prompting, sharding, verifi
+from unifusion_jax import description, flow, metadata, prompting, sharding
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
-from unifusion_jax.request import Request, requests_for, SampleConfig, shape_like
+from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
 from unifusion_jax.weights import autoencoders, encoders, hub, quantize
 
 TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key to sample text; sampling steps fold in 0, 1, ...
@@ -47,7 +47,7 @@ class Result:
   images: list[Image.Image]
   rewrites: list[str]   # text that conditioned each
   warnings: list[str]   # '' for none
-  metadata: list[dict]  # prompt, rewrite, warning, seed and settings of each
+  metadata: list[dict]  # all that made each: UniFusionPipeline.metadata
 
   @property
   def arrays(self) -> list[np.ndarray]:
@@ -85,11 +85,14 @@ class UniFusionPipeline:
   """
 
   def __init__(self, model: unifusion.UniFusion, frozen: states.Frozen, prompt_encoder: transforms.PromptEncoder,
-               settings: SampleConfig | None = None, size: int = 512):
-    """`frozen` has vlm, vae and taps; `settings` are the defaults of every call; `size` as in Description."""
+               settings: SampleConfig | None = None, size: int = 512, origin: dict | None = None):
+    """`frozen` has vlm, vae and taps; `settings` are the defaults of every call; `size` as in Description.
+
+    origin: the names of the weights, for metadata and messages (`metadata.origin`).
+    """
     self.mesh = jax.tree.leaves(model)[0].sharding.mesh
     self.model, self.frozen, self.prompt_encoder = model, frozen, prompt_encoder
-    self.settings, self.size = settings or SampleConfig(), size
+    self.settings, self.size, self.origin = settings or SampleConfig(), size, origin or {}
     self._null = None
 
   @classmethod
@@ -101,7 +104,7 @@ class UniFusionPipeline:
     Args:
       name: 'tiny' for the embedded editing model; else a folder with config.json, weights and unifusion.json, or the
         hub id of one.
-      vlm, vae: a folder or hub id to use instead of those that unifusion.json names.
+      vlm, vae: a folder, a hub id or 'tiny' to use instead of those that unifusion.json names.
       dtype: 'float32' or 'bfloat16', of all weights and of the computation.
       quantized: of the VLM: '' for none, 'int8' for weights, 'w8a8' for activations too.
       transformer_quantized: the same for LAP, refiner and DiT.
@@ -115,12 +118,16 @@ class UniFusionPipeline:
     if transformer_quantized not in encoders.QUANTIZED:
       raise UserError(f'transformer_quantized={transformer_quantized!r} must be one of '
                       f'{", ".join(map(repr, encoders.QUANTIZED))}')
-    name = description.ASSETS / 'edit' if name == 'tiny' else name
+    name, vlm, vae = (description.ASSETS / part if given == 'tiny' else given
+                      for part, given in (('edit', name), ('vlm', vlm), ('vae', vae)))
     with jax.set_mesh(_mesh()):
-      folder = hub.resolve(name)
+      pinned = hub.pin(name)
+      folder = pinned.folder
       described = description.read(folder)
-      vlm = hub.resolve(vlm or description.part_of('vlm', described.vlm, name, folder))
-      vae = hub.resolve(vae or description.part_of('vae', described.vae, name, folder))
+      parts = (hub.pin(given or description.part_of(part, getattr(described, part), name, folder))
+               for part, given in (('vlm', vlm), ('vae', vae)))
+      (vlm, vae), names = zip(*((part.folder, part.name) for part in parts))
+      origin = metadata.origin(pinned.name, *names, dtype, dtype, quantized, transformer_quantized)
       config = dataclasses.replace(unifusion.read_config(folder), dtype=dtype)
       prompt_encoder = transforms.PromptEncoder.load(
           vlm, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system)
@@ -134,7 +141,7 @@ class UniFusionPipeline:
       model = unifusion.load(folder, config, jnp.dtype(dtype))
       if transformer_quantized:
         model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
-      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**described.sample), described.size)
+      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**described.sample), described.size, origin)
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,
@@ -157,10 +164,14 @@ class UniFusionPipeline:
       raise UserError(f'prompt={prompt!r} must be a text or a list of texts')
     if rewrite is not None:
       prompts = [text or rewrite for text in prompts]
-    if not prompts or not all(text.strip() for text in prompts):
-      raise UserError("nothing to generate: give a prompt, as in pipe('make the circle blue', images='photo.png')")
-    several = isinstance(images, (list, tuple))
-    references = tuple(imaging.read(image) for image in (images if several else () if images is None else (images,)))
+    prompts = {f'prompt {i}' if len(prompts) > 1 else 'prompt': text for i, text in enumerate(prompts, 1)}
+    empty = [place for place, text in prompts.items() if not text.strip()]
+    if empty or not prompts:
+      raise UserError(f'nothing to generate{f": {empty[0]} is empty" if len(prompts) > 1 else ""}: give a prompt, as '
+                      "in pipe('make the circle blue', images='photo.png')")
+    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    references = tuple(imaging.read(image) for image in images)
+    files = tuple(str(image) if isinstance(image, (str, os.PathLike)) else '' for image in images)
     arguments = [*self.settings.settings(), 'batch_size']
     for name in settings.keys() - set(arguments):
       near = difflib.get_close_matches(name, arguments, 1)
@@ -169,11 +180,12 @@ class UniFusionPipeline:
     s = self.settings.changed(num_images=num_images, seed=seed, height=height, width=width, **settings)
     if problems := s.problems(self.unit, ''):
       raise UserError('; '.join(problems))
-    height, width = shape_like(references[0] if references else None, self.size, s.height, s.width)
-    requests = requests_for(prompts, references, s.num_images, s.seed, rewrite)
-    size = min(s.batch_size, len(requests))
-    batches, samples = -(-len(requests) // size), []
-    for number, (part, rows) in enumerate(sharding.batched(requests, size)):
+    height, width = shape_like(references[0] if references else None, self.size, self.unit, s.height, s.width)
+    requests = requests_for(prompts, references, s.num_images, s.seed, rewrite, files)
+    prompting.check(self.prompt_encoder, requests, s, self._max_positions)
+    s = s.changed(batch_size=min(s.batch_size, len(requests)))
+    batches, samples = -(-len(requests) // s.batch_size), []
+    for number, (part, rows) in enumerate(sharding.batched(requests, s.batch_size)):
       report = callback and (lambda done, steps, number=number: callback(number * steps + done, batches * steps))
       samples += self.generate(rows, height, width, settings=s, callback=report)[:len(part)]
     return Result([Image.fromarray(sample.image) for sample in samples], [sample.rewrite for sample in samples],
@@ -193,10 +205,14 @@ class UniFusionPipeline:
       callback: called as callback(done, steps) after each step; steps are then dispatched one by one.
 
     Raises:
-      UserError: for a size that is no whole number of patches, and for text that is too long.
+      UserError: for a size that is no whole number of patches, settings out of range, text that is too long, and for
+        latents or pixels that are not finite.
     """
     s = settings or self.settings
+    check_ranges(start=start, **{name: value for name, value in vars(s).items() if name in LIMITS})
     self._check_size(height, width)
+    if init_images is not None and [np.shape(x) for x in init_images] != [(height, width, 3)] * len(requests):
+      raise UserError(f'init_images must be {len(requests)} images of shape {(height, width, 3)}, one for each request')
     conditioning, rewrites, warnings = self.encode(requests, s)
     seeds = [request.seed for request in requests]
     latents = self.noise(seeds, height, width)
@@ -209,7 +225,8 @@ class UniFusionPipeline:
                              method=s.method, eta=s.eta, seeds=seeds, first=first)
       if callback:
         callback(first + 1, s.steps)
-    return [Sample(*parts) for parts in zip(self.decode(latents)[:len(requests)], rewrites, warnings)]
+    return [Sample(*parts) for parts in zip(self.decode(latents, conditioning)[:len(requests)],
+                                              rewrites, warnings)]
 
   @_in_mesh
   def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
@@ -221,8 +238,7 @@ class UniFusionPipeline:
     rows = _padded(requests)
     prompts = prompting.Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
     images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
-    # The known answer of each row: a text, or RAW for the request itself; None: the VLM has to write it
-    answers = [row.rewrite if row.rewrite is not None else None if s.verifi else prompting.RAW for row in rows]
+    answers = prompts.known(s.verifi)
     written, failures = [None] * len(rows), {}
     conditioning = None
     if None in answers:
@@ -249,9 +265,7 @@ class UniFusionPipeline:
   def null(self) -> Conditioning:
     """Null conditioning, for guidance: the empty text without images, one row on every device; computed once."""
     if self._null is None:
-      encoder = self.prompt_encoder
-      spans = encoder.chat.spans('', (), '', encoder.system)
-      row = verifi.arrays(spans, encoder.lengths(0)[0], 1)  # its one token is the stop token
+      row = prompting.null(self.prompt_encoder)  # its one token is the stop token
       rows = sharding.shard(prompting.stacked([row] * sharding.padded_batch(1)))
       first = jax.tree.map(lambda x: x[:1], sharding.gather(self._read(rows, None)))
       self._null = jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
@@ -259,16 +273,16 @@ class UniFusionPipeline:
 
   @_in_mesh
   def noise(self, seeds: Sequence[int], height: int, width: int) -> jax.Array:
-    """Noise latents [b y x c], each from its own seed alone."""
+    """Noise latents [b y x c], each from its own seed alone, which may be any whole number."""
     self._check_size(height, width)
     vae = self.frozen.vae
     shape = height // vae.downsampling, width // vae.downsampling, vae.channels
-    return sharding.shard(np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32)
-                                    for seed in _padded(seeds)]))
+    return sharding.shard(np.stack([_rng(seed).standard_normal(shape, np.float32) for seed in _padded(seeds)]))
 
   @_in_mesh
   def add_noise(self, images, noise: jax.Array, t: float) -> jax.Array:
     """Latents [b y x c] of images uint8 [y x 3], noised to the time t (1 is noise)."""
+    check_ranges(t=t)
     return _noised(self.frozen.vae, sharding.shard(np.stack(_padded(list(images)))), noise, jnp.float32(t))
 
   @_in_mesh
@@ -277,6 +291,7 @@ class UniFusionPipeline:
     """Sampling times [steps + 1] from `start` to 0 for images of a size."""
     steps, shift = (default if value is None else value
                     for value, default in ((steps, self.settings.steps), (shift, self.settings.shift)))
+    check_ranges(steps=steps, shift=shift, start=start)
     return flow.timesteps(steps, shift or flow.shift_for((height // self.unit) * (width // self.unit)), start)
 
   @_in_mesh
@@ -296,6 +311,9 @@ class UniFusionPipeline:
     s = self.settings
     guidance = s.guidance if guidance is None else guidance
     method, eta = s.method if method is None else method, s.eta if eta is None else eta
+    check_ranges(guidance=guidance, eta=eta, first=first)
+    if method not in METHODS or (eta and method == 'heun'):
+      raise UserError(f"method={method!r} must be 'euler', or with eta=0 'heun'")
     if eta and seeds is None:
       raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
     null = None if guidance == 1 else null or self.null()
@@ -303,9 +321,22 @@ class UniFusionPipeline:
                     _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
 
   @_in_mesh
-  def decode(self, latents: jax.Array) -> np.ndarray:
-    """Latents [b y x c] -> images uint8 [b y x 3]."""
-    return sharding.gather(_decode(self.frozen.vae, latents))
+  def decode(self, latents: jax.Array, conditioning: Conditioning | None = None) -> np.ndarray:
+    """Latents [b y x c] -> images uint8 [b y x 3].
+
+    conditioning: of these latents, only to find the reason where they are not finite, which is a UserError.
+    """
+    images, finite = sharding.gather(_decode(self.frozen.vae, latents))
+    if conditioning is not None:
+      finite['conditioning'] = sharding.gather(_finite(conditioning))
+    wrong = next((name for name in ('conditioning', 'latents', 'pixels') if not np.all(finite.get(name, True))), None)
+    if wrong:
+      vlm, model, vae = (self.origin.get(part, {}).get('name', 'in use') for part in ('vlm', 'model', 'vae'))
+      weights = dict(conditioning=f'the VLM ({vlm}) or the transformer ({model}), which pools its states,',
+                     latents=f'the transformer ({model})', pixels=f'the autoencoder ({vae})')[wrong]
+      raise UserError(f'no image: its {wrong} came out as NaN or infinity, so the weights of {weights} hold such '
+                      'numbers, or some too large for their dtype: take others, or float32')
+    return images
 
   @property
   def unit(self) -> int:
@@ -313,11 +344,8 @@ class UniFusionPipeline:
     return self.frozen.vae.downsampling * self.model.config.dit.patch
 
   def metadata(self, request: Request, sample: Sample, settings: SampleConfig) -> dict:
-    """Origin of an image: prompt, rewrite, warning, seed and settings."""
-    height, width = sample.image.shape[:2]
-    system = settings.system or self.prompt_encoder.system
-    return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning, seed=request.seed,
-                settings=settings.settings() | dict(system=system, width=width, height=height))
+    """All that made an image, enough to make it again: `metadata.of`."""
+    return metadata.of(self, request, sample, settings)
 
   def _check_size(self, height: int, width: int) -> None:
     if height % self.unit or width % self.unit or min(height, width) < self.unit:
@@ -369,9 +397,14 @@ def _padded(items: Sequence) -> list:
   return next(sharding.batched(items, sharding.padded_batch(len(items))))[1]
 
 
+def _rng(seed: int) -> np.random.Generator:
+  """The random numbers of any whole number, also below 0 or of more than 64 bits."""
+  return np.random.default_rng(np.random.SeedSequence(abs(seed), spawn_key=(1,) if seed < 0 else ()))
+
+
 def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
-  """Random keys [b], one for each seed; each `stream` is an independent set of them."""
-  keys = jax.vmap(jax.random.key)(np.array(seeds) % 2 ** 32)
+  """Random keys [b], one for each seed (modulo 2^32); each `stream` is an independent set of them."""
+  keys = jax.vmap(jax.random.key)(np.array([seed % 2 ** 32 for seed in seeds], np.uint32))
   if stream is not None:
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
   return jax.random.wrap_key_data(sharding.shard(np.asarray(jax.random.key_data(keys))))
@@ -425,5 +458,13 @@ def _denoise(model, conditioning, null, latents, times, guidance, eta, keys, fir
 
 @jax.jit
 def _decode(vae, latents):
-  """Latents [b y x c] -> uint8 [b y x 3]."""
-  return imaging.to_uint8(vae.decode(latents))
+  """Latents [b y x c] -> uint8 [b y x 3], and {name: [b] bool} whether the latents and the pixels are finite."""
+  pixels = vae.decode(latents)
+  return imaging.to_uint8(pixels), {name: jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
+                                    for name, x in (('latents', latents), ('pixels', pixels))}
+
+
+@jax.jit
+def _finite(conditioning) -> jax.Array:
+  """Whether the condition tokens of each row are finite, [b] bool."""
+  return jnp.all(jnp.isfinite(conditioning.tokens) | ~conditioning.mask[..., None], axis=(1, 2))

@@ -7,9 +7,11 @@ import numpy as np
 
 from unifusion_jax import verifi
 from unifusion_jax.data import imaging, transforms
+from unifusion_jax.errors import UserError
 from unifusion_jax.request import Request, SampleConfig
 
 SYSTEM_BUCKET = 64  # extra tokens for a system prompt longer than training's: this many, or the next power of 2
+SHOWN = 20  # requests that one message names
 RAW = object()  # in place of an answer: the row is conditioned on its instruction, and its answer is empty
 
 
@@ -37,17 +39,25 @@ class Prompts:
   def of(cls, encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig,
          max_positions: int) -> 'Prompts':
     encoder = encoder.with_tiles(s.tiles)
-    references = [[imaging.read(image) for image in request.references] for request in requests]
-    references = [(imaging.stitch(images),) if s.stitch and images else images for images in references]
-    most, system = max(map(len, references)), s.system or encoder.system
+    # Requests that share their references, as those of one call do, share what is made of them
+    shown = {id(request.references): request.references for request in requests}
+    shown = {key: [imaging.read(image) for image in references] for key, references in shown.items()}
+    if s.stitch:
+      shown = {key: [imaging.stitch(images)] if images else [] for key, images in shown.items()}
+    most, system = max(map(len, shown.values())), s.system or encoder.system
     overflow = max(0, len(encoder.chat.system_ids(system)) - len(encoder.chat.system_ids(encoder.system)))
     count = 1 << (most - 1).bit_length() if most else 0
     extra = max(SYSTEM_BUCKET, 1 << (overflow - 1).bit_length()) if overflow else 0
     if encoder.lengths(count)[0] + extra + encoder.max_rewrite > max_positions:
       count, extra = most, overflow  # no room for buckets
-    images, counts = zip(*(encoder.image_processor.preprocess(images, count) for images in references))
+    shown = {key: encoder.image_processor.preprocess(images, count) for key, images in shown.items()}
+    images, counts = zip(*(shown[id(request.references)] for request in requests))
     return cls(encoder, requests, list(images) if count else None, counts, system,
                encoder.lengths(count)[0] + extra, count * encoder.image_processor.max_tokens, s.image_tokens)
+
+  def known(self, verifi: bool) -> list:
+    """Answer of each request that needs no writing: a text, or RAW for the request itself; None: the VLM writes it."""
+    return [request.rewrite if request.rewrite is not None else None if verifi else RAW for request in self.requests]
 
   def unanswered(self) -> list[dict[str, np.ndarray]]:
     """Prompts without answers, for the VLM to write."""
@@ -70,6 +80,44 @@ class Prompts:
 
   def _kinds(self, kinds: tuple[str, ...]) -> tuple[str, ...]:
     return kinds if self.image_tokens else tuple(kind for kind in kinds if kind != 'image')
+
+
+def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig, max_positions: int) -> None:
+  """Checks requests before any model is there: text that is readable and fits its tokens, and the system prompt.
+
+  Raises:
+    UserError: one, which names each request that is wrong by its place.
+  """
+  prompts = Prompts.of(encoder, requests, s, max_positions)
+  most = prompts.length + encoder.max_rewrite
+  if most > max_positions:
+    raise UserError(f'a prompt may have {prompts.length} tokens and a rewrite {encoder.max_rewrite}, together more '
+                    f'than the {max_positions} positions of the VLM: give fewer references, fewer tiles or a shorter '
+                    'system prompt')
+  if s.guidance != 1:
+    null(encoder)
+  checked, wrong = set(), {}
+  for request, count, answer in zip(requests, prompts.counts, prompts.known(s.verifi)):
+    text = request.place, request.instruction, request.rewrite, id(request.references)
+    if text not in checked:  # else it differs in its seed alone
+      checked.add(text)
+      try:
+        f'{request.instruction}{request.rewrite}'.encode()
+        one = dataclasses.replace(prompts, requests=[request], counts=(count,))
+        one.unanswered() if answer is None else one.answered([answer])
+      except UnicodeEncodeError as error:
+        wrong[request.place] = f'it holds a lone surrogate ({error.object[error.start]!r}), which is no text'
+      except verifi.TooLong as error:
+        wrong[request.place] = str(error)
+  if wrong:
+    more = [f'and {len(wrong) - SHOWN} more'] * (len(wrong) > SHOWN)
+    raise UserError('\n  '.join([f'{len(wrong)} of {len({text[0] for text in checked})} requests cannot be sampled:',
+                                 *[f'{place}: {reason}' for place, reason in wrong.items()][:SHOWN], *more]))
+
+
+def null(encoder: transforms.PromptEncoder) -> dict[str, np.ndarray]:
+  """The row of the null condition, for guidance: the empty text without images, of which the stop token conditions."""
+  return verifi.arrays(encoder.chat.spans('', (), '', encoder.system), encoder.lengths(0)[0], 1)
 
 
 def read_rewrites(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:

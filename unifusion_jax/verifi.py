@@ -184,6 +184,12 @@ class Chat:
             Span('stop', self.stop_ids[:1])]
 
   @functools.cached_property
+  def blank_ids(self) -> tuple[int, ...]:
+    """Ids of which text alone is left empty by `read`: white space and special tokens."""
+    texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))], skip_special_tokens=True)
+    return tuple(i for i, text in enumerate(texts) if not text.strip())
+
+  @functools.cached_property
   def _between(self) -> tuple[int, ...]:
     """The template's ids between the stop token of one turn and the next instruction."""
     turns = [*PLACEHOLDERS, *(slot + 'again' for slot in PLACEHOLDERS[1:])]
@@ -224,9 +230,10 @@ def arrays(spans: list[Span], length: int, cond_length: int,
   lengths = [len(span.ids) for span in spans]
   cond_index = np.flatnonzero(np.repeat([span.kind in kinds for span in spans], lengths)).astype(np.int32)
   if len(ids) > length or len(cond_index) > cond_length:
-    raise TooLong(f'a prompt of {len(ids)} tokens, {len(cond_index)} of them for the DiT, does not fit the {length} '
-                  f'and {cond_length} that are set: shorten the text or raise data.max_prompt_tokens / '
-                  'data.max_rewrite_tokens')
+    part, tokens, most = (('prompt', len(ids), length) if len(ids) > length else
+                          ('text for the DiT', len(cond_index), cond_length))
+    raise TooLong(f'a {part} of {tokens} tokens does not fit the {most} that are set: shorten the text or raise '
+                  'data.max_prompt_tokens / data.max_rewrite_tokens')
   written = np.repeat([span.kind in ('written', 'stop') for span in spans], lengths)
   return dict(input_ids=_padded(ids, length), attention_mask=np.arange(length) < len(ids),
               cond_index=_padded(cond_index, cond_length), cond_mask=np.arange(cond_length) < len(cond_index),

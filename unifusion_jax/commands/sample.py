@@ -1,16 +1,20 @@
-"""Sampling from the command line: images of the configuration's requests, and a grid of them. Also previews."""
+"""Sampling from the command line: images of the configuration's requests, and grids of them. Also previews."""
 
-import json
 import pathlib
+import sys
 
 import numpy as np
 
-from unifusion_jax import pipeline, sharding
-from unifusion_jax.data import imaging
+from unifusion_jax import metadata, pipeline, prompting, sharding
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import sheet
-from unifusion_jax.request import Request, requests_for, requests_of, SampleConfig, shape_like
+from unifusion_jax.request import prompt_lines, Request, requests_for, requests_of, SampleConfig, shape_like
 from unifusion_jax.training import checkpoint, record
+from unifusion_jax.weights import encoders
+
+CELL = 256  # pixels of an image in a grid
+PAGE = 64   # requests in a grid
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -19,61 +23,83 @@ def run(config, workdir: pathlib.Path) -> None:
     raise UserError('this recipe trains a part of a model, which samples no images: sample with configs/t2i.py or '
                     'configs/edit.py, or measure it with --mode=eval')
   record.check_same_model(config, workdir)
-  wanted, height, width = requests(config.sample, config.data.size)  # before anything slow is loaded
+  # All requests are checked before anything slow is loaded
+  wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
+  prompting.check(transforms.prompt_encoder(config), wanted, config.sample,
+                  encoders.config(config.vlm).text.max_positions)
+  if sharding.is_main_process():
+    imaging.check_writable(workdir / 'images')
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
-  run_requests(pipe, wanted, height, width, workdir / 'images', weights=weights, vlm=config.hub.get('vlm', config.vlm))
+  vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))
+  pipe.origin = metadata.origin(weights, vlm, vae, config.model.dtype, config.frozen_dtype, config.vlm_quantized)
+  run_requests(pipe, wanted, height, width, workdir / 'images')
   record.write(config, workdir, 'config_sample.json')
 
 
-def requests(settings: SampleConfig, size: int) -> tuple[list[Request], int, int]:
+def requests(settings: SampleConfig, size: int, unit: int) -> tuple[list[Request], int, int]:
   """Requests of `config.sample`, and their height and width: `num_images` for each line of the prompt.
 
   Raises:
-    UserError: when there is nothing to do, or an image cannot be read.
+    UserError: when there is nothing to do, or a file cannot be read.
   """
-  text = settings.prompt
-  if text.startswith('@'):
-    path = pathlib.Path(text[1:])
-    if not path.is_file():
-      raise UserError(f'sample.prompt={text}: there is no file {path}, and @ names one that holds a request a line')
-    text = path.read_text()
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  lines = prompt_lines(settings.prompt)
   if not lines and settings.rewrite is not None:
-    lines = [settings.rewrite]
+    lines = {'sample.rewrite': settings.rewrite}
   if not lines:
     raise UserError('nothing to sample: give --config.sample.prompt="..." (one request a line, or @file.txt)')
   references = tuple(imaging.read(path) for path in settings.references)
-  height, width = shape_like(references[0] if references else None, size, settings.height, settings.width)
-  return (requests_for(lines, references, settings.num_images, settings.seed, settings.rewrite), height, width)
+  height, width = shape_like(references[0] if references else None, size, unit, settings.height, settings.width)
+  return (requests_for(lines, references, settings.num_images, settings.seed, settings.rewrite, settings.references),
+          height, width)
 
 
 def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], height: int, width: int,
-                 folder: pathlib.Path, **models: str) -> None:
+                 folder: pathlib.Path) -> None:
   """Samples the requests, `batch_size` of the pipeline's settings at a time.
 
-  Writes each image at once as a PNG with its metadata (`models` too), numbered after those in the folder, and a grid at
-  the end.
+  Writes each image at once as a PNG with its metadata, numbered after those in the folder, and grids of PAGE requests:
+  grid.png, or if there are several, grid-NUMBER.png with the number of its first image.
+
+  Raises:
+    UserError: what stops it, after a line that says how far it came.
   """
-  number = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdigit()), default=-1)
-  size = min(pipe.settings.batch_size, len(requests))
-  rows, captions = [], []
-  for part, padded in sharding.batched(requests, size):
-    for request, sample in zip(part, pipe.generate(padded, height, width)):
-      rows.append([*request.references, sample.image])
-      captions.append([''] * (len(request.references) - 1) + ([request.instruction] if request.references else [])
-                      + [sample.rewrite])
-      if sharding.is_main_process():
-        metadata = pipe.metadata(request, sample, pipe.settings)
-        settings = metadata['settings'] | dict(references=pipe.settings.references) | models
-        path = folder / f'{number:03d}.png'
-        imaging.write_png(path, sample.image, metadata | dict(seed=str(request.seed), settings=json.dumps(settings)))
-        print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
-              + (f'\n  warning: {sample.warning}' if sample.warning else ''))
-      number += 1
-  if sharding.is_main_process():
-    imaging.write_png(folder / 'grid.png', imaging.grid(rows, captions))
-    print(f'{folder / "grid.png"}')
+  number = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdecimal()), default=-1)
+  settings = pipe.settings.changed(batch_size=min(pipe.settings.batch_size, len(requests)))
+  page, first, done = [], '', 0  # what a grid shows, the number of its first image, and all images so far
+  try:
+    for part, padded in sharding.batched(requests, settings.batch_size):
+      samples, problem = pipe.generate(padded, height, width, settings=settings), None
+      try:
+        for request, sample in zip(part, samples if sharding.is_main_process() else ()):
+          text = metadata.as_text(pipe.metadata(request, sample, settings))
+          path = imaging.write_new_png(folder, number, sample.image, text)
+          number, done = 1 + int(path.stem), done + 1
+          print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
+                + (f'\n  warning: {sample.warning}' if sample.warning else ''))
+          first = first or path.stem
+          page.append(_row(request, sample))
+          if len(page) == PAGE or done == len(requests):
+            path = folder / ('grid.png' if len(requests) <= PAGE else f'grid-{first}.png')
+            imaging.write_png(path, imaging.wrapped_grid(*zip(*page), CELL))
+            print(path)
+            page, first = [], ''
+      except UserError as error:
+        problem = error
+      if sharding.from_main_process(np.array([problem is not None], np.uint8))[0]:
+        raise problem or UserError('the first process could not write an image, and says why: all stop')
+  except BaseException:
+    if 0 < done < len(requests):
+      print(f'stopped after {done} of {len(requests)} images; the next was to be of {requests[done].place}, with '
+            f'sample.seed={requests[done].seed}', file=sys.stderr)
+    raise
+
+
+def _row(request: Request, sample: pipeline.Sample) -> tuple[list, list]:
+  """References and image at the size of a grid's cells, and the captions under them."""
+  images = [imaging.shrunk(imaging.read(image), CELL) for image in (*request.references, sample.image)]
+  captions = [''] * (len(request.references) - 1) + [request.instruction] * bool(request.references) + [sample.rewrite]
+  return images, captions
 
 
 def preview_grid(pipe: pipeline.UniFusionPipeline, records: list[dict]) -> np.ndarray:

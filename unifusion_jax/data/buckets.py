@@ -14,7 +14,7 @@ def canvases(aspects: tuple[str, ...], size: int, unit: int = 1) -> tuple[tuple[
 
   At size 1024 and unit 16: 1:1 is 1024 x 1024, 5:3 is 768 x 1280, 16:9 is 768 x 1360.
   """
-  return tuple(_canvas(_ratio(aspect), size, unit) for aspect in aspects)
+  return tuple(canvas(_ratio(aspect), size, unit) for aspect in aspects)
 
 
 def nearest(sizes: tuple[tuple[int, int], ...], height: int, width: int) -> int:
@@ -30,7 +30,8 @@ def _ratio(aspect: str) -> float:
   return int(width) / int(height)
 
 
-def _canvas(ratio: float, size: int, unit: int) -> tuple[int, int]:
+def canvas(ratio: float, size: int, unit: int) -> tuple[int, int]:
+  """(height, width) of about the ratio width / height: multiples of `unit`, at most size^2 pixels in all."""
   most = size ** 2 // unit ** 2  # squares of unit x unit
   if not most:
     raise UserError(f'data.size={size}: no canvas of so few pixels has sides that are multiples of data.unit={unit}: '

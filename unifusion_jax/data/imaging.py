@@ -7,8 +7,11 @@ dynamic preprocessing of InternVL (arXiv 2404.16821), as GotOcr2ImageProcessor d
 import contextlib
 import errno
 import io
+import itertools
+import math
 import os
 import pathlib
+import secrets
 import stat
 
 import numpy as np
@@ -229,12 +232,63 @@ def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> byte
 
 
 def write_png(path, image: np.ndarray, metadata: dict[str, str] | None = None) -> None:
-  """Writes the image [y x 3] to a PNG file, whole or not at all; missing folders are created."""
+  """Writes the image [y x 3] to a PNG file, whole or not at all; missing folders are created.
+
+  Raises:
+    UserError: when the file system does not take it.
+  """
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.{os.getpid()}')
-  partial.write_bytes(png_bytes(image, metadata))
-  os.replace(partial, path)
+  with _partial(path, png_bytes(image, metadata)) as partial:
+    os.replace(partial, path)
+
+
+def write_new_png(folder: pathlib.Path, number: int, image: np.ndarray,
+                  metadata: dict[str, str] | None = None) -> pathlib.Path:
+  """Writes the image to NUMBER.png, or the first number after it that is free; as `write_png`.
+
+  Nothing is overwritten, whoever else writes into the folder.
+  """
+  with _partial(folder / f'{number:03d}.png', png_bytes(image, metadata)) as partial:
+    for i in itertools.count(number):
+      path = folder / f'{i:03d}.png'
+      if _put_if_free(partial, path):
+        return path
+
+
+def check_writable(folder: pathlib.Path) -> None:
+  """UserError if images cannot be written into the folder, which is created."""
+  with _partial(folder / 'image', b''):
+    pass
+
+
+@contextlib.contextmanager
+def _partial(path: pathlib.Path, data: bytes):
+  """A file of the data beside `path`, for as long as the context lasts. UserError for an OSError in it."""
+  partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(data)
+    yield partial
+  except OSError as error:
+    raise UserError(f'{path} cannot be written ({error.strerror}): make room, or give another --workdir') from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+
+
+def _put_if_free(partial: pathlib.Path, path: pathlib.Path) -> bool:
+  """Gives the file `partial` the name `path` too, unless something has it."""
+  try:
+    os.link(partial, path)
+  except FileExistsError:
+    return False
+  except OSError:  # a file system without links
+    try:
+      os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+      return False
+    os.replace(partial, path)
+  return True
 
 
 def grid(rows, captions=None, titles=None, cell: int = 256, pad: int = 8) -> np.ndarray:
@@ -269,12 +323,40 @@ def grid(rows, captions=None, titles=None, cell: int = 256, pad: int = 8) -> np.
   return np.pad(sheet, ((pad, 0), (0, 0), (0, 0)), constant_values=255)
 
 
-def _enlarged(image: np.ndarray, factor: int, cell: int) -> np.ndarray:
+def wrapped_grid(groups, captions, cell: int = 256, aspect: float = 1.6) -> np.ndarray:
+  """`grid` of groups of images that stay side by side, as many to a row as bring the sheet near `aspect`, x / y.
+
+  Pairs have a gap between them; groups of three and more have a row each.
+
+  groups: lists of images [y x 3].  captions: like groups.
+  """
+  height = max(image.shape[0] for group in groups for image in group)
+  width = max(image.shape[1] for group in groups for image in group)
+  factor, font = max(1, cell // max(height, width)), ImageFont.load_default(size=13)
+  width, height = (min(side * factor, cell) for side in (width, height))
+  lines = [max(_label(text, width, font).shape[0] for text in texts) for texts in captions]
+  height, columns = height + sum(lines) / len(lines), max(map(len, groups))
+
+  def cost(n):  # the wrong aspect and the empty places
+    rows = -(-len(groups) // n)
+    return abs(math.log(n * columns * width / (rows * height) / aspect)) + math.log(rows * n / len(groups))
+
+  n = 1 if columns > 2 else min(range(1, len(groups) + 1), key=cost)
+  gap = columns > 1
+  rows = [[sum(([empty] * gap + part for part in parts[i + 1:i + n]), parts[i]) for i in range(0, len(parts), n)]
+          for parts, empty in ((groups, None), (captions, ''))]
+  return grid(*rows, cell=cell)
+
+
+def shrunk(image: np.ndarray, cell: int) -> np.ndarray:
+  """The image, scaled down where it is wider or higher than `cell` pixels."""
   y, x = image.shape[:2]
-  if max(y, x) > cell:
-    scale = cell / max(y, x)
-    return _stretch(image, max(1, round(x * scale)), max(1, round(y * scale)))
-  return image.repeat(factor, axis=0).repeat(factor, axis=1)
+  scale = cell / max(y, x)
+  return image if scale >= 1 else _stretch(image, max(1, round(x * scale)), max(1, round(y * scale)))
+
+
+def _enlarged(image: np.ndarray, factor: int, cell: int) -> np.ndarray:
+  return shrunk(image, cell) if max(image.shape[:2]) > cell else image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _label(text: str, width: int, font) -> np.ndarray:

@@ -190,7 +190,7 @@ class FlowMatching:
       return conditioning.select_tokens(hidden, batch['cond_index']), batch['cond_mask'], {}
     out = text_generation.generate(frozen.vlm, batch['input_ids'], batch['attention_mask'], images,
                                    max_new=frozen.max_rewrite, stop_ids=frozen.stop_ids, taps=frozen.taps)
-    valid = conditioning.is_valid_generation(out.ids, out.lengths, frozen.stop_ids, frozen.image_id)
+    valid = conditioning.is_valid_generation(out.ids, out.lengths, frozen.stop_ids, frozen.image_id, frozen.blank_ids)
     fallback = batch['needs_rewrite'] & ~valid
     lengths = out.lengths * (batch['needs_rewrite'] & valid)
     hidden, mask = conditioning.condition_states(

@@ -1,0 +1,67 @@
+"""Metadata of images: all that made one, enough to make the same again on a device of the same kind."""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+import unifusion_jax
+from unifusion_jax.data import imaging
+from unifusion_jax.description import ASSETS
+from unifusion_jax.request import Request, SampleConfig
+from unifusion_jax.weights import hub
+
+EMBEDDED = {(ASSETS / part).resolve(): 'tiny' for part in ('edit', 'vlm', 'vae')}  # as from_pretrained names them
+
+
+def weights(name) -> dict[str, str]:
+  """A checkpoint's name; of a folder its fingerprint too. A hub id has its commit in the name (hub.Pinned)."""
+  folder = pathlib.Path(name).expanduser()
+  if not folder.is_dir():
+    return dict(name=str(name))
+  return dict(name=EMBEDDED.get(folder.resolve(), str(name)), fingerprint=hub.fingerprint(folder))
+
+
+def origin(model, vlm, vae, dtype: str, frozen_dtype: str, quantized: str = '',
+           transformer_quantized: str = '') -> dict:
+  """Weights by name and fingerprint, their dtypes, and the quantisation of the VLM and of the transformer."""
+  return dict(model=weights(model), vlm=weights(vlm), vae=weights(vae), dtype=dtype, frozen_dtype=frozen_dtype,
+              quantized=quantized, transformer_quantized=transformer_quantized)
+
+
+def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
+  """Metadata of a pipeline's `Sample`.
+
+  prompt: the request.  seed: as given.
+  rewrite: the text that conditioned.  warning: why it is not the VLM's, '' for none.
+  settings: fields of SampleConfig. `rewrite` is the text that was given, if any, and `batch_size` the number of rows
+    that were sampled together.
+  references: file and digest of each.
+  origin: `origin`, and what the pipeline knows of itself, the software and the devices.
+  """
+  height, width = sample.image.shape[:2]
+  encoder = pipe.prompt_encoder
+  used = dict(rewrite=request.rewrite, system=settings.system or encoder.system, width=width, height=height,
+              batch_size=settings.batch_size)
+  pipeline = dict(taps=list(pipe.frozen.taps), max_prompt_tokens=encoder.max_prompt,
+                  max_rewrite_tokens=encoder.max_rewrite, tiles=getattr(encoder.image_processor, 'tiles', 0),
+                  size=pipe.size)
+  software = dict(unifusion_jax=unifusion_jax.__version__, jax=jax.__version__,
+                  device=pipe.mesh.devices.flat[0].device_kind, mesh=dict(pipe.mesh.shape))
+  files = request.files or [''] * len(request.references)
+  return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning, seed=request.seed,
+              settings=settings.settings() | used, references=list(map(_reference, request.references, files)),
+              origin=pipe.origin | pipeline | software)
+
+
+def as_text(metadata: dict) -> dict[str, str]:
+  """Metadata as the text entries of a PNG: what is no text in JSON."""
+  return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+
+
+def _reference(image, file: str) -> dict[str, str]:
+  """A reference's file ('' for none) and a digest of its pixels, as `imaging.read` gives them."""
+  pixels = np.ascontiguousarray(imaging.read(image))
+  return dict(file=file, digest=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16])
