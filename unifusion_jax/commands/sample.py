@@ -68,7 +68,8 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
         path = folder / f'{number:03d}.png'
         imaging.write_png(path, sample.image, metadata | dict(seed=str(request.seed), settings=json.dumps(settings)))
         print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
-              + (f'\n  warning: {sample.warning}' if sample.warning else ''))
+              + (f'\n  warning: {sample.warning}' if sample.warning else '')
+              + (f'\n  remark:  {sample.remark}' if sample.remark else ''))
       number += 1
   if sharding.is_main_process():
     imaging.write_png(folder / 'grid.png', imaging.grid(rows, captions))
