@@ -1,6 +1,6 @@
 """Remarks on what the embedded VLM writes: how often on a rewrite that is right, and how often on one that is wrong.
 
-  python -m benchmarks.remarks                        # split test and the handwritten requests, about 2 minutes on 2 cores
+  python -m benchmarks.remarks                        # split test and the handwritten requests
   python -m benchmarks.remarks --split=train --show=5 # to look at single ones: the test split is for figures alone
 
 A rewrite is right if it meets every constraint of the true caption. 'closed' has the VLM's own vocabulary, 'english' is

@@ -42,7 +42,8 @@ def remark(request: str, written: str, references: int = 0, vocabulary: Vocabula
   for clause in Clause.of(request, vocabulary.phrases, bool(references)):
     missing += _missing_quotes(clause, request, written)
     if vocabulary.closed:
-      missing += [*_missing_things(clause, have, vocabulary), *_missing_attributes(clause, have)]
+      things = list(_missing_things(clause, have, vocabulary))
+      missing += things + [text for text in _missing_attributes(clause, have) if not any(text in t for t in things)]
       surplus += [thing.text for thing in clause.removed() if any(other.fits(thing) for other in _objects(have))]
       unknown += _unknown(clause, vocabulary)
     else:
@@ -53,12 +54,17 @@ def remark(request: str, written: str, references: int = 0, vocabulary: Vocabula
   return '; '.join(head + ', '.join(dict.fromkeys(listed)) for head, listed in parts if listed)
 
 
+def _spaced(text: str) -> str:
+  """The words alone, each between spaces."""
+  return ' '.join(['', *(word for word in wording.split(text) if word[0].isalnum()), ''])
+
+
 def _missing_quotes(clause: Clause, request: str, written: str) -> Iterator[str]:
-  have = ' '.join(['', *wording.split(written), ''])
+  have = _spaced(written)
   for match in wording.QUOTES.finditer(clause.text):
     quoted, before = match[1] or match[2], wording.split(clause.text[:match.start()])[-1:]
     added = not clause.edit or not clause.removes and bool(set(before) & _BEFORE_QUOTE)
-    if added and ' '.join(['', *(w for w in wording.split(quoted) if w[0].isalnum()), '']) not in have:
+    if added and _spaced(quoted) not in have:
       start = request.lower().find(quoted)
       yield f'"{request[start:start + len(quoted)] if start >= 0 else quoted}"'
 
@@ -102,7 +108,7 @@ def _unknown(clause: Clause, vocabulary: Vocabulary) -> list[str]:
   known = {*vocabulary.words, *(word for listed in vocabulary.phrases.values() for words, *_ in listed
                                 for word in words[:1])}
   unknown = [item.text for item in items if item.kind == 'word' and item.text not in vocabulary.words and
-             not (len(item.text) > 3 and difflib.get_close_matches(item.text, known, 1, 0.75))]
+             not (len(item.text) > 3 and difflib.get_close_matches(item.text, known, 1, 0.82))]
   return unknown if 2 * len(unknown) >= len(items) or not clause.edit and not clause.things else []
 
 

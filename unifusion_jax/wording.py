@@ -75,7 +75,8 @@ class Vocabulary:
       raw = json.loads(path.read_text())
       return cls(raw['kinds'], raw['shades'], frozenset(raw['words']), raw['most'])
     except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f'{path} must hold the words of a VLM as {ENGLISH} has them: mend or remove it ({error!r})') from error
+      raise UserError(f'{path} must hold the words of a VLM as {ENGLISH} has them: mend or remove it ({error!r})'
+                      ) from error
 
   @property
   def closed(self) -> bool:
@@ -227,9 +228,9 @@ class Clause:
   def _negated(self) -> dict[int, str]:
     negated, negation = {}, ''
     for i, item in enumerate(self.items):
-      following = self._next(i).text
-      if item.text in ('no', 'without', 'not', 'neither', 'nor') and following not in _IDIOMS and (
-          not following.endswith('ing')):
+      following = self._next(i)
+      gerund = item.text != 'no' and following.kind == 'word' and following.text.endswith('ing')  # 'without changing it'
+      if item.text in ('no', 'without', 'not', 'neither', 'nor') and not gerund and following.text not in _IDIOMS:
         negation = item.text
       elif item.kind == 'stop' or item.text in _SCOPE_ENDS:
         negation = ''
@@ -276,11 +277,11 @@ class Clause:
     return old
 
   def _predicate(self, i: int) -> bool:
-    if self.markers[i] == 'definite':
-      return False
     if self.items[i].kind == 'place':
       return (bool(_MOVING.search(self.text)) and i == len(self.items) - 1 and
               sum(item.kind == 'place' for item in self.items) == 1)
+    if self.markers[i] == 'definite':
+      return False
     following = self._next(i)
     ends = following.kind not in ('word', 'count', *ATTRIBUTES) or following.text in FUNCTION
     relative = [item.text for item in self.items[max(0, i - 2):i]] in (['that', 'is'], ['that', 'are'], ['which', 'is'])

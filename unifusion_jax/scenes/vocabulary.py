@@ -4,6 +4,7 @@
 """
 
 import collections
+import difflib
 import json
 import pathlib
 
@@ -13,7 +14,8 @@ from unifusion_jax import wording
 from unifusion_jax.scenes import examples, words, world
 
 SHAPES = ('shape', 'object', 'thing')  # any shape
-SEEN = 6  # a word of fewer training requests is a slip of casual.py
+SEEN = 3  # a word of fewer training requests is a slip of casual.py, and so is one like a word before it ...
+OFTEN = 40  # ... unless it occurs more often than this
 TASKS = ('rewrite', 'edit', 'multi')
 
 
@@ -38,7 +40,7 @@ def kinds() -> dict[str, dict[str, list[str]]]:
           for kind, table in tables.items()}
 
 
-def build(folder: str, count: int = 4000) -> None:
+def build(folder: str, count: int = 8000) -> None:
   """Writes remarks.json, with the words of the first `count` training requests of each task that no table has."""
   phrases = wording.Vocabulary(kinds()).phrases
   seen = collections.Counter()
@@ -46,9 +48,13 @@ def build(folder: str, count: int = 4000) -> None:
     for i in range(count):
       request = examples.example(task, 'train', i, images=False, wide=True)['instruction']
       seen.update({item.text for item in wording.read(request, phrases) if item.kind == 'word'})
-  known = sorted(word for word, times in seen.items() if times >= SEEN and word.isalpha())
+  known, others = [], [word for listed in phrases.values() for words, *_ in listed for word in words]
+  for word, times in seen.most_common():
+    if times >= SEEN and word.isalpha() and (
+        times > OFTEN or not difflib.get_close_matches(word, known + others, 1, 0.8)):
+      known.append(word)
   # An image of scenes has at most four objects
-  contents = dict(kinds=kinds(), shades={}, words=known, most=4)
+  contents = dict(kinds=kinds(), shades={}, words=sorted(known), most=4)
   (pathlib.Path(folder) / wording.FILE).write_text(json.dumps(contents, indent=0) + '\n')
 
 
