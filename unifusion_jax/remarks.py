@@ -105,10 +105,8 @@ def _unknown(clause: Clause, vocabulary: Vocabulary) -> list[str]:
   """Words that the VLM was never trained on, where they are half of the clause or no shape is named beside them."""
   items = [item for item in clause.items if item.kind not in ('stop', 'count') and item.text not in FUNCTION
            and not item.text[0].isdigit()]
-  known = {*vocabulary.words, *(word for listed in vocabulary.phrases.values() for words, *_ in listed
-                                for word in words[:1])}
   unknown = [item.text for item in items if item.kind == 'word' and item.text not in vocabulary.words and
-             not (len(item.text) > 3 and difflib.get_close_matches(item.text, known, 1, 0.82))]
+             not (len(item.text) > 3 and difflib.get_close_matches(item.text, vocabulary.known, 1, 0.82))]
   return unknown if 2 * len(unknown) >= len(items) or not clause.edit and not clause.things else []
 
 

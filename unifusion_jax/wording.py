@@ -93,6 +93,11 @@ class Vocabulary:
     """The same with shades, for rewrites."""
     return _by_first_word(self.kinds, self.shades)
 
+  @functools.cached_property
+  def known(self) -> frozenset[str]:
+    """Words of a closed vocabulary: its own and the first of each phrase."""
+    return self.words | set(self.phrases)
+
 
 def _by_first_word(kinds: dict, shades: dict) -> dict[str, list]:
   meanings = {}
@@ -229,7 +234,7 @@ class Clause:
     negated, negation = {}, ''
     for i, item in enumerate(self.items):
       following = self._next(i)
-      gerund = item.text != 'no' and following.kind == 'word' and following.text.endswith('ing')  # 'without changing it'
+      gerund = item.text != 'no' and following.kind == 'word' and following.text.endswith('ing')  # 'without moving'
       if item.text in ('no', 'without', 'not', 'neither', 'nor') and not gerund and following.text not in _IDIOMS:
         negation = item.text
       elif item.kind == 'stop' or item.text in _SCOPE_ENDS:
