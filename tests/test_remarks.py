@@ -38,6 +38,7 @@ PROMPTS = [
     ('no more rain, a logo with no background', 'Rain on a plain background.', ''),
     ('a sign "OPEN 24 hours"', "A neon sign that reads 'Open, 24 Hours'.", ''),
     ('a sign “OPEN”', 'A sign that says CLOSED.', 'asked for and not written: "OPEN"'),
+    ('a red logo', 'A logo in "red".', ''),
     ("a sign 'OPEN'", 'A blank sign.', 'asked for and not written: "OPEN"'),
     ("rock 'n' roll, the dogs' toys and a 5'10\" man", 'A band on stage.', ''),
     ('ein roter Kreis', 'A red circle.', ''),  # the VLM may know German
@@ -111,7 +112,7 @@ def test_requests_of_the_world_and_their_captions_end_in_none(task, references):
 
 def test_any_text_can_be_read():
   rng = random.Random(0)
-  parts = ['7', ' ', 'no ', "'", '"', '“', 'red', '-', 'circles', '\n', 'ß', '²', '٣', '. ', 'instead of ', 'a ', '99999']
+  parts = ['7', ' ', 'no ', "'", '"', '“', 'red', '-', 'circles', '\n', 'ß', '²', '٣', '. ', 'instead of ', 'a ']
   texts = [''.join(rng.choices(parts, k=rng.randrange(12))) for _ in range(300)]
   for request, written in zip(texts, reversed(texts)):
     for references, known in ((0, None), (1, None), (0, SCENES), (2, SCENES)):

@@ -37,7 +37,7 @@ def remark(request: str, written: str, references: int = 0, vocabulary: Vocabula
     vocabulary: None: plain English.
   """
   vocabulary = vocabulary or Vocabulary.of()
-  have = Clause(written, vocabulary.written_phrases)
+  have = Clause(written, wording.read(written, vocabulary.written_phrases))
   missing, surplus, unknown = [], [], []
   for clause in Clause.of(request, vocabulary.phrases, bool(references)):
     missing += _missing_quotes(clause, request, written)
@@ -62,7 +62,7 @@ def _spaced(text: str) -> str:
 def _missing_quotes(clause: Clause, request: str, written: str) -> Iterator[str]:
   have = _spaced(written)
   for match in wording.QUOTES.finditer(clause.text):
-    quoted, before = match[1] or match[2], wording.split(clause.text[:match.start()])[-1:]
+    quoted, before = match[1] or match[2], wording.split(clause.text[:match.start()][-40:])[-1:]
     added = not clause.edit or not clause.removes and bool(set(before) & _BEFORE_QUOTE)
     if added and _spaced(quoted) not in have:
       start = request.lower().find(quoted)

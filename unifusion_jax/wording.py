@@ -196,18 +196,17 @@ class Clause:
     negated: {index of an item: the negation that rules it out}.
   """
 
-  def __init__(self, text: str, phrases: dict[str, list], edit: bool = False):
-    self.text, self.edit = text, edit
-    self.items = read(QUOTES.sub(' ', text), phrases)
+  def __init__(self, text: str, items: list[Item], edit: bool = False):
+    self.text, self.items, self.edit = text, items, edit
     self.things, self.markers = self._things()
     self.negated = self._negated()
     self.removes = edit and bool(_REMOVAL.search(text))
 
   @classmethod
   def of(cls, request: str, phrases: dict[str, list], edit: bool) -> list['Clause']:
-    """The clauses of a request, one for each change that an edit asks for."""
+    """The clauses of a request, one for each change that an edit asks for; quoted words are no items."""
     texts = _CLAUSES.split(plain(request)) if edit else [plain(request)]
-    return [cls(text, phrases, edit) for text in texts if text.strip()]
+    return [cls(text, read(QUOTES.sub(' ', text), phrases), edit) for text in texts if text.strip()]
 
   def _next(self, i: int) -> Item:
     return self.items[i + 1] if i + 1 < len(self.items) else Item('stop', frozenset(), '')
