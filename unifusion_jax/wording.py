@@ -117,8 +117,9 @@ def plural(noun: str) -> str:
 
 
 def plain(text: str) -> str:
-  """The text in lower case, with straight quotes and one spelling."""
+  """The text in lower case, with straight quotes, one spelling and 'not' as a word."""
   text = text.translate(str.maketrans('“”„«»‘’‚', '"""""\'\'\'')).lower()
+  text = re.sub(r"n't\b", ' not', text)
   return text.replace('centre', 'center').replace('gray', 'grey').replace('color', 'colour')
 
 
