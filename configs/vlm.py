@@ -1,6 +1,7 @@
 """Embedded VLM: InternVL's architecture at 2.8M parameters, with a tokenizer of its own, on scenes at 64 px.
 
-  python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only for another language
+  python -m unifusion_jax.scenes.tokenizer --out=unifusion_jax/assets/tiny/vlm   # only for another language,
+  python -m unifusion_jax.scenes.vocabulary --out=unifusion_jax/assets/tiny/vlm  # as this
   python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower      # first the vision tower alone
   python -m unifusion_jax.main --config=configs/vlm.py:tower --workdir=runs/tower --mode=export
   python -m unifusion_jax.main --config=configs/vlm.py --config.init=runs/tower/export   # then the whole VLM

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from unifusion_jax import conditioning as states
-from unifusion_jax import description, flow, metadata, prompting, sharding
+from unifusion_jax import description, flow, metadata, prompting, remarks, sharding, wording
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
@@ -39,6 +39,7 @@ class Sample:
   image: np.ndarray  # uint8 [y x 3]
   rewrite: str       # text that conditioned it
   warning: str = ''  # why the VLM's rewrite was not used; '' when it was, or was not wanted
+  remark: str = ''   # what the request asks for and the VLM's rewrite does not say (remarks.py); '' for nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Result:
   images: list[Image.Image]
   rewrites: list[str]   # text that conditioned each
   warnings: list[str]   # '' for none
+  remarks: list[str]    # '' for none
   metadata: list[dict]  # all that made each: UniFusionPipeline.metadata
 
   @property
@@ -62,10 +64,11 @@ class Conditioning(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """Conditioning of requests, with the text and the warning ('' for none) of each."""
+  """Conditioning of requests, with the text, the warning and the remark ('' for none) of each."""
   conditioning: Conditioning
   rewrites: list[str]
   warnings: list[str]
+  remarks: list[str]
 
 
 def _in_mesh(method):
@@ -93,6 +96,7 @@ class UniFusionPipeline:
     self.mesh = jax.tree.leaves(model)[0].sharding.mesh
     self.model, self.frozen, self.prompt_encoder = model, frozen, prompt_encoder
     self.settings, self.size, self.origin = settings or SampleConfig(), size, origin or {}
+    self.vocabulary = wording.Vocabulary.of(prompt_encoder.folder)
     self._null = None
 
   @classmethod
@@ -189,7 +193,7 @@ class UniFusionPipeline:
       report = callback and (lambda done, steps, number=number: callback(number * steps + done, batches * steps))
       samples += self.generate(rows, height, width, settings=s, callback=report)[:len(part)]
     return Result([Image.fromarray(sample.image) for sample in samples], [sample.rewrite for sample in samples],
-                  [sample.warning for sample in samples],
+                  [sample.warning for sample in samples], [sample.remark for sample in samples],
                   [self.metadata(request, sample, s) for request, sample in zip(requests, samples)])
 
   @_in_mesh
@@ -213,7 +217,7 @@ class UniFusionPipeline:
     self._check_size(height, width)
     if init_images is not None and [np.shape(x) for x in init_images] != [(height, width, 3)] * len(requests):
       raise UserError(f'init_images must be {len(requests)} images of shape {(height, width, 3)}, one for each request')
-    conditioning, rewrites, warnings = self.encode(requests, s)
+    conditioning, *texts = self.encode(requests, s)
     seeds = [request.seed for request in requests]
     latents = self.noise(seeds, height, width)
     if init_images is not None:
@@ -225,14 +229,14 @@ class UniFusionPipeline:
                              method=s.method, eta=s.eta, seeds=seeds, first=first)
       if callback:
         callback(first + 1, s.steps)
-    return [Sample(*parts) for parts in zip(self.decode(latents, conditioning)[:len(requests)],
-                                              rewrites, warnings)]
+    return [Sample(*parts) for parts in zip(self.decode(latents, conditioning)[:len(requests)], *texts)]
 
   @_in_mesh
   def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
     """Conditioning of requests: the VLM writes a rewrite where none is given, and reads the given ones.
 
-    An unusable rewrite (`prompting.read_rewrites`) is replaced by the request itself, with a warning.
+    An unusable rewrite (`prompting.read_rewrites`) is replaced by the request itself, with a warning. What the VLM
+    wrote and did not keep of the request is a remark.
     """
     s = settings or self.settings
     rows = _padded(requests)
@@ -259,7 +263,9 @@ class UniFusionPipeline:
     rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
                 for row, text, new in zip(rows, answers, written)]
     warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else '' for i in range(len(rows))]
-    return Encoded(conditioning, rewrites[:len(requests)], warnings[:len(requests)])
+    notes = [remarks.remark(row.instruction, new, len(row.references), self.vocabulary) if text is None else ''
+             for row, text, new in zip(rows, answers, written)]
+    return Encoded(conditioning, *(texts[:len(requests)] for texts in (rewrites, warnings, notes)))
 
   @_in_mesh
   def null(self) -> Conditioning:

@@ -76,7 +76,8 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
           path = imaging.write_new_png(folder, number, sample.image, text)
           number, done = 1 + int(path.stem), done + 1
           print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
-                + (f'\n  warning: {sample.warning}' if sample.warning else ''))
+                + (f'\n  warning: {sample.warning}' if sample.warning else '')
+                + (f'\n  remark:  {sample.remark}' if sample.remark else ''))
           first = first or path.stem
           page.append(_row(request, sample))
           if len(page) == PAGE or done == len(requests):

@@ -14,7 +14,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from unifusion_jax import ranges, sharding
+from unifusion_jax import ranges, sharding, wording
 from unifusion_jax.data import loader, transforms
 from unifusion_jax.data.loader import is_list
 from unifusion_jax.models import internvl, layers
@@ -205,5 +205,6 @@ def _save_processors(vlm: internvl.InternVL, tokenizer: str, folder: pathlib.Pat
                 max_patches=12, do_convert_rgb=True)
   (folder / 'preprocessor_config.json').write_text(json.dumps(pixels, indent=2) + '\n')
   if pathlib.Path(tokenizer).resolve() != folder.resolve():
-    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
-      shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', wording.FILE):
+      if (pathlib.Path(tokenizer) / name).exists():
+        shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)
