@@ -147,6 +147,12 @@ def test_the_log_names_step_and_file(saved, mesh, caplog):
   assert restored(saved, mesh) == (2, 20)
 
 
+def test_damaged_metadata_are_one_line(saved, mesh, caplog):
+  DAMAGE['garbage'](saved / 'checkpoints' / '2' / '_CHECKPOINT_METADATA')
+  assert restored(saved, mesh) == (1, 10)
+  assert len(caplog.records) == 1
+
+
 def test_a_reader_passes_over_and_changes_nothing(saved, mesh):
   """Sampling looks at what it reads: the EMA."""
   abstract = jax.eval_shape(lambda: small_state(0).ema)

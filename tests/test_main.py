@@ -180,3 +180,13 @@ def test_a_traceback_where_it_is_asked_for(monkeypatch):
   monkeypatch.setenv('UNIFUSION_TRACEBACK', '1')
   with pytest.raises(UserError, match='train|sample|rewrite|eval'):
     main.run()
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(main.app, 'run', interrupted)
+  with pytest.raises(SystemExit) as ended:
+    main.run()
+  assert ended.value.code == 130 and capsys.readouterr().err == 'interrupted\n'

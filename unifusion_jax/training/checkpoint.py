@@ -233,9 +233,11 @@ def _told(error: Exception, folder: pathlib.Path) -> Exception:
   return told
 
 
-def _raised_again(entry) -> bool:
-  """Drops tracebacks that orbax logs, in every thread of a failed save: `wait` raises the error."""
-  return not (entry.exc_info and f'{os.sep}orbax{os.sep}' in entry.pathname)
+def _tells_more(entry) -> bool:
+  """False for what orbax logs beside: tracebacks of a failed save, in every thread (`wait` raises the error), and
+  metadata that cannot be read (the digests say so)."""
+  of_orbax = f'{os.sep}orbax{os.sep}' in entry.pathname
+  return not (of_orbax and (entry.exc_info or 'Metadata file' in str(entry.msg)))
 
 
-logging.get_absl_logger().addFilter(_raised_again)
+logging.get_absl_logger().addFilter(_tells_more)
