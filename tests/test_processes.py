@@ -1,4 +1,4 @@
-"""Several processes: arrays of all are put together, fetched whole by each, and the data ends for all at once."""
+"""Several processes: arrays of all are put together, they train as one would, and all end at once."""
 
 import socket
 import subprocess
@@ -9,16 +9,18 @@ import pytest
 START = '''
 import sys
 import jax
+port, here, count, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 2)
-jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+jax.config.update('jax_num_cpu_devices', 4 // count)
+jax.config.update('jax_disable_most_optimizations', True)
+if count > 1:
+  jax.distributed.initialize(f'localhost:{port}', count, here)
 import numpy as np
 from unifusion_jax import sharding
 from unifusion_jax.data import loader
 from unifusion_jax.errors import BrokenRecord
 
 mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2))
-here = jax.process_index()
 
 
 class Numbers:
@@ -43,7 +45,7 @@ class Numbers:
 
 
 def feed(source, share=1.0):
-  batches = loader.batches([(source, 1.0)], lambda record, rng: record, 4, 0, here, jax.process_count())
+  batches = loader.batches([(source, 1.0)], lambda record, rng: record, 4, 0, sharding.rows(4))
   return loader.Feed(batches, share)
 
 
@@ -62,13 +64,13 @@ def train(data, steps):
 '''
 
 
-def run(program: str) -> list[tuple[int, str, str]]:
-  """(return code, last line of output, errors) of the program in two processes of two devices each."""
+def run(program: str, count: int = 2, folder: str = '') -> list[tuple[int, str, str]]:
+  """(return code, last line of output, errors) of the program in processes that have four devices in all."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  running = [subprocess.Popen([sys.executable, '-c', START + program, str(port), str(i)], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) for i in range(2)]
+  running = [subprocess.Popen([sys.executable, '-c', START + program, str(port), str(i), str(count), folder],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(count)]
   try:
     outputs = [process.communicate(timeout=120) for process in running]
   finally:
@@ -89,13 +91,21 @@ with jax.set_mesh(mesh):
   np.testing.assert_array_equal(sharding.gather(sharding.shard_batch(mine, mesh)), whole)
   rows = sharding.tell_all(np.array([here, 7 + here], np.int32))
   np.testing.assert_array_equal(sharding.local(rows), [[0, 7], [1, 8]])
+  # On a mesh in another order, and with processes that share the work of an example
+  for shape, order, rows in (((1, 4, 1), [0, 2, 1, 3], [[0, 1, 4, 5], [2, 3, 6, 7]][here]),
+                             ((1, 1, 4), [0, 1, 2, 3], range(8)), ((1, 2, 2), [0, 2, 1, 3], range(8))):
+    other = jax.sharding.Mesh(np.array(jax.devices())[order].reshape(shape), sharding.AXES,
+                              axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    with jax.set_mesh(other):
+      assert sharding.rows(8) == list(rows), sharding.rows(8)
+      np.testing.assert_array_equal(sharding.gather(sharding.shard_batch(whole[sharding.rows(8)], other)), whole)
   print('leads' if sharding.is_main_process() else 'follows')
 ''')
   assert [(code, out) for code, out, _ in results] == [(0, 'leads'), (0, 'follows')], results
 
 
 def test_they_read_one_order_and_go_on_in_it():
-  """The batches of one process, each its rows of them; after a restart too, though one batch was read early."""
+  """The batches of one process, row by row; after a restart too, though one batch was read early."""
   results = run('''
 with jax.set_mesh(mesh):
   straight, total = train(feed(Numbers()), 8)
@@ -105,11 +115,96 @@ with jax.set_mesh(mesh):
   resumed.set_state(first.get_state())
   assert parts + train(resumed, 5)[0] == straight and total == np.sum(straight)
   alone = loader.batches([(Numbers(), 1.0)], lambda record, rng: record, 4, 0)
-  interleaved = [np.concatenate([x[0::2], x[1::2]]).tolist() for x in (next(alone)['x'] for _ in range(8))]
-  assert straight == interleaved, (straight, interleaved)
+  assert straight == [next(alone)['x'].tolist() for _ in range(8)]
   print('same')
 ''')
   assert [(code, out) for code, out, _ in results] == [(0, 'same')] * 2, results
+
+
+TRAINING = '''
+import json, pathlib
+from unifusion_jax import config
+from unifusion_jax.commands import train
+from unifusion_jax.models import vae
+from unifusion_jax.scenes import autoencoder
+from unifusion_jax.training import step
+
+made = config.Config(
+    objective=autoencoder.AutoencoderObjective(kl=1.0), mesh=sharding.MeshConfig(data=2, fsdp=2),
+    model=vae.VAEConfig(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                        mid_block_add_attention=False, scaling_factor=1.0),
+    data=config.DataConfig(tasks=(loader.Task('t2i/1-2'),), batch_size=8))
+tx = step.optimizer(made.optim, 10)
+train_step = step.make_train_step(made.objective.loss, tx, made.optim)
+
+
+def steps(state, data, count):
+  """The state after some steps, and the rows and the loss of each."""
+  seen = []
+  for _ in range(count):
+    batch = sharding.shard_batch(next(data), mesh)
+    state, scalars = train_step(state, None, batch, jax.random.key(0))
+    rows = sharding.gather(batch)
+    seen.append([rows['number'].tolist(), int(rows['target'].sum()), float(scalars['loss'])])
+  return state, seen
+
+
+def leaves(state):
+  return [np.asarray(sharding.gather(x)) for x in jax.tree.leaves(state)]
+
+
+saved = pathlib.Path(folder)
+with jax.set_mesh(mesh):
+  fresh = jax.jit(lambda: step.init(made.objective.random(made), tx))()
+  data = train.batches(made)
+'''
+
+
+def test_one_process_trains_as_two_and_goes_on_where_they_stopped(tmp_path):
+  """The same rows in the same noise; the sums over devices are added in another order, so the last bits differ."""
+  two = run(TRAINING + '''
+  state, first = steps(fresh, data, 3)
+  middle, position = leaves(state), data.get_state()
+  state, rest = steps(state, data, 3)
+  end = leaves(state)
+  if here == 0:
+    np.savez(saved / 'middle.npz', *middle)
+    np.savez(saved / 'end.npz', *end)
+    (saved / 'seen.json').write_text(json.dumps([first + rest, position]))
+  print('saved')
+''', folder=str(tmp_path))
+  assert [(code, out) for code, out, _ in two] == [(0, 'saved')] * 2, two
+  one = run(TRAINING + '''
+  seen, position = json.loads((saved / 'seen.json').read_text())
+  places = [x.sharding for x in jax.tree.leaves(fresh)]
+  tree = jax.tree.structure(fresh)
+  whole, alone = steps(fresh, data, 6)
+  middle = [jax.device_put(x, place) for x, place in zip(np.load(saved / 'middle.npz').values(), places)]
+  data.set_state(position)
+  resumed, rest = steps(jax.tree.unflatten(tree, middle), data, 3)
+  shown = [row[:2] for row in seen]
+  assert [row[:2] for row in alone] == shown and [row[:2] for row in rest] == shown[3:]
+  np.testing.assert_allclose([row[2] for row in alone + rest], [row[2] for row in seen + seen[3:]], rtol=1e-6)
+  for state in (whole, resumed):
+    for a, b in zip(leaves(state), np.load(saved / 'end.npz').values(), strict=True):
+      np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+  print('same')
+''', count=1, folder=str(tmp_path))
+  assert [(code, out) for code, out, _ in one] == [(0, 'same')], one
+
+
+def test_a_folder_in_use_stops_all(tmp_path):
+  results = run('''
+import pathlib
+from unifusion_jax.training import lock
+path = pathlib.Path(folder) / 'train.lock'
+with lock.held(path):
+  with lock.held(path):
+    pass
+''', folder=str(tmp_path))
+  assert [code for code, *_ in results] == [1, 1], results
+  assert 'is in use by process' in results[0][2] and 'process 0 of 2 could not lock the' in results[1][2], results
+  assert (tmp_path / 'train.lock').read_text() == ''
 
 
 @pytest.mark.parametrize('trouble, first, second', [

@@ -69,7 +69,7 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
 
 
 FREE = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'eval', 'data.workers', 'data.skipped',
-        'optim.accumulate', 'model.dit.remat', 'model.lap.remat')
+        'data.held_out', 'optim.accumulate', 'model.dit.remat', 'model.lap.remat')
 ELSEWHERE = ('vlm', 'vae', 'init', 'data.path', 'data.rewrites', 'train.steps', 'train.minutes')
 
 

@@ -73,7 +73,7 @@ def _lock(file: int, path: pathlib.Path) -> bool:
   """Locks the file; False where the file system has no locks. UserError when another process holds it."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
+  except (BlockingIOError, PermissionError):  # the latter from some network file systems
     raise UserError(f'{path.parent} is in use by {_name(_owner(file))}: wait for its end, stop it, or give another '
                     '--workdir') from None
   except OSError as error:

@@ -76,7 +76,7 @@ def claim(config, workdir: pathlib.Path) -> dict | None:
         more = dict(earlier=dict(until=reached, minutes=planned['minutes']))
     elif config.init:
       files['init'] = _fingerprint(hub.resolve(config.init))
-    write(config, workdir, 'config.json', files=files, **more)
+  write(config, workdir, 'config.json', files=files, **more)
   return planned
 
 
@@ -93,14 +93,15 @@ def check_same_model(config, workdir: pathlib.Path) -> None:
 
 def write(config, workdir: pathlib.Path, name: str, **more) -> None:
   """The configuration as a JSON file of the workdir, whole or not at all; the first of several processes writes it."""
-  if sharding.is_main_process():
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = workdir / f'{name}.{uuid.uuid4().hex[:8]}.part'  # two that sample beside each other write one name
-    try:
-      part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
-      os.replace(part, workdir / name)
-    finally:
-      part.unlink(missing_ok=True)
+  part = workdir / f'{name}.{uuid.uuid4().hex[:8]}.part'  # two that sample beside each other write one name
+  with sharding.together(f'write {workdir / name}'):
+    if sharding.is_main_process():
+      try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
+        os.replace(part, workdir / name)
+      finally:
+        part.unlink(missing_ok=True)
 
 
 def fingerprints(config) -> dict[str, str]:
