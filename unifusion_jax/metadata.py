@@ -36,6 +36,7 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
 
   prompt: the request.  seed: as given.
   rewrite: the text that conditioned.  warning: why it is not the VLM's, '' for none.
+  remark: what of the request it does not say, '' for none.
   settings: fields of SampleConfig. `rewrite` is the text that was given, if any, and `batch_size` the number of rows
     that were sampled together.
   references: file and digest of each.
@@ -51,8 +52,8 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
   software = dict(unifusion_jax=unifusion_jax.__version__, jax=jax.__version__,
                   device=pipe.mesh.devices.flat[0].device_kind, mesh=dict(pipe.mesh.shape))
   files = request.files or [''] * len(request.references)
-  return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning, seed=request.seed,
-              settings=settings.settings() | used, references=list(map(_reference, request.references, files)),
+  return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning,
+              remark=sample.remark, seed=request.seed, settings=settings.settings() | used, references=list(map(_reference, request.references, files)),
               origin=pipe.origin | pipeline | software)
 
 
