@@ -22,7 +22,7 @@ from unifusion_jax.weights import encoders, quantize
 
 PRODUCTS = [('bsd,dhk->bshk', (16, 4, 8), ('fsdp', 'tp', None), 'wq'),
             ('bshk,hkd->bsd', (4, 8, 16), ('tp', None, 'fsdp'), 'wo'),
-            ('bsd,df->bsf', (16, 32), ('fsdp', 'tp'), 'up'), ('bsf,fd->bsd', (32, 16), ('tp', 'fsdp'), 'down'),
+            ('bsd,df->bsf', (16, 256), ('fsdp', 'tp'), 'up'), ('bsf,fd->bsd', (256, 16), ('tp', 'fsdp'), 'down'),
             ('bsd,dv->bsv', (16, 10), ('fsdp', None), 'head')]
 ODD = ('bsf,fd->bsd', (24, 16), ('tp', 'fsdp'), 'down')  # three blocks of 8 channels on two devices
 
