@@ -53,7 +53,8 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
                   device=pipe.mesh.devices.flat[0].device_kind, mesh=dict(pipe.mesh.shape))
   files = request.files or [''] * len(request.references)
   return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning,
-              remark=sample.remark, seed=request.seed, settings=settings.settings() | used, references=list(map(_reference, request.references, files)),
+              remark=sample.remark, seed=request.seed, settings=settings.settings() | used,
+              references=list(map(_reference, request.references, files)),
               origin=pipe.origin | pipeline | software)
 
 

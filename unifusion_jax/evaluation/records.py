@@ -26,7 +26,7 @@ class RecordsEvaluation:
   def problems(self, config) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del config
-    return ranges.problems(self, 'eval.', examples=ranges.Range(1), batch_size=ranges.Range(1))
+    return ranges.problems(self, 'eval.', examples=ranges.Range(1, 10 ** 6), batch_size=ranges.Range(1, 10 ** 6))
 
   def run(self, config, params, folder: pathlib.Path) -> dict:
     """The report; sheets of images go into `folder`."""
