@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 
 import numpy as np
-from PIL import Image
 
 from unifusion_jax import pipeline, ranges, sharding
 from unifusion_jax.data import imaging, loader
@@ -80,7 +79,8 @@ def _measure(pipe: pipeline.UniFusionPipeline, source, settings) -> tuple[dict, 
                 for number, request in zip(batch.numbers, requests_of(batch.records))]
     _, rows = next(sharding.batched(requests, batch.rows))
     samples += pipe.generate(rows, *batch.records[0]['target'].shape[:2])[:len(requests)]
-    records += [dict(record, references=[_thumbnail(image) for image in record['references']])
+    records += [dict(record, references=[imaging.shrunk(imaging.read(image), CELL)
+                                         for image in record['references']])
                 for record in batch.records]  # photographs of any size
   report = dict(flow_loss=flow_loss.summary(np.concatenate(losses)),
                 fallback_rate=round(float(np.mean([bool(sample.warning) for sample in samples])), 4))
@@ -100,12 +100,6 @@ def _write_sheets(folder: pathlib.Path, name: str, records: list[dict], samples:
     shown = [i for i, record in enumerate(records) if len(record['references']) == count][:SHOWN]
     imaging.write_png(folder / f'{name}_references_{count}.png',
                       sheet([records[i] for i in shown], [samples[i] for i in shown]))
-
-
-def _thumbnail(image: np.ndarray) -> np.ndarray:
-  pil_image = Image.fromarray(imaging.read(image))
-  pil_image.thumbnail((CELL, CELL))
-  return np.asarray(pil_image)
 
 
 def sheet(records: list[dict], samples: list[pipeline.Sample]) -> np.ndarray:
