@@ -117,7 +117,7 @@ def test_a_recipe_by_its_name(tmp_path, monkeypatch):
   assert tiny == parsed('--config=edit:tiny') == parsed('--config=configs/edit.py') != parsed('--config=edit:8b')
   (tmp_path / 'edit').mkdir()
   assert parsed('--config=edit') == tiny
-  path = tmp_path / 'odd:name.py'
+  path = tmp_path / 'odd name.py'
   path.write_text('from unifusion_jax.commands import describe\n\n'
                   'def get_config():\n  return describe.DescribeConfig(vlm="~", seed=-1)\n')
   monkeypatch.setenv('HOME', '/home/me')

@@ -8,16 +8,14 @@ import ast
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import importlib.util
-import inspect
 import os
 import pathlib
 import re
-import sys
 import types
 import typing
 
 from absl import flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from unifusion_jax import fields
 from unifusion_jax.errors import UserError
@@ -93,7 +91,7 @@ def locate(recipe: str | None) -> tuple[pathlib.Path, str]:
   """(file, scale) of a recipe: a path, or the name of one of the package; with ':' and its scale, or without."""
   if not recipe:
     raise UserError('no recipe is named: give --config=configs/edit.py or another of configs/' + _HINT)
-  name, _, scale = (recipe, '', '') if pathlib.Path(recipe).is_file() else recipe.partition(':')
+  name, _, scale = recipe.partition(':')
   for path in (pathlib.Path(name), PACKAGED.parent / name, PACKAGED / f'{name}.py'):
     if path.is_file():
       return path, scale
@@ -102,21 +100,24 @@ def locate(recipe: str | None) -> tuple[pathlib.Path, str]:
 
 
 def load(recipe: str | None):
-  """What a recipe's `get_config` returns."""
+  """What a recipe's `get_config` returns; UserError for a file that is no recipe."""
   path, scale = locate(recipe)
-  spec = importlib.util.spec_from_file_location(f'recipe_{path.stem}', path)
-  if spec is None:
+  if path.suffix != '.py':
     raise UserError(f'{path} is no recipe: it must be a Python file (.py) with a function get_config(){_HINT}')
-  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise UserError(f'{path} is no recipe: it has no function get_config(){_HINT}')
-  arguments = inspect.signature(module.get_config).parameters.values()
-  if scale and not arguments:
-    raise UserError(f'{path}: this recipe has no scales: remove the colon and the text after it{_HINT}')
-  if not scale and any(argument.default is argument.empty for argument in arguments):
-    raise UserError(f'{path}: this recipe wants a scale, after a colon: --config={path}:SCALE{_HINT}')
-  config = module.get_config(*[scale] * bool(scale))
+  module = re.sub(r'\W', '_', str(path.absolute()))  # of its own: one name would be one module
+  try:
+    config = ConfigFileFlagParser(module).parse(f'{path}:{scale}' if scale else str(path))
+    getattr(config, '', None)  # ml_collections raises an OSError of the recipe at the first use
+  except (TypeError, ValueError, AttributeError, OSError) as error:
+    # ml_collections puts the traceback of a recipe's error into the text of another one
+    cause = error.__cause__ or error.__context__ or error
+    if "no attribute 'get_config'" in str(cause):
+      raise UserError(f'{path} is no recipe: it has no function get_config(){_HINT}') from cause
+    if 'get_config() takes 0 positional' in str(cause):
+      raise UserError(f'{path}: this recipe has no scales: remove the colon and the text after it{_HINT}') from cause
+    if 'get_config() missing 1 required' in str(cause):
+      raise UserError(f'{path}: this recipe wants a scale, after a colon: --config={path}:SCALE{_HINT}') from cause
+    raise cause
   if not dataclasses.is_dataclass(config):
     raise UserError(f'{path}: get_config() returned a {type(config).__name__}, and must return a config.Config{_HINT}')
   return config
