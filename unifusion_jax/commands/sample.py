@@ -27,8 +27,9 @@ def run(config, workdir: pathlib.Path) -> None:
   wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
   prompting.check(transforms.prompt_encoder(config), wanted, config.sample,
                   encoders.config(config.vlm).text.max_positions)
-  if sharding.is_main_process():
-    imaging.check_writable(workdir / 'images')
+  with sharding.together('write images'):
+    if sharding.is_main_process():
+      imaging.check_writable(workdir / 'images')
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))
