@@ -15,7 +15,7 @@ edits, and make the change in 0.87 (docs/embedded.md); their stages are in unifu
 
 from configs import t2i
 from unifusion_jax import config
-from unifusion_jax.data.loader import Task
+from unifusion_jax.data.config import Task
 from unifusion_jax.training.step import OptimConfig
 
 

@@ -14,7 +14,7 @@ has not been trained. It trains on that VLM's rewrites of your own list, so firs
 """
 
 from unifusion_jax import config
-from unifusion_jax.data.loader import DataConfig, Task
+from unifusion_jax.data.config import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap, unifusion
 from unifusion_jax.objectives import flow_matching

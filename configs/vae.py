@@ -9,7 +9,7 @@ Hardware: two CPU cores. The shipped weights reach 0.974 of 500 test scenes read
 """
 
 from unifusion_jax import config
-from unifusion_jax.data.loader import DataConfig, Task
+from unifusion_jax.data.config import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import vae
 from unifusion_jax.scenes import autoencoder

@@ -14,7 +14,7 @@ unifusion_jax/assets/tiny/provenance.json. The paper uses a public VLM: no setti
 """
 
 from unifusion_jax import config
-from unifusion_jax.data.loader import DataConfig, Task
+from unifusion_jax.data.config import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder, internvl
 from unifusion_jax.scenes import vlm

@@ -55,7 +55,7 @@ def recipe(tmp_path_factory):
   from flax import nnx
 
   from unifusion_jax import config
-  from unifusion_jax.data.loader import Task
+  from unifusion_jax.data.config import Task
   from unifusion_jax.models import decoder, dit, internvl, lap, unifusion, vae
   from unifusion_jax.objectives import flow_matching
   from unifusion_jax.scenes import vlm

@@ -13,7 +13,7 @@ import pytest
 
 from unifusion_jax import config, sharding
 from unifusion_jax.commands import train
-from unifusion_jax.data import loader
+from unifusion_jax.data.config import Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import decoder, internvl, vae
 from unifusion_jax.scenes import autoencoder, vlm
@@ -24,10 +24,10 @@ SMALL = {
         vision=internvl.VisionConfig(width=16, depth=1, heads=2, hidden=32, tile=64, patch=8),
         text=decoder.DecoderConfig(vocab=1024, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32,
                                    tied=True),
-        image_token_id=5), (loader.Task('caption/1-2'),)),
+        image_token_id=5), (Task('caption/1-2'),)),
     'autoencoder': (autoencoder.AutoencoderObjective(), vae.VAEConfig(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, scaling_factor=1.0),
-        (loader.Task('reconstruct'),)),
+        (Task('reconstruct'),)),
 }
 
 

@@ -12,6 +12,7 @@ from test_vlm_objective import small
 from unifusion_jax import config, flow, sharding
 from unifusion_jax.commands import evaluate, train
 from unifusion_jax.data import imaging, loader
+from unifusion_jax.data.config import DataConfig, Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import fidelity, flow_loss, records
 from unifusion_jax.scenes import builder
@@ -37,7 +38,7 @@ def write_list(path, captions=None, more=(), edits: int = 2) -> str:
 
 def losses(pipe, path) -> np.ndarray:
   """The loss of each record of a list, in its order, at each time: [n times]."""
-  batches = list(flow_loss.batches(loader.mix(loader.DataConfig(path=path))[0][0], pipe.prompt_encoder, 64, 8))
+  batches = list(flow_loss.batches(loader.mix(DataConfig(path=path))[0][0], pipe.prompt_encoder, 64, 8))
   order = np.argsort(np.concatenate([batch.numbers for batch in batches]))
   return np.concatenate([flow_loss.losses(pipe, batch) for batch in batches])[order]
 
@@ -56,7 +57,7 @@ def test_draws_belong_to_the_record(pipe, tmp_path):
   np.testing.assert_array_equal(first, losses(pipe, own))
   broken = dict(references=[], instruction='', target='gone.png', caption='broken')
   (tmp_path / 'more.jsonl').write_text((tmp_path / 'own.jsonl').read_text() + json.dumps(broken) + '\n')
-  more = loader.mix(loader.DataConfig(path=str(tmp_path / 'more.jsonl'), skipped=0.5))[0][0]
+  more = loader.mix(DataConfig(path=str(tmp_path / 'more.jsonl'), skipped=0.5))[0][0]
   batches = flow_loss.batches(more, pipe.prompt_encoder, 64, 8)
   np.testing.assert_array_equal(np.concatenate([flow_loss.losses(pipe, batch) for batch in batches]), first)
   other = losses(pipe, write_list(tmp_path / 'other.jsonl', ['a blue star'] + [
@@ -67,7 +68,7 @@ def test_draws_belong_to_the_record(pipe, tmp_path):
 
 def test_the_loss_is_that_of_flow_matching(pipe, tmp_path):
   """At one time, by the pipeline's own phases."""
-  source = loader.mix(loader.DataConfig(path=write_list(tmp_path / 'own.jsonl')))[0][0]
+  source = loader.mix(DataConfig(path=write_list(tmp_path / 'own.jsonl')))[0][0]
   batch, *_ = flow_loss.batches(source, pipe.prompt_encoder, 2, 2)
   requests = [dataclasses.replace(request, rewrite=row['caption'])
               for request, row in zip(records.requests_of(batch.records), batch.records)]
@@ -85,7 +86,7 @@ def test_training_and_evaluation_measure_what_is_held_out(recipe, mesh, tmp_path
   more = [dict(references=[], instruction='', target='red.png', caption='red ' * 200)]
   held_out = write_list(tmp_path / 'held' / 'out.jsonl', more=more, edits=4)
   data = dataclasses.replace(recipe().data, path=write_list(tmp_path / 'own.jsonl', edits=4), held_out=held_out,
-                             tasks=(loader.Task('edit'), loader.Task('t2i')), aspects=('1:1',), batch_size=8)
+                             tasks=(Task('edit'), Task('t2i')), aspects=('1:1',), batch_size=8)
   made = recipe(data=data, train=config.TrainConfig(steps=2, log_every=1, save_every=2, held_out_every=1),
                 eval=settings.GenerationEvaluation(examples=8, batch_size=8))
   config.check(made, 8)
@@ -126,7 +127,7 @@ def test_rates_are_of_scenes(recipe, pipe, tmp_path):
 
 def test_previews_show_what_is_held_out(recipe, tmp_path, caplog):
   own, held_out = (write_list(tmp_path / f'{name}.jsonl', [f'a {name} circle'] * 4) for name in ('own', 'other'))
-  data = dataclasses.replace(recipe().data, path=own, tasks=(loader.Task('t2i'),), aspects=('1:1',))
+  data = dataclasses.replace(recipe().data, path=own, tasks=(Task('t2i'),), aspects=('1:1',))
   shown = lambda **changes: [row['caption'] for row in loader.preview_records(dataclasses.replace(data, **changes), 8)]
   assert shown(held_out=held_out) == ['a other circle'] * 2 and not caplog.records
   assert shown() == ['a own circle'] * 2 and 'name others with data.held_out' in caplog.text
@@ -139,7 +140,7 @@ def test_a_damaged_test_split_is_no_missing_one(recipe, tmp_path):
   folder = tmp_path / 'scenes' / 't2i_test' / '1.0.0'
   folder.mkdir(parents=True)
   (folder / 'dataset_info.json').write_text('{')
-  data = dataclasses.replace(recipe().data, path=str(tmp_path), tasks=(loader.Task('t2i'),))
+  data = dataclasses.replace(recipe().data, path=str(tmp_path), tasks=(Task('t2i'),))
   with pytest.raises(Exception, match='(?i)parse|json|expect'):
     loader.preview_records(data, 2)
 

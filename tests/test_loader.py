@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax.data import buckets, loader, sources
-from unifusion_jax.data.loader import DataConfig, Task
+from unifusion_jax.data.config import DataConfig, Task
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.scenes import builder, world
 from unifusion_jax.scenes.sources import SceneSource

@@ -12,6 +12,7 @@ import safetensors.numpy
 from unifusion_jax import config, sharding, verifi
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader, rewrites, transforms
+from unifusion_jax.data.config import Task
 from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.models import text_generation
 from unifusion_jax.scenes import builder
@@ -37,7 +38,7 @@ def listed(tmp_path):
 def asks(recipe, listed):
   """`asks(changes)` -> a Config over that list."""
   def make(rewrites=None, **changes):
-    data = dataclasses.replace(recipe().data, path=str(listed), tasks=(loader.Task('edit'),), rewrites=rewrites)
+    data = dataclasses.replace(recipe().data, path=str(listed), tasks=(Task('edit'),), rewrites=rewrites)
     return recipe(data=data, rewrite=rewrite.RewriteConfig(batch_size=4, **changes))
   return make
 
@@ -67,7 +68,7 @@ def echo(config, workdir, wrapped=lambda source: source):
 def test_the_vlm_rewrites_what_training_reads(recipe, tmp_path):
   """The embedded VLM rewrites prepared scenes: most rewrites equal the caption of their record."""
   builder.write(tmp_path, 'edit', 'train', 9)
-  data = dataclasses.replace(recipe().data, path=str(tmp_path), tasks=(loader.Task('edit'),), max_prompt_tokens=132,
+  data = dataclasses.replace(recipe().data, path=str(tmp_path), tasks=(Task('edit'),), max_prompt_tokens=132,
                              max_rewrite_tokens=52)
   made = recipe(vlm=str(config.ASSETS / 'vlm'), data=data, rewrite=rewrite.RewriteConfig(batch_size=4))
   rewrite.run(made, tmp_path)
@@ -167,7 +168,7 @@ class WithTask:
 
 def test_a_rewrite_is_held_to_the_budget_of_its_task(asks, tmp_path, listed):
   made = asks()
-  made.data.tasks = (loader.Task('edit', rewrite=2), loader.Task('t2i', rewrite=30))
+  made.data.tasks = (Task('edit', rewrite=2), Task('t2i', rewrite=30))
   echo(made, tmp_path, WithTask)
   assert texts(tmp_path) == ['a red circle']  # of the prompt; the edits' rewrites are longer than 2 tokens
   rows = [dict(json.loads(line), task='edit') for line in listed.read_text().splitlines()]

@@ -9,6 +9,7 @@ import pytest
 
 from unifusion_jax import sharding
 from unifusion_jax.data import imaging, loader, transforms
+from unifusion_jax.data.config import Task
 from unifusion_jax.models import text_generation
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import builder, examples
@@ -103,7 +104,7 @@ def test_previews_of_your_own_images(recipe, tmp_path, mesh):
   rows += [dict(references=[f'{i}.png'], instruction='make it lighter', target=f'{i + 1}.png', caption='whole')
            for i in range(3)]
   (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  tasks = loader.Task('reconstruct'), loader.Task('edit')
+  tasks = Task('reconstruct'), Task('edit')
   data = dataclasses.replace(recipe().data, path=str(tmp_path / 'list.jsonl'), tasks=tasks, skipped=0.5,
                              rewrites='written for training alone')
   fits = transforms.prompt_encoder(recipe(data=data)).fits
@@ -112,5 +113,5 @@ def test_previews_of_your_own_images(recipe, tmp_path, mesh):
   chosen = loader.preview_records(dataclasses.replace(data, only='edit'), 8, fits)
   assert [record['caption'] for record in chosen] == ['whole'] * 3
   builder.write(tmp_path / 'built', 't2i', 'train', 3)
-  built = dataclasses.replace(data, path=str(tmp_path / 'built'), tasks=(loader.Task('t2i'),))
+  built = dataclasses.replace(data, path=str(tmp_path / 'built'), tasks=(Task('t2i'),))
   assert loader.preview_records(built, 8, fits)  # there is no test split

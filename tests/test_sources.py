@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from unifusion_jax.data import lists, loader, sources
-from unifusion_jax.data.loader import DataConfig, Task
+from unifusion_jax.data.config import DataConfig, Task
 from unifusion_jax.errors import BrokenRecord, UserError
 
 

@@ -18,6 +18,7 @@ import pytest
 from unifusion_jax import config, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import loader
+from unifusion_jax.data.config import Task
 from unifusion_jax.models import layers
 from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.training import step
@@ -126,7 +127,7 @@ def losses(recipe, shape, name):
 
 def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
   """References of other sizes than the target, in batches of one shape."""
-  data = dataclasses.replace(recipe().data, tasks=(loader.Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
+  data = dataclasses.replace(recipe().data, tasks=(Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
   made = recipe(vlm=str(qwen), data=data, train=config.TrainConfig(steps=2, log_every=1, save_every=2))
   state = train.run(made, tmp_path)
   assert int(state.step) == 2
@@ -200,7 +201,7 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
 
 def test_accumulated_edits_are_the_mean_of_their_parts(recipe, mesh):
   """The real loss, images in the batch: as if each half were a batch, and as the whole is, in the same noise."""
-  data = dataclasses.replace(recipe().data, tasks=(loader.Task('edit'),), max_prompt_tokens=132,
+  data = dataclasses.replace(recipe().data, tasks=(Task('edit'),), max_prompt_tokens=132,
                              max_rewrite_tokens=52, batch_size=16)
   made = recipe(data=data, optim=dataclasses.replace(recipe().optim, accumulate=2))
   frozen, tx = made.objective.frozen(made), step.optimizer(made.optim, 4)
@@ -259,9 +260,9 @@ def test_a_leap_of_the_loss_stops():
     (lambda c: setattr(c.data, 'only', 'edit'), "there is no task 'edit' here; there are t2i/1-2"),
     (lambda c: setattr(c.data, 'size', 50), 'must be multiples of 8 pixels'),
     (lambda c: setattr(c.data, 'size', 48), 'sides of [36, 48, 60]'),
-    (lambda c: setattr(c.data, 'tasks', (loader.Task('multi'),)), "trains on t2i, edit, reconstruct, not on 'multi'"),
-    (lambda c: setattr(c.data, 'tasks', (loader.Task('edit/1-1'),)), 'as in edit/1-2'),
-    (lambda c: setattr(c.data, 'tasks', (loader.Task('edit/2'),)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', (Task('multi'),)), "trains on t2i, edit, reconstruct, not on 'multi'"),
+    (lambda c: setattr(c.data, 'tasks', (Task('edit/1-1'),)), 'as in edit/1-2'),
+    (lambda c: setattr(c.data, 'tasks', (Task('edit/2'),)), 'as in edit/1-2'),
     (lambda c: setattr(c.train, 'save_every', 0), 'train.save_every=0'),
     (lambda c: setattr(c.optim, 'accumulate', 0), 'optim.accumulate=0'),
     (lambda c: setattr(c.optim, 'decay', 2.0), 'optim.decay=2.0'),

@@ -8,7 +8,7 @@ import pytest
 
 from unifusion_jax import config
 from unifusion_jax.data import transforms, vision_inputs
-from unifusion_jax.data.loader import Task
+from unifusion_jax.data.config import Task
 from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.scenes import examples
 from unifusion_jax.weights import encoders

@@ -11,7 +11,7 @@ from test_checkpoint import SMALL
 
 from unifusion_jax import config, sharding
 from unifusion_jax.commands import evaluate, export, train
-from unifusion_jax.data import loader
+from unifusion_jax.data.config import Task
 from unifusion_jax.models import internvl, vae
 from unifusion_jax.scenes import examples, vlm
 from unifusion_jax.scenes.evaluation import language as eval_writing
@@ -57,7 +57,7 @@ def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
 def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
   """Its loss reaches its matrix; at weight 0 it is neither computed nor moved."""
   made = small('vlm')
-  made.data = config.DataConfig(tasks=(loader.Task('edit/1-2'),), max_prompt_tokens=132, max_rewrite_tokens=52,
+  made.data = config.DataConfig(tasks=(Task('edit/1-2'),), max_prompt_tokens=132, max_rewrite_tokens=52,
                                 batch_size=8)
   batches = train.batches(made)
   batch = sharding.shard_batch(next(batches), mesh)

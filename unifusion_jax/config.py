@@ -10,7 +10,7 @@ import dataclasses
 from unifusion_jax import ranges
 from unifusion_jax.commands.rewrite import RewriteConfig
 from unifusion_jax.commands.train import TrainConfig
-from unifusion_jax.data.loader import DataConfig
+from unifusion_jax.data.config import DataConfig
 from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import RecordsEvaluation

@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from unifusion_jax import sharding
-from unifusion_jax.data.loader import SCENES
+from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.training import checkpoint, record
 

@@ -27,6 +27,7 @@ import tqdm
 
 from unifusion_jax import json_file, prompting, ranges, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
+from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
 from unifusion_jax.ranges import Range
@@ -48,7 +49,7 @@ class RewriteConfig:
   def problems(self, *, path: str = '', shards: int = 1) -> list[str]:
     """Settings that cannot work for the data of `path` and a batch over `shards` devices, one sentence each."""
     problems = []
-    if path in loader.SCENES:
+    if path in SCENES:
       problems.append(f'data.path={path} is generated on the fly, without an end: write a folder with '
                       'python -m unifusion_jax.scenes.builder, or name a list of your own')
     if self.batch_size % shards:

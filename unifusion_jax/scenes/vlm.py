@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import ranges, sharding, wording
 from unifusion_jax.data import loader, transforms
-from unifusion_jax.data.loader import is_list
+from unifusion_jax.data.config import is_list
 from unifusion_jax.models import internvl, layers
 from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import chat_examples, image_tokens, world

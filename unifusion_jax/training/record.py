@@ -14,7 +14,7 @@ import struct
 import uuid
 
 from unifusion_jax import sharding
-from unifusion_jax.data import loader
+from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.weights import hub
 
@@ -172,7 +172,7 @@ def _changes(config, before: dict, files: dict[str, str], matters) -> list[str]:
     elif not matters(name) or spelled == spelled_now:  # a list in its place may have been mended
       same = True
     else:  # the loader knows how many records there were, if nothing else
-      same = not {spelled, spelled_now} & {None, *loader.SCENES} and (None in (old, new) or old == new)
+      same = not {spelled, spelled_now} & {None, *SCENES} and (None in (old, new) or old == new)
     if not same:
       lines.append(f'{name}: {spelled!r} there, {spelled_now!r} now, whose files are others')
   return lines
@@ -214,7 +214,7 @@ def _fingerprints_of_data(config) -> dict[str, str]:
   prints = {}
   for name, setting in (('data.path', config.data.path), ('data.rewrites', config.data.rewrites)):
     path = pathlib.Path(setting or '').expanduser()
-    if setting and setting not in loader.SCENES and path.exists():
+    if setting and setting not in SCENES and path.exists():
       prints[name] = _digest(sorted(file for file in path.rglob('*') if file.suffix != '.lock') or [path])
   return prints
 

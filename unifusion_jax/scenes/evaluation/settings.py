@@ -6,7 +6,7 @@ Records of one's own are measured by what needs no judge (unifusion_jax/evaluati
 import dataclasses
 
 from unifusion_jax import ranges
-from unifusion_jax.data.loader import is_list, SCENES
+from unifusion_jax.data.config import is_list, SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import fidelity, records
 from unifusion_jax.ranges import Range
