@@ -182,7 +182,7 @@ def test_an_image_is_made_again_from_its_metadata_alone(pipe, recipe, tmp_path, 
       rewrite='a blue star')
   sample.run_requests(loaded, *sample.requests(loaded.settings, 64, 8), tmp_path / 'images')
   with Image.open('images/001.png') as file:
-    from_file = {name: value if name in ('prompt', 'rewrite', 'warning') else json.loads(value)
+    from_file = {name: value if name in ('prompt', 'rewrite', 'warning', 'remark') else json.loads(value)
                  for name, value in file.text.items()}
   s = loaded.settings
   result = loaded(s.prompt, list(s.references), num_images=3, seed=-3, rewrite=s.rewrite)
