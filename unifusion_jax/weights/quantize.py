@@ -5,11 +5,12 @@ bfloat16, and the scale is applied to the product. Trained models have input cha
 others, which leave the others (of a token) and their rows (of a matrix) a few levels of the 255. So a matrix is first
 divided by the size of its rows, and its input multiplied by it (SmoothQuant, arXiv 2211.10438, but by the weights
 alone), then both are rotated by a Hadamard matrix in blocks of channels, which leaves the product as it is (QuaRot,
-arXiv 2404.00456). The matrices are the Params whose `layers.weight` names contracted
-dims and not `int8=False`: attention, MLPs, projectors, heads. Embeddings, norms, biases, convolutions and the input
-layers of pixels, latents and times stay as they are. With `activations`, the input of a matrix is rounded to int8 too
-(one scale for each token), and the product runs in integers: faster where the device has them (TPU, recent GPUs), and
-less exact.
+arXiv 2404.00456).
+
+The matrices are the Params whose `layers.weight` names contracted dims and not `int8=False`: attention, MLPs,
+projectors, heads. Embeddings, norms, biases, convolutions and the input layers of pixels, latents and times stay as
+they are. With `activations`, the input of a matrix is rounded to int8 too (one scale for each token), and the product
+runs in integers: faster where the device has them (TPU, recent GPUs), and less exact.
 
 Why not qwix: at 0.1.8 its einsum gives `out_sharding` to the product before its axes are put in order, so under
 explicit sharding the batch's axes land on another dimension, and its providers leave `out_sharding` out.
