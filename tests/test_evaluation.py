@@ -210,6 +210,7 @@ def test_what_cannot_be_measured_says_so(recipe, tmp_path):
     folder.eval.run(folder, None, tmp_path)
   for changes in (dict(examples=0), dict(batch_size=0)):
     (name,) = changes
-    assert f'eval.{name}=0 must be 1 or more' in problems(recipe(eval=records.RecordsEvaluation(**changes)))
+    made = recipe(eval=records.RecordsEvaluation(**changes))
+    assert f'eval.{name}=0 must be between 1 and 1,000,000' in problems(made)
   made = recipe(train=config.TrainConfig(held_out_every=-1))
-  assert 'train.held_out_every=-1 must be 0 or more' in problems(made)
+  assert 'train.held_out_every=-1 must be between 0 and 1,000,000,000' in problems(made)

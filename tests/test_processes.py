@@ -144,6 +144,7 @@ with jax.set_mesh(mesh):
 TRAINING = '''
 import json, pathlib
 from unifusion_jax import config
+from unifusion_jax.data.config import Task
 from unifusion_jax.commands import train
 from unifusion_jax.models import vae
 from unifusion_jax.scenes import autoencoder

@@ -176,8 +176,7 @@ def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh, un
 def test_every_mesh_gives_the_same_losses(name, recipe):
   one = losses(recipe, (1, 1, 1), name)
   assert np.isfinite(one).all()
-  np.testing.assert_allclose(losses(recipe, (1, 4, 2), name), one, rtol=2e-4)
-  np.testing.assert_allclose(losses(recipe, (2, 4, 1), name), one, rtol=2e-4)
+  np.testing.assert_allclose(losses(recipe, (2, 2, 2), name), one, rtol=2e-4)
 
 
 def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
