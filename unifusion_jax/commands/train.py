@@ -128,8 +128,9 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         rate_clock, rate_step, waited = time.monotonic(), done, 0.0
       if preview and (done % config.train.preview_every == 0 or last):
         grid = preview(state.ema, frozen)
-        if grid is not None and sharding.is_main_process():
-          imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
+        with sharding.together('write a preview'):
+          if grid is not None and sharding.is_main_process():
+            imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
         rate_clock, rate_step, waited = time.monotonic(), done, 0.0
       if last:
         break

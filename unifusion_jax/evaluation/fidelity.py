@@ -56,7 +56,8 @@ def evaluate(vae, config, folder: pathlib.Path) -> dict:
   if not values:
     raise UserError(f'{source.name}: none of its first {config.eval.examples} records can be used: mend them or give '
                     'others')
-  if sharding.is_main_process():
-    imaging.write_png(folder / 'reconstructions.png', imaging.grid(rows, titles=['image', 'reconstruction']))
+  with sharding.together('write images'):
+    if sharding.is_main_process():
+      imaging.write_png(folder / 'reconstructions.png', imaging.grid(rows, titles=['image', 'reconstruction']))
   return records.origin(source, trained, len(values), config.eval.examples) | dict(
       file=config.data.measured, psnr_db=round(float(np.mean(values)), 2), psnr_db_least=round(float(min(values)), 2))

@@ -52,8 +52,9 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path, sco
     measures[name] = origin(source, trained, len(records), config.eval.examples) | measured
     if score:
       measures[name] |= score(records, samples)
-    if sharding.is_main_process():
-      _write_sheets(folder, name.replace('/', '_'), records, samples)
+    with sharding.together('write images'):
+      if sharding.is_main_process():
+        _write_sheets(folder, name.replace('/', '_'), records, samples)
   return report | (measures if len(measures) > 1 else next(iter(measures.values())))
 
 

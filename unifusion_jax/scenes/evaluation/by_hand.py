@@ -30,6 +30,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
     if name == 'edits':
       rates = {measure: rates[measure] for measure in ('written_exact', 'fallback_rate')}
     report[name] = dict(examples=len(records), **rates)
-    if sharding.is_main_process():
-      imaging.write_png(folder / f'by_hand_{name}.png', sheet(records, samples))
+    with sharding.together('write images'):
+      if sharding.is_main_process():
+        imaging.write_png(folder / f'by_hand_{name}.png', sheet(records, samples))
   return report

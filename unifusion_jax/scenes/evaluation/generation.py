@@ -39,8 +39,9 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
         for suffix, images in (('', sampled), ('_truth', targets)):
           scores = vqascore.scores(pipe.frozen.vlm, encoder, images, captions, config.eval.batch_size)
           report[name][f'vqascore{suffix}'] = round(float(np.mean(scores)), 4)
-      if sharding.is_main_process():
-        imaging.write_png(folder / f'{name}.png', sheet(records[:SHOWN], samples[:SHOWN]))
+      with sharding.together('write images'):
+        if sharding.is_main_process():
+          imaging.write_png(folder / f'{name}.png', sheet(records[:SHOWN], samples[:SHOWN]))
   return report
 
 

@@ -40,8 +40,9 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
                                init_images=[records[i]['target'] for i in rows])[:len(part)]
     report[str(t)] = generation.score(records, samples)
     columns.append([sample.image for sample in samples[:SHOWN]])
-  if sharding.is_main_process():
-    rows = [[column[i] for column in columns] + [records[i]['target']] for i in range(min(SHOWN, len(records)))]
-    titles = [f't = {t}' for t in TIMES] + ['truth']
-    imaging.write_png(folder / 'times.png', imaging.grid(rows, None, titles, cell=128))
+  with sharding.together('write images'):
+    if sharding.is_main_process():
+      rows = [[column[i] for column in columns] + [records[i]['target']] for i in range(min(SHOWN, len(records)))]
+      titles = [f't = {t}' for t in TIMES] + ['truth']
+      imaging.write_png(folder / 'times.png', imaging.grid(rows, None, titles, cell=128))
   return report

@@ -99,8 +99,9 @@ class _Study:
     return rates
 
   def _write(self, name: str, sheet: np.ndarray) -> None:
-    if sharding.is_main_process():
-      imaging.write_png(self.folder / f'{name}.png', sheet)
+    with sharding.together('write images'):
+      if sharding.is_main_process():
+        imaging.write_png(self.folder / f'{name}.png', sheet)
 
   def tiles(self) -> dict:
     """Root mean square error (0 to 255) of references generated again, by the number of tiles that the VLM reads."""
