@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifusion_jax import sharding
+from unifusion_jax import digests, sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, internvl, qwen3_vl, t5
 from unifusion_jax.weights import encoders, quantize, safetensors_io
@@ -287,11 +287,11 @@ def truncate(entry):
 
 
 def empty_digests(entry):
-  (entry / encoders.DIGESTS).write_text('')
+  (entry / digests.NAME).write_text('')
 
 
 @pytest.mark.parametrize('damage', [flip, truncate, empty_digests, lambda entry: largest_file(entry).unlink(),
-                                    lambda entry: (entry / encoders.DIGESTS).unlink()])
+                                    lambda entry: (entry / digests.NAME).unlink()])
 def test_a_damaged_cache_entry_is_made_again(folders, tmp_path, caplog, damage):
   def load():
     return encoders.load(folders['qwen2'], jnp.float32, cache=str(tmp_path))

@@ -17,9 +17,8 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from unifusion_jax import sharding
+from unifusion_jax import digests, sharding
 from unifusion_jax.errors import UserError
-from unifusion_jax.training import digests
 from unifusion_jax.training.step import State
 from unifusion_jax.weights import hub
 

@@ -6,12 +6,10 @@
 All models have the same methods; docs/encoders.md has the table and says how to add one.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -23,7 +21,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import json_file, sharding
+from unifusion_jax import digests, json_file, sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, internvl, qwen3_vl, t5
 from unifusion_jax.weights import hub, quantize
@@ -32,7 +30,6 @@ Config = internvl.InternVLConfig | qwen3_vl.Qwen3VLConfig | causal_lm.TextConfig
 Encoder = internvl.InternVL | qwen3_vl.Qwen3VL | causal_lm.TextModel | t5.T5Encoder
 QUANTIZED = ('', 'int8', 'w8a8')
 FORMAT = 2  # of the cache: raise it when the same files and rules give other numbers
-DIGESTS = 'digests.json'  # {file: sha256} of a cache entry, written into it last
 
 
 def load(name, dtype=jnp.bfloat16, quantized: str = '', cache: str | None = None) -> Encoder:
@@ -198,22 +195,12 @@ def _is_whole(path: pathlib.Path) -> bool:
   """Whether a cache entry is there, every byte as it was written; one that is damaged is removed."""
   if not path.exists():
     return False
-  with contextlib.suppress(OSError, ValueError):  # of a missing or damaged DIGESTS
-    if json.loads((path / DIGESTS).read_text()) == _digests(path):
-      return True
-  logging.warning('%s is damaged or was not finished: it is made again from the checkpoint', path)
+  problem = digests.damage(path)
+  if not problem:
+    return True
+  logging.warning('%s is damaged or was not finished (%s): it is made again from the checkpoint', path, problem)
   shutil.rmtree(path, ignore_errors=True)
   return False
-
-
-def _digests(path: pathlib.Path) -> dict[str, str]:
-  def digest(name: str) -> str:
-    with (path / name).open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-
-  names = sorted(str(file.relative_to(path)) for file in path.rglob('*') if file.is_file() and file.name != DIGESTS)
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(digest, names)))
 
 
 def _store(model: Encoder, path: pathlib.Path) -> None:
@@ -231,9 +218,7 @@ def _store(model: Encoder, path: pathlib.Path) -> None:
     return
   if sharding.is_main_process():
     with contextlib.suppress(FileNotFoundError):  # another run took the entry for an unfinished one
-      part = path.with_name(f'{path.name}.digests')
-      part.write_text(json.dumps(_digests(path)))
-      os.replace(part, path / DIGESTS)
+      digests.write(path)
 
 
 def _restore(path: pathlib.Path, dtype, quantized: str) -> Encoder:

@@ -1,4 +1,4 @@
-"""Digests of a checkpoint's files, kept in its `digests.json`, to notice damage before anything is loaded.
+"""Digests of the files of a folder, kept in its `digests.json`, to notice damage before anything is loaded.
 
 A digest is the size in bytes and the CRC-32, which notices every flipped bit and every damaged stretch of up to 32
 bits, and misses one in four billion of other damages. zlib computes it at 2.5 GB/s on one core.
@@ -23,8 +23,10 @@ def write(folder: pathlib.Path) -> None:
   os.replace(part, folder / NAME)
 
 
-def damage(folder: pathlib.Path, items: Iterable[str]) -> str:
+def damage(folder: pathlib.Path, items: Iterable[str] | None = None) -> str:
   """What is wrong with the files in these subfolders of `folder` and beside them, in words; '' when all are whole.
+
+  items: None: all subfolders.
 
   A file without a digest is passed over; a `digests.json` that is missing or cannot be read is damage.
   """
@@ -32,7 +34,7 @@ def damage(folder: pathlib.Path, items: Iterable[str]) -> str:
     digests = {name: (int(size), str(crc)) for name, (size, crc) in json.loads((folder / NAME).read_bytes()).items()}
   except (OSError, ValueError, AttributeError, TypeError) as error:
     return f'{NAME} cannot be read ({error})'
-  wanted = (name for name in digests if '/' not in name or name.partition('/')[0] in items)
+  wanted = (name for name in digests if items is None or '/' not in name or name.partition('/')[0] in items)
   return next((f'{name} {problem}' for name in wanted if (problem := _problem(folder / name, *digests[name]))), '')
 
 
