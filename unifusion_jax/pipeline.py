@@ -367,8 +367,9 @@ class UniFusionPipeline:
     keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
     ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
         self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
-        stop_ids=chat.stop_ids, taps=self.frozen.taps, temperature=s.temperature, top_p=s.top_p, key=keys)
-    conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_index'], rows['cond_mask'])
+        stop_ids=chat.stop_ids, taps=self.frozen.taps, keep=rows['cond_index'],
+        temperature=s.temperature, top_p=s.top_p, key=keys)
+    conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_mask'])
     return conditioning, *prompting.read_rewrites(chat, *sharding.gather((ids, lengths)))
 
   def _read(self, rows, images) -> Conditioning:
@@ -419,14 +420,14 @@ def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
 @functools.partial(jax.jit, static_argnames='taps')
 def _condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
   """Conditioning of prompts with known answers, from one teacher-forced pass."""
-  hidden = states.select_tokens(vlm.hidden(input_ids, attention_mask, taps, images), cond_index)
+  hidden = vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
   return Conditioning(model.condition(hidden, cond_mask), cond_mask)
 
 
 @jax.jit
-def _condition_written(model, prompt_hidden, hidden, lengths, cond_index, cond_mask) -> Conditioning:
+def _condition_written(model, prompt_hidden, hidden, lengths, cond_mask) -> Conditioning:
   """Conditioning from the generating pass: states of the prompt's image tokens and of the generated tokens."""
-  hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_index, cond_mask)
+  hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_mask)
   return Conditioning(model.condition(hidden, mask), mask)
 
 

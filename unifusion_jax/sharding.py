@@ -19,6 +19,7 @@ from unifusion_jax.ranges import Range
 
 AXES = ('data', 'fsdp', 'tp')
 BATCH = ('data', 'fsdp')  # the batch dimension of every activation
+WEIGHTS = ('fsdp', 'tp')  # the dimension of a weight whose model knows no tp: its rows are over all devices
 
 
 @dataclasses.dataclass
@@ -82,6 +83,15 @@ def rows(batch: int) -> list[int]:
   spread = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
   places = spread.addressable_devices_indices_map((batch,)).values()
   return sorted({row for (place,) in places for row in range(*place.indices(batch))})
+
+
+def spread(x: jax.Array) -> jax.Array:
+  """Rows [b ...] over all devices of the mesh in context, tp among them, where they divide b; else over BATCH.
+
+  For the frozen models whose work tp would repeat: autoencoders and vision towers.
+  """
+  even = x.shape[0] % jax.sharding.get_abstract_mesh().size == 0
+  return jax.sharding.reshard(x, jax.P(AXES if even else BATCH))
 
 
 def shard_batch(batch, mesh: jax.sharding.Mesh):

@@ -21,16 +21,17 @@ from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, P
 from unifusion_jax.models.layers import (
   constant,
   einsum,
-  heads_axis,
   layer_norm,
   normalise,
   RESIDUAL,
   rms_norm,
+  rows_of,
   scan,
   stack,
   weight,
 )
 from unifusion_jax.ranges import Range
+from unifusion_jax.sharding import spread, WEIGHTS
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -72,7 +73,7 @@ class InternVLConfig:
 
   def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
     """Sizes that a mesh does not divide, a sentence each."""
-    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('width',), tp=('hidden',)),
+    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, both=('width',)),
             *self.text.undivided(mesh, f'{prefix}text.'),
             *sizes.undivided(self.text, f'{prefix}text.', mesh, tp=('width',))]  # of the projector
 
@@ -148,27 +149,26 @@ class VisionBlock(nnx.Module):
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     d, h, f = config.width, config.heads, config.hidden
     k = d // h
-    axis = heads_axis(h, h)
     self.eps = config.eps
     centred = config.norm == 'layer_norm'
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.bq = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
-    self.bk = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
-    self.bv = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
+    self.wq = weight(rngs, (d, h, k), (WEIGHTS, None, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), (WEIGHTS, None, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), (WEIGHTS, None, None), contract=1, dtype=dtype)
+    self.bq = constant(0.0, (h, k), dtype=dtype) if config.qkv_bias else None
+    self.bk = constant(0.0, (h, k), dtype=dtype) if config.qkv_bias else None
+    self.bv = constant(0.0, (h, k), dtype=dtype) if config.qkv_bias else None
     self.q_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
     self.k_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (None, None, WEIGHTS), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.scale1 = constant(1.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
-    self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
+    self.w1 = weight(rngs, (d, f), (WEIGHTS, None), contract=1, dtype=dtype)
+    self.b1 = constant(0.0, (f,), dtype=dtype)
+    self.w2 = weight(rngs, (f, d), (None, WEIGHTS), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
     self.scale2 = constant(1.0, (d,), dtype=dtype)
 
@@ -183,10 +183,10 @@ class VisionBlock(nnx.Module):
       q, k, v = q + self.bq[...], k + self.bk[...], v + self.bv[...]
     if self.q_norm is not None:  # over all heads together
       q, k = (rms_norm(a.reshape(y.shape), scale).reshape(a.shape) for a, scale in ((q, self.q_norm), (k, self.k_norm)))
-    y = einsum('bshk,hkd->bsd', attention(q, k, v), self.wo, RESIDUAL) + self.bo[...]
+    y = einsum('bshk,hkd->bsd', attention(q, k, v), self.wo, rows_of(x)) + self.bo[...]
     x = x + self.scale1[...] * y
     y = einsum('bsd,df->bsf', self.norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
-    y = einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=False), self.w2, RESIDUAL) + self.b2[...]
+    y = einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=False), self.w2, rows_of(x)) + self.b2[...]
     return x + self.scale2[...] * y
 
 
@@ -217,14 +217,15 @@ class Vision(nnx.Module):
 
   def __call__(self, tiles: jax.Array) -> jax.Array:
     """Normalised tiles [b y x 3] -> [b s d] without the class token, rows first."""
+    tiles = spread(tiles)
     b, n, p = tiles.shape[0], self.config.tile // self.config.patch, self.config.patch
-    x = tiles.astype(self.patch.dtype).reshape(b, n, p, n, p, 3, out_sharding=RESIDUAL)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * n, -1, out_sharding=RESIDUAL)
-    x = einsum('bsp,pd->bsd', x, self.patch, RESIDUAL) + self.patch_bias[...]
-    first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1]), out_sharding=RESIDUAL)
+    x = tiles.astype(self.patch.dtype).reshape(b, n, p, n, p, 3, out_sharding=rows_of(tiles))
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * n, -1, out_sharding=rows_of(tiles))
+    x = einsum('bsp,pd->bsd', x, self.patch, rows_of(tiles)) + self.patch_bias[...]
+    first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1]), out_sharding=rows_of(tiles))
     x = jnp.concatenate([first, x], axis=1) + self.positions[...]
     x, _ = scan(lambda x, block: (block(x), None), x, self.blocks)
-    return x[:, 1:]
+    return jax.sharding.reshard(x[:, 1:], RESIDUAL)
 
 
 class Projector(nnx.Module):

@@ -84,13 +84,13 @@ class LAP(nnx.Module):
     if (l, e) != (c.taps, c.width):
       raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
                       "set the config's taps and width to those of the vision-language model")
-    run = lambda x, blocks, segments=None: layers.scan(
-        lambda x, block: (block(x, segments), None), x, blocks, remat=c.remat)[0]
+    run = lambda x, blocks, segments=None: layers.whole(layers.scan(
+        lambda x, block: (block(x, segments), None), layers.split(x), blocks, remat=c.remat)[0])
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
     x = run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks).reshape(b, s, l, e, out_sharding=RESIDUAL)
     x = einsum('bsle,l->bse', x, self.pool)
-    x = rms_norm(run(x, self.refiner, mask.astype(jnp.int32)), self.norm, c.eps, 1.0)
+    x = rms_norm(run(x, self.refiner, mask.astype(bool)), self.norm, c.eps, 1.0)
     x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
     return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
 
