@@ -98,7 +98,7 @@ def test_sizes_are_bounded_and_the_arithmetic_said(settings, sentence):
 @pytest.mark.parametrize('recipe, mesh, sentence', [
     ('edit', dict(data=1, fsdp=1, tp=4), 'mesh.tp=4 must divide model.lap.heads=5'),
     ('edit', dict(data=1, fsdp=64, tp=1), 'mesh.fsdp=64 must divide model.lap.width=160'),
-    ('vlm', dict(data=1, fsdp=3, tp=1), 'mesh.fsdp=3 must divide model.vision.width=128'),
+    ('vlm', dict(data=1, fsdp=3, tp=1), 'mesh.fsdp=3 must divide model.vision.width=128 x 2 x 2'),
     ('vlm', dict(data=1, fsdp=1, tp=64), 'mesh.tp=64 must divide model.text.hidden=432'),
 ])
 def test_a_mesh_that_does_not_divide_a_recipes_model(recipe, mesh, sentence):

@@ -18,6 +18,8 @@ from unifusion_jax.models import layers, sizes
 from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
 from unifusion_jax.ranges import Range
 
+HIDDEN = 2 ** 28  # bytes of hidden units on a device; more tokens are pooled in parts, and each gathers the weights
+
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LAPConfig:
@@ -84,15 +86,37 @@ class LAP(nnx.Module):
     if (l, e) != (c.taps, c.width):
       raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
                       "set the config's taps and width to those of the vision-language model")
-    run = lambda x, blocks, segments=None: layers.whole(layers.scan(
-        lambda x, block: (block(x, segments), None), layers.split(x), blocks, remat=c.remat)[0])
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
-    x = run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks).reshape(b, s, l, e, out_sharding=RESIDUAL)
-    x = einsum('bsle,l->bse', x, self.pool)
-    x = rms_norm(run(x, self.refiner, mask.astype(bool)), self.norm, c.eps, 1.0)
+    x = self._run(self._pooled(x), self.refiner, mask.astype(bool), c.remat)
+    x = rms_norm(x, self.norm, c.eps, 1.0)
     x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
     return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
+
+  def _pooled(self, hidden: jax.Array) -> jax.Array:
+    """[b s l e] -> [b s e], token by token; many tokens in parts, one after another."""
+    c = self.config
+    b, s, l, e = hidden.shape
+    rows = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[0]
+    parts = max(1, -(-rows * s * l * c.mlp * hidden.dtype.itemsize // HIDDEN))
+    size = -(-s // parts)
+
+    def pool(x, remat):
+      b, s, l, e = x.shape
+      x = self._run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks, remat=remat)
+      return einsum('bsle,l->bse', x.reshape(b, s, l, e, out_sharding=RESIDUAL), self.pool)
+
+    if parts == 1:
+      return pool(hidden, c.remat)
+    hidden = jnp.pad(hidden, ((0, 0), (0, parts * size - s), (0, 0), (0, 0)))
+    hidden = jnp.moveaxis(hidden.reshape(b, parts, size, l, e), 1, 0)
+    # Remat of the whole part, whose blocks then need none: as much work as remat of every block
+    x = jax.lax.map(jax.checkpoint(lambda x: pool(x, False)) if c.remat else lambda x: pool(x, False), hidden)
+    return jnp.moveaxis(x, 0, 1).reshape(b, parts * size, e)[:, :s]
+
+  def _run(self, x: jax.Array, blocks, segments: jax.Array | None = None, remat: bool = False) -> jax.Array:
+    step = lambda x, block: (block(x, segments), None)
+    return layers.whole(layers.scan(step, layers.split(x), blocks, remat=remat)[0])
 
 
 def _block_rules(torch: str, ours: str):

@@ -20,7 +20,7 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.attention import attention
-from unifusion_jax.sharding import BATCH, is_main_process
+from unifusion_jax.sharding import BATCH, is_main_process, WEIGHTS
 
 RESIDUAL = P(BATCH)  # activations [b ...]: batch sharded, the rest whole
 # Whether layers are unrolled. None: by the devices of the mesh in context. Unrolled, a step takes a fifth less on a CPU
@@ -70,6 +70,24 @@ def heads_axis(heads: int, kv_heads: int) -> str | None:
     _warn_of_repeated_heads(heads, kv_heads, tp)
     return None
   return 'tp'
+
+
+def rows_axes(width: int) -> tuple[str, ...] | str | None:
+  """The mesh axes of weights in a model that knows no tp, over their dim of `width`: as many devices as divide it."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  sizes = {WEIGHTS: mesh['fsdp'] * mesh['tp'], 'fsdp': mesh['fsdp'], 'tp': mesh['tp']}
+  axes = max((axes for axes, size in sizes.items() if width % size == 0), key=sizes.get, default=None)
+  if axes is None or sizes[axes] == 1 < sizes[WEIGHTS]:
+    _warn_of_whole_weights(width, sizes[WEIGHTS])
+    return None
+  return axes
+
+
+@functools.cache
+def _warn_of_whole_weights(width: int, devices: int) -> None:
+  if is_main_process():
+    logging.warning('neither mesh.fsdp nor mesh.tp divides a width of %d: each of the %d devices holds all weights of '
+                    'that vision tower', width, devices)
 
 
 @functools.cache  # one warning for each combination

@@ -35,13 +35,16 @@ from unifusion_jax.models.layers import (
   RESIDUAL,
   rope,
   rope_angles,
+  rows_axes,
   rows_of,
   scan_taps,
   stack,
+  stream,
   weight,
+  whole,
 )
 from unifusion_jax.ranges import Range
-from unifusion_jax.sharding import spread, WEIGHTS
+from unifusion_jax.sharding import spread
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -104,7 +107,7 @@ class Qwen3VLConfig:
 
   def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
     """Sizes that a mesh does not divide, a sentence each."""
-    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, both=('width',), tp=('joined',)),
+    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('joined',), tp=('joined',)),
             *self.text.undivided(mesh, f'{prefix}text.')]
 
   @classmethod
@@ -178,33 +181,33 @@ class VisionBlock(nnx.Module):
 
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     d, h, f = config.width, config.heads, config.hidden
-    k = d // h
+    k, axes = d // h, rows_axes(d)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype)
-    self.wq = weight(rngs, (d, h, k), (WEIGHTS, None, None), contract=1, dtype=dtype)
-    self.wk = weight(rngs, (d, h, k), (WEIGHTS, None, None), contract=1, dtype=dtype)
-    self.wv = weight(rngs, (d, h, k), (WEIGHTS, None, None), contract=1, dtype=dtype)
+    self.wq = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
     self.bq = constant(0.0, (h, k), dtype=dtype)
     self.bk = constant(0.0, (h, k), dtype=dtype)
     self.bv = constant(0.0, (h, k), dtype=dtype)
-    self.wo = weight(rngs, (h, k, d), (None, None, WEIGHTS), contract=2, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (None, None, axes), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype)
-    self.w1 = weight(rngs, (d, f), (WEIGHTS, None), contract=1, dtype=dtype)
+    self.w1 = weight(rngs, (d, f), (axes, None), contract=1, dtype=dtype)
     self.b1 = constant(0.0, (f,), dtype=dtype)
-    self.w2 = weight(rngs, (f, d), (None, WEIGHTS), contract=1, dtype=dtype)
+    self.w2 = weight(rngs, (f, d), (None, axes), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
 
   def __call__(self, x: jax.Array, angles: jax.Array, segments: jax.Array) -> jax.Array:
     """[b p d] -> [b p d]; angles [b p k/2], segments [b p]: patches attend within their image."""
-    y = layer_norm(x, self.norm1, self.norm1_bias)
+    y = whole(layer_norm(x, self.norm1, self.norm1_bias))
     q, k, v = (einsum('bsd,dhk->bshk', y, w) + b[...] for w, b in (
         (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)))
     y = attention(rope(q, angles), rope(k, angles), v, q_segments=segments, kv_segments=segments)
-    x = x + einsum('bshk,hkd->bsd', y, self.wo, rows_of(x)) + self.bo[...]
+    x = x + einsum('bshk,hkd->bsd', y, self.wo, stream(x)) + self.bo[...]
     y = einsum('bsd,df->bsf', layer_norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
-    return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, rows_of(x)) + self.b2[...]
+    return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, stream(x)) + self.b2[...]
 
 
 class Merger(nnx.Module):
@@ -238,7 +241,7 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch_size
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
+    self.patch = weight(rngs, (p, d), (None, rows_axes(d)), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
     self.positions = weight(rngs, (config.side ** 2, d), (None, None), contract=None, dtype=dtype, std=0.02)
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)

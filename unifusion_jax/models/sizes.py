@@ -32,12 +32,6 @@ def problems(config, prefix: str, **others: Range) -> list[str]:
 
 
 def undivided(config, prefix: str, mesh: Mapping[str, int], **names: tuple[str, ...]) -> list[str]:
-  """A sentence for each size of a configuration that its axis of a mesh does not divide, as in fsdp=('width',).
-
-  The axis `both` is fsdp and tp together (`sharding.WEIGHTS`).
-  """
-  devices = {axis: (f'mesh.{axis}', size) for axis, size in mesh.items()}
-  devices['both'] = 'mesh.fsdp x mesh.tp', mesh.get('fsdp', 1) * mesh.get('tp', 1)
-  return [f'{label}={size} must divide {prefix}{name}={getattr(config, name)}'
-          for axis in names if axis in devices for label, size in [devices[axis]]
-          for name in names[axis] if getattr(config, name) % size]
+  """A sentence for each size of a configuration that its axis of a mesh does not divide, as in fsdp=('width',)."""
+  return [f'mesh.{axis}={mesh[axis]} must divide {prefix}{name}={getattr(config, name)}'
+          for axis in names if axis in mesh for name in names[axis] if getattr(config, name) % mesh[axis]]
