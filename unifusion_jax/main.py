@@ -25,7 +25,7 @@ COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
-                        'Folder of the run; default runs/<name of the recipe>.')
+                        'Folder of the run; default runs/RECIPE, with a scale runs/RECIPE_SCALE.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
     'others by itself on Cloud TPU, Slurm and Kubernetes.')
@@ -49,7 +49,7 @@ def main(argv):
   """Runs the command on the recipe's mesh."""
   del argv
   with sharding.together('start'):
-    recipe, _ = command_line.locate(flags.FLAGS.config)
+    recipe, scale = command_line.locate(flags.FLAGS.config)
     config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
     trains = isinstance(config, configuration.Config)
     mode = _MODE.value or ('train' if trains else 'describe')
@@ -57,7 +57,7 @@ def main(argv):
       wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     configuration.check(config, jax.device_count())
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / '_'.join(filter(None, (recipe.stem, scale))))
     if trains:
       check_writable(workdir)
   if trains:

@@ -1,0 +1,176 @@
+"""Bytes of a train step on each chip, from the configuration and the number of devices alone: nothing is compiled.
+
+State, frozen models and batch are exact, the shards of their abstract shapes. The rest are formulas, one for each array
+that grows with the model, the tokens or the pixels, for the largest batch (`batch_spec`). The phases of a step follow
+one another, so the largest counts: autoencoder, VLM, DiT forward and backward, LAP backward, update. Fused attention
+is assumed: no logits. docs/plans.md has what the compiler says of the same steps.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from unifusion_jax import sharding
+from unifusion_jax.commands import train
+from unifusion_jax.objectives import flow_matching
+
+F32 = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Bytes on each chip.
+
+  Attributes:
+    terms: {an array or group of arrays, with the file whose code makes it: bytes}; their sum is `total`.
+    arguments: of them the state, frozen models and batch.
+    temporaries: of them what lives through the whole step, and the largest phase.
+    phases: {phase: bytes that live in it alone}.
+  """
+  terms: dict[str, int]
+  arguments: int
+  temporaries: int
+  phases: dict[str, int]
+
+  @property
+  def total(self) -> int:
+    return self.arguments + self.temporaries
+
+
+def chip_bytes(config, devices: int) -> Estimate:
+  """The estimate of a config.Config's train step on a number of devices.
+
+  Of objectives other than flow matching the temporaries are the gradients alone. UserError where the configuration does
+  not fit the devices.
+  """
+  data, fsdp, tp = config.mesh.shape(devices)
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(config.mesh, devices)):
+    state, frozen, batch = train.abstract(config)
+  terms = {'parameters (training/step.py)': _held(state.params), 'EMA (training/step.py)': _held(state.ema),
+           'moments of the optimizer (training/step.py)': _held(state.opt)}
+  if frozen is not None:
+    terms |= {f'frozen {name} (conditioning.py)': _held(getattr(frozen, attribute))
+              for name, attribute in (('VLM', 'vlm'), ('autoencoder', 'vae')) if hasattr(frozen, attribute)}
+  terms['batch (data/loader.py)'] = _held(batch)
+  arguments = sum(terms.values())
+  # Under accumulation their sum and those of one micro-batch
+  gradients = _held(state.params) * (1 if config.optim.accumulate == 1 else 2)
+  throughout, phases = {'gradients (training/step.py)': gradients}, {'update': _update(config, state)}
+  if isinstance(config.objective, flow_matching.FlowMatching):
+    step = _Step(config, state.params, frozen, batch, max(1, -(-config.data.batch_size // (data * fsdp))), tp)
+    throughout |= step.throughout()
+    phases |= {'autoencoder': step.autoencoder(), 'VLM': step.vlm(), 'DiT': step.dit(), 'LAP': step.lap()}
+  sizes = {name: sum(phase.values()) for name, phase in phases.items()}
+  largest = max(sizes, key=sizes.get)
+  terms |= throughout | phases[largest]
+  return Estimate(terms, arguments, sum(throughout.values()) + sizes[largest], sizes)
+
+
+def _held(tree) -> int:
+  """Bytes of a chip's shards of abstract arrays."""
+  def held(x):
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+  return sum(held(x) for x in jax.tree.leaves(tree))
+
+
+def _elements(tree) -> int:
+  """Numbers in all arrays of a tree, whole."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _update(config, state) -> dict[str, int]:
+  """AdamW works in place; Muon's products make new matrices, each of a whole layer."""
+  held = _held(state.params)
+  return {'new matrices of Muon (training/step.py)': 2 * held} if config.optim.name == 'muon' else {}
+
+
+class _Step:
+  """The terms of one micro-batch of flow matching. Sizes as in models/layers.py."""
+
+  def __init__(self, config, params, frozen, batch, rows: int, tp: int):
+    self._config, self._frozen, self._tp = config, frozen, tp
+    self._model = flow_matching.model_of(params)
+    self._rows = -(-rows // config.optim.accumulate)  # b, examples
+    self._noised = self._rows * config.objective.noises_per_example
+    self._height, self._width = batch['target'].shape[1:3]
+    self._prompt = batch['input_ids'].shape[1]  # s
+    self._kept = batch['cond_index'].shape[1]  # q
+    if config.objective.rewrite_online:
+      self._kept += frozen.max_rewrite + batch['fallback_index'].shape[1]
+    unit = config.objective.unit(config)
+    self._image = (self._height // unit) * (self._width // unit)
+    self._dtype = jnp.dtype(config.model.dtype).itemsize
+    self._frozen_dtype = jnp.dtype(config.frozen_dtype).itemsize
+
+  def _split(self, tokens: int) -> int:
+    """Tokens of a sequence between blocks on a device: tp shares them where it divides them."""
+    return tokens if tokens % self._tp else tokens // self._tp
+
+  def throughout(self) -> dict[str, int]:
+    lap, dit = self._config.model.lap, self._config.model.dit
+    kept = self._rows * self._split(self._kept)
+    return {
+        'tapped states of kept tokens (layers.scan_taps)': kept * lap.taps * lap.width * self._dtype,
+        'block inputs of LAP and refiner, kept for the backward (models/lap.py)':
+            kept * (lap.depth * lap.taps + lap.refiner_depth) * lap.width * self._dtype,
+        'condition tokens and their gradient (models/lap.py)':
+            2 * self._noised * self._split(self._kept) * dit.width * self._dtype}
+
+  def dit(self) -> dict[str, int]:
+    """Forward and backward of the DiT: blocks' inputs, and one block's backward."""
+    c = self._config.model.dit
+    tokens, split = (self._noised * n for n in (self._kept + self._image, self._split(self._kept + self._image)))
+    recomputed = 1 if c.remat else c.depth
+    return {
+        'block inputs of the DiT, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
+        'backward of a block of the DiT (models/dit.py)':
+            recomputed * self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp),
+        'weights of the DiT gathered over fsdp, and gradients before they are scattered (models/dit.py)':
+            self._gathered(self._model.dit.blocks, c.depth),
+        'modulation matrix and its gradient, whole (models/dit.py)':
+            6 * c.width ** 2 // self._tp * (self._dtype + F32)}
+
+  def lap(self) -> dict[str, int]:
+    """Backward of one block of LAP, whose rows are all kept tokens in all taps; the refiner's are fewer."""
+    c = self._config.model.lap
+    tokens, split = (self._rows * n * c.taps for n in (self._kept, self._split(self._kept)))
+    return {
+        'backward of a block of LAP (models/lap.py)':
+            self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.width // c.heads, c.mlp),
+        'weights of LAP gathered over fsdp, and gradients before they are scattered (models/lap.py)':
+            self._gathered(self._model.lap.blocks, c.depth)}
+
+  def _backward(self, tokens: int, split: int, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> int:
+    """One block, recomputed and differentiated: heads and hidden units over tp, the rest as between blocks."""
+    attention = tokens * (3 * heads + 2 * kv_heads) * head_dim // self._tp * self._dtype  # q, gate, output; k, v
+    hidden = 5 * tokens * mlp // self._tp * self._dtype  # gate, up and their product; gradients of two
+    return attention + hidden + 2 * split * width * (F32 + self._dtype)  # normed inputs of both halves, and gradients
+
+  def _gathered(self, blocks, depth: int) -> int:
+    """One block in use and the next under way; one's gradient in f32."""
+    return _elements(blocks) // max(1, depth) // self._tp * (2 * self._dtype + F32)
+
+  def vlm(self) -> dict[str, int]:
+    """Forward of the frozen VLM: one block at a time."""
+    vlm = self._frozen.vlm
+    c, tokens = vlm.config.text, self._rows * self._prompt
+    terms = {
+        'a block of the VLM (models/decoder.py)': self._frozen_dtype * (
+            tokens * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * tokens * c.hidden) // self._tp
+            + tokens * c.width * (F32 + 3 * self._frozen_dtype),
+        'weights of the VLM gathered over fsdp (models/decoder.py)':
+            2 * _elements(vlm.decoder.blocks) // c.depth // self._tp * self._frozen_dtype}
+    if self._config.objective.rewrite_online:
+      slots = self._rows * (self._prompt + self._frozen.max_rewrite)
+      terms['keys and values of rewriting (models/text_generation.py)'] = (
+          2 * c.depth * slots * c.kv_heads * c.head_dim * self._frozen_dtype)
+      terms['logits of rewriting (models/text_generation.py)'] = self._rows * c.vocab * F32
+    return terms
+
+  def autoencoder(self) -> dict[str, int]:
+    """Forward of the encoder at its widest: the first level, in f32 where it is normalised."""
+    widest = self._rows * self._height * self._width * self._frozen.vae.config.block_out_channels[0]
+    return {'first level of the autoencoder (models/vae.py)': widest * (2 * F32 + 2 * self._frozen_dtype)}
