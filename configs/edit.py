@@ -9,9 +9,10 @@
 Sampling in a folder without a run uses the shipped editing model.
 :tiny trains for minutes on two CPU cores. The shipped weights make the change and keep all else in 0.74 of 200 test
 edits, and make the change in 0.87 (docs/embedded.md); their stages are in unifusion_jax/assets/tiny/provenance.json.
-:8b is the paper's editing fine-tune of 11,000 steps. :8b_256 and :8b_512 before it are ours, to learn to read references
-where a step is cheap; the paper has none, and --config.init=runs/t2i_8b/export on :8b leaves them out. From the export of
-configs/t2i.py:8b, on your own list, on the pod that it names; it has not been trained:
+:8b is the paper's editing fine-tune of 11,000 steps, at 1024 px. Before it :8b_256 and :8b_512, which are ours, learn
+to read references where a step is cheap; --config.init=runs/t2i_8b/export on :8b leaves them out, as the paper does.
+The first starts from the export of configs/t2i.py:8b; all train on your own list, on the pod that it names. They have
+not been trained. In this order, each in a workdir of its own:
   python -m unifusion_jax.main --config=configs/edit.py:8b_256 --mode=rewrite   # the VLM's rewrites, for all stages
   python -m unifusion_jax.main --config=configs/edit.py:8b_256
   python -m unifusion_jax.main --config=configs/edit.py:8b_256 --mode=export
@@ -20,6 +21,8 @@ configs/t2i.py:8b, on your own list, on the pod that it names; it has not been t
   python -m unifusion_jax.main --config=configs/edit.py:8b
   python -m unifusion_jax.main --config=configs/edit.py:8b --mode=export
 """
+
+import dataclasses
 
 from configs import t2i
 from unifusion_jax import config
@@ -47,10 +50,9 @@ def get_config(scale: str = 'tiny') -> config.Config:
     previous = t2i.before(scale)
     base.init = f'runs/edit_{previous}/export' if previous else 'runs/t2i_8b/export'
     base.data.rewrites = f'runs/edit_{next(iter(STEPS))}/rewrites'
-    # 512 examples at every size: ours, the paper gives none. A reference brings 256 to 2560 tokens whatever the size, so
-    # all stages take two micro-batches. Learning rate: Iris-3B's at 1024 px. Warm-up and decay: ours.
+    # Batch size: ours, the paper gives none; a reference is as many tokens at every size, so all take it in two halves.
+    # Learning rate: Iris-3B's at 1024 px. Warm-up and decay: ours.
     base.data.batch_size = 512
-    base.optim = OptimConfig(name='adamw', learning_rate=5e-5, warmup=500, decay=0.1 if scale == '8b' else 0.0, clip=0.5,
-                             ema=0.9999, accumulate=2)
+    base.optim = dataclasses.replace(base.optim, learning_rate=5e-5, warmup=500, accumulate=2)
     base.train = config.TrainConfig(steps=STEPS[scale], log_every=50, save_every=1000, preview_every=1000)
   return base

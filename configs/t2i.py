@@ -8,9 +8,9 @@
 :tiny trains on scenes at 64 px with the embedded models, on two CPU cores. The shipped weights meet all constraints of
 0.70 of 500 test prompts with 1-2 objects, and of 0.29 with 3-4 objects (docs/embedded.md); their stages are in
 unifusion_jax/assets/tiny/provenance.json.
-:8b_256, :8b_512 and :8b are one training in three stages, 256, 512 and 1024 px, each from the weights of the one before
-(STAGES below; docs/training.md has the table): the paper's size, with InternVL2.5-8B and taps 4, 7, ..., 31, on your own
-list. It has not been trained. In this order, each in a workdir of its own (runs/t2i_8b_256 and so on):
+:8b_256, :8b_512 and :8b are one training in three stages, at 256, 512 and 1024 px, each from the weights of the one
+before (STAGES below, docs/training.md): the paper's size, with InternVL2.5-8B and taps 4, 7, ..., 31, on your own list.
+They have not been trained. In this order, each in a workdir of its own, runs/t2i_8b_256 and so on:
   python -m unifusion_jax.main --config=configs/t2i.py:8b_256 --mode=rewrite   # the VLM's rewrites, for all stages
   python -m unifusion_jax.main --config=configs/t2i.py:8b_256
   python -m unifusion_jax.main --config=configs/t2i.py:8b_256 --mode=export
@@ -18,10 +18,9 @@ list. It has not been trained. In this order, each in a workdir of its own (runs
   python -m unifusion_jax.main --config=configs/t2i.py:8b_512 --mode=export
   python -m unifusion_jax.main --config=configs/t2i.py:8b
   python -m unifusion_jax.main --config=configs/t2i.py:8b --mode=export
-Hardware: a TPU v5e:16x16, 256 chips of 16 GiB. Parameters and batch are shared out over all chips (fsdp), and :8b takes
-its batch of 512 in two halves, one image of 1024 px a chip at a time. The mesh takes whatever chips are there, so other
-pods change that alone: 128 of v5p have room for four images, --config.optim.accumulate=1; 64 of v6e take one or two,
---config.optim.accumulate=8 or 4.
+Hardware: a TPU v5e:16x16, 256 chips of 16 GiB. Parameters and batch are shared out over all chips (fsdp), and
+optim.accumulate splits the batch so that a chip has one image at a time. On other pods change that alone: for :8b
+--config.optim.accumulate=1 on 128 chips of v5p (95 GiB, four images at a time), 4 on 64 of v6e (32 GiB, two).
 """
 
 import dataclasses
@@ -45,19 +44,19 @@ class Stage:
   shift: float          # of the times
   steps: int
   batch_size: int
-  accumulate: int       # micro-batches, for 16 GiB a chip
+  accumulate: int       # micro-batches: one image a chip at a time on 256 chips of 16 GiB
   learning_rate: float
   warmup: int
   decay: float          # last share of the steps, over which the learning rate falls
 
 
-# Sizes: Krea 2 and Iris-3B. Shift, steps, batch size and learning rate of each stage: Iris-3B (arXiv 2610.09450), an open
-# LAP model; 0.59 billion images in all, and the paper says below one billion. Warm-up: Iris-3B's for the first; ours
-# for the others, whose moments start anew. Decay at the very end: Krea 2's report, its share ours. Accumulate: ours.
+# Sizes: Krea 2 and Iris-3B. Shift, steps, batch size and learning rate: Iris-3B (arXiv 2610.09450), an open LAP model;
+# they are 0.59 billion images, and the paper says below one billion. Warm-up: Iris-3B's for the first stage; ours for
+# the others, whose moments start anew. Decay in the last stage alone: Krea 2's report, its share ours.
 STAGES = {
-    '8b_256': Stage(256, shift=2.0, steps=367_000, batch_size=1024, accumulate=1, learning_rate=1e-4, warmup=2000,
+    '8b_256': Stage(256, shift=2.0, steps=367_000, batch_size=1024, accumulate=4, learning_rate=1e-4, warmup=2000,
                     decay=0.0),
-    '8b_512': Stage(512, shift=3.0, steps=163_000, batch_size=1024, accumulate=2, learning_rate=1e-4, warmup=500,
+    '8b_512': Stage(512, shift=3.0, steps=163_000, batch_size=1024, accumulate=4, learning_rate=1e-4, warmup=500,
                     decay=0.0),
     '8b': Stage(1024, shift=4.0, steps=95_000, batch_size=512, accumulate=2, learning_rate=5e-5, warmup=500,
                 decay=0.1)}

@@ -49,7 +49,7 @@ def main(argv):
   """Runs the command on the recipe's mesh."""
   del argv
   with sharding.together('start'):
-    recipe, scale = command_line.locate(flags.FLAGS.config)
+    recipe, _ = command_line.locate(flags.FLAGS.config)
     config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
     trains = isinstance(config, configuration.Config)
     mode = _MODE.value or ('train' if trains else 'describe')
@@ -57,7 +57,7 @@ def main(argv):
       wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     configuration.check(config, jax.device_count())
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / '_'.join(filter(None, (recipe.stem, scale))))
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(flags.FLAGS.config))
     if trains:
       check_writable(workdir)
   if trains:
@@ -65,6 +65,12 @@ def main(argv):
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
     command.run(config, workdir)
+
+
+def default_workdir(recipe: str) -> pathlib.Path:
+  """The workdir of a recipe without one: runs/edit for edit, runs/edit_8b for edit:8b."""
+  path, scale = command_line.locate(recipe)
+  return pathlib.Path('runs') / (f'{path.stem}_{scale}' if scale else path.stem)
 
 
 def check_writable(workdir: pathlib.Path) -> None:

@@ -21,59 +21,76 @@ F32 = 4  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Bytes on each chip.
+  """Bytes on each chip, by name: of an array or a group of arrays, with the file whose code makes them.
 
   Attributes:
-    terms: {an array or group of arrays, with the file whose code makes it: bytes}; their sum is `total`.
-    arguments: of them the state, frozen models and batch.
-    temporaries: of them what lives through the whole step, and the largest phase.
-    phases: {phase: bytes that live in it alone}.
+    arguments: state, frozen models and batch.
+    throughout: temporaries that live through most of the step.
+    phases: temporaries of each phase alone; the phases follow one another.
   """
-  terms: dict[str, int]
-  arguments: int
-  temporaries: int
-  phases: dict[str, int]
+  arguments: dict[str, int]
+  throughout: dict[str, int]
+  phases: dict[str, dict[str, int]]
+
+  @property
+  def largest(self) -> str:
+    """The phase that takes most."""
+    return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+  @property
+  def terms(self) -> dict[str, int]:
+    """All that is there in the largest phase."""
+    return self.arguments | self.throughout | self.phases[self.largest]
+
+  @property
+  def temporaries(self) -> int:
+    return sum(self.throughout.values()) + sum(self.phases[self.largest].values())
 
   @property
   def total(self) -> int:
-    return self.arguments + self.temporaries
+    return sum(self.terms.values())
 
 
 def chip_bytes(config, devices: int) -> Estimate:
-  """The estimate of a config.Config's train step on a number of devices.
+  """The estimate of a config.Config's train step on a number of devices: half a second, or a millisecond where models
+  and mesh.tp are those of an earlier call.
 
-  Of objectives other than flow matching the temporaries are the gradients alone. UserError where the configuration does
-  not fit the devices.
+  The configuration must be one that `config.check` passes. Of objectives other than flow matching the temporaries are
+  the gradients alone.
   """
-  data, fsdp, tp = config.mesh.shape(devices)
-  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(config.mesh, devices)):
-    state, frozen, batch = train.abstract(config)
-  terms = {'parameters (training/step.py)': _held(state.params), 'EMA (training/step.py)': _held(state.ema),
-           'moments of the optimizer (training/step.py)': _held(state.opt)}
-  if frozen is not None:
-    terms |= {f'frozen {name} (conditioning.py)': _held(getattr(frozen, attribute))
-              for name, attribute in (('VLM', 'vlm'), ('autoencoder', 'vae')) if hasattr(frozen, attribute)}
-  terms['batch (data/loader.py)'] = _held(batch)
-  arguments = sum(terms.values())
-  # Under accumulation their sum and those of one micro-batch
-  gradients = _held(state.params) * (1 if config.optim.accumulate == 1 else 2)
-  throughout, phases = {'gradients (training/step.py)': gradients}, {'update': _update(config, state)}
+  mesh = sharding.abstract_mesh(config.mesh, devices)
+  state, frozen = (sharding.abstract(tree, mesh) for tree in _models(config, mesh.shape['tp']))
+  with jax.sharding.use_abstract_mesh(mesh):
+    batch = config.objective.batch_spec(config)
+  held = sharding.shard_bytes
+  arguments = {'parameters (training/step.py)': held(state.params), 'EMA (training/step.py)': held(state.ema),
+               'moments of the optimizer (training/step.py)': held(state.opt), 'batch (data/loader.py)': held(batch)}
+  # Under accumulation there are two, a micro-batch's and the sum
+  throughout = {'gradients (training/step.py)': held(state.params) * min(2, config.optim.accumulate)}
+  muon = 2 * held(state.params) if config.optim.name == 'muon' else 0
+  phases = {'update': {'new matrices of Muon (training/step.py)': muon}}
   if isinstance(config.objective, flow_matching.FlowMatching):
-    step = _Step(config, state.params, frozen, batch, max(1, -(-config.data.batch_size // (data * fsdp))), tp)
+    step = _Step(config, flow_matching.model_of(state.params), frozen, batch, mesh.shape)
+    arguments |= {'frozen VLM (conditioning.py)': held(frozen.vlm),
+                  'frozen autoencoder (conditioning.py)': held(frozen.vae)}
     throughout |= step.throughout()
     phases |= {'autoencoder': step.autoencoder(), 'VLM': step.vlm(), 'DiT': step.dit(), 'LAP': step.lap()}
-  sizes = {name: sum(phase.values()) for name, phase in phases.items()}
-  largest = max(sizes, key=sizes.get)
-  terms |= throughout | phases[largest]
-  return Estimate(terms, arguments, sum(throughout.values()) + sizes[largest], sizes)
+  else:
+    arguments |= {'frozen models (objective.frozen)': held(frozen)}
+  return Estimate(arguments, throughout, phases)
 
 
-def _held(tree) -> int:
-  """Bytes of a chip's shards of abstract arrays."""
-  def held(x):
-    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
-  return sum(held(x) for x in jax.tree.leaves(tree))
+_MODELS = {}  # (state, frozen) by what their shapes and specs depend on
+
+
+def _models(config, tp: int):
+  """(state, frozen) of the train step as shapes; their specs are those of every mesh with that tp."""
+  key = repr((config.model, config.objective, config.optim.name, config.vlm, config.vlm_quantized, config.vae,
+              config.taps, config.frozen_dtype, tp))
+  if key not in _MODELS:
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sharding.MeshConfig(1, 1, tp), tp)):
+      _MODELS[key] = train.abstract(config)[:2]
+  return _MODELS[key]
 
 
 def _elements(tree) -> int:
@@ -81,25 +98,19 @@ def _elements(tree) -> int:
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def _update(config, state) -> dict[str, int]:
-  """AdamW works in place; Muon's products make new matrices, each of a whole layer."""
-  held = _held(state.params)
-  return {'new matrices of Muon (training/step.py)': 2 * held} if config.optim.name == 'muon' else {}
-
-
 class _Step:
   """The terms of one micro-batch of flow matching. Sizes as in models/layers.py."""
 
-  def __init__(self, config, params, frozen, batch, rows: int, tp: int):
-    self._config, self._frozen, self._tp = config, frozen, tp
-    self._model = flow_matching.model_of(params)
-    self._rows = -(-rows // config.optim.accumulate)  # b, examples
+  def __init__(self, config, model, frozen, batch, mesh):
+    self._config, self._model, self._frozen, self._tp = config, model, frozen, mesh['tp']
+    # b: examples of a device at a time
+    self._rows = -(-config.data.batch_size // (mesh['data'] * mesh['fsdp'] * config.optim.accumulate))
     self._noised = self._rows * config.objective.noises_per_example
     self._height, self._width = batch['target'].shape[1:3]
     self._prompt = batch['input_ids'].shape[1]  # s
     self._kept = batch['cond_index'].shape[1]  # q
     if config.objective.rewrite_online:
-      self._kept += frozen.max_rewrite + batch['fallback_index'].shape[1]
+      self._kept += config.data.budget[1] + batch['fallback_index'].shape[1]
     unit = config.objective.unit(config)
     self._image = (self._height // unit) * (self._width // unit)
     self._dtype = jnp.dtype(config.model.dtype).itemsize
@@ -125,10 +136,10 @@ class _Step:
     tokens, split = (self._noised * n for n in (self._kept + self._image, self._split(self._kept + self._image)))
     recomputed = 1 if c.remat else c.depth
     return {
-        'block inputs of the DiT, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
-        'backward of a block of the DiT (models/dit.py)':
+        'block inputs, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
+        'backward of a block (models/dit.py)':
             recomputed * self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp),
-        'weights of the DiT gathered over fsdp, and gradients before they are scattered (models/dit.py)':
+        'weights gathered over fsdp, and gradients before they are scattered (models/dit.py)':
             self._gathered(self._model.dit.blocks, c.depth),
         'modulation matrix and its gradient, whole (models/dit.py)':
             6 * c.width ** 2 // self._tp * (self._dtype + F32)}
@@ -138,9 +149,9 @@ class _Step:
     c = self._config.model.lap
     tokens, split = (self._rows * n * c.taps for n in (self._kept, self._split(self._kept)))
     return {
-        'backward of a block of LAP (models/lap.py)':
+        'backward of a block (models/lap.py)':
             self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.width // c.heads, c.mlp),
-        'weights of LAP gathered over fsdp, and gradients before they are scattered (models/lap.py)':
+        'weights gathered over fsdp, and gradients before they are scattered (models/lap.py)':
             self._gathered(self._model.lap.blocks, c.depth)}
 
   def _backward(self, tokens: int, split: int, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> int:
@@ -161,10 +172,10 @@ class _Step:
         'a block of the VLM (models/decoder.py)': self._frozen_dtype * (
             tokens * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * tokens * c.hidden) // self._tp
             + tokens * c.width * (F32 + 3 * self._frozen_dtype),
-        'weights of the VLM gathered over fsdp (models/decoder.py)':
+        'weights gathered over fsdp (models/decoder.py)':
             2 * _elements(vlm.decoder.blocks) // c.depth // self._tp * self._frozen_dtype}
     if self._config.objective.rewrite_online:
-      slots = self._rows * (self._prompt + self._frozen.max_rewrite)
+      slots = self._rows * (self._prompt + self._config.data.budget[1])
       terms['keys and values of rewriting (models/text_generation.py)'] = (
           2 * c.depth * slots * c.kv_heads * c.head_dim * self._frozen_dtype)
       terms['logits of rewriting (models/text_generation.py)'] = self._rows * c.vocab * F32
