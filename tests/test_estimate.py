@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from unifusion_jax import command_line, sharding
+from unifusion_jax.commands import train
 from unifusion_jax.planning import estimate
 
 GIB = 2 ** 30
@@ -37,6 +39,22 @@ def test_recipes_fit_the_pod_of_their_head(recipe):
   assert config.devices == 256 and estimate.chip_bytes(config, config.devices).total < 0.8 * 16 * GIB
 
 
+@pytest.mark.parametrize('topology, accumulate, images', [('v6e:8x8', 4, 2), ('v5p:4x4x8', 1, 4)])
+def test_other_pods_of_their_head(topology, accumulate, images):
+  devices, hbm = CHIPS[topology]
+  config = read('t2i:8b', f'optim.accumulate={accumulate}')
+  assert config.data.batch_size == devices * accumulate * images
+  assert estimate.chip_bytes(config, devices).total < 0.8 * hbm * GIB
+
+
+def test_arguments_are_those_of_the_train_step():
+  config = read('edit:8b', 'mesh.tp=2')
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(config.mesh, 64)):
+    abstract = train.abstract(config)
+  held = sum(estimate.chip_bytes(config, 64).arguments.values())
+  assert held == pytest.approx(sharding.shard_bytes(abstract), abs=100)  # of counters
+
+
 def test_what_is_exact():
   """8.95e9 parameters, their average and two moments in f32; an 8B VLM in two bytes or one."""
   terms = estimate.chip_bytes(read('edit:8b', 'data.batch_size=256', 'optim.accumulate=1'), 256).terms
@@ -44,12 +62,12 @@ def test_what_is_exact():
   assert state == pytest.approx(8.95e9 * 16 / 256, rel=0.05)
   assert terms['frozen VLM (conditioning.py)'] == pytest.approx(8.1e9 * 2 / 256, rel=0.1)
   int8 = estimate.chip_bytes(read('edit:8b', 'data.batch_size=256', 'optim.accumulate=1', 'vlm_quantized=int8'), 256)
-  assert int8.terms['frozen VLM (conditioning.py)'] < 0.6 * terms['frozen VLM (conditioning.py)']
+  assert int8.terms['frozen VLM (conditioning.py)'] < 0.8 * terms['frozen VLM (conditioning.py)']
 
 
 def dit_inputs(*settings, devices=256):
   phase = estimate.chip_bytes(read('t2i:8b', 'data.tiles=1', *settings), devices).phases['DiT']
-  return phase['block inputs, kept for the backward (models/dit.py)']
+  return phase['inputs of the blocks, kept for the backward (models/dit.py)']
 
 
 def test_saved_inputs_of_blocks():

@@ -105,6 +105,9 @@ class _Step:
     self._config, self._model, self._frozen, self._tp = config, model, frozen, mesh['tp']
     # b: examples of a device at a time
     self._rows = -(-config.data.batch_size // (mesh['data'] * mesh['fsdp'] * config.optim.accumulate))
+    # Rows that tp does not divide are whole on each of its devices (sharding.spread)
+    devices, batch_rows = mesh['data'] * mesh['fsdp'] * mesh['tp'], config.data.batch_size // config.optim.accumulate
+    self._spread = batch_rows // devices if batch_rows % devices == 0 else self._rows
     self._noised = self._rows * config.objective.noises_per_example
     self._height, self._width = batch['target'].shape[1:3]
     self._prompt = batch['input_ids'].shape[1]  # s
@@ -117,18 +120,17 @@ class _Step:
     self._frozen_dtype = jnp.dtype(config.frozen_dtype).itemsize
 
   def _split(self, tokens: int) -> int:
-    """Tokens of a sequence between blocks on a device: tp shares them where it divides them."""
+    """Tokens of a sequence between blocks on a device: tp shares them where it divides them (layers.split)."""
     return tokens if tokens % self._tp else tokens // self._tp
 
   def throughout(self) -> dict[str, int]:
     lap, dit = self._config.model.lap, self._config.model.dit
-    kept = self._rows * self._split(self._kept)
+    state = self._rows * lap.width * self._dtype
+    inputs = lap.depth * self._kept * self._split(lap.taps) + lap.refiner_depth * self._split(self._kept)
     return {
-        'tapped states of kept tokens (layers.scan_taps)': kept * lap.taps * lap.width * self._dtype,
-        'block inputs of LAP and refiner, kept for the backward (models/lap.py)':
-            kept * (lap.depth * lap.taps + lap.refiner_depth) * lap.width * self._dtype,
-        'condition tokens and their gradient (models/lap.py)':
-            2 * self._noised * self._split(self._kept) * dit.width * self._dtype}
+        'tapped states of kept tokens (layers.scan_taps)': self._kept * lap.taps * state,
+        'inputs of the blocks of LAP and refiner, kept for the backward (models/lap.py)': inputs * state,
+        'condition tokens and their gradient (models/lap.py)': 2 * self._noised * self._kept * dit.width * self._dtype}
 
   def dit(self) -> dict[str, int]:
     """Forward and backward of the DiT: blocks' inputs, and one block's backward."""
@@ -136,21 +138,20 @@ class _Step:
     tokens, split = (self._noised * n for n in (self._kept + self._image, self._split(self._kept + self._image)))
     recomputed = 1 if c.remat else c.depth
     return {
-        'block inputs, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
+        'inputs of the blocks, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
         'backward of a block (models/dit.py)':
             recomputed * self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp),
         'weights gathered over fsdp, and gradients before they are scattered (models/dit.py)':
-            self._gathered(self._model.dit.blocks, c.depth),
-        'modulation matrix and its gradient, whole (models/dit.py)':
-            6 * c.width ** 2 // self._tp * (self._dtype + F32)}
+            self._gathered(self._model.dit.blocks, c.depth)}
 
   def lap(self) -> dict[str, int]:
     """Backward of one block of LAP, whose rows are all kept tokens in all taps; the refiner's are fewer."""
     c = self._config.model.lap
-    tokens, split = (self._rows * n * c.taps for n in (self._kept, self._split(self._kept)))
+    recomputed = 1 if c.remat else c.depth
+    tokens, split = (self._rows * self._kept * n for n in (c.taps, self._split(c.taps)))
     return {
         'backward of a block (models/lap.py)':
-            self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.width // c.heads, c.mlp),
+            recomputed * self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.width // c.heads, c.mlp),
         'weights gathered over fsdp, and gradients before they are scattered (models/lap.py)':
             self._gathered(self._model.lap.blocks, c.depth)}
 
@@ -183,5 +184,5 @@ class _Step:
 
   def autoencoder(self) -> dict[str, int]:
     """Forward of the encoder at its widest: the first level, in f32 where it is normalised."""
-    widest = self._rows * self._height * self._width * self._frozen.vae.config.block_out_channels[0]
+    widest = self._spread * self._height * self._width * self._frozen.vae.config.block_out_channels[0]
     return {'first level of the autoencoder (models/vae.py)': widest * (2 * F32 + 2 * self._frozen_dtype)}
