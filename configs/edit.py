@@ -35,6 +35,7 @@ STEPS = {'8b_256': 8000, '8b_512': 4000, '8b': 11_000}
 
 def get_config(scale: str = 'tiny') -> config.Config:
   base = t2i.get_config(scale)
+  # Edits of single references: the paper's; the shares beside them are ours.
   base.data.tasks = (Task('edit', weight=0.8), Task('t2i', weight=0.15), Task('reconstruct', weight=0.05))
   if scale == 'tiny':
     # No REPA: it helps a DiT early and hinders it later (HASTE, arXiv 2505.16792), and the base has no head for it.
