@@ -2,8 +2,8 @@
 
 State, frozen models and batch are exact, the shards of their abstract shapes. The rest are formulas, one for each array
 that grows with the model, the tokens or the pixels, for the largest batch (`batch_spec`). The phases of a step follow
-one another, so the largest counts: autoencoder, VLM, DiT forward and backward, LAP backward, update. Fused attention
-is assumed: no logits. docs/plans.md has what the compiler says of the same steps.
+one another, so the largest counts: autoencoder, VLM, DiT forward and backward, LAP backward, update. Attention over
+tokens is taken as fused, without logits. docs/plans.md has what the compiler says of the same steps.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from unifusion_jax.commands import train
 from unifusion_jax.objectives import flow_matching
 
 F32 = 4  # bytes
+ROWS, LANES = 16, 128  # to whose multiples a TPU pads the last two axes of an array in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,26 +141,36 @@ class _Step:
     return {
         'inputs of the blocks, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
         'backward of a block (models/dit.py)':
-            recomputed * self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp),
+            recomputed * self._backward(tokens, split, c.width, c.mlp, tokens * (
+                3 * c.heads + 2 * c.kv_heads) * c.head_dim),
         'weights gathered over fsdp, and gradients before they are scattered (models/dit.py)':
             self._gathered(self._model.dit.blocks, c.depth)}
 
   def lap(self) -> dict[str, int]:
-    """Backward of one block of LAP, whose rows are all kept tokens in all taps; the refiner's are fewer."""
+    """Backward of one block of LAP, whose rows are all kept tokens in all taps; the refiner's are fewer.
+
+    Its attention is plain, over few taps: [b q h l k] and the weights [b q h l l] are padded, the weights most of all.
+    """
     c = self._config.model.lap
     recomputed = 1 if c.remat else c.depth
-    tokens, split = (self._rows * self._kept * n for n in (c.taps, self._split(c.taps)))
+    tokens, split, padded = (self._rows * self._kept * n
+                             for n in (c.taps, self._split(c.taps), -(-c.taps // ROWS) * ROWS))
+    weights = padded * c.heads * LANES // self._tp * self._dtype
     return {
         'backward of a block (models/lap.py)':
-            recomputed * self._backward(tokens, split, c.width, c.heads, c.kv_heads, c.width // c.heads, c.mlp),
+            recomputed * (weights + self._backward(tokens, split, c.width, c.mlp, padded * (
+                3 * c.heads + 2 * c.kv_heads) * (c.width // c.heads))),
         'weights gathered over fsdp, and gradients before they are scattered (models/lap.py)':
             self._gathered(self._model.lap.blocks, c.depth)}
 
-  def _backward(self, tokens: int, split: int, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> int:
-    """One block, recomputed and differentiated: heads and hidden units over tp, the rest as between blocks."""
-    attention = tokens * (3 * heads + 2 * kv_heads) * head_dim // self._tp * self._dtype  # q, gate, output; k, v
-    hidden = 5 * tokens * mlp // self._tp * self._dtype  # gate, up and their product; gradients of two
-    return attention + hidden + 2 * split * width * (F32 + self._dtype)  # normed inputs of both halves, and gradients
+  def _backward(self, tokens: int, split: int, width: int, mlp: int, attention: int) -> int:
+    """One block, recomputed and differentiated: heads and hidden units over tp, the rest as between blocks.
+
+    attention: numbers in q, gate and output, k and v, which wait for their turn while the MLP is differentiated.
+    """
+    hidden = 5 * tokens * mlp  # gate, up and their product; gradients of two
+    stream = 2 * split * width * (F32 + self._dtype)  # normed inputs of both halves, and gradients
+    return (attention + hidden) // self._tp * self._dtype + stream
 
   def _gathered(self, blocks, depth: int) -> int:
     """One block in use and the next under way; one's gradient in f32."""
