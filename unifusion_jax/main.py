@@ -25,7 +25,7 @@ COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
-                        'Folder of the run; default runs/<name of the recipe>.')
+                        'Folder of the run; default runs/RECIPE, with a scale runs/RECIPE_SCALE.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
     'others by itself on Cloud TPU, Slurm and Kubernetes.')
@@ -57,7 +57,7 @@ def main(argv):
       wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     configuration.check(config, jax.device_count())
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(flags.FLAGS.config))
     if trains:
       check_writable(workdir)
   if trains:
@@ -65,6 +65,12 @@ def main(argv):
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
     command.run(config, workdir)
+
+
+def default_workdir(recipe: str) -> pathlib.Path:
+  """The workdir of a recipe without one: runs/edit for edit, runs/edit_8b for edit:8b."""
+  path, scale = command_line.locate(recipe)
+  return pathlib.Path('runs') / (f'{path.stem}_{scale}' if scale else path.stem)
 
 
 def check_writable(workdir: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import math
 
 import jax
 from jax.experimental import multihost_utils
@@ -175,3 +176,10 @@ def abstract(tree, mesh):
     spec = x.sharding.spec if x.sharding is not None else jax.P()
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
   return jax.tree.map(leaf, tree)
+
+
+def shard_bytes(tree) -> int:
+  """Bytes of one device's shards of (abstract) arrays; those without a sharding are whole."""
+  def held(x):
+    return x.dtype.itemsize * math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
+  return sum(held(x) for x in jax.tree.leaves(tree))

@@ -16,6 +16,7 @@ from unifusion_jax import ranges, sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
+from unifusion_jax.planning import replication
 from unifusion_jax.ranges import Range
 from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step
 
@@ -57,6 +58,8 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     opened.enter_context(lock.held(workdir / 'train.lock'))
     checkpoints = opened.enter_context(checkpoint.Checkpoints(workdir, tidy=True, checksums=config.train.checksums))
     planned = record.claim(config, workdir)
+    for sentence in replication.repeated(config, mesh.size) if sharding.is_main_process() else ():
+      logging.warning(sentence)
     measure = objective.measure(config) if config.data.held_out and config.train.held_out_every else None
     frozen = objective.frozen(config)
     tx = step.optimizer(config.optim, config.train.steps)
