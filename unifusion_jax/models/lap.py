@@ -98,7 +98,7 @@ class LAP(nnx.Module):
     c = self.config
     b, s, l, e = hidden.shape
     rows = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[0]
-    parts = max(1, -(-rows * s * l * c.mlp * hidden.dtype.itemsize // HIDDEN))
+    parts = parts_of(rows * s, c, hidden.dtype.itemsize)
     size = -(-s // parts)
 
     def pool(x, remat):
@@ -117,6 +117,11 @@ class LAP(nnx.Module):
   def _run(self, x: jax.Array, blocks, segments: jax.Array | None = None, remat: bool = False) -> jax.Array:
     step = lambda x, block: (block(x, segments), None)
     return layers.whole(layers.scan(step, layers.split(x), blocks, remat=remat)[0])
+
+
+def parts_of(tokens: int, config: LAPConfig, itemsize: int) -> int:
+  """The number of parts in which a device pools its tokens, which have `itemsize` bytes a number."""
+  return max(1, -(-tokens * config.taps * config.mlp * itemsize // HIDDEN))
 
 
 def _block_rules(torch: str, ours: str):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import sharding
 from unifusion_jax.commands import train
+from unifusion_jax.models import lap
 from unifusion_jax.objectives import flow_matching
 
 F32 = 4  # bytes
@@ -125,11 +126,14 @@ class _Step:
     return tokens if tokens % self._tp else tokens // self._tp
 
   def throughout(self) -> dict[str, int]:
-    lap, dit = self._config.model.lap, self._config.model.dit
-    state = self._rows * lap.width * self._dtype
-    inputs = lap.depth * self._kept * self._split(lap.taps) + lap.refiner_depth * self._split(self._kept)
+    pooling, dit = self._config.model.lap, self._config.model.dit
+    state = self._rows * pooling.width * self._dtype
+    # With several parts the inputs of LAP's blocks are those of one part, in `lap`
+    tapped = pooling.depth * self._split(pooling.taps) if lap.parts_of(
+        self._rows * self._kept, pooling, self._dtype) == 1 else 0
+    inputs = self._kept * tapped + pooling.refiner_depth * self._split(self._kept)
     return {
-        'tapped states of kept tokens (layers.scan_taps)': self._kept * lap.taps * state,
+        'tapped states of kept tokens (layers.scan_taps)': self._kept * pooling.taps * state,
         'inputs of the blocks of LAP and refiner, kept for the backward (models/lap.py)': inputs * state,
         'condition tokens and their gradient (models/lap.py)': 2 * self._noised * self._kept * dit.width * self._dtype}
 
@@ -147,17 +151,18 @@ class _Step:
             self._gathered(self._model.dit.blocks, c.depth)}
 
   def lap(self) -> dict[str, int]:
-    """Backward of one block of LAP, whose rows are all kept tokens in all taps; the refiner's are fewer.
+    """Backward of LAP, whose rows are kept tokens in all taps, a part of them at a time; the refiner's are fewer.
 
     Its attention is plain, over few taps: [b q h l k] and the weights [b q h l l] are padded, the weights most of all.
     """
     c = self._config.model.lap
-    recomputed = 1 if c.remat else c.depth
-    tokens, split, padded = (self._rows * self._kept * n
+    parts = lap.parts_of(self._rows * self._kept, c, self._dtype)
+    recomputed = 1 if c.remat and parts == 1 else c.depth
+    tokens, split, padded = (-(-self._rows * self._kept // parts) * n
                              for n in (c.taps, self._split(c.taps), -(-c.taps // ROWS) * ROWS))
     weights = padded * c.heads * LANES // self._tp * self._dtype
     return {
-        'backward of a block (models/lap.py)':
+        'backward of its blocks (models/lap.py)':
             recomputed * (weights + self._backward(tokens, split, c.width, c.mlp, padded * (
                 3 * c.heads + 2 * c.kv_heads) * (c.width // c.heads))),
         'weights gathered over fsdp, and gradients before they are scattered (models/lap.py)':
