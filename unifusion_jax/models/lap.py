@@ -85,7 +85,7 @@ class LAP(nnx.Module):
       raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
                       "set the config's taps and width to those of the vision-language model")
     run = lambda x, blocks, segments=None: layers.scan(
-        lambda x, block: (block(x, segments), None), x, blocks, remat=c.remat)[0]
+        lambda x, block: (block(x, segments), None), x, blocks, remat=c.remat, unroll=True)[0]
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
     x = run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks).reshape(b, s, l, e, out_sharding=RESIDUAL)
