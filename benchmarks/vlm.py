@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,9 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # one GPU serve
 from absl import app, flags
 import numpy as np
 
+from benchmarks import timing
+from benchmarks.timing import spread
+
 _VLM = flags.DEFINE_string('vlm', None, 'An InternVL folder in the -hf layout, or random:small, or random:<a public '
                            'name>; default the embedded VLM.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation, on both sides.')
@@ -35,6 +37,9 @@ _TILES = flags.DEFINE_integer('tiles', 1, 'Tiles of a prompt.', lower_bound=1)
 _NEW = flags.DEFINE_integer('new', 64, 'Tokens to write.', lower_bound=2)
 _REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions of each side, after one that warms up.', lower_bound=1)
 _COMPILE = flags.DEFINE_bool('compile', False, 'Use torch.compile for transformers.')
+_PARTS = flags.DEFINE_list('parts', ['load', 'encode', 'decode'], 'Which parts to time.')
+_JSON = flags.DEFINE_string('json', None, 'A file for all figures.')
+_ONE_CORE = flags.DEFINE_bool('one_core', False, 'CPU seconds of one thread: for a machine that others use, too.')
 _LOAD = flags.DEFINE_enum('load', None, ['ours', 'theirs'], 'Load on one side only, and print rate and memory.')
 
 
@@ -43,18 +48,30 @@ def main(argv):
   if _LOAD.value:
     print(json.dumps(load_alone(_VLM.value, _LOAD.value)))
     return
+  if _ONE_CORE.value:
+    timing.one_core()
   with tempfile.TemporaryDirectory() as temporary:
     folder = prepare(_VLM.value, pathlib.Path(temporary))
-    loading = {who: [] for who in ('ours', 'theirs')}
-    for _ in range(min(_REPEATS.value, 5) + 1):  # the first brings the files into the page cache
-      for who, runs in loading.items():
-        runs.append(json.loads(subprocess.run(
-            [sys.executable, '-m', 'benchmarks.vlm', f'--vlm={folder}', f'--load={who}', f'--dtype={_DTYPE.value}'],
-            check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    results = {}
+    if 'load' in _PARTS.value:
+      results['load'] = load(folder)
+    if {'encode', 'decode'} & set(_PARTS.value):
+      compare(folder, results)
+    timing.write(_JSON.value, dict(machine=timing.machine(), vlm=_VLM.value, dtype=_DTYPE.value, **results))
+
+
+def load(folder: pathlib.Path) -> dict:
+  """Loads in turn, each in a process of its own; prints and returns the figures of `load_alone`."""
+  loading = {who: [] for who in ('ours', 'theirs')}
+  for _ in range(min(_REPEATS.value, 5) + 1):  # the first brings the files into the page cache
     for who, runs in loading.items():
-      rate, extra = ([run[key] for run in runs[1:]] for key in ('gb_per_second', 'extra_gb'))
-      print(f'load    {who:6} {spread(rate)} GB/s   host memory beyond the weights {spread(extra)} GB')
-    compare(folder)
+      runs.append(json.loads(subprocess.run(
+          [sys.executable, '-m', 'benchmarks.vlm', f'--vlm={folder}', f'--load={who}', f'--dtype={_DTYPE.value}'],
+          check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+  for who, runs in loading.items():
+    rate, extra = ([run[key] for run in runs[1:]] for key in ('gb_per_second', 'extra_gb'))
+    print(f'load    {who:6} {spread(rate)} GB/s   host memory beyond the weights {spread(extra)} GB')
+  return {who: runs[1:] for who, runs in loading.items()}
 
 
 def prepare(name: str | None, temporary: pathlib.Path) -> pathlib.Path:
@@ -128,8 +145,8 @@ def load_alone(folder: str, who: str) -> dict:
   return dict(gb_per_second=size / seconds / 1e9, extra_gb=(peak - before - held * on_host) / 1e9)
 
 
-def compare(folder: pathlib.Path) -> None:
-  """Checks that both models compute the same states, then times both."""
+def compare(folder: pathlib.Path, results: dict) -> None:
+  """Checks that both models compute the same states, then times both; rates go into `results`."""
   import jax
   import jax.numpy as jnp
   import torch
@@ -180,25 +197,31 @@ def compare(folder: pathlib.Path) -> None:
     error = np.abs(our_tap - their_tap).max() / np.abs(their_tap).max()
     if not error < (1e-3 if _DTYPE.value == 'float32' else 0.1):
       raise ValueError(f'the states of the two models differ by {error:.2g} relative: nothing to compare')
-    where = 'CPU' if inputs[0].device.platform == 'cpu' else inputs[0].device.device_kind
-    print(f'{where}, {_DTYPE.value}, batch {_BATCH.value}, {tokens.shape[1]} tokens each; '
-          f'last tap differs by {error:.1e} relative')
-    report('encode', _BATCH.value * tokens.shape[1], [seconds(our_states)], [seconds(their_states)])
-    report('decode', _BATCH.value * (_NEW.value - 1), [seconds(our_tokens, _NEW.value), seconds(our_tokens, 1)],
-           [seconds(their_tokens, _NEW.value), seconds(their_tokens, 1)])
+    where = timing.machine()
+    print(f'{where["device"]} ({where["processor"]}, load {where["load"]}), {_DTYPE.value}, batch {_BATCH.value}, '
+          f'{tokens.shape[1]} tokens each; last tap differs by {error:.1e} relative')
+    if 'encode' in _PARTS.value:
+      results['encode'] = report('encode', _BATCH.value * tokens.shape[1], [seconds(our_states)],
+                                 [seconds(their_states)])
+    if 'decode' in _PARTS.value:
+      results['decode'] = report(
+          'decode', _BATCH.value * (_NEW.value - 1), [seconds(our_tokens, _NEW.value), seconds(our_tokens, 1)],
+          [seconds(their_tokens, _NEW.value), seconds(their_tokens, 1)])
 
 
 def seconds(call, *arguments):
   """A function that returns the seconds of one call."""
+  clock = time.process_time if _ONE_CORE.value else time.perf_counter
+
   def timed():
-    start = time.perf_counter()
+    start = clock()
     call(*arguments)
-    return time.perf_counter() - start
+    return clock() - start
   return timed
 
 
-def report(name: str, tokens: int, ours_timed, theirs_timed) -> None:
-  """Times the two sides in turn and prints tokens/s of each and their ratio.
+def report(name: str, tokens: int, ours_timed, theirs_timed) -> dict[str, list[float]]:
+  """Times the two sides in turn, prints tokens/s of each and their ratio, and returns the rates.
 
   A side's second timer, if any, times the prefill, which is subtracted.
   """
@@ -210,12 +233,8 @@ def report(name: str, tokens: int, ours_timed, theirs_timed) -> None:
         rates[who].append(tokens / max(whole - sum(rest), 1e-9))
   for who, values in rates.items():
     print(f'{name}  {who:6} {spread(values)} tokens/s')
-  print(f'{name}  ratio  {spread([a / b for a, b in zip(rates["ours"], rates["theirs"])])}')
-
-
-def spread(values: list[float]) -> str:
-  """Median [smallest, largest]."""
-  return f'{statistics.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]'
+  print(f'{name}  ratio  {spread(timing.ratios(rates["ours"], rates["theirs"]))}')
+  return rates
 
 
 if __name__ == '__main__':

@@ -124,11 +124,12 @@ def test_a_matrix_that_stays_in_place_is_moved_nowhere():
   assert moved and max(moved) < w.size / 16
 
 
-def test_layers_are_unrolled_over_cpus_and_scanned_over_devices_that_are_not_here(monkeypatch):
-  def program():
-    return str(jax.make_jaxpr(lambda x: layers.scan(lambda x, layer: (x + layer, None), x, jnp.arange(4.0)))(1.0))
+def test_trained_layers_are_unrolled_over_cpus_and_all_are_scanned_over_devices_that_are_not_here(monkeypatch):
+  def program(unroll=True):
+    block = lambda x, layer: (x + layer, None)
+    return str(jax.make_jaxpr(lambda x: layers.scan(block, x, jnp.arange(4.0), unroll=unroll))(1.0))
   monkeypatch.setattr(layers, 'UNROLL', None)
-  assert 'unroll=4' in program()
+  assert 'unroll=4' in program() and 'unroll=1' in program(unroll=False)
   with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tp=2), 8)):
     assert 'unroll=1' in program()
   monkeypatch.setattr(layers, 'UNROLL', False)

@@ -130,7 +130,7 @@ class DiT(nnx.Module):
     modulation = einsum_in_place('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w) + self.mod_b[...]
 
     x, tapped, _ = layers.scan_taps(lambda x, block, *_: (block(x, modulation, segments, angles), None), x, self.blocks,
-                                    () if tap is None else (tap,), remat=c.remat)
+                                    () if tap is None else (tap,), remat=c.remat, unroll=True)
     scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
     x = modulate(x[:, cond.shape[1]:], self.norm, scale, shift, c.eps)
     x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)

@@ -116,7 +116,7 @@ class LAP(nnx.Module):
 
   def _run(self, x: jax.Array, blocks, segments: jax.Array | None = None, remat: bool = False) -> jax.Array:
     step = lambda x, block: (block(x, segments), None)
-    return layers.whole(layers.scan(step, layers.split(x), blocks, remat=remat)[0])
+    return layers.whole(layers.scan(step, layers.split(x), blocks, remat=remat, unroll=True)[0])
 
 
 def parts_of(tokens: int, config: LAPConfig, itemsize: int) -> int:

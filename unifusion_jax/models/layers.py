@@ -23,9 +23,7 @@ from unifusion_jax.models.attention import attention
 from unifusion_jax.sharding import BATCH, is_main_process, WEIGHTS
 
 RESIDUAL = P(BATCH)  # activations [b ...]: batch sharded, the rest whole
-# Whether layers are unrolled. None: by the devices of the mesh in context. Unrolled, a step takes a fifth less on a CPU
-# and a quarter longer to compile; elsewhere scanned layers run as fast and compile many times faster.
-UNROLL: bool | None = None
+UNROLL: bool | None = None  # whether all layers are unrolled; None: as each `scan` says and the devices are
 
 
 def weight(rngs: nnx.Rngs, shape, spec, contract: int | None, dtype=jnp.float32, std: float | None = None,
@@ -176,15 +174,21 @@ def stack(cls, depth: int, *args, rngs: nnx.Rngs):
   return jax.vmap(lambda key: cls(*args, rngs=nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
-def scan(block, x, layers, *, remat: bool = False):
-  """Runs `block(x, layer) -> (x, y)` over stacked layers; returns (x, stacked y)."""
+def scan(block, x, layers, *, remat: bool = False, unroll: bool = False):
+  """Runs `block(x, layer) -> (x, y)` over stacked layers; returns (x, stacked y).
+
+  `unroll`: on a CPU, put the layers into the program one after another. That pays where their weights are trained: the
+  DiT's gradient takes a tenth less. Frozen layers are scanned: unrolled, a decode step copies every layer's weights
+  and takes half as long again, and prompts gain nothing. Elsewhere than on a CPU all are scanned, which compiles many
+  times faster and runs as fast (benchmarks/README.md).
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device  # None for a mesh of absent devices
-  unroll = device is not None and device.platform == 'cpu' if UNROLL is None else UNROLL
+  unroll = unroll and device is not None and device.platform == 'cpu' if UNROLL is None else UNROLL
   return jax.lax.scan(jax.checkpoint(block) if remat else block, x, layers, unroll=unroll)
 
 
 def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = None, *, carry=None, after=None,
-              keep: jax.Array | None = None, remat: bool = False):
+              keep: jax.Array | None = None, remat: bool = False, unroll: bool = False):
   """Runs the first `depth` stacked layers (None: all) -> (x [b s d], x after `taps` layers [b s l d] or None, carry).
 
   Between layers x lies as `split` has it.
@@ -194,6 +198,7 @@ def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = 
     taps: increasing numbers of layers in 0 .. depth; 0 is the input x. Untapped states are not kept.
     after: `after(x, index) -> x`, applied to the output of a layer after it is tapped.
     keep: [b q], the tokens whose tapped states are kept: [b q l d], the others' never exist. None: all.
+    remat, unroll: as in `scan`.
   """
   total = len(jax.tree.leaves(layers)[0])
   depth = total if depth is None else depth
@@ -225,7 +230,7 @@ def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = 
   # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time. For
   # gradients it is the other way round, and training runs every layer.
   inputs = jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers if depth == total else None
-  (x, tapped, carry), _ = scan(step, (x, tapped, carry), inputs, remat=remat)
+  (x, tapped, carry), _ = scan(step, (x, tapped, carry), inputs, remat=remat, unroll=unroll)
   return whole(x), whole(tapped[:, :, :len(taps)]) if taps else None, carry
 
 
