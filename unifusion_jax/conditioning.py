@@ -45,12 +45,17 @@ class Frozen:
 
   @classmethod
   def abstract(cls, config) -> 'Frozen':
-    """Shapes and shardings of `load` on the abstract mesh in context; reads no weights and no tokenizer."""
+    """Shapes and shardings of `load` on the abstract mesh in context; reads no weights.
+
+    Nor a tokenizer, but where the VLM rewrites during training: its ids are part of that program.
+    """
     vlm, vae = encoders.config(config.vlm), autoencoders.config(config.vae)
     dtype = jnp.dtype(config.frozen_dtype)
     _check_fit(config, vlm, vae)
-    # Any ids will do for shapes; how many tokens are written is known without a tokenizer
-    ids = dict(stop_ids=(0,), image_id=1, max_rewrite=config.data.budget[1])
+    if getattr(config.objective, 'rewrite_online', False):
+      ids = _token_ids(config)
+    else:  # any ids will do for shapes; how many tokens are written is known without a tokenizer
+      ids = dict(stop_ids=(0,), image_id=1, max_rewrite=config.data.budget[1])
     vlm = encoders.abstract(vlm, dtype, config.vlm_quantized)
     return cls(vlm, autoencoders.abstract(vae, dtype), config.taps, **ids)
 

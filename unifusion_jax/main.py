@@ -16,6 +16,7 @@ import jax
 from unifusion_jax import command_line, errors, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
+from unifusion_jax.planning import executables
 from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
@@ -39,6 +40,7 @@ def start(argv):
     jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
   jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
+  jax.config.update('jax_hlo_source_file_canonicalization_regex', executables.SOURCES)
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)

@@ -65,9 +65,19 @@ def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
     yield part, [part[i % len(part)] for i in range(size)]
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-  """The mesh over all devices of all processes."""
-  return jax.make_mesh(config.shape(jax.device_count()), AXES)
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """The mesh over the devices of all processes, or over others that may not be here, such as those of a topology.
+
+  On TPUs neighbours on an axis are neighbours on the torus; UserError for a mesh that it cannot be cut into.
+  """
+  devices = jax.devices() if devices is None else devices
+  explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+  try:
+    return jax.make_mesh(config.shape(len(devices)), AXES, explicit, devices=devices)
+  except NotImplementedError as error:
+    raise UserError(f'mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tp={config.tp}: the {len(devices)} '
+                    f'{devices[0].device_kind} are a torus that cannot be cut so; give each axis whole sides of it, or '
+                    'set mesh.tp=1') from error
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
@@ -157,6 +167,11 @@ def together(work: str):
       raise UserError(f'process {failed[0]} of {jax.process_count()} could not {work} and says why: all stop')
   if error is not None:
     raise error
+
+
+def everywhere(holds: bool) -> bool:
+  """Whether something holds on all processes; all call this together."""
+  return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
 
 
 def from_main_process(x: np.ndarray) -> np.ndarray:
