@@ -227,11 +227,11 @@ def root_of(computation: Computation) -> Instruction:
 def places(stack: list[tuple[str, int]]) -> str:
   """The innermost line of our code of (file, line)s, the innermost first, and its caller outside of layers.py.
 
-  Without a line of ours the innermost one.
+  Without a line of ours the innermost one that is of no library.
   """
   ours = [(pathlib.Path(file), line) for file, line in stack if pathlib.Path(file).is_relative_to(PACKAGE)]
   if not ours:
-    return f'{pathlib.Path(stack[0][0]).name}:{stack[0][1]}' if stack else ''
+    return next((f'{pathlib.Path(file).name}:{line}' for file, line in stack if 'site-packages' not in file), '')
   named = [f'{path.relative_to(PACKAGE)}:{line}' for path, line in ours]
   inner = [name for name in named if not name.startswith(('models/layers.py', 'models/attention.py'))]
   return named[0] if not inner or inner[0] == named[0] else f'{named[0]} < {inner[0]}'

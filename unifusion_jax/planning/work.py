@@ -23,10 +23,10 @@ _NO_CALLS = ('AllocateBuffer', 'ConcatBitcast', 'PrepareAsync', 'AssumeGatherInd
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """An array that an instruction writes to the device's memory."""
+  """An array in the device's memory: an argument, or what an instruction writes."""
   bytes: int
   shape: str
-  source: str  # as `hlo.Program.source`
+  source: str  # as `hlo.Program.source`; of an argument its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,11 @@ def of(text: str, devices: int, tensors: int = 5) -> Work:
       gathered[kind, moved, link, _shapes(instruction), program.source(instruction)] += times
     if name not in program.fused:
       hbm_bytes += times * _traffic(program, computation, instruction)
-      if instruction.opcode not in _NO_BYTES and not instruction.opcode.endswith('-done'):
+      argument = instruction.opcode == 'parameter' and name == program.entry
+      if argument or instruction.opcode not in _NO_BYTES and not instruction.opcode.endswith('-done'):
         for array in instruction.outputs:
           if array.space == 0:
-            tensor = Tensor(array.bytes, str(array), program.source(instruction))
+            tensor = Tensor(array.bytes, str(array), _source(program, computation, instruction))
             written[tensor.shape, tensor.source] = tensor
   collected = [Collective(kind, count, moved, link, shape, source)
                for (kind, moved, link, shape, source), count in gathered.items()]
@@ -80,8 +81,20 @@ def of(text: str, devices: int, tensors: int = 5) -> Work:
               tuple(sorted(written.values(), key=lambda tensor: -tensor.bytes)[:tensors]))
 
 
+def _source(program: hlo.Program, computation: hlo.Computation, instruction: hlo.Instruction, depth: int = 4) -> str:
+  """Where an array comes from: a line, or the name of an argument; of a copy, what it copies."""
+  if instruction.opcode == 'parameter':
+    return instruction.text('op_name')
+  inner = (other for names in instruction.called.values() for name in names
+           for other in reversed(program.computations.get(name, {}).values()))
+  if found := program.source(instruction) or next(filter(None, map(program.source, inner)), ''):
+    return found
+  copied = [computation[name] for name in instruction.operands if name in computation]
+  return _source(program, computation, copied[0], depth - 1) if copied and depth else ''
+
+
 def _flops(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
-  """2 for each multiplication of a product or convolution."""
+  """2 for each multiplication of a product or convolution; a product that XLA turned into a sum counts nothing."""
   if instruction.opcode not in ('dot', 'convolution'):
     return 0.0
   left, right = (computation[name].outputs[0].dims for name in instruction.operands[:2])
@@ -163,7 +176,7 @@ def _group(instruction: hlo.Instruction, devices: int) -> int:
     return len(match.group(1).split(','))
   if match := re.search(r'replica_groups=\[\d+,(\d+)\]', text):
     return int(match.group(1))
-  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}', text):
+  if match := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', text):
     sizes = {axis: int(size) for axis, size in re.findall(r"'?([\w.]+)'?=(\d+)", match.group(1))}
     return math.prod(sizes.get(axis, 1) for axis in re.findall(r"'?([\w.]+)'?", match.group(2)))
   return devices
