@@ -16,7 +16,6 @@ import numpy as np
 
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import layers
 from unifusion_jax.planning.chips import Topology
 
 EVERY = 30  # seconds between lines of progress where stderr is no terminal
@@ -39,6 +38,7 @@ class Refused:
 def prepare(topology: Topology) -> None:
   """Settings of this process that come before jax's first use of a device: it plans on the CPU alone."""
   jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)  # which cannot read what a compiler without devices wrote
   if topology.chip.platform == 'gpu':
     jax.config.update('jax_num_cpu_devices', topology.devices)
 
@@ -83,16 +83,6 @@ def _quiet():
     finally:
       os.dup2(kept, 2)
       os.close(kept)
-
-
-@contextlib.contextmanager
-def scanned():
-  """Layers in a loop, as an accelerator has them, although the mesh is of CPU devices."""
-  before, layers.UNROLL = layers.UNROLL, False
-  try:
-    yield
-  finally:
-    layers.UNROLL = before
 
 
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | Refused:

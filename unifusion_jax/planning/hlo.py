@@ -75,7 +75,7 @@ class Instruction:
 
   def text(self, name: str) -> str:
     match = re.search(rf'\b{name}="?([^",}} ]+)', self.attributes)
-    return match.group(1) if match else ''
+    return match.group(1).replace('\\', '') if match else ''
 
 
 Computation = dict[str, Instruction]  # by name, in their order

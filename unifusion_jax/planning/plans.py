@@ -8,6 +8,7 @@ import jax
 from unifusion_jax import config as configuration
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
+from unifusion_jax.models import layers
 from unifusion_jax.objectives.flow_matching import FlowMatching
 from unifusion_jax.planning import compiler, memory, model_flops, programs, work
 from unifusion_jax.planning.chips import Topology
@@ -26,11 +27,8 @@ def plan(config, topology: Topology, name: str = 'train', requests: int = 0, ref
   if references != 1 and not isinstance(config.objective, FlowMatching):
     raise UserError(f'plan.references={references}: the examples of this recipe have no references to count')
   flops, start = _model_flops(config, topology, name, requests, references), time.monotonic()
-  with contextlib.ExitStack() as context:
-    context.enter_context(jax.set_mesh(compiler.mesh(config.mesh, topology)))
-    context.enter_context(compiler.progress(f'{name} on {topology.name}: compiling'))
-    if topology.chip.platform == 'gpu':
-      context.enter_context(compiler.scanned())
+  with (jax.set_mesh(compiler.mesh(config.mesh, topology)), as_accelerator(topology),
+        compiler.progress(f'{name} on {topology.name}: compiling')):
     program = programs.of(name, config, requests, references)
     traced = program.trace()
     compiled = compiler.compile(traced.lower())
@@ -48,6 +46,18 @@ def plan(config, topology: Topology, name: str = 'train', requests: int = 0, ref
       compiled_flops=done.flops, attention_flops=done.attention, hbm_bytes=done.hbm_bytes, link_bytes=done.link_bytes,
       layer_bytes=layer, collectives=[vars(each) for each in done.collectives],
       time=roofline(done, topology, flops.total / topology.devices))
+
+
+@contextlib.contextmanager
+def as_accelerator(topology: Topology):
+  """Layers in a loop, as on every accelerator, also where the mesh is of the CPU's devices in the place of GPUs."""
+  before = layers.UNROLL
+  if topology.chip.platform == 'gpu':
+    layers.UNROLL = False
+  try:
+    yield
+  finally:
+    layers.UNROLL = before
 
 
 def roofline(done: work.Work, topology: Topology, model: float) -> dict:
