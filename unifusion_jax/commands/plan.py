@@ -35,11 +35,8 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
 
 def _search(config, topology, result: dict, examine) -> list[dict]:
   """Other settings of a train step that does not fit, each compiled and told in a line, up to the first that fits."""
-  def plan(other):
-    tried = examine(other, 'train')
-    return tried
-
-  changes, tried = search.nearest(config, topology, result['memory'], plan, config.plan.tries)
+  changes, tried = search.nearest(config, topology, result['memory'], lambda other: examine(other, 'train'),
+                                  config.plan.tries)
   for change, other in zip(changes, tried):
     print(f'  with {search.flags(change)}\n    {report.verdict(other)}')
   return [dict(settings=search.flags(change), **other) for change, other in zip(changes, tried)]
