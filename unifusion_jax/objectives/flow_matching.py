@@ -111,11 +111,11 @@ class FlowMatching:
         transforms.prompt_encoder(config), self.cond_dropout, self.image_dropout, self.text_dropout,
         self.instruction_prob, self.rewrite_online)
 
-  def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the largest batch of the train step."""
+  def batch_spec(self, config, references: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the largest batch of the train step, of examples with that many references."""
     encoder = transforms.abstract_prompt_encoder(config)
     transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
-    return loader.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
+    return loader.batch_spec(transform.spec(config.data.size, config.data.size, references), config.data.batch_size)
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
