@@ -1,6 +1,7 @@
 """The door to attention: against jax's own, whole and in blocks, and how much memory either takes."""
 
 import functools
+import importlib.util
 
 import jax
 from jax import P
@@ -11,6 +12,7 @@ import pytest
 from unifusion_jax import sharding
 from unifusion_jax.models import attention as module
 from unifusion_jax.models.attention import attention
+from unifusion_jax.planning import chips, compiler
 from unifusion_jax.sharding import BATCH
 
 HEADS = P(BATCH, None, 'tp')
@@ -240,3 +242,18 @@ def test_the_implementation_is_chosen_by_platform_and_size(platform, queries, ke
 
   jax.eval_shape(ask, *arrays)
   assert names == [chosen]
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'jax[tpu]'")
+@pytest.mark.parametrize('mesh', [None])
+def test_on_a_tpu_it_is_the_kernel_forward_and_backward(mesh):
+  """Compiled for chips that are not here: three kernels, no logits; ragged, grouped heads of 72."""
+  mesh = compiler.mesh(sharding.MeshConfig(), chips.topology('v5e:2x2'))
+  with jax.set_mesh(mesh):
+    def struct(*dims, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, P(BATCH)))
+    loss = lambda q, k, v, valid: jnp.sum(attention(q, k, v, q_segments=valid, kv_segments=valid).astype(jnp.float32))
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+        struct(4, 1000, 4, 72), *[struct(4, 1000, 2, 72)] * 2, struct(4, 1000, dtype=bool)).compile()
+  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+  assert program.memory_analysis().temp_size_in_bytes < 4 * 1000 ** 2 * 4 / 2

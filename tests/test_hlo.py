@@ -185,3 +185,18 @@ def test_largest_arrays_of_a_traced_program(mesh):
   largest = model_flops.largest(jaxpr.jaxpr)
   assert (largest[0].shape, largest[0].bytes) == ('float32[7,2,16]', 7 * 2 * 16 * F32)
   assert 'test_hlo.py:' in largest[0].source
+
+
+def test_a_kernel_whose_attributes_are_on_several_lines_ends_no_computation():
+  program = hlo.Program('''HloModule jit_f
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  %kernel = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": "{\\"q\\": 512}"
+}}, metadata={op_name="kernel" source_file="a.py" source_line=3}
+  ROOT %y = f32[2]{0} negate(%kernel)
+}
+''')
+  assert list(program.computations['main']) == ['x', 'kernel', 'y']
+  assert program.source(program.computations['main']['kernel']) == 'a.py:3'

@@ -34,6 +34,8 @@ _TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices that --mode=plan comp
                                 'h100:8; none need be here.')
 _PROGRAMS = flags.DEFINE_list('programs', None, 'What --mode=plan compiles, of train (the default), encode, denoise, '
                               'decode, rewrite.')
+_SAVE = flags.DEFINE_bool('save', False, 'Write the train step that --mode=plan compiles, so that a start on that '
+                          'topology loads it.')
 _CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                       'Folder that keeps compiled programs between runs; empty for none.')
 
@@ -89,6 +91,7 @@ def _set_plan(config) -> None:
   """The flags of --mode=plan as settings, checked, and this process's CPU in the place of its accelerators."""
   config.plan.topology = _TOPOLOGY.value or config.plan.topology
   config.plan.programs = tuple(_PROGRAMS.value or config.plan.programs)
+  config.plan.save = _SAVE.value or config.plan.save
   if not config.plan.topology:
     raise UserError('--mode=plan wants the devices to plan for: --topology=v6e:8x8, or another of the shapes of v5e, '
                     'v6e, v5p, tpu7x, a100, h100, h200')

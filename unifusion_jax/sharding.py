@@ -11,7 +11,7 @@ import functools
 import math
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 import numpy as np
 
 from unifusion_jax import ranges
@@ -68,16 +68,12 @@ def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """The mesh over the devices of all processes, or over others that may not be here, such as those of a topology.
 
-  On TPUs neighbours on an axis are neighbours on the torus; UserError for a mesh that it cannot be cut into.
+  On TPUs neighbours on an axis are neighbours on the torus, as far as its sides allow.
   """
   devices = jax.devices() if devices is None else devices
   explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
-  try:
-    return jax.make_mesh(config.shape(len(devices)), AXES, explicit, devices=devices)
-  except NotImplementedError as error:
-    raise UserError(f'mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tp={config.tp}: the {len(devices)} '
-                    f'{devices[0].device_kind} are a torus that cannot be cut so; give each axis whole sides of it, or '
-                    'set mesh.tp=1') from error
+  placed = mesh_utils.create_device_mesh(config.shape(len(devices)), devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(placed, AXES, explicit)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:

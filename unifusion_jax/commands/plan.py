@@ -3,22 +3,31 @@
   python -m unifusion_jax.main --config=configs/edit.py:8b --mode=plan --topology=v6e:8x8
   python -m unifusion_jax.main --config=configs/edit.py:8b --mode=plan --topology=v6e:2x4 \
       --programs=encode,denoise,decode,rewrite
+  python -m unifusion_jax.main --config=configs/edit.py:8b --mode=plan --topology=v6e:8x8 --save
 """
 
 import json
 import pathlib
 
+from unifusion_jax.errors import UserError
 from unifusion_jax.planning import plans, report, search
 
 
 def run(config, workdir: pathlib.Path) -> list[dict]:
   """Prints the plan of each of `config.plan.programs` and writes them into workdir/plan.json; returns them."""
   topology, settings = config.plan.chosen(), config.plan
-  examine = lambda config, name: plans.plan(config, topology, name, settings.requests, settings.references)
+  examine = lambda config, name, save=None: plans.plan(
+      config, topology, name, settings.requests, settings.references, save)
+  folder = None
+  if settings.save:
+    if topology.chip.platform != 'tpu':
+      raise UserError(f'--save: the plan of {topology.name} is compiled for CPUs in their place, and is no program to '
+                      'keep; plan a TPU')
+    folder = config.train.executables or str(workdir / 'executables')
   results, summary = [], plans.summary(config, topology)
   print(report.heading(summary, topology))
   for name in settings.programs:
-    results.append(examine(config, name))
+    results.append(examine(config, name, folder))
     print(f'\n{report.program(results[-1], topology)}', flush=True)
   record = dict(summary, programs=results)
   for result in results:
@@ -26,6 +35,9 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
       record['tried'] = _search(config, topology, result, examine)
   print(f'\n{report.ROUGH if topology.chip.platform == "gpu" else report.HOW}')
   print(f'\n{verdict(results, record.get("tried", []))}')
+  for result in results:
+    if result.get('saved'):
+      print(f'{result["saved"]}: a start with --config.train.executables={folder} loads it, on {topology.name}')
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / 'plan.json'
   path.write_text(json.dumps(record, indent=2) + '\n')

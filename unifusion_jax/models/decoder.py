@@ -23,10 +23,12 @@ from unifusion_jax.models.attention import attention
 from unifusion_jax.models.layers import (
   constant,
   einsum,
+  einsum_in_place,
   heads_axis,
   RESIDUAL,
   rms_norm,
   rope,
+  rows_axes,
   scan_taps,
   stack,
   stream,
@@ -213,8 +215,8 @@ class Decoder(nnx.Module):
                             std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
     self.norm = constant(1.0, (config.width,), dtype=dtype)
-    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), contract=1,
-                                                dtype=dtype)
+    self.head = None if config.tied else weight(
+        rngs, (config.width, config.vocab), (rows_axes(config.width), None), contract=1, dtype=dtype)
 
   def embed(self, input_ids: jax.Array) -> jax.Array:
     """Token ids [b s] -> embeddings [b s d]."""
@@ -284,9 +286,10 @@ class Decoder(nnx.Module):
   def logits(self, x: jax.Array) -> jax.Array:
     """Last block's output at any chosen positions [b s d] -> next-token logits [b s v], f32."""
     x = self.final(x)
-    if self.head is None:
-      return einsum('bsd,vd->bsv', x, self.embedding).astype(jnp.float32)
-    return einsum('bsd,dv->bsv', x, self.head).astype(jnp.float32)
+    matrix, axes = (self.embedding, 'vd') if self.head is None else (self.head, 'dv')
+    if x.shape[1] == 1:  # of one token at a time, as in generation, where gathering the vocabulary would take longest
+      return einsum_in_place(f'bd,{axes}->bv', x[:, 0], matrix)[:, None].astype(jnp.float32)
+    return einsum(f'bsd,{axes}->bsv', x, matrix).astype(jnp.float32)
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def heads_axis(heads: int, kv_heads: int) -> str | None:
 
 
 def rows_axes(width: int) -> tuple[str, ...] | str | None:
-  """The mesh axes of weights in a model that knows no tp, over their dim of `width`: as many devices as divide it."""
+  """The mesh axes of a weight that tp does not split otherwise, over its dim of `width`: the most that divide it."""
   mesh = jax.sharding.get_abstract_mesh().shape
   sizes = {WEIGHTS: mesh['fsdp'] * mesh['tp'], 'fsdp': mesh['fsdp'], 'tp': mesh['tp']}
   axes = max((axes for axes, size in sizes.items() if width % size == 0), key=sizes.get, default=None)
@@ -85,7 +85,7 @@ def rows_axes(width: int) -> tuple[str, ...] | str | None:
 def _warn_of_whole_weights(width: int, devices: int) -> None:
   if is_main_process():
     logging.warning('neither mesh.fsdp nor mesh.tp divides a width of %d: each of the %d devices holds all weights of '
-                    'that vision tower', width, devices)
+                    'that width', width, devices)
 
 
 @functools.cache  # one warning for each combination
@@ -162,11 +162,16 @@ def einsum_in_place(equation: str, x: jax.Array, w) -> jax.Array:
   """`einsum` of vectors x [b d], one for each example, with a matrix that stays where it is.
 
   Each device multiplies all examples of its fsdp group by its rows of the matrix. So vectors and results travel, which
-  are thousands of times smaller than the matrix, and its gradient needs no sum over the group.
+  are thousands of times smaller than the matrix, and its gradient needs no sum over the group. A weight that is no
+  plain array is gathered as ever.
   """
-  first, *others = jax.typeof(w[...]).sharding.spec
-  x = jax.sharding.reshard(x, P('data', first))
-  return jax.sharding.reshard(einsum(equation, x, w, P('data', *others)), RESIDUAL)
+  if hasattr(w, 'times'):
+    return einsum(equation, x, w, RESIDUAL)
+  operands, result = equation.split('->')
+  x_axes, w_axes = operands.split(',')
+  spec = dict(zip(w_axes, jax.typeof(w[...]).sharding.spec))
+  x = jax.sharding.reshard(x, P('data', spec[x_axes[1]]))
+  return jax.sharding.reshard(einsum(equation, x, w, P('data', *(spec[axis] for axis in result[1:]))), RESIDUAL)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):

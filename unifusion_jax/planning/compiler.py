@@ -12,10 +12,10 @@ import time
 
 import jax
 from jax.experimental import topologies
-import numpy as np
 
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
+from unifusion_jax.planning import executables
 from unifusion_jax.planning.chips import Topology
 
 EVERY = 30  # seconds between lines of progress where stderr is no terminal
@@ -38,7 +38,6 @@ class Refused:
 def prepare(topology: Topology) -> None:
   """Settings of this process that come before jax's first use of a device: it plans on the CPU alone."""
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_enable_compilation_cache', False)  # which cannot read what a compiler without devices wrote
   if topology.chip.platform == 'gpu':
     jax.config.update('jax_num_cpu_devices', topology.devices)
 
@@ -48,10 +47,8 @@ def mesh(config: sharding.MeshConfig, topology: Topology) -> jax.sharding.Mesh:
 
   UserError without libtpu, and where the mesh does not fit the devices.
   """
-  shape = config.shape(topology.devices)
-  devices = _tpus(topology) if topology.chip.platform == 'tpu' else jax.devices('cpu')[:topology.devices]
-  explicit = (jax.sharding.AxisType.Explicit,) * len(sharding.AXES)
-  return jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.AXES, axis_types=explicit)
+  tpu = topology.chip.platform == 'tpu'
+  return sharding.make_mesh(config, _tpus(topology) if tpu else jax.devices('cpu')[:topology.devices])
 
 
 def _tpus(topology: Topology) -> list:
@@ -88,7 +85,7 @@ def _quiet():
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | Refused:
   """The compiled program, or why it is refused; any error but a lack of memory is raised."""
   try:
-    return lowered.compile()
+    return executables.compile_program(lowered)
   except jax.errors.JaxRuntimeError as error:
     if (refused := refusal(str(error))) is None:
       raise

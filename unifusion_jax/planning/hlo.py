@@ -94,9 +94,9 @@ class Program:
   def __init__(self, text: str):
     self.computations, self.entry, self._tables = {}, '', {}
     inside = table = None
-    for line in text.splitlines():
+    for line in _joined(text.splitlines()):
       if inside is not None:
-        if line.startswith('}'):
+        if line == '}':
           inside = None
         elif instruction := _instruction(line):
           inside[instruction.name] = instruction
@@ -217,6 +217,20 @@ class Program:
       stack.append((self._tables['FileNames'][file].strip('"'), line))
       frame = parent(frame) - first
     return stack
+
+
+def _joined(lines: list[str]):
+  """Lines of a module, with an instruction's on one: attributes of a kernel may hold line breaks."""
+  inside, waiting = False, ''
+  for line in lines:
+    if inside and line != '}' and not line.startswith('  '):
+      waiting += line
+      continue
+    if waiting:
+      yield waiting
+    inside = line.endswith('{') if not inside else line != '}'
+    waiting = line
+  yield waiting
 
 
 def root_of(computation: Computation) -> Instruction:

@@ -10,15 +10,17 @@ from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.objectives.flow_matching import FlowMatching
-from unifusion_jax.planning import compiler, memory, model_flops, programs, work
+from unifusion_jax.planning import compiler, executables, memory, model_flops, programs, work
 from unifusion_jax.planning.chips import Topology
 
 LISTED = 5  # tensors
 
 
-def plan(config, topology: Topology, name: str = 'train', requests: int = 0, references: int = 1) -> dict:
+def plan(config, topology: Topology, name: str = 'train', requests: int = 0, references: int = 1,
+         save: str | None = None) -> dict:
   """The plan of a program of `settings.PROGRAMS`: compiled for the topology, or refused there.
 
+  save: a folder for the executable of a train step that fits (planning/executables.py).
   UserError for a configuration that cannot work on the topology.
   """
   configuration.check(config, topology.devices)
@@ -31,7 +33,11 @@ def plan(config, topology: Topology, name: str = 'train', requests: int = 0, ref
         compiler.progress(f'{name} on {topology.name}: compiling')):
     program = programs.of(name, config, requests, references)
     traced = program.trace()
-    compiled = compiler.compile(traced.lower())
+    lowered = traced.lower()
+    compiled = compiler.compile(lowered)
+    saved = None
+    if save and name == 'train' and not isinstance(compiled, compiler.Refused):
+      saved = str(executables.save_program(save, program.function.__name__, lowered, compiled))
   result = dict(program=name, rows=program.rows, compile_seconds=round(time.monotonic() - start, 1),
                 host=_host(program), model_flops=_per_device(flops, topology))
   if isinstance(compiled, compiler.Refused):
@@ -42,7 +48,7 @@ def plan(config, topology: Topology, name: str = 'train', requests: int = 0, ref
   used = _memory(compiled.memory_analysis(), topology)
   layer = memory.largest_layer(program.weights) * jax.numpy.dtype(_dtype(config)).itemsize
   return result | dict(
-      memory=used, fits=used['total'] <= used['usable'], tensors=[vars(tensor) for tensor in done.tensors],
+      saved=saved, memory=used, fits=used['total'] <= used['usable'], tensors=[vars(tensor) for tensor in done.tensors],
       compiled_flops=done.flops, attention_flops=done.attention, hbm_bytes=done.hbm_bytes, link_bytes=done.link_bytes,
       layer_bytes=layer, collectives=[vars(each) for each in done.collectives],
       time=roofline(done, topology, flops.total / topology.devices))

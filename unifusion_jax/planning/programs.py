@@ -60,11 +60,11 @@ def _train(config, references: int) -> Program:
   state, frozen, batch = train.abstract(config)
   if isinstance(objective, FlowMatching):
     batch = objective.batch_spec(config, references)
-  arguments = _on_mesh((state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))))
-  state, frozen, batch, key = arguments
+  state, frozen, batch, key = _on_mesh((state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))))
+  progress = (jax.ShapeDtypeStruct((), np.float32),) if config.train.minutes else ()  # a number of the host
   train_step = step.make_train_step(objective.loss, step.optimizer(config.optim, config.train.steps), config.optim)
-  return Program('train', train_step, arguments, objective.loss, (state.params, frozen, batch, key), 1,
-                 (state.params, frozen), config.data.batch_size)
+  return Program('train', train_step, (state, frozen, batch, key, *progress), objective.loss,
+                 (state.params, frozen, batch, key), 1, (state.params, frozen), config.data.batch_size)
 
 
 class _Sampling:
@@ -102,10 +102,11 @@ class _Sampling:
                       *self._prompts(self.image_length + self.max_rewrite), self.images)
 
   def _rewrite(self):
-    def rewrite(vlm, input_ids, attention_mask, images):
+    def rewrite(vlm, input_ids, attention_mask, images, keep):
       return text_generation.generate(vlm, input_ids, attention_mask, images, max_new=self.max_rewrite, stop_ids=(0,),
-                                      taps=self.frozen.taps)
-    return jax.jit(rewrite), (self.frozen.vlm, *self._prompts(self.length), self.images)
+                                      taps=self.frozen.taps, keep=keep)
+    return jax.jit(rewrite), (self.frozen.vlm, *self._prompts(self.length), self.images,
+                              self._prompts(self.image_length)[0])
 
   def _latents(self):
     config, vae, settings = self.config, self.frozen.vae, self.settings

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import dataclasses
 
+from unifusion_jax.planning import estimate
 from unifusion_jax.planning.chips import Topology
 
 
@@ -65,8 +66,8 @@ def nearest(config, topology: Topology, memory: dict, plan: Callable, tries: int
     if len(tried) == tries:
       break
     other = changed(config, **changes)
-    if other.problems(topology.devices):
-      continue
+    if other.problems(topology.devices) or estimate.chip_bytes(other, topology.devices).total > 1.2 * topology.usable:
+      continue  # by the formula far from fitting: not worth minutes of compiling
     tried.append(changes)
     results.append(plan(other))
     if results[-1]['fits']:

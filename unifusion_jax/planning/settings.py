@@ -16,6 +16,7 @@ class PlanConfig:
   programs: tuple[str, ...] = ('train',)  # of train, encode, denoise, decode, rewrite; --programs is the same
   requests: int = 0                       # sampled at a time; 0: one for each device that shares a batch
   references: int = 1                     # of a request, and of an example in training
+  save: bool = False                      # write the compiled train step for a later start; --save is the same
   tries: int = 4                          # other settings to compile where the train step does not fit; 0: none
 
   def problems(self) -> list[str]:
