@@ -12,6 +12,7 @@ import re
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 _ARRAY = re.compile(r'(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?')
+_CLOSES = re.compile(r'\}(, execution_thread=.*)?$')  # the line after a computation's last
 _NAME = re.compile(r'%([\w.\-]+)')
 _INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
 _CALLED = re.compile(r'(calls|to_apply|condition|body|branch_computations|true_computation|false_computation|'
@@ -96,7 +97,7 @@ class Program:
     inside = table = None
     for line in _joined(text.splitlines()):
       if inside is not None:
-        if line == '}':
+        if _CLOSES.match(line):
           inside = None
         elif instruction := _instruction(line):
           inside[instruction.name] = instruction
@@ -223,12 +224,12 @@ def _joined(lines: list[str]):
   """Lines of a module, with an instruction's on one: attributes of a kernel may hold line breaks."""
   inside, waiting = False, ''
   for line in lines:
-    if inside and line != '}' and not line.startswith('  '):
+    if inside and not line.startswith('  ') and not _CLOSES.match(line):
       waiting += line
       continue
     if waiting:
       yield waiting
-    inside = line.endswith('{') if not inside else line != '}'
+    inside = not _CLOSES.match(line) if inside else line.endswith('{')
     waiting = line
   yield waiting
 
