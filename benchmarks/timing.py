@@ -14,14 +14,15 @@ def spread(values: list[float]) -> str:
 
 
 def one_core() -> None:
-  """Keeps this process on one core and one thread; call it before jax and torch make theirs.
+  """Keeps this process on one core and one thread; call it before jax is first used.
 
   Seconds of the process's own CPU time (`interleaved(..., clock=time.process_time)`) are then much the same on a busy
   machine, where wall-clock time says more about the others: torch's threads wait for each other at every operation.
   """
   os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
   os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_multi_thread_eigen=false'
-  os.environ['OMP_NUM_THREADS'] = '1'
+  import torch
+  torch.set_num_threads(1)  # not OMP_NUM_THREADS: torch may be imported already, and two threads on a core spin
 
 
 def interleaved(sides: dict, repeats: int, clock=time.perf_counter) -> dict[str, list[float]]:
