@@ -57,12 +57,14 @@ def of(text: str, devices: int, tensors: int = 5) -> Work:
   """The work of a program's optimised HLO (`compiled.as_text()`) on one of its devices."""
   program = hlo.Program(text)
   flops = attention = 0.0
-  hbm_bytes, gathered, written = 0, collections.Counter(), {}
+  hbm_bytes, gathered, written, channels = 0, collections.Counter(), {}, set()
   for name, instruction, times in program.executed():
     computation = program.computations[name]
     flops += times * _flops(computation, instruction)
     attention += times * _attention(computation, instruction)
-    if kind := _kind(program, name, instruction):
+    kind, channel = _kind(program, name, instruction), instruction.number('channel_id')
+    if kind and channel not in channels:  # on TPUs several fusions may carry parts of one
+      channels |= {channel} - {0}
       moved = _moved(computation, instruction, kind)
       link = int(moved * _share(kind, _group(instruction, devices)))
       gathered[kind, moved, link, _shapes(instruction), program.source(instruction)] += times
@@ -214,7 +216,9 @@ def _read(program: hlo.Program, name: str, number: int, array: hlo.Array) -> int
       total += _dense(user.outputs[0])
     elif user.opcode == 'fusion':
       total += _read(program, user.called['calls'][0], at, array)
-    elif user.opcode != 'dynamic-update-slice' or at:
+    elif user.opcode in ('dynamic-update-slice', *COLLECTIVES) and not at or user.root and user.opcode == 'tuple':
+      continue  # updated in place, on its way over the links, or handed on
+    else:
       return array.bytes
   return min(total, array.bytes)
 
@@ -227,6 +231,9 @@ def _written(program: hlo.Program, name: str, instruction: hlo.Instruction) -> i
     root = computation[root.operands[0]]
   if root.opcode == 'dynamic-update-slice' and root.operands[1] in computation:
     return 0 if instruction.outputs[0].space else _dense(computation[root.operands[1]].outputs[0])
+  if root.opcode == 'tuple' and len(root.operands) == len(instruction.outputs):
+    return _main(array for array, part in zip(instruction.outputs, root.operands)
+                 if computation[part].opcode not in ('parameter', *COLLECTIVES))
   return _main(instruction.outputs)
 
 
