@@ -13,7 +13,8 @@ edits, and make the change in 0.87 (docs/embedded.md); their stages are in unifu
 to read references where a step is cheap; --config.init=runs/t2i_8b/export on :8b leaves them out, as the paper does.
 The first starts from the export of configs/t2i.py:8b; all train on your own list, on the pod that it names. They have
 not been trained. In this order, each in a workdir of its own:
-  python -m unifusion_jax.main --config=configs/edit.py:8b_256 --mode=rewrite   # the VLM's rewrites, for all stages
+  python -m unifusion_jax.main --config=configs/edit.py:8b_256 --mode=rewrite \
+      --config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tp=8   # the VLM's rewrites, for all stages
   python -m unifusion_jax.main --config=configs/edit.py:8b_256
   python -m unifusion_jax.main --config=configs/edit.py:8b_256 --mode=export
   python -m unifusion_jax.main --config=configs/edit.py:8b_512

@@ -11,7 +11,8 @@ unifusion_jax/assets/tiny/provenance.json.
 :8b_256, :8b_512 and :8b are one training in three stages, at 256, 512 and 1024 px, each from the weights of the one
 before (STAGES below, docs/training.md): the paper's size, with InternVL2.5-8B and taps 4, 7, ..., 31, on your own list.
 They have not been trained. In this order, each in a workdir of its own, runs/t2i_8b_256 and so on:
-  python -m unifusion_jax.main --config=configs/t2i.py:8b_256 --mode=rewrite   # the VLM's rewrites, for all stages
+  python -m unifusion_jax.main --config=configs/t2i.py:8b_256 --mode=rewrite \
+      --config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tp=8   # the VLM's rewrites, for all stages
   python -m unifusion_jax.main --config=configs/t2i.py:8b_256
   python -m unifusion_jax.main --config=configs/t2i.py:8b_256 --mode=export
   python -m unifusion_jax.main --config=configs/t2i.py:8b_512

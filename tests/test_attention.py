@@ -257,3 +257,19 @@ def test_on_a_tpu_it_is_the_kernel_forward_and_backward(mesh):
         struct(4, 1000, 4, 72), *[struct(4, 1000, 2, 72)] * 2, struct(4, 1000, dtype=bool)).compile()
   assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
   assert program.memory_analysis().temp_size_in_bytes < 4 * 1000 ** 2 * 4 / 2
+
+
+def test_gradient_of_one_example_on_one_device(mesh):
+  """Of which the mask alone is sharded over the batch's axes."""
+  q, k, v = (np.asarray(x)[:1] for x in qkv(13, 13))
+  segments = segments_of(4, 13)[:1]
+
+  def gradients():
+    held = jax.device_put(segments, P(BATCH))
+    run = lambda *x: jnp.sum(jnp.sin(attention(*x, q_segments=held, kv_segments=held)))
+    return jax.jit(jax.grad(run, (0, 1, 2)))(q, k, v)
+  with jax.set_mesh(jax.make_mesh((1, 1, 1), mesh.axis_names, devices=mesh.devices.flat[:1])):
+    found = gradients()
+  ours = lambda *x: jnp.sum(jnp.sin(reference(*x, segments, segments, False, 0)))
+  for a, b in zip(found, jax.grad(ours, (0, 1, 2))(q, k, v)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

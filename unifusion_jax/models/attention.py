@@ -133,7 +133,10 @@ def _at_most(logits, most):
   return jnp.minimum(logits, most)
 
 
-_at_most.defjvp(lambda primals, tangents: (_at_most(*primals), tangents[0]))
+@_at_most.defjvp
+def _at_most_jvp(primals, tangents):
+  y = _at_most(*primals)
+  return y, jax.sharding.reshard(tangents[0], jax.typeof(y).sharding.spec)  # one example: `most` alone may be sharded
 
 
 def _on_each_device(kernel, causal, same, q, k, v, q_segments, kv_segments) -> jax.Array:

@@ -88,7 +88,7 @@ class LAP(nnx.Module):
                       "set the config's taps and width to those of the vision-language model")
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
-    x = self._run(self._pooled(x), self.refiner, mask.astype(bool), c.remat)
+    x = self._run(self._pooled(x), self.refiner, mask.astype(bool))
     x = rms_norm(x, self.norm, c.eps, 1.0)
     x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
     return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
@@ -101,22 +101,20 @@ class LAP(nnx.Module):
     parts = parts_of(rows * s, c, hidden.dtype.itemsize)
     size = -(-s // parts)
 
-    def pool(x, remat):
+    def pool(x):
       b, s, l, e = x.shape
-      x = self._run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks, remat=remat)
+      x = self._run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks)
       return einsum('bsle,l->bse', x.reshape(b, s, l, e, out_sharding=RESIDUAL), self.pool)
 
     if parts == 1:
-      return pool(hidden, c.remat)
+      return pool(hidden)
     hidden = jnp.pad(hidden, ((0, 0), (0, parts * size - s), (0, 0), (0, 0)))
     hidden = jnp.moveaxis(hidden.reshape(b, parts, size, l, e), 1, 0)
-    # Remat of the whole part, whose blocks then need none: as much work as remat of every block
-    x = jax.lax.map(jax.checkpoint(lambda x: pool(x, False)) if c.remat else lambda x: pool(x, False), hidden)
-    return jnp.moveaxis(x, 0, 1).reshape(b, parts * size, e)[:, :s]
+    return jnp.moveaxis(jax.lax.map(pool, hidden), 0, 1).reshape(b, parts * size, e)[:, :s]
 
-  def _run(self, x: jax.Array, blocks, segments: jax.Array | None = None, remat: bool = False) -> jax.Array:
+  def _run(self, x: jax.Array, blocks, segments: jax.Array | None = None) -> jax.Array:
     step = lambda x, block: (block(x, segments), None)
-    return layers.whole(layers.scan(step, layers.split(x), blocks, remat=remat, unroll=True)[0])
+    return layers.whole(layers.scan(step, layers.split(x), blocks, remat=self.config.remat, unroll=True)[0])
 
 
 def parts_of(tokens: int, config: LAPConfig, itemsize: int) -> int:

@@ -126,14 +126,11 @@ class _Step:
     return tokens if tokens % self._tp else tokens // self._tp
 
   def throughout(self) -> dict[str, int]:
-    pooling, dit = self._config.model.lap, self._config.model.dit
-    state = self._rows * pooling.width * self._dtype
-    # With several parts the inputs of LAP's blocks are those of one part, in `lap`
-    tapped = pooling.depth * self._split(pooling.taps) if lap.parts_of(
-        self._rows * self._kept, pooling, self._dtype) == 1 else 0
-    inputs = self._kept * tapped + pooling.refiner_depth * self._split(self._kept)
+    lap, dit = self._config.model.lap, self._config.model.dit
+    state = self._rows * lap.width * self._dtype
+    inputs = lap.depth * self._kept * self._split(lap.taps) + lap.refiner_depth * self._split(self._kept)
     return {
-        'tapped states of kept tokens (layers.scan_taps)': self._kept * pooling.taps * state,
+        'tapped states of kept tokens (layers.scan_taps)': self._kept * lap.taps * state,
         'inputs of the blocks of LAP and refiner, kept for the backward (models/lap.py)': inputs * state,
         'condition tokens and their gradient (models/lap.py)': 2 * self._noised * self._kept * dit.width * self._dtype}
 
@@ -157,7 +154,7 @@ class _Step:
     """
     c = self._config.model.lap
     parts = lap.parts_of(self._rows * self._kept, c, self._dtype)
-    recomputed = 1 if c.remat and parts == 1 else c.depth
+    recomputed = 1 if c.remat else c.depth
     tokens, split, padded = (-(-self._rows * self._kept // parts) * n
                              for n in (c.taps, self._split(c.taps), -(-c.taps // ROWS) * ROWS))
     weights = padded * c.heads * LANES // self._tp * self._dtype
