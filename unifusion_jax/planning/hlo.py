@@ -244,12 +244,18 @@ def places(stack: list[tuple[str, int]]) -> str:
 
   Without a line of ours the innermost one that is of no library.
   """
-  ours = [(pathlib.Path(file), line) for file, line in stack if pathlib.Path(file).is_relative_to(PACKAGE)]
-  if not ours:
+  named = [f'{path}:{line}' for file, line in stack if (path := _within_package(file))]
+  if not named:
     return next((f'{pathlib.Path(file).name}:{line}' for file, line in stack if 'site-packages' not in file), '')
-  named = [f'{path.relative_to(PACKAGE)}:{line}' for path, line in ours]
   inner = [name for name in named if not name.startswith(('models/layers.py', 'models/attention.py'))]
   return named[0] if not inner or inner[0] == named[0] else f'{named[0]} < {inner[0]}'
+
+
+def _within_package(file: str) -> pathlib.Path | None:
+  """The path in this package of a source, which is given whole or from the package on (`executables.SOURCES`)."""
+  path = pathlib.Path(file)
+  root = PACKAGE if path.is_absolute() else pathlib.Path(PACKAGE.name)
+  return path.relative_to(root) if path.is_relative_to(root) else None
 
 
 def _instruction(line: str) -> Instruction | None:
