@@ -203,8 +203,10 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 
 
 @pytest.mark.parametrize('stack, source', [
-    ([('unifusion_jax/models/layers.py', 3), ('unifusion_jax/models/dit.py', 9)], 'models/layers.py:3 < models/dit.py:9'),
-    ([(str(hlo.PACKAGE / 'models' / 'dit.py'), 9), ('a/main.py', 1)], 'models/dit.py:9'), ([('a/run.py', 1)], 'run.py:1')])
+    ([('unifusion_jax/models/layers.py', 3), ('unifusion_jax/models/dit.py', 9)],
+     'models/layers.py:3 < models/dit.py:9'),
+    ([(str(hlo.PACKAGE / 'models' / 'dit.py'), 9), ('a/main.py', 1)], 'models/dit.py:9'),
+    ([('a/run.py', 1)], 'run.py:1')])
 def test_sources_are_lines_of_this_package(stack, source):
   """Given whole, or from the package on, as commands have them in their programs."""
   assert hlo.places(stack) == source
