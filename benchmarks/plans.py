@@ -57,18 +57,21 @@ def train(name: str, what: str, recipe: str, *settings: str, topologies: tuple[s
 
 PODS = ('v5e:16x16', 'v6e:8x8', 'v5p:4x4x8')
 CASES = [
-    *train('t2i_256', 't2i:8b, 256 px', 't2i.py:8b', 'data.size=256'),
-    *train('t2i_512', 't2i:8b, 512 px', 't2i.py:8b', 'data.size=512'),
-    *train('t2i_1024', 't2i:8b, 1024 px', 't2i.py:8b', 'data.size=1024', topologies=PODS),
+    *train('t2i_256', 't2i:8b_256, 256 px', 't2i.py:8b_256'),
+    *train('t2i_512', 't2i:8b_512, 512 px', 't2i.py:8b_512'),
+    *train('t2i_1024', 't2i:8b, 1024 px', 't2i.py:8b', topologies=PODS),
     *train('edit_1_tile', 'edit:8b, 1024 px, 1 tile', 'edit.py:8b', 'data.tiles=1'),
     *train('edit_5_tiles', 'edit:8b, 1024 px, 5 tiles', 'edit.py:8b', 'data.tiles=4'),  # 4 and a thumbnail
     *train('edit_10_tiles', 'edit:8b, 1024 px, 10 tiles', 'edit.py:8b', 'data.tiles=9',
            topologies=(*PODS, 'tpu7x:4x4x4')),
     *train('edit_3_references', 'edit:8b, 1024 px, 3 references of 5 tiles', 'edit.py:8b', 'data.tiles=4',
            'plan.references=3'),
-    *[Case(f'{name}_sample_{topology.replace(":", "_")}', what, recipe, topology, (*FSDP[:3], *settings),
-           'encode,denoise,decode,rewrite')
-      for topology in ('v6e:2x4', 'v5e:4x4')
+    # One request a chip; rewriting over tp, for under fsdp every token gathers all weights
+    *[Case(f'{name}_{programs.partition(",")[0]}_{topology.replace(":", "_")}', what, recipe, topology,
+           (*mesh, 'plan.requests=8', *settings), programs)
+      for topology in ('v6e:2x4', 'v5e:2x4')
+      for programs, mesh in (('encode,denoise,decode', FSDP[:3]),
+                             ('rewrite', ('mesh.data=1', 'mesh.fsdp=1', 'mesh.tp=-1')))
       for name, what, recipe, settings in (
           ('t2i', 't2i:8b, 1024 px', 't2i.py:8b', ('plan.references=0',)),
           ('edit_10_tiles', 'edit:8b, 1024 px, 10 tiles', 'edit.py:8b', ('data.tiles=9',)))]]
@@ -117,8 +120,8 @@ def _machine() -> str:
 def page(results: dict[str, dict]) -> str:
   """The page of the results {case name: result} that are there."""
   parts = [HEAD]
-  for title, sampling in (('Training, one example a device', False), ('Sampling', True)):
-    rows = [row(case, program) for case in CASES if ('sample' in case.name) == sampling
+  for title, sampling in (('Training, one example a device', False), ('Sampling, 8 requests', True)):
+    rows = [row(case, program) for case in CASES if (case.programs != 'train') == sampling
             and (result := results.get(case.name)) for program in result['programs']]
     if rows:
       parts.append(f'## {title}\n\n| recipe | topology | {"program | " if sampling else ""}a chip, GiB | verdict | '
@@ -133,7 +136,7 @@ def row(case: Case, program: dict) -> str:
   memory, gib = program['memory'], 2 ** 30
   held = ' + '.join(f'{memory[part] / gib:.2f}' for part in ('arguments', 'temporaries') if memory[part] is not None)
   total = '' if memory['total'] is None else f' = {memory["total"] / gib:.2f}'
-  cells = [case.what, case.topology, *([program['program']] if 'sample' in case.name else []),
+  cells = [case.what, case.topology, *([program['program']] if case.programs != 'train' else []),
            f'{held}{total} of {memory["usable"] / gib:.2f}', report.verdict(program)]
   if 'time' in program:
     model, time = program['model_flops']['total'], program['time']

@@ -173,6 +173,11 @@ def test_what_does_not_fit_is_searched(small, planned, monkeypatch, tmp_path, ca
   assert 'verdict: train does not fit; with --config.optim.accumulate=8 train fits, 1.00 GiB to spare' in said
 
 
+def test_a_plan_for_gpus_is_no_program_to_keep(small, tmp_path):
+  with pytest.raises(UserError, match='--save: the plan of h100:2 is compiled for CPUs'):
+    plan.run(small('h100:2', plan__save=True), tmp_path)
+
+
 def test_where_nothing_fits(small, planned, monkeypatch, tmp_path, capsys):
   refused = dict(planned[0][0], fits=False, refused='Ran out of memory in memory space vmem.')
   refused['memory'] = dict(refused['memory'], total=None, temporaries=None)
@@ -211,7 +216,8 @@ def test_other_objectives_do_not_sample(recipe):
     ('v6e:2x2', 'train'), ('v5e:2x2', 'rewrite'), ('v5p:2x2x1', 'rewrite'), ('tpu7x:2x2x1', 'rewrite')])
 def test_each_generation(small, topology, program, tmp_path, capsys):
   """The real compiler: every number of the report is there, and within what the chip has."""
-  (result,) = plan.run(small(topology, program), tmp_path)
+  (result,) = plan.run(small(topology, program, plan__save=True), tmp_path)
+  assert len(list((tmp_path / 'executables').glob('train_step-*.bin'))) == (program == 'train')
   assert result['fits'] and 0 < result['memory']['arguments'] < result['memory']['total']
   assert 0.6 < result['compiled_flops'] / result['model_flops']['total'] < 1.3
   assert result['hbm_bytes'] > 0 and any(each['kind'] == 'all-gather' for each in result['collectives'])
