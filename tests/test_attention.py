@@ -1,6 +1,7 @@
 """The door to attention: against jax's own, whole and in blocks, and how much memory either takes."""
 
 import functools
+import importlib.util
 
 import jax
 from jax import P
@@ -11,6 +12,7 @@ import pytest
 from unifusion_jax import sharding
 from unifusion_jax.models import attention as module
 from unifusion_jax.models.attention import attention
+from unifusion_jax.planning import chips, compiler
 from unifusion_jax.sharding import BATCH
 
 HEADS = P(BATCH, None, 'tp')
@@ -168,6 +170,93 @@ def test_type_checks_over_devices_that_are_not_here(mesh):
 def test_segments_of_one_side_alone_are_refused():
   with pytest.raises(ValueError, match='or neither'):
     attention(*qkv(5, 5), kv_segments=jnp.ones((4, 5), jnp.int32))
+
+
+def fused(name, monkeypatch):
+  """`attention` by one of the fused kernels, on a CPU: splash interpreted, cuDNN's call answered by XLA."""
+  monkeypatch.setattr(module, 'CUDNN', 'xla')
+  return functools.partial(attention, implementation=name)
+
+
+@pytest.mark.parametrize('name, causal, mask, heads, groups, spec', [
+    ('splash', False, None, 4, 2, HEADS), ('splash', True, 'ids', 4, 2, HEADS),
+    ('splash', False, 'valid', 3, 1, P(BATCH)), ('cudnn', False, None, 3, 1, P(BATCH)),
+    ('cudnn', False, 'valid', 3, 1, P(BATCH)), ('cudnn', True, 'valid', 4, 2, HEADS)])
+def test_fused_kernels_have_the_values_and_gradients_of_the_plain_one(name, causal, mask, heads, groups, spec,
+                                                                      monkeypatch):
+  """Of tokens in use: 140 tokens are no whole block, a head dim of 8 no whole lane; row 2 is padding alone."""
+  arrays = qkv(140, 140, heads, groups, spec=spec)
+  segments = None if mask is None else segments_of(4, 140)
+  segments = segments > 0 if mask == 'valid' else segments
+  held = None if mask is None else jax.device_put(segments, P(BATCH))
+  weights = np.random.default_rng(9).standard_normal((4, 140, heads, 8), np.float32)
+  if mask is not None:
+    weights = weights * (np.asarray(segments) > 0)[..., None, None]
+  value = lambda f: lambda *x: jnp.sum(f(*x, q_segments=held, kv_segments=held, causal=causal) * weights)
+  both = [jax.jit(jax.value_and_grad(value(f), (0, 1, 2)))(*arrays)
+          for f in (fused(name, monkeypatch), functools.partial(attention, implementation='plain'))]
+  for ours, theirs in zip(*map(jax.tree.leaves, both)):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert jax.typeof(ours) == jax.typeof(theirs)
+  y = fused(name, monkeypatch)(*arrays, q_segments=held, kv_segments=held, causal=causal)
+  assert np.isfinite(np.asarray(y)).all() and jax.typeof(y) == jax.typeof(arrays[0])
+
+
+@pytest.mark.parametrize('count, most, block', [
+    (7168, 512, 512), (16384, 512, 512), (1025, 512, 384), (1408, 512, 512), (4608, 1024, 768), (100, 512, 128)])
+def test_blocks_pad_little(count, most, block):
+  assert module.padded_block(count, most) == block
+
+
+def test_cudnn_refuses_what_lengths_cannot_say():
+  ids = jnp.ones((4, 5), jnp.int32)
+  with pytest.raises(ValueError, match='takes lengths'):
+    attention(*qkv(5, 5), q_segments=ids, kv_segments=ids, implementation='cudnn')
+
+
+class Absent:
+  """A mesh's devices, as far as `choice` asks for them."""
+
+  def __init__(self, platform):
+    self.abstract_device = type('Device', (), dict(platform=platform))
+
+
+@pytest.mark.parametrize('platform, queries, keys, causal, segments, chosen', [
+    ('cpu', 4096, 4096, False, None, 'blocks'), ('cpu', 64, 64, False, None, 'plain'),
+    ('tpu', 4096, 4096, False, 'ids', 'splash'), ('tpu', 4096, 4096, True, 'valid', 'splash'),
+    ('tpu', 64, 64, False, None, 'plain'), ('tpu', 1, 4096, True, 'valid', 'plain'),
+    ('gpu', 4096, 4096, False, 'valid', 'cudnn'), ('gpu', 4096, 4096, False, 'ids', 'blocks'),
+    ('gpu', 4096, 4096, False, None, 'cudnn'), ('gpu', 1, 4096, True, 'valid', 'plain')])
+def test_the_implementation_is_chosen_by_platform_and_size(platform, queries, keys, causal, segments, chosen,
+                                                           monkeypatch):
+  arrays = [jax.ShapeDtypeStruct((4, n, h, 128), jnp.bfloat16, sharding=jax.NamedSharding(jax.sharding.get_mesh(), P()))
+            for n, h in ((queries, 4), (keys, 2))]
+  names = []
+
+  def ask(q, k):
+    ids = segments and jnp.ones((4, keys), bool if segments == 'valid' else jnp.int32)
+    monkeypatch.setattr(jax.sharding, 'get_abstract_mesh', lambda: Absent(platform))
+    names.append(module.choice(q, k, ids, ids, causal, keys - queries))
+    monkeypatch.undo()
+    return q
+
+  jax.eval_shape(ask, *arrays)
+  assert names == [chosen]
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'jax[tpu]'")
+@pytest.mark.parametrize('mesh', [None])
+def test_on_a_tpu_it_is_the_kernel_forward_and_backward(mesh):
+  """Compiled for chips that are not here: three kernels, no logits; ragged, grouped heads of 72."""
+  mesh = compiler.mesh(sharding.MeshConfig(), chips.topology('v5e:2x2'))
+  with jax.set_mesh(mesh):
+    def struct(*dims, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, P(BATCH)))
+    loss = lambda q, k, v, valid: jnp.sum(attention(q, k, v, q_segments=valid, kv_segments=valid).astype(jnp.float32))
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+        struct(4, 1000, 4, 72), *[struct(4, 1000, 2, 72)] * 2, struct(4, 1000, dtype=bool)).compile()
+  assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+  assert program.memory_analysis().temp_size_in_bytes < 4 * 1000 ** 2 * 4 / 2
 
 
 def test_gradient_of_one_example_on_one_device(mesh):

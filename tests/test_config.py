@@ -15,7 +15,8 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, dit, internvl, lap, qwen3_vl, t5, unifusion, vae
 from unifusion_jax.weights import autoencoders, encoders
 
-RECIPES = ('describe', 'edit', 'edit:8b', 't2i', 't2i:8b', 'vae', 'vlm', 'vlm:tower')
+RECIPES = ('describe', 'edit', 'edit:8b_256', 'edit:8b_512', 'edit:8b', 't2i', 't2i:8b_256', 't2i:8b_512', 't2i:8b',
+           'vae', 'vlm', 'vlm:tower')
 ANY = {'seed', 'sample.seed'}  # any whole number
 MINUS_ONE = {'mesh.data', 'mesh.fsdp', 'mesh.tp', 'sample.guidance', 'objective.mean', 'model.shift_factor',
              'model.vision.mean'}  # where -1 is in range
@@ -98,7 +99,7 @@ def test_sizes_are_bounded_and_the_arithmetic_said(settings, sentence):
 @pytest.mark.parametrize('recipe, mesh, sentence', [
     ('edit', dict(data=1, fsdp=1, tp=4), 'mesh.tp=4 must divide model.lap.heads=5'),
     ('edit', dict(data=1, fsdp=64, tp=1), 'mesh.fsdp=64 must divide model.lap.width=160'),
-    ('vlm', dict(data=1, fsdp=3, tp=1), 'mesh.fsdp=3 must divide model.vision.width=128'),
+    ('vlm', dict(data=1, fsdp=3, tp=1), 'mesh.fsdp=3 must divide model.vision.width=128 x 2 x 2'),
     ('vlm', dict(data=1, fsdp=1, tp=64), 'mesh.tp=64 must divide model.text.hidden=432'),
 ])
 def test_a_mesh_that_does_not_divide_a_recipes_model(recipe, mesh, sentence):

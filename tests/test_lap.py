@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax import sharding
+from unifusion_jax.models import lap as module
 from unifusion_jax.models.lap import LAP, LAPConfig
 from unifusion_jax.sharding import BATCH
 
@@ -48,6 +49,27 @@ def test_starts_as_the_mean_of_its_taps():
   np.testing.assert_allclose(call(lap, mean, mask), pooled, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(call(lap, states[:, :, ::-1], mask), pooled, rtol=1e-4, atol=1e-5)
   assert np.abs(call(lap, np.broadcast_to(states[:, :, :1], states.shape), mask) - pooled).max() > 0.1
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_parts_are_the_whole(remat, monkeypatch):
+  """Values and gradients of five tokens at once and of two at a time, the last part padded."""
+  lap = make(dataclasses.replace(CONFIG, remat=remat))
+  states, mask = put(hidden()), put(np.arange(S) < np.full((B, 1), 4))
+  weights = np.random.default_rng(1).standard_normal((B, S, 24), np.float32)
+
+  def run():
+    loss = lambda lap: jnp.sum(jnp.where(mask[..., None], lap(states, mask), 0) * weights)
+    return jax.jit(jax.value_and_grad(loss))(lap)
+
+  value, gradient = run()
+  monkeypatch.setattr(module, 'HIDDEN', 2 * CONFIG.taps * CONFIG.mlp * 4)  # of two tokens in f32; one example a device
+  text = str(jax.make_jaxpr(lambda lap: lap(states, mask))(lap))
+  assert '[8@(data,fsdp),3,32]' in text and '[20@(data,fsdp),3,32]' not in text
+  parts_value, parts_gradient = run()
+  np.testing.assert_allclose(parts_value, value, rtol=1e-4, atol=1e-4)
+  for a, b in zip(jax.tree.leaves(parts_gradient), jax.tree.leaves(gradient)):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_padding_changes_nothing_whatever_it_holds():

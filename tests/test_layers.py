@@ -1,5 +1,8 @@
 """The product everything is made of, against what jax does by itself; taps, and pixels that come as uint8."""
 
+import math
+import re
+
 from flax import nnx
 import jax
 from jax import P
@@ -77,6 +80,48 @@ def test_taps_come_before_what_is_done_after_a_layer():
   for taps, depth in (((2, 1), None), ((-1,), None), ((4,), 3), ((), 5)):
     with pytest.raises(ValueError, match='taps must increase'):
       layers.scan_taps(block, x, stacked, taps, depth)
+
+
+def test_only_the_kept_tokens_are_tapped():
+  x, stacked = jax.device_put(np.arange(24.0).reshape(4, 3, 2), P(BATCH)), jnp.arange(4.0)
+  block = lambda x, layer, *_: (x + layer, None)
+  keep = jax.device_put(np.array([[2, 0, 2, 2]] * 4), P(BATCH))
+  run = jax.jit(lambda keep: layers.scan_taps(block, x, stacked, (0, 2, 3), keep=keep)[1])
+  np.testing.assert_array_equal(run(keep), np.asarray(run(None))[:, [2, 0, 2, 2]])
+  assert '4,3,3,2]' not in str(jax.make_jaxpr(run)(keep))  # [b s l d] never exists
+
+
+def test_between_blocks_the_sequence_lies_over_tp_where_it_divides():
+  stacked, seen = jnp.arange(2.0), []
+
+  def block(x, layer, *_):
+    seen.append(jax.typeof(x).sharding.spec)
+    return x + layer, None
+
+  for tokens, spec in ((4, P(BATCH, 'tp', None)), (3, P(BATCH, None, None))):
+    x = jax.device_put(np.ones((4, tokens, 2)), P(BATCH))
+    y, tapped, _ = layers.scan_taps(block, x, stacked, (1,))
+    assert seen.pop() == spec and not jax.typeof(y).sharding.spec[1] and not jax.typeof(tapped).sharding.spec[1]
+  spread = sharding.spread(jax.device_put(np.ones((8, 4, 2)), P(BATCH)))
+  assert layers.stream(spread) == P(sharding.AXES) and layers.rows_of(spread) == P(sharding.AXES)
+  assert layers.rows_of(sharding.spread(jax.device_put(np.ones((4, 4, 2)), P(BATCH)))) == P(BATCH)
+
+
+def test_a_matrix_that_stays_in_place_is_moved_nowhere():
+  """The same values and gradients; no device gathers the matrix."""
+  x = jax.device_put(np.random.default_rng(0).standard_normal((4, 64), np.float32), P(BATCH))
+  w = layers.weight(nnx.Rngs(0), (64, 6, 64), ('fsdp', None, 'tp'), contract=1)
+  weights = np.random.default_rng(1).standard_normal((4, 6, 64), np.float32)
+  value = lambda f: jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(f(x, w)) * weights), (0, 1)))
+  ours = value(lambda x, w: layers.einsum_in_place('bd,dmf->bmf', x, w))
+  theirs = value(lambda x, w: layers.einsum('bd,dmf->bmf', x, w, layers.RESIDUAL))
+  for a, b in zip(jax.tree.leaves(ours(x, w)), jax.tree.leaves(theirs(x, w))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert jax.typeof(a) == jax.typeof(b)
+  text = ours.lower(x, w).compile().as_text()
+  moved = [math.prod(map(int, dims.split(','))) for dims in re.findall(
+      r'= f32\[([\d,]+)\][^=]*? (?:all-gather|all-to-all)\(', text)]
+  assert moved and max(moved) < w.size / 16
 
 
 def test_trained_layers_are_unrolled_over_cpus_and_all_are_scanned_over_devices_that_are_not_here(monkeypatch):

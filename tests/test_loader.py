@@ -200,6 +200,16 @@ def test_a_record_is_broken_whatever_it_raises(error, caplog):
   assert f'passed over numbers record 7: {type(error).__name__}' in caplog.text
 
 
+def test_a_canvas_with_fewer_records_than_a_batch_is_named(caplog):
+  class Uneven(Numbers):
+    def bucket(self, i):
+      return (4, 8, 0) if i < 2 else (4, 4, 1)
+  loader.batches([(Numbers(60), 1), (Uneven(5), 1)], draw, 4)  # even, or as a whole too few
+  assert not caplog.text
+  loader.batches([(Uneven(60), 1)], draw, 4)
+  assert 'fewer records than its 4: 2 of 8x4 with 0 references. They repeat' in caplog.text
+
+
 def test_refused_arguments():
   with pytest.raises(ValueError, match='weight 0'):
     loader.batches([(Numbers(60), 0)], draw, 4)

@@ -13,6 +13,7 @@ import pytest
 
 from unifusion_jax import command_line, errors, main
 from unifusion_jax.errors import UserError
+from unifusion_jax.planning import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -172,3 +173,13 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
   with pytest.raises(SystemExit) as ended:
     main.run()
   assert ended.value.code == 130 and capsys.readouterr().err == 'interrupted\n'
+
+
+@pytest.mark.parametrize('flag, said', [
+    ((), '--topology=v6e:8x8'), (('--topology=v6e:3x3',), "the shape '3x3' must be one of"),
+    (('--topology=v6e:2x2', '--programs=draw'), "there is no program 'draw'")])
+def test_plans_want_devices_and_programs(run, tmp_path, monkeypatch, flag, said):
+  monkeypatch.setattr(compiler, 'prepare', lambda topology: None)  # settings of a process that only plans
+  with pytest.raises(UserError) as error:
+    run('--config=configs/edit.py', '--mode=plan', f'--workdir={tmp_path}', *flag)
+  assert said in str(error.value) and not list(tmp_path.iterdir())

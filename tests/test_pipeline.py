@@ -144,8 +144,9 @@ def test_without_verifi_the_request_itself_conditions_as_in_training(pipe):
   transform = transforms.GenerationExample(pipe.prompt_encoder, cond_dropout=0, image_dropout=0, instruction_prob=1)
   example = transform(record, np.random.default_rng(0))
   batch = sharding.shard({name: np.stack([x] * 8) for name, x in example.items()})
-  hidden = pipe.frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], pipe.frozen.taps, batch['tiles'])
-  trained = pipe.model.condition(conditioning.select_tokens(hidden, batch['cond_index']), batch['cond_mask'])
+  hidden = pipe.frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], pipe.frozen.taps, batch['tiles'],
+                                  batch['cond_index'])
+  trained = pipe.model.condition(hidden, batch['cond_mask'])
   np.testing.assert_allclose(np.asarray(trained)[0][example['cond_mask']], tokens(encoded)[0], atol=1e-4, rtol=1e-3)
 
 

@@ -214,6 +214,30 @@ def test_one_process_trains_as_two_and_goes_on_where_they_stopped(tmp_path):
   assert [(code, out) for code, out, _ in one] == [(0, 'same')], one
 
 
+def test_they_load_the_program_that_the_first_one_wrote(tmp_path):
+  """From a folder of all; where each has its own, all compile unless each has the file."""
+  program = '''
+import pathlib
+from unifusion_jax.planning import executables
+notes = []
+with jax.set_mesh(mesh):
+  x = sharding.shard_batch(np.arange(8.0)[sharding.rows(8)] / 3, mesh)
+  for name in ('shared', str(here)):
+    total = executables.Programs(step, pathlib.Path(folder) / name, notes.append)(np.float32(0), x)
+    assert sharding.local(total) == sharding.local(step(np.float32(0), x))
+print(' '.join(note.replace(':', '').split()[1] for note in notes))
+'''
+  first = run(program, folder=str(tmp_path))
+  assert [(code, out) for code, out, _ in first] == [(0, 'step compiled step compiled')] * 2, first
+  files = [next((tmp_path / name).iterdir()) for name in ('shared', '0', '1')]
+  assert len({file.name for file in files}) == 1
+  files[2].unlink()
+  second = run(program, folder=str(tmp_path))
+  assert [(code, out) for code, out, _ in second] == [
+      (0, 'loaded process compiled'), (0, 'loaded step compiled')], second
+  assert files[2].exists()
+
+
 def test_a_folder_in_use_stops_all(tmp_path):
   results = run('''
 import pathlib

@@ -206,7 +206,7 @@ def test_patches_in_blocks_see_the_same(folder, monkeypatch):
   vlm = qwen3_vl.load(folder, jnp.float32)
   _, _, images = batch()
   dense = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
-  monkeypatch.setattr(attention, 'LOGITS', 4 * 16 * 40)  # of one row and one head a device
+  monkeypatch.setattr(attention, 'LOGITS', 4 * 16 * 40 * 2)  # of one row and two heads a device
   blocks = jax.jit(lambda vlm, *x: vlm.vision(*x))(vlm, *images)
   assert blocks.sharding == dense.sharding
   np.testing.assert_allclose(blocks, dense, rtol=1e-5, atol=1e-5)

@@ -27,13 +27,26 @@ from unifusion_jax.weights import encoders
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
+@pytest.fixture
+def recipe(recipe):
+  """The recipe on square canvases alone: each shape of batch is a train step to compile."""
+  def make(**changes):
+    made = recipe(**changes)
+    made.data = dataclasses.replace(made.data, aspects=('1:1',))
+    return made
+  return make
+
+
 def leaves(state):
   return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
+  """In batches of several shapes, with AdamW."""
   made = recipe(optim=dataclasses.replace(recipe().optim, name=name))
+  if name == 'adamw':
+    made.data.aspects = config.DataConfig().aspects
   whole = train.run(dataclasses.replace(made, train=dataclasses.replace(made.train, log_every=2)), tmp_path / 'whole')
   train.run(made, tmp_path / 'parts', stop_at=2)
   parts = train.run(made, tmp_path / 'parts')
@@ -73,7 +86,7 @@ def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, mo
 
 def test_a_signal_ends_a_run_after_its_step(recipe, mesh, tmp_path, monkeypatch, capfd):
   """Saved, and the same call goes on to the same numbers."""
-  made = recipe(train=config.TrainConfig(steps=2, log_every=1, save_every=100, preview_every=0))
+  made = recipe(train=config.TrainConfig(steps=4, log_every=1, save_every=100, preview_every=0))
   whole = train.run(made, tmp_path / 'whole')
   read, handler = loader.Feed.__next__, signal.getsignal(signal.SIGTERM)
 
@@ -301,7 +314,8 @@ def shipped(name: str, scale: str) -> config.Config:
 
 @pytest.mark.parametrize('mesh', [None])  # in place of the fixture: an abstract mesh of any size comes into context
 @pytest.mark.parametrize('name, scale', [('t2i', 'tiny'), ('edit', 'tiny'), ('vlm', 'tiny'), ('vae', 'tiny'),
-                                         ('t2i', '8b'), ('edit', '8b')])
+                                         *((name, scale) for name in ('t2i', 'edit')
+                                           for scale in ('8b_256', '8b_512', '8b'))])
 def test_recipes_type_check_at_full_size(name, scale, mesh):
   """The whole train step, abstractly, on the recipe's own mesh: no device, no weight is needed."""
   made = shipped(name, scale)

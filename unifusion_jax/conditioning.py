@@ -45,12 +45,17 @@ class Frozen:
 
   @classmethod
   def abstract(cls, config) -> 'Frozen':
-    """Shapes and shardings of `load` on the abstract mesh in context; reads no weights and no tokenizer."""
+    """Shapes and shardings of `load` on the abstract mesh in context; reads no weights.
+
+    Nor a tokenizer, but where the VLM rewrites during training: its ids are part of that program.
+    """
     vlm, vae = encoders.config(config.vlm), autoencoders.config(config.vae)
     dtype = jnp.dtype(config.frozen_dtype)
     _check_fit(config, vlm, vae)
-    # Any ids will do for shapes; how many tokens are written is known without a tokenizer
-    ids = dict(stop_ids=(0,), image_id=1, max_rewrite=config.data.budget[1])
+    if getattr(config.objective, 'rewrite_online', False):
+      ids = _token_ids(config)
+    else:  # any ids will do for shapes; how many tokens are written is known without a tokenizer
+      ids = dict(stop_ids=(0,), image_id=1, max_rewrite=config.data.budget[1])
     vlm = encoders.abstract(vlm, dtype, config.vlm_quantized)
     return cls(vlm, autoencoders.abstract(vae, dtype), config.taps, **ids)
 
@@ -70,19 +75,14 @@ def _check_fit(config, vlm, vae) -> None:
                     f'{config.model.dit.channels}: change one of them')
 
 
-def select_tokens(hidden: jax.Array, index: jax.Array) -> jax.Array:
-  """States of the chosen tokens: hidden [b s l e] at index [b q] -> [b q l e]."""
-  return jnp.take_along_axis(hidden, index[:, :, None, None], axis=1)
-
-
-def condition_states(prompt_hidden: jax.Array, hidden: jax.Array, lengths: jax.Array, cond_index: jax.Array,
-                     cond_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def condition_states(prompt_hidden: jax.Array, hidden: jax.Array, lengths: jax.Array, cond_mask: jax.Array
+                     ) -> tuple[jax.Array, jax.Array]:
   """States of the conditioning prompt tokens, then those of the generated tokens: ([b q+n l e], mask [b q+n]).
 
-  prompt_hidden [b s l e] is indexed by cond_index [b q]; of hidden [b n l e] the first `lengths` [b] are valid.
+  prompt_hidden [b q l e] is masked by cond_mask [b q]; of hidden [b n l e] the first `lengths` [b] are valid.
   """
   generated_mask = jnp.arange(hidden.shape[1])[None] < lengths[:, None]
-  return (jnp.concatenate([select_tokens(prompt_hidden, cond_index), hidden], axis=1),
+  return (jnp.concatenate([prompt_hidden, hidden], axis=1),
           jnp.concatenate([cond_mask, generated_mask], axis=1))
 
 

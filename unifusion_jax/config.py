@@ -15,6 +15,7 @@ from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import RecordsEvaluation
 from unifusion_jax.fields import Path, Seed
+from unifusion_jax.planning.settings import PlanConfig
 from unifusion_jax.ranges import Range
 from unifusion_jax.request import SampleConfig
 from unifusion_jax.sharding import MeshConfig
@@ -43,6 +44,7 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
+  plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
   eval: object = dataclasses.field(default_factory=RecordsEvaluation)  # how --mode=eval measures
 
   def problems(self, devices: int) -> list[str]:
@@ -59,7 +61,7 @@ class Config:
     data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
     return [*dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems, *self.optim.problems(),
             *self.train.problems(), *self.objective.problems(self, devices), *self.sample.problems(unit),
-            *self.rewrite.problems(), *self.eval.problems(self)]
+            *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
 
 
 def check(config, devices: int) -> None:

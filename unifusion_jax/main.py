@@ -16,19 +16,26 @@ import jax
 from unifusion_jax import command_line, errors, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
+from unifusion_jax.planning import compiler, executables
 from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe'}
+            'describe': 'describe', 'plan': 'plan'}
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
-                        'Folder of the run; default runs/<name of the recipe>.')
+                        'Folder of the run; default runs/RECIPE, with a scale runs/RECIPE_SCALE.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
     'others by itself on Cloud TPU, Slurm and Kubernetes.')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices that --mode=plan compiles for, as v6e:8x8, v5p:4x4x8 or '
+                                'h100:8; none need be here.')
+_PROGRAMS = flags.DEFINE_list('programs', None, 'What --mode=plan compiles, of train (the default), encode, denoise, '
+                              'decode, rewrite.')
+_SAVE = flags.DEFINE_bool('save', False, 'Write the train step that --mode=plan compiles, so that a start on that '
+                          'topology loads it.')
 _CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathlib.Path('.cache') / 'jax'),
                       'Folder that keeps compiled programs between runs; empty for none.')
 
@@ -39,6 +46,7 @@ def start(argv):
     jax.distributed.initialize()
   # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
   jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
+  jax.config.update('jax_hlo_source_file_canonicalization_regex', executables.SOURCES)
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
@@ -56,15 +64,40 @@ def main(argv):
     if trains == (mode == 'describe'):
       wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
-    configuration.check(config, jax.device_count())
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path('runs') / recipe.stem)
+    if mode == 'plan':
+      _set_plan(config)
+    else:
+      configuration.check(config, jax.device_count())
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(flags.FLAGS.config))
     if trains:
       check_writable(workdir)
+  command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
+  if mode == 'plan':  # reads no weights, and makes a mesh of its own
+    command.run(config, workdir)
+    return
   if trains:
     record.pin(config, workdir, *config.objective.pretrained)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
-    command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
     command.run(config, workdir)
+
+
+def default_workdir(recipe: str) -> pathlib.Path:
+  """The workdir of a recipe without one: runs/edit for edit, runs/edit_8b for edit:8b."""
+  path, scale = command_line.locate(recipe)
+  return pathlib.Path('runs') / (f'{path.stem}_{scale}' if scale else path.stem)
+
+
+def _set_plan(config) -> None:
+  """The flags of --mode=plan as settings, checked, and this process's CPU in the place of its accelerators."""
+  config.plan.topology = _TOPOLOGY.value or config.plan.topology
+  config.plan.programs = tuple(_PROGRAMS.value or config.plan.programs)
+  config.plan.save = _SAVE.value or config.plan.save
+  if not config.plan.topology:
+    raise UserError('--mode=plan wants the devices to plan for: --topology=v6e:8x8, or another of the shapes of v5e, '
+                    'v6e, v5p, tpu7x, a100, h100, h200')
+  topology = config.plan.chosen()
+  compiler.prepare(topology)
+  configuration.check(config, topology.devices)
 
 
 def check_writable(workdir: pathlib.Path) -> None:

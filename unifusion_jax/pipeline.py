@@ -323,8 +323,8 @@ class UniFusionPipeline:
     if eta and seeds is None:
       raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
     null = None if guidance == 1 else null or self.null()
-    return _denoise(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
-                    _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
+    return integrate(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
+                     _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
 
   @_in_mesh
   def decode(self, latents: jax.Array, conditioning: Conditioning | None = None) -> np.ndarray:
@@ -332,7 +332,7 @@ class UniFusionPipeline:
 
     conditioning: of these latents, only to find the reason where they are not finite, which is a UserError.
     """
-    images, finite = sharding.gather(_decode(self.frozen.vae, latents))
+    images, finite = sharding.gather(decode_latents(self.frozen.vae, latents))
     if conditioning is not None:
       finite['conditioning'] = sharding.gather(_finite(conditioning))
     wrong = next((name for name in ('conditioning', 'latents', 'pixels') if not np.all(finite.get(name, True))), None)
@@ -367,15 +367,16 @@ class UniFusionPipeline:
     keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
     ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
         self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
-        stop_ids=chat.stop_ids, taps=self.frozen.taps, temperature=s.temperature, top_p=s.top_p, key=keys)
-    conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_index'], rows['cond_mask'])
+        stop_ids=chat.stop_ids, taps=self.frozen.taps, keep=rows['cond_index'],
+        temperature=s.temperature, top_p=s.top_p, key=keys)
+    conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_mask'])
     return conditioning, *prompting.read_rewrites(chat, *sharding.gather((ids, lengths)))
 
   def _read(self, rows, images) -> Conditioning:
     """Conditioning of prompts with known answers, from one teacher-forced pass."""
     rows = sharding.shard(prompting.stacked(rows)) if isinstance(rows, list) else rows
-    return _condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'],
-                           rows['cond_mask'], images, taps=self.frozen.taps)
+    return condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'],
+                          rows['cond_mask'], images, taps=self.frozen.taps)
 
 
 def _check_taps(folder: pathlib.Path, taps: tuple[int, ...], lap, vlm: pathlib.Path, text) -> None:
@@ -417,16 +418,16 @@ def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames='taps')
-def _condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
+def condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
   """Conditioning of prompts with known answers, from one teacher-forced pass."""
-  hidden = states.select_tokens(vlm.hidden(input_ids, attention_mask, taps, images), cond_index)
+  hidden = vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
   return Conditioning(model.condition(hidden, cond_mask), cond_mask)
 
 
 @jax.jit
-def _condition_written(model, prompt_hidden, hidden, lengths, cond_index, cond_mask) -> Conditioning:
+def _condition_written(model, prompt_hidden, hidden, lengths, cond_mask) -> Conditioning:
   """Conditioning from the generating pass: states of the prompt's image tokens and of the generated tokens."""
-  hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_index, cond_mask)
+  hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_mask)
   return Conditioning(model.condition(hidden, mask), mask)
 
 
@@ -450,7 +451,7 @@ def _noised(vae, images, noise, t):
 
 
 @functools.partial(jax.jit, static_argnames='method')
-def _denoise(model, conditioning, null, latents, times, guidance, eta, keys, first, *, method):
+def integrate(model, conditioning, null, latents, times, guidance, eta, keys, first, *, method):
   """Integrates the flow, with guidance where a null conditioning [1 q d] is given."""
   if null is not None:
     b = latents.shape[0]
@@ -463,7 +464,7 @@ def _denoise(model, conditioning, null, latents, times, guidance, eta, keys, fir
 
 
 @jax.jit
-def _decode(vae, latents):
+def decode_latents(vae, latents):
   """Latents [b y x c] -> uint8 [b y x 3], and {name: [b] bool} whether the latents and the pixels are finite."""
   pixels = vae.decode(latents)
   return imaging.to_uint8(pixels), {name: jnp.all(jnp.isfinite(x), axis=(1, 2, 3))

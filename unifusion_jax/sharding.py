@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import math
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 import numpy as np
 
 from unifusion_jax import ranges
@@ -19,6 +20,7 @@ from unifusion_jax.ranges import Range
 
 AXES = ('data', 'fsdp', 'tp')
 BATCH = ('data', 'fsdp')  # the batch dimension of every activation
+WEIGHTS = ('fsdp', 'tp')  # the dimension of a weight whose model knows no tp: its rows are over all devices
 
 
 @dataclasses.dataclass
@@ -63,9 +65,15 @@ def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
     yield part, [part[i % len(part)] for i in range(size)]
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-  """The mesh over all devices of all processes."""
-  return jax.make_mesh(config.shape(jax.device_count()), AXES)
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """The mesh over the devices of all processes, or over others that may not be here, such as those of a topology.
+
+  On TPUs neighbours on an axis are neighbours on the torus, as far as its sides allow.
+  """
+  devices = jax.devices() if devices is None else devices
+  explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+  placed = mesh_utils.create_device_mesh(config.shape(len(devices)), devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(placed, AXES, explicit)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
@@ -82,6 +90,15 @@ def rows(batch: int) -> list[int]:
   spread = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
   places = spread.addressable_devices_indices_map((batch,)).values()
   return sorted({row for (place,) in places for row in range(*place.indices(batch))})
+
+
+def spread(x: jax.Array) -> jax.Array:
+  """Rows [b ...] over all devices of the mesh in context, tp among them, where they divide b; else over BATCH.
+
+  For the frozen models whose work tp would repeat: autoencoders and vision towers.
+  """
+  even = x.shape[0] % jax.sharding.get_abstract_mesh().size == 0
+  return jax.sharding.reshard(x, jax.P(AXES if even else BATCH))
 
 
 def shard_batch(batch, mesh: jax.sharding.Mesh):
@@ -148,6 +165,11 @@ def together(work: str):
     raise error
 
 
+def everywhere(holds: bool) -> bool:
+  """Whether something holds on all processes; all call this together."""
+  return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
+
+
 def from_main_process(x: np.ndarray) -> np.ndarray:
   """The first process's value of a small numpy array, on every process; all call this together."""
   return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
@@ -165,3 +187,10 @@ def abstract(tree, mesh):
     spec = x.sharding.spec if x.sharding is not None else jax.P()
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
   return jax.tree.map(leaf, tree)
+
+
+def shard_bytes(tree) -> int:
+  """Bytes of one device's shards of (abstract) arrays; those without a sharding are whole."""
+  def held(x):
+    return x.dtype.itemsize * math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
+  return sum(held(x) for x in jax.tree.leaves(tree))

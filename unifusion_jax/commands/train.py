@@ -16,6 +16,7 @@ from unifusion_jax import ranges, sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
+from unifusion_jax.planning import executables, replication
 from unifusion_jax.ranges import Range
 from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step
 
@@ -32,6 +33,7 @@ class TrainConfig:
   held_out_every: int = 100    # steps between measurements on data.held_out; 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
   checksums: bool = True       # digests of checkpoints' files, written and compared at 2.5 GB/s
+  executables: str | None = None  # folder of compiled train steps, which are loaded from it or saved there
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
@@ -57,6 +59,8 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     opened.enter_context(lock.held(workdir / 'train.lock'))
     checkpoints = opened.enter_context(checkpoint.Checkpoints(workdir, tidy=True, checksums=config.train.checksums))
     planned = record.claim(config, workdir)
+    for sentence in replication.repeated(config, mesh.size) if sharding.is_main_process() else ():
+      logging.warning(sentence)
     measure = objective.measure(config) if config.data.held_out and config.train.held_out_every else None
     frozen = objective.frozen(config)
     tx = step.optimizer(config.optim, config.train.steps)
@@ -86,7 +90,10 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     rate_clock, rate_step, waited = time.monotonic(), start, 0.0
     if note:
       writer.note(note)
-    writer.note('compiling: the first step of each shape of batch takes its time')
+    if config.train.executables:
+      train_step = executables.Programs(train_step, config.train.executables, writer.note)
+    else:
+      writer.note('compiling: the first step of each shape of batch takes its time')
     interrupts.defer()
     for done in range(start + 1, end + 1):
       waiting = time.monotonic()
@@ -149,6 +156,18 @@ def batches(config) -> loader.Feed:
       loader.mix(config.data, seed=config.seed), config.objective.transform(config), config.data.batch_size,
       config.seed, sharding.rows(config.data.batch_size), config.data.workers)
   return loader.Feed(batches, config.data.skipped)
+
+
+def lower(config) -> jax.stages.Lowered:
+  """The train step of the largest batch, lowered for the mesh in context from shapes alone.
+
+  It is the program that `run` starts with batches of that shape, so one finds the other's in `train.executables`.
+  """
+  train_step = step.make_train_step(
+      config.objective.loss, step.optimizer(config.optim, config.train.steps), config.optim)
+  arrays = *abstract(config), jax.eval_shape(lambda: jax.random.key(config.seed))
+  progress = jax.ShapeDtypeStruct((), np.float32) if config.train.minutes else None  # a number of the host
+  return train_step.lower(*sharding.abstract(arrays, jax.sharding.get_mesh()), progress)
 
 
 def abstract(config):

@@ -6,6 +6,10 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 
+# Aspects of photographs: about 21:9, 16:9, 3:2, 4:3 and square, lying and standing. With a unit of size / 16 their
+# canvases have from 15/16 of size^2 pixels to all of them; at size 1024 they are SDXL's (arXiv 2307.01952), 640 x 1536,
+# 768 x 1344, 832 x 1216, 896 x 1152 and 1024 x 1024, and at other sizes they have the same proportions.
+PHOTOGRAPHS = ('12:5', '7:4', '19:13', '9:7', '1:1', '7:9', '13:19', '4:7', '5:12')
 AREA = 0.05  # weight of missing area against a wrong aspect, both as logarithms
 
 

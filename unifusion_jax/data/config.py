@@ -98,8 +98,9 @@ class DataConfig:
     """
     wrong, micro = [], shards * max(1, accumulate)
     if self.batch_size % micro:
+      few = '; mesh.tp shares an example among several' if self.batch_size < micro else ''
       wrong.append(f'data.batch_size={self.batch_size} must be a multiple of {micro}: mesh.data x mesh.fsdp = {shards} '
-                   f'devices share a batch, times optim.accumulate={accumulate}')
+                   f'devices share a batch, times optim.accumulate={accumulate}{few}')
     names = [task.name for task in self.tasks]
     if not names or len(set(names)) < len(names):
       wrong.append(f'data.tasks={names} must name at least one task, and each of them once')

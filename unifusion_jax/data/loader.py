@@ -82,11 +82,15 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
   Everything must be picklable when workers > 0. UserError for empty sources.
   """
   rows = range(batch_size) if rows is None else rows
-  datasets, weights, facts = [], [], []
+  datasets, weights, facts, sparse = [], [], [], {}
   for source, weight in mixture:
     if weight <= 0:
       raise UserError(f'{source.name} has weight {weight}: a source in the mix needs a weight above 0')
-    for bucket, (share, indices) in sorted(_buckets(source, transform).items()):
+    buckets = _buckets(source, transform)
+    mean = sum(len(indices) for _, indices in buckets.values()) / len(buckets)
+    for bucket, (share, indices) in sorted(buckets.items()):
+      if len(indices) < batch_size <= mean:
+        sparse[bucket] = len(indices)
       facts.append((weight, bucket, len(indices)))  # not the name: a folder may have moved
       weights.append(weight * share)
       positions = grain.MapDataset.range(len(indices)).seed(_seed(seed, len(datasets))).shuffle()
@@ -96,6 +100,12 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
       datasets.append(numbers.map(_Chosen(examples, batch_size, rows)).batch(len(rows)))
   if not datasets:
     raise UserError('the mix has no sources: give at least one (source, weight)')
+  if sparse:
+    logging.warning(
+        'a batch is of one canvas, and some have fewer records than its %d: %s. They repeat within a batch, and each '
+        'canvas is a program to compile: leave their aspects out (data.aspects)', batch_size, ', '.join(
+            f'{count} of {width}x{height} with {references} references'
+            for (height, width, references), count in sorted(sparse.items())))
   fingerprint = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
   return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers)
 

@@ -51,9 +51,10 @@ def losses(pipe, batch: Batch) -> np.ndarray:
 @jax.jit
 def _losses(model, frozen: conditioning.Frozen, batch, noise, times):
   z = frozen.vae.encode(imaging.to_float(batch['target'])).astype(jnp.float32)
-  hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, batch.get('tiles'))
+  hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, batch.get('tiles'),
+                             batch['cond_index'])
   mask = batch['cond_mask']
-  cond = model.condition(conditioning.select_tokens(hidden, batch['cond_index']), mask)
+  cond = model.condition(hidden, mask)
 
   def at(t):
     t = jnp.full_like(z[:, 0, 0, 0], t)

@@ -23,14 +23,18 @@ from unifusion_jax.models.attention import attention
 from unifusion_jax.models.layers import (
   constant,
   einsum,
+  einsum_in_place,
   heads_axis,
   RESIDUAL,
   rms_norm,
   rope,
+  rows_axes,
   scan_taps,
   stack,
+  stream,
   SwiGLU,
   weight,
+  whole,
 )
 from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH
@@ -184,7 +188,7 @@ class Block(nnx.Module):
 
   def qkv(self, x: jax.Array, angles: jax.Array):
     """x [b s d] -> rotated q [b s h k], rotated k and v [b s g k]."""
-    x = rms_norm(x, self.norm1, self.eps)
+    x = whole(rms_norm(x, self.norm1, self.eps))
     q, k, v = (einsum('bsd,dhk->bshk', x, w) for w in (self.wq, self.wk, self.wv))
     if self.bq is not None:
       q, k, v = q + self.bq[...].astype(x.dtype), k + self.bk[...].astype(x.dtype), v + self.bv[...].astype(x.dtype)
@@ -194,7 +198,7 @@ class Block(nnx.Module):
 
   def output(self, x: jax.Array, attended: jax.Array) -> jax.Array:
     """Block output [b s d] from its input x [b s d] and the attention result [b s h k]."""
-    x = x + einsum('bshk,hkd->bsd', attended, self.wo, RESIDUAL)
+    x = x + einsum('bshk,hkd->bsd', attended, self.wo, stream(x))
     return x + self.mlp(rms_norm(x, self.norm2, self.eps))
 
 
@@ -211,8 +215,8 @@ class Decoder(nnx.Module):
                             std=config.width ** -0.5)
     self.blocks = stack(Block, config.depth, config, dtype, rngs=rngs)
     self.norm = constant(1.0, (config.width,), dtype=dtype)
-    self.head = None if config.tied else weight(rngs, (config.width, config.vocab), ('fsdp', None), contract=1,
-                                                dtype=dtype)
+    self.head = None if config.tied else weight(
+        rngs, (config.width, config.vocab), (rows_axes(config.width), None), contract=1, dtype=dtype)
 
   def embed(self, input_ids: jax.Array) -> jax.Array:
     """Token ids [b s] -> embeddings [b s d]."""
@@ -243,7 +247,7 @@ class Decoder(nnx.Module):
 
   def __call__(self, x: jax.Array, angles: jax.Array, attention_mask: jax.Array, *, taps: tuple[int, ...] = (),
                depth: int | None = None, cache: Cache | None = None, start: jax.Array | int = 0,
-               deepstack: jax.Array | None = None):
+               deepstack: jax.Array | None = None, keep: jax.Array | None = None):
     """Runs the first `depth` blocks (None: all) -> (x [b s d], tapped [b s l d] or None, cache).
 
     Args:
@@ -253,9 +257,11 @@ class Decoder(nnx.Module):
       taps: increasing block counts, none above `depth`.
       cache: this call's keys and values go to its slots start .. start + s.
       deepstack: [n b s d]; addend i is added to the output of block i after that output is tapped.
+      keep: [b q], the tokens whose tapped states are kept: [b q l d]. None: all.
     """
-    segments = attention_mask.astype(jnp.int32)
-    q_segments = jax.lax.dynamic_slice_in_dim(segments, start, x.shape[1], axis=1)
+    segments = attention_mask.astype(bool)
+    from_the_start = isinstance(start, int) and start == 0 and segments.shape[1] == x.shape[1]
+    q_segments = segments if from_the_start else jax.lax.dynamic_slice_in_dim(segments, start, x.shape[1], axis=1)
 
     def block(x, layer, index, cache):
       q, k, v = layer.qkv(x, angles)
@@ -268,9 +274,10 @@ class Decoder(nnx.Module):
 
     def add(x, index):
       addend = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(index, len(deepstack) - 1), keepdims=False)
-      return x + jnp.where(index < len(deepstack), addend, 0).astype(x.dtype)
+      return x + jax.sharding.reshard(jnp.where(index < len(deepstack), addend, 0).astype(x.dtype), stream(x))
 
-    return scan_taps(block, x, self.blocks, tuple(taps), depth, carry=cache, after=None if deepstack is None else add)
+    return scan_taps(block, x, self.blocks, tuple(taps), depth, carry=cache, after=None if deepstack is None else add,
+                     keep=keep)
 
   def final(self, x: jax.Array) -> jax.Array:
     """The final norm: last block's output [b s d] -> [b s d]."""
@@ -279,9 +286,10 @@ class Decoder(nnx.Module):
   def logits(self, x: jax.Array) -> jax.Array:
     """Last block's output at any chosen positions [b s d] -> next-token logits [b s v], f32."""
     x = self.final(x)
-    if self.head is None:
-      return einsum('bsd,vd->bsv', x, self.embedding).astype(jnp.float32)
-    return einsum('bsd,dv->bsv', x, self.head).astype(jnp.float32)
+    matrix, axes = (self.embedding, 'vd') if self.head is None else (self.head, 'dv')
+    if x.shape[1] == 1:  # of one token at a time, as in generation, where gathering the vocabulary would take longest
+      return einsum_in_place(f'bd,{axes}->bv', x[:, 0], matrix)[:, None].astype(jnp.float32)
+    return einsum(f'bsd,{axes}->bsv', x, matrix).astype(jnp.float32)
 
 
 def positions_of(attention_mask: jax.Array) -> jax.Array:
@@ -300,14 +308,17 @@ def last_valid(x: jax.Array, attention_mask: jax.Array) -> jax.Array:
 # Methods of every model over this decoder; each model has its own `prompt(input_ids, attention_mask, images)`:
 
 
-def hidden(vlm, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...], images=None) -> jax.Array:
+def hidden(vlm, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...], images=None,
+           keep: jax.Array | None = None) -> jax.Array:
   """Tapped states [b s l e]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
+
+  With `keep` [b q] those of the chosen tokens alone: [b q l e].
 
   As in `hidden_states` of transformers, a block's output is tapped before its deepstack feature is added.
   """
   prompt = vlm.prompt(input_ids, attention_mask, images)
   return vlm.decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=taps, depth=max(taps),
-                     deepstack=prompt.deepstack)[1]
+                     deepstack=prompt.deepstack, keep=keep)[1]
 
 
 def last(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None) -> jax.Array:

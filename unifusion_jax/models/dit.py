@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers, sizes
-from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
+from unifusion_jax.models.layers import constant, einsum, einsum_in_place, RESIDUAL, rms_norm, weight
 from unifusion_jax.ranges import Range
 
 
@@ -121,13 +121,13 @@ class DiT(nnx.Module):
     rows, columns = height // c.patch, width // c.patch
     image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)
     x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)
-    segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, rows * columns)), constant_values=1)
+    segments = jnp.pad(mask.astype(bool), ((0, 0), (0, rows * columns)), constant_values=True)
     angles = self._angles(cond.shape[1], rows, columns)
 
     time = layers.sinusoid(t * 1000, c.time_dim)
-    time = jax.nn.gelu(einsum('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
-    time = einsum('bf,fd->bd', time, self.time_w2, RESIDUAL) + self.time_b2[...]
-    modulation = einsum('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w, RESIDUAL) + self.mod_b[...]
+    time = jax.nn.gelu(einsum_in_place('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
+    time = einsum_in_place('bf,fd->bd', time, self.time_w2) + self.time_b2[...]
+    modulation = einsum_in_place('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w) + self.mod_b[...]
 
     x, tapped, _ = layers.scan_taps(lambda x, block, *_: (block(x, modulation, segments, angles), None), x, self.blocks,
                                     () if tap is None else (tap,), remat=c.remat, unroll=True)

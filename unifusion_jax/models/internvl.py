@@ -6,6 +6,7 @@ and, after the pixel shuffle by 2, a quarter as many image embeddings, which rep
 
 from collections.abc import Mapping
 import dataclasses
+import math
 import pathlib
 
 from flax import nnx
@@ -21,16 +22,18 @@ from unifusion_jax.models.decoder import Decoder, DecoderConfig, positions_of, P
 from unifusion_jax.models.layers import (
   constant,
   einsum,
-  heads_axis,
   layer_norm,
   normalise,
   RESIDUAL,
   rms_norm,
+  rows_axes,
+  rows_of,
   scan,
   stack,
   weight,
 )
 from unifusion_jax.ranges import Range
+from unifusion_jax.sharding import spread
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -72,9 +75,15 @@ class InternVLConfig:
 
   def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
     """Sizes that a mesh does not divide, a sentence each."""
-    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('width',), tp=('hidden',)),
+    fsdp, projected = mesh.get('fsdp', 1), f'{prefix}vision.width={self.vision.width} x {self.shuffle} x {self.shuffle}'
+    return [*([f'mesh.fsdp={fsdp} must divide {projected}, of the projector'] if self.joined % fsdp else []),
             *self.text.undivided(mesh, f'{prefix}text.'),
-            *sizes.undivided(self.text, f'{prefix}text.', mesh, tp=('width',))]  # of the projector
+            *sizes.undivided(self.text, f'{prefix}text.', mesh, tp=('width',))]
+
+  @property
+  def joined(self) -> int:
+    """Width of the vision tokens that the projector takes, several joined."""
+    return self.vision.width * self.shuffle ** 2
 
   @property
   def tile_tokens(self) -> int:
@@ -147,28 +156,27 @@ class VisionBlock(nnx.Module):
 
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     d, h, f = config.width, config.heads, config.hidden
-    k = d // h
-    axis = heads_axis(h, h)
+    k, axes = d // h, rows_axes(d)
     self.eps = config.eps
     centred = config.norm == 'layer_norm'
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.bq = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
-    self.bk = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
-    self.bv = constant(0.0, (h, k), (axis, None), dtype) if config.qkv_bias else None
+    self.wq = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.bq = constant(0.0, (h, k), dtype=dtype) if config.qkv_bias else None
+    self.bk = constant(0.0, (h, k), dtype=dtype) if config.qkv_bias else None
+    self.bv = constant(0.0, (h, k), dtype=dtype) if config.qkv_bias else None
     self.q_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
     self.k_norm = constant(1.0, (d,), dtype=dtype) if config.qk_norm else None
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (None, None, axes), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.scale1 = constant(1.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype) if centred else None
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
-    self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
+    self.w1 = weight(rngs, (d, f), (axes, None), contract=1, dtype=dtype)
+    self.b1 = constant(0.0, (f,), dtype=dtype)
+    self.w2 = weight(rngs, (f, d), (None, axes), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
     self.scale2 = constant(1.0, (d,), dtype=dtype)
 
@@ -183,10 +191,10 @@ class VisionBlock(nnx.Module):
       q, k, v = q + self.bq[...], k + self.bk[...], v + self.bv[...]
     if self.q_norm is not None:  # over all heads together
       q, k = (rms_norm(a.reshape(y.shape), scale).reshape(a.shape) for a, scale in ((q, self.q_norm), (k, self.k_norm)))
-    y = einsum('bshk,hkd->bsd', attention(q, k, v), self.wo, RESIDUAL) + self.bo[...]
+    y = einsum('bshk,hkd->bsd', attention(q, k, v), self.wo, rows_of(x)) + self.bo[...]
     x = x + self.scale1[...] * y
     y = einsum('bsd,df->bsf', self.norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
-    y = einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=False), self.w2, RESIDUAL) + self.b2[...]
+    y = einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=False), self.w2, rows_of(x)) + self.b2[...]
     return x + self.scale2[...] * y
 
 
@@ -209,7 +217,7 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch ** 2 * 3
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
+    self.patch = weight(rngs, (p, d), (None, rows_axes(d)), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
     self.class_token = weight(rngs, (d,), (None,), contract=None, dtype=dtype, std=0.02)
     self.positions = nnx.Param(jnp.asarray(sinusoids(config.tile // config.patch, d), dtype))
@@ -217,14 +225,15 @@ class Vision(nnx.Module):
 
   def __call__(self, tiles: jax.Array) -> jax.Array:
     """Normalised tiles [b y x 3] -> [b s d] without the class token, rows first."""
+    tiles = spread(tiles)
     b, n, p = tiles.shape[0], self.config.tile // self.config.patch, self.config.patch
-    x = tiles.astype(self.patch.dtype).reshape(b, n, p, n, p, 3, out_sharding=RESIDUAL)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * n, -1, out_sharding=RESIDUAL)
-    x = einsum('bsp,pd->bsd', x, self.patch, RESIDUAL) + self.patch_bias[...]
-    first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1]), out_sharding=RESIDUAL)
+    x = tiles.astype(self.patch.dtype).reshape(b, n, p, n, p, 3, out_sharding=rows_of(tiles))
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * n, -1, out_sharding=rows_of(tiles))
+    x = einsum('bsp,pd->bsd', x, self.patch, rows_of(tiles)) + self.patch_bias[...]
+    first = jnp.broadcast_to(self.class_token[...], (b, 1, x.shape[-1]), out_sharding=rows_of(tiles))
     x = jnp.concatenate([first, x], axis=1) + self.positions[...]
     x, _ = scan(lambda x, block: (block(x), None), x, self.blocks)
-    return x[:, 1:]
+    return jax.sharding.reshard(x[:, 1:], RESIDUAL)
 
 
 class Projector(nnx.Module):
@@ -252,7 +261,7 @@ class InternVL(nnx.Module):
   def __init__(self, config: InternVLConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     self.vision = Vision(config.vision, dtype, rngs=rngs)
-    self.projector = Projector(config.vision.width * config.shuffle ** 2, config.text.width, dtype, rngs=rngs)
+    self.projector = Projector(config.joined, config.text.width, dtype, rngs=rngs)
     self.decoder = Decoder(config.text, dtype, rngs=rngs)
 
   def image_features(self, tiles: jax.Array) -> jax.Array:
@@ -262,12 +271,15 @@ class InternVL(nnx.Module):
     if size != [vision.tile, vision.tile, 3]:
       raise UserError(f'tiles are {size[0]} x {size[1]} with {size[2]} channels; this model wants {vision.tile} x '
                       f'{vision.tile} x 3')
-    tiles = normalise(tiles, vision.mean, vision.std)
-    x = self.vision(tiles.reshape(b * r, *size, out_sharding=RESIDUAL))
+    # Empty tiles, so that all devices share the rows
+    devices = jax.sharding.get_abstract_mesh().size
+    all_tiles = r + -r % (devices // math.gcd(b, devices))
+    tiles = jnp.pad(normalise(tiles, vision.mean, vision.std), ((0, 0), (0, all_tiles - r)) + ((0, 0),) * 3)
+    x = self.vision(tiles.reshape(b * all_tiles, *size, out_sharding=RESIDUAL))
     n, a = vision.tile // vision.patch // self.config.shuffle, self.config.shuffle
-    x = x.reshape(b * r, n, a, n, a, -1, out_sharding=RESIDUAL)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b * r, n * n, -1, out_sharding=RESIDUAL)
-    return self.projector(x).reshape(b, r * n * n, -1, out_sharding=RESIDUAL)
+    x = x.reshape(b, all_tiles, n, a, n, a, -1, out_sharding=RESIDUAL)[:, :r]
+    x = x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, r * n * n, -1, out_sharding=RESIDUAL)
+    return self.projector(x)
 
   def prompt(self, input_ids: jax.Array, attention_mask: jax.Array, images: jax.Array | None = None,
              image_features: jax.Array | None = None) -> Prompt:

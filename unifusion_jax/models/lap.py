@@ -18,6 +18,8 @@ from unifusion_jax.models import layers, sizes
 from unifusion_jax.models.layers import constant, einsum, RESIDUAL, rms_norm, weight
 from unifusion_jax.ranges import Range
 
+HIDDEN = 2 ** 28  # bytes of hidden units on a device; more tokens are pooled in parts, and each gathers the weights
+
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LAPConfig:
@@ -84,15 +86,40 @@ class LAP(nnx.Module):
     if (l, e) != (c.taps, c.width):
       raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
                       "set the config's taps and width to those of the vision-language model")
-    run = lambda x, blocks, segments=None: layers.scan(
-        lambda x, block: (block(x, segments), None), x, blocks, remat=c.remat, unroll=True)[0]
     # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
     x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
-    x = run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks).reshape(b, s, l, e, out_sharding=RESIDUAL)
-    x = einsum('bsle,l->bse', x, self.pool)
-    x = rms_norm(run(x, self.refiner, mask.astype(jnp.int32)), self.norm, c.eps, 1.0)
+    x = self._run(self._pooled(x), self.refiner, mask.astype(bool))
+    x = rms_norm(x, self.norm, c.eps, 1.0)
     x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
     return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
+
+  def _pooled(self, hidden: jax.Array) -> jax.Array:
+    """[b s l e] -> [b s e], token by token; many tokens in parts, one after another."""
+    c = self.config
+    b, s, l, e = hidden.shape
+    rows = jax.typeof(hidden).sharding.shard_shape(hidden.shape)[0]
+    parts = parts_of(rows * s, c, hidden.dtype.itemsize)
+    size = -(-s // parts)
+
+    def pool(x):
+      b, s, l, e = x.shape
+      x = self._run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks)
+      return einsum('bsle,l->bse', x.reshape(b, s, l, e, out_sharding=RESIDUAL), self.pool)
+
+    if parts == 1:
+      return pool(hidden)
+    hidden = jnp.pad(hidden, ((0, 0), (0, parts * size - s), (0, 0), (0, 0)))
+    hidden = jnp.moveaxis(hidden.reshape(b, parts, size, l, e), 1, 0)
+    return jnp.moveaxis(jax.lax.map(pool, hidden), 0, 1).reshape(b, parts * size, e)[:, :s]
+
+  def _run(self, x: jax.Array, blocks, segments: jax.Array | None = None) -> jax.Array:
+    step = lambda x, block: (block(x, segments), None)
+    return layers.whole(layers.scan(step, layers.split(x), blocks, remat=self.config.remat, unroll=True)[0])
+
+
+def parts_of(tokens: int, config: LAPConfig, itemsize: int) -> int:
+  """The number of parts in which a device pools its tokens, which have `itemsize` bytes a number."""
+  return max(1, -(-tokens * config.taps * config.mlp * itemsize // HIDDEN))
 
 
 def _block_rules(torch: str, ours: str):

@@ -20,9 +20,9 @@ import numpy as np
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.attention import attention
-from unifusion_jax.sharding import BATCH, is_main_process
+from unifusion_jax.sharding import BATCH, is_main_process, WEIGHTS
 
-RESIDUAL = P(BATCH)  # activations [b s d]: batch sharded, the rest whole
+RESIDUAL = P(BATCH)  # activations [b ...]: batch sharded, the rest whole
 UNROLL: bool | None = None  # whether all layers are unrolled; None: as each `scan` says and the devices are
 
 
@@ -70,11 +70,54 @@ def heads_axis(heads: int, kv_heads: int) -> str | None:
   return 'tp'
 
 
+def rows_axes(width: int) -> tuple[str, ...] | str | None:
+  """The mesh axes of a weight that tp does not split otherwise, over its dim of `width`: the most that divide it."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  sizes = {WEIGHTS: mesh['fsdp'] * mesh['tp'], 'fsdp': mesh['fsdp'], 'tp': mesh['tp']}
+  axes = max((axes for axes, size in sizes.items() if width % size == 0), key=sizes.get, default=None)
+  if axes is None or sizes[axes] == 1 < sizes[WEIGHTS]:
+    _warn_of_whole_weights(width, sizes[WEIGHTS])
+    return None
+  return axes
+
+
+@functools.cache
+def _warn_of_whole_weights(width: int, devices: int) -> None:
+  if is_main_process():
+    logging.warning('neither mesh.fsdp nor mesh.tp divides a width of %d: each of the %d devices holds all weights of '
+                    'that width', width, devices)
+
+
 @functools.cache  # one warning for each combination
 def _warn_of_repeated_heads(heads: int, kv_heads: int, tp: int) -> None:
   if is_main_process():
     logging.warning('mesh.tp=%d does not divide %d heads over %d key/value heads: that attention is computed whole on '
                     'each of the %d devices', tp, heads, kv_heads, tp)
+
+
+def rows_of(x: jax.Array) -> P:
+  """The sharding of activations [b ...] by their rows alone, as x has them."""
+  return P(jax.typeof(x).sharding.spec[0])
+
+
+def stream(x: jax.Array) -> P:
+  """The sharding of activations x [b s d] between blocks: by rows, and where tp divides the sequence over tp too.
+
+  So norms, sums and what remat keeps are a tp-th on each device; `whole` comes before a product that tp splits, and
+  `einsum(..., stream(x))` after it.
+  """
+  tp = jax.sharding.get_abstract_mesh().shape.get('tp', 1)
+  return P(BATCH, 'tp') if tp > 1 and x.shape[1] % tp == 0 and rows_of(x) == RESIDUAL else rows_of(x)
+
+
+def split(x: jax.Array) -> jax.Array:
+  """Activations [b s d] as they lie between blocks."""
+  return jax.sharding.reshard(x, stream(x))
+
+
+def whole(x: jax.Array) -> jax.Array:
+  """Activations [b s d] with every sequence whole."""
+  return jax.sharding.reshard(x, rows_of(x))
 
 
 def einsum(equation: str, x: jax.Array, w, out: P | None = None) -> jax.Array:
@@ -102,6 +145,8 @@ def _product_backward(equation, out, dtype, saved, gradient):
   # The gradient of w is f32 whatever the compute dtype: it is a sum over all tokens and devices, and bfloat16 keeps
   # only 8 bits of each partial sum. The price: its reduction over fsdp moves twice the bytes.
   x, w = saved
+  if out is not None and len(out) > 1:  # over the sequence, by `stream`: tp splits other axes of these products
+    gradient = whole(gradient)
   operands, result = equation.split('->')
   x_axes, w_axes = operands.split(',')
   spec = lambda array: jax.typeof(array).sharding.spec
@@ -111,6 +156,22 @@ def _product_backward(equation, out, dtype, saved, gradient):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def einsum_in_place(equation: str, x: jax.Array, w) -> jax.Array:
+  """`einsum` of vectors x [b d], one for each example, with a matrix that stays where it is.
+
+  Each device multiplies all examples of its fsdp group by its rows of the matrix. So vectors and results travel, which
+  are thousands of times smaller than the matrix, and its gradient needs no sum over the group. A weight that is no
+  plain array is gathered as ever.
+  """
+  if hasattr(w, 'times'):
+    return einsum(equation, x, w, RESIDUAL)
+  operands, result = equation.split('->')
+  x_axes, w_axes = operands.split(',')
+  spec = dict(zip(w_axes, jax.typeof(w[...]).sharding.spec))
+  x = jax.sharding.reshard(x, P('data', spec[x_axes[1]]))
+  return jax.sharding.reshard(einsum(equation, x, w, P('data', *(spec[axis] for axis in result[1:]))), RESIDUAL)
 
 
 def stack(cls, depth: int, *args, rngs: nnx.Rngs):
@@ -132,13 +193,16 @@ def scan(block, x, layers, *, remat: bool = False, unroll: bool = False):
 
 
 def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = None, *, carry=None, after=None,
-              remat: bool = False, unroll: bool = False):
+              keep: jax.Array | None = None, remat: bool = False, unroll: bool = False):
   """Runs the first `depth` stacked layers (None: all) -> (x [b s d], x after `taps` layers [b s l d] or None, carry).
+
+  Between layers x lies as `split` has it.
 
   Args:
     block: `block(x, layer, index, carry) -> (x, carry)`; `carry` is any other state that goes from layer to layer.
     taps: increasing numbers of layers in 0 .. depth; 0 is the input x. Untapped states are not kept.
     after: `after(x, index) -> x`, applied to the output of a layer after it is tapped.
+    keep: [b q], the tokens whose tapped states are kept: [b q l d], the others' never exist. None: all.
     remat, unroll: as in `scan`.
   """
   total = len(jax.tree.leaves(layers)[0])
@@ -149,9 +213,14 @@ def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = 
   # Every layer writes into the slot of the next tap, so the tapped layer writes there last; layers after the last tap
   # share one more slot, dropped at the end.
   slots = np.searchsorted(taps, np.arange(1, depth + 1))
-  tapped = None
+
+  def kept(x):
+    return x if keep is None else jnp.take_along_axis(whole(x), keep[:, :, None], axis=1)
+
+  x, tapped = split(x), None
   if taps:
-    tapped = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], max([len(taps), *(slots + 1)]), x.shape[2]))
+    first = kept(x)
+    tapped = jnp.broadcast_to(first[:, :, None], (*first.shape[:2], max([len(taps), *(slots + 1)]), x.shape[2]))
 
   def step(state, inputs):
     x, tapped, carry = state
@@ -160,14 +229,14 @@ def scan_taps(block, x, layers, taps: tuple[int, ...] = (), depth: int | None = 
       layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
     x, carry = block(x, layer, index, carry)
     if taps:
-      tapped = jax.lax.dynamic_update_index_in_dim(tapped, x, slot, 2)
+      tapped = jax.lax.dynamic_update_index_in_dim(tapped, kept(x), slot, 2)
     return (x if after is None else after(x, index), tapped, carry), None
 
   # A scan over part of the stack would copy that part first; indexing the whole copies one layer at a time. For
   # gradients it is the other way round, and training runs every layer.
   inputs = jnp.arange(depth), jnp.asarray(slots, jnp.int32), layers if depth == total else None
   (x, tapped, carry), _ = scan(step, (x, tapped, carry), inputs, remat=remat, unroll=unroll)
-  return x, tapped[:, :, :len(taps)] if taps else None, carry
+  return whole(x), whole(tapped[:, :, :len(taps)]) if taps else None, carry
 
 
 def rms_norm(x: jax.Array, scale=None, eps: float = 1e-6, offset: float = 0.0) -> jax.Array:
@@ -217,8 +286,10 @@ class SwiGLU(nnx.Module):
     self.down = weight(rngs, (hidden, width), ('tp', 'fsdp'), contract=1, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = jax.nn.silu(einsum('bsd,df->bsf', x, self.gate)) * einsum('bsd,df->bsf', x, self.up)
-    return einsum('bsf,fd->bsd', hidden, self.down, RESIDUAL)
+    """[b s d] -> [b s d] as `stream` has it."""
+    y = whole(x)
+    hidden = jax.nn.silu(einsum('bsd,df->bsf', y, self.gate)) * einsum('bsd,df->bsf', y, self.up)
+    return einsum('bsf,fd->bsd', hidden, self.down, stream(x))
 
 
 class GatedAttention(nnx.Module):
@@ -238,7 +309,8 @@ class GatedAttention(nnx.Module):
     self.k_norm = constant(0.0, (head_dim,))
 
   def __call__(self, x: jax.Array, segments: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-    """[b s d] -> [b s d]; `segments` [b s] as in `attention`, `angles` as in `rope` (none: no positions)."""
+    """[b s d] -> [b s d] as `stream` has it; `segments` [b s] as in `attention`, `angles` as in `rope` (or none)."""
+    out, x = stream(x), whole(x)
     q = rms_norm(einsum('bsd,dhk->bshk', x, self.wq), self.q_norm, self.eps, 1.0)
     k = rms_norm(einsum('bsd,dgk->bsgk', x, self.wk), self.k_norm, self.eps, 1.0)
     v = einsum('bsd,dgk->bsgk', x, self.wv)
@@ -246,7 +318,7 @@ class GatedAttention(nnx.Module):
       q, k = rope(q, angles), rope(k, angles)
     gate = jax.nn.sigmoid(einsum('bsd,dhk->bshk', x, self.gate))
     y = attention(q, k, v, q_segments=segments, kv_segments=segments)
-    return einsum('bshk,hkd->bsd', y * gate, self.wo, RESIDUAL)
+    return einsum('bshk,hkd->bsd', y * gate, self.wo, out)
 
 
 def sinusoid(t: jax.Array, dim: int, period: float = 1e4) -> jax.Array:

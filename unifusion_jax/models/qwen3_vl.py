@@ -30,17 +30,21 @@ from unifusion_jax.models.internvl import TEXT_RULES
 from unifusion_jax.models.layers import (
   constant,
   einsum,
-  heads_axis,
   layer_norm,
   normalise,
   RESIDUAL,
   rope,
   rope_angles,
+  rows_axes,
+  rows_of,
   scan_taps,
   stack,
+  stream,
   weight,
+  whole,
 )
 from unifusion_jax.ranges import Range
+from unifusion_jax.sharding import spread
 from unifusion_jax.weights import convert, safetensors_io
 
 
@@ -103,7 +107,7 @@ class Qwen3VLConfig:
 
   def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
     """Sizes that a mesh does not divide, a sentence each."""
-    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('width',), tp=('hidden', 'joined')),
+    return [*sizes.undivided(self.vision, f'{prefix}vision.', mesh, fsdp=('joined',), tp=('joined',)),
             *self.text.undivided(mesh, f'{prefix}text.')]
 
   @classmethod
@@ -177,34 +181,33 @@ class VisionBlock(nnx.Module):
 
   def __init__(self, config: VisionConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
     d, h, f = config.width, config.heads, config.hidden
-    k = d // h
-    axis = heads_axis(h, h)
+    k, axes = d // h, rows_axes(d)
     self.norm1 = constant(1.0, (d,), dtype=dtype)
     self.norm1_bias = constant(0.0, (d,), dtype=dtype)
-    self.wq = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.wk = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.wv = weight(rngs, (d, h, k), ('fsdp', axis, None), contract=1, dtype=dtype)
-    self.bq = constant(0.0, (h, k), (axis, None), dtype)
-    self.bk = constant(0.0, (h, k), (axis, None), dtype)
-    self.bv = constant(0.0, (h, k), (axis, None), dtype)
-    self.wo = weight(rngs, (h, k, d), (axis, None, 'fsdp'), contract=2, dtype=dtype)
+    self.wq = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.wk = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.wv = weight(rngs, (d, h, k), (axes, None, None), contract=1, dtype=dtype)
+    self.bq = constant(0.0, (h, k), dtype=dtype)
+    self.bk = constant(0.0, (h, k), dtype=dtype)
+    self.bv = constant(0.0, (h, k), dtype=dtype)
+    self.wo = weight(rngs, (h, k, d), (None, None, axes), contract=2, dtype=dtype)
     self.bo = constant(0.0, (d,), dtype=dtype)
     self.norm2 = constant(1.0, (d,), dtype=dtype)
     self.norm2_bias = constant(0.0, (d,), dtype=dtype)
-    self.w1 = weight(rngs, (d, f), ('fsdp', 'tp'), contract=1, dtype=dtype)
-    self.b1 = constant(0.0, (f,), ('tp',), dtype)
-    self.w2 = weight(rngs, (f, d), ('tp', 'fsdp'), contract=1, dtype=dtype)
+    self.w1 = weight(rngs, (d, f), (axes, None), contract=1, dtype=dtype)
+    self.b1 = constant(0.0, (f,), dtype=dtype)
+    self.w2 = weight(rngs, (f, d), (None, axes), contract=1, dtype=dtype)
     self.b2 = constant(0.0, (d,), dtype=dtype)
 
   def __call__(self, x: jax.Array, angles: jax.Array, segments: jax.Array) -> jax.Array:
     """[b p d] -> [b p d]; angles [b p k/2], segments [b p]: patches attend within their image."""
-    y = layer_norm(x, self.norm1, self.norm1_bias)
+    y = whole(layer_norm(x, self.norm1, self.norm1_bias))
     q, k, v = (einsum('bsd,dhk->bshk', y, w) + b[...] for w, b in (
         (self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv)))
     y = attention(rope(q, angles), rope(k, angles), v, q_segments=segments, kv_segments=segments)
-    x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL) + self.bo[...]
+    x = x + einsum('bshk,hkd->bsd', y, self.wo, stream(x)) + self.bo[...]
     y = einsum('bsd,df->bsf', layer_norm(x, self.norm2, self.norm2_bias), self.w1) + self.b1[...]
-    return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, RESIDUAL) + self.b2[...]
+    return x + einsum('bsf,fd->bsd', jax.nn.gelu(y, approximate=True), self.w2, stream(x)) + self.b2[...]
 
 
 class Merger(nnx.Module):
@@ -238,7 +241,7 @@ class Vision(nnx.Module):
   def __init__(self, config: VisionConfig, width: int, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = config
     d, p = config.width, config.patch_size
-    self.patch = weight(rngs, (p, d), (None, 'fsdp'), contract=1, dtype=dtype, int8=False)
+    self.patch = weight(rngs, (p, d), (None, rows_axes(d)), contract=1, dtype=dtype, int8=False)
     self.patch_bias = constant(0.0, (d,), dtype=dtype)
     self.positions = weight(rngs, (config.side ** 2, d), (None, None), contract=None, dtype=dtype, std=0.02)
     self.blocks = stack(VisionBlock, config.depth, config, dtype, rngs=rngs)
@@ -248,24 +251,27 @@ class Vision(nnx.Module):
   def __call__(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
     """Patches [b p c] of images with grids [b r 2] -> features [b n 1+l e]."""
     c = self.config
+    patches, grids = spread(patches), spread(grids)
     image, cell, rows, columns = grid_position(jnp.arange(patches.shape[1])[None], grids)
+    spec = rows_of(patches)
     # Patches come square by square, and within a square row by row
     squares, inside = jnp.maximum(columns // c.merge, 1), cell % c.merge ** 2
     row = cell // c.merge ** 2 // squares * c.merge + inside // c.merge
     column = cell // c.merge ** 2 % squares * c.merge + inside % c.merge
-    x = einsum('bsp,pd->bsd', patches.astype(self.patch.dtype), self.patch, RESIDUAL) + self.patch_bias[...]
+    x = einsum('bsp,pd->bsd', patches.astype(self.patch.dtype), self.patch, spec) + self.patch_bias[...]
     x = x + self.interpolated(row, column, rows, columns).astype(x.dtype)
     k = c.width // c.heads
     angles = jnp.concatenate([rope_angles(row, k // 2, 1e4), rope_angles(column, k // 2, 1e4)], axis=-1)
     segments = jnp.where(rows > 0, image + 1, 0)
     x, tapped, _ = scan_taps(lambda x, block, *_: (block(x, angles, segments), None), x, self.blocks,
                              tuple(i + 1 for i in c.deepstack))
+    x, tapped = jax.sharding.reshard((x, tapped), RESIDUAL)
     deep = jax.lax.map(lambda pair: pair[0](pair[1]), (self.deepstack, jnp.moveaxis(tapped, 2, 0)))
     return jnp.moveaxis(jnp.concatenate([self.merger(x)[None], deep]), 0, 2)
 
   def interpolated(self, row, column, rows, columns) -> jax.Array:
     """Learned positions at cells [b p] of grids of rows x columns, corners aligned: [b p d] f32."""
-    side = self.config.side
+    side, spec = self.config.side, rows_of(row)
 
     def neighbours(at, size):
       at = at * (side - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32)
@@ -274,7 +280,7 @@ class Vision(nnx.Module):
       return list(zip(clipped, (1 - (at - low), at - low)))
 
     def learned(y, x):
-      return self.positions[...].at[y * side + x].get(out_sharding=RESIDUAL).astype(jnp.float32)
+      return self.positions[...].at[y * side + x].get(out_sharding=spec).astype(jnp.float32)
 
     return sum(learned(y, x) * (along_y * along_x)[..., None]
                for y, along_y in neighbours(row, rows) for x, along_x in neighbours(column, columns))

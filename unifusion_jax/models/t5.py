@@ -27,7 +27,9 @@ from unifusion_jax.models.layers import (
   rms_norm,
   scan_taps,
   stack,
+  stream,
   weight,
+  whole,
 )
 from unifusion_jax.ranges import Range
 from unifusion_jax.weights import convert, safetensors_io
@@ -107,16 +109,16 @@ class Block(nnx.Module):
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
     """[b s d] -> [b s d]; bias [h s s] f32 joins the logits, mask [b 1 1 s] is False on padding."""
-    y = rms_norm(x, self.norm1, self.eps)
+    out, y = stream(x), whole(rms_norm(x, self.norm1, self.eps))
     q, k, v = (einsum('bsd,dhk->bshk', y, w) for w in (self.wq, self.wk, self.wv))
     # Not `attention.attention`: its kernels know no bias, and T5 reads texts of some hundred tokens, never images
     logits = jnp.einsum('bqhk,bshk->bhqs', q, k, preferred_element_type=jnp.float32) + bias
     weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
     y = jnp.einsum('bhqs,bshk->bqhk', weights.astype(v.dtype), v)
-    x = x + einsum('bshk,hkd->bsd', y, self.wo, RESIDUAL)
-    y = rms_norm(x, self.norm2, self.eps)
+    x = x + einsum('bshk,hkd->bsd', y, self.wo, out)
+    y = whole(rms_norm(x, self.norm2, self.eps))
     y = jax.nn.gelu(einsum('bsd,df->bsf', y, self.gate), approximate=True) * einsum('bsd,df->bsf', y, self.up)
-    return x + einsum('bsf,fd->bsd', y, self.down, RESIDUAL)
+    return x + einsum('bsf,fd->bsd', y, self.down, out)
 
 
 class T5Encoder(nnx.Module):
@@ -132,8 +134,11 @@ class T5Encoder(nnx.Module):
     self.norm = constant(1.0, (config.width,), dtype=dtype)
 
   def hidden(self, input_ids: jax.Array, attention_mask: jax.Array, taps: tuple[int, ...],
-             images: None = None) -> jax.Array:
-    """Tapped states [b s l d]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run."""
+             images: None = None, keep: jax.Array | None = None) -> jax.Array:
+    """Tapped states [b s l d]: tap k after k blocks, 0 the embeddings, never final-normed. Later blocks do not run.
+
+    With `keep` [b q] those of the chosen tokens alone: [b q l d].
+    """
     if images is not None:
       raise UserError('T5 reads text alone: give it no images')
     config = self.config
@@ -146,7 +151,8 @@ class T5Encoder(nnx.Module):
     heads = P(None, None, heads_axis(config.heads, config.heads))
     bias = self.bias[...].at[buckets].get(out_sharding=heads).transpose(2, 0, 1).astype(jnp.float32)
     mask = attention_mask[:, None, None]
-    return scan_taps(lambda x, block, *_: (block(x, bias, mask), None), x, self.blocks, tuple(taps), max(taps))[1]
+    return scan_taps(lambda x, block, *_: (block(x, bias, mask), None), x, self.blocks, tuple(taps), max(taps),
+                     keep=keep)[1]
 
   def last(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
     """Final-normed output [b s d] of the encoder: the input of T5's decoder and of models conditioned on T5."""

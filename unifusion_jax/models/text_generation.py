@@ -21,18 +21,19 @@ class Generated(NamedTuple):
   ids: jax.Array  # [b n] int32
   lengths: jax.Array  # [b] int32, the stop token counted
   logprobs: jax.Array  # [b n] f32, of each generated token at temperature 1 over the whole vocabulary
-  prompt_hidden: jax.Array | None  # [b s l e] tapped states of the prompt; None without taps
+  prompt_hidden: jax.Array | None  # [b s l e] tapped states of the prompt, or those to `keep`; None without taps
   hidden: jax.Array | None  # [b n l e] tapped states of the generated tokens
 
 
 def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, *, max_new: int,
-             stop_ids: tuple[int, ...], taps: tuple[int, ...] = (), temperature: float = 0.0, top_p: float = 1.0,
-             key: jax.Array | None = None) -> Generated:
+             stop_ids: tuple[int, ...], taps: tuple[int, ...] = (), keep: jax.Array | None = None,
+             temperature: float = 0.0, top_p: float = 1.0, key: jax.Array | None = None) -> Generated:
   """Continues prompts [b s] (padding where `attention_mask` is False) by up to `max_new` tokens, each to a stop id.
 
   temperature 0 takes the most probable token; above 0 one is sampled by `key` from the smallest set of tokens whose
   probability at that temperature reaches `top_p`. `key` is one key, or one for each row [b], whose text then
-  depends on its own key alone. Arguments as in `vlm.prompt`.
+  depends on its own key alone. `keep` [b q]: the tokens of the prompt whose tapped states are kept; None: all. Other
+  arguments as in `vlm.prompt`.
   """
   if max_new < 1:
     raise UserError(f'max_new is {max_new}; it must be at least 1')
@@ -48,17 +49,17 @@ def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, 
   if temperature > 0:
     keys = jax.random.split(key, len(input_ids)) if key.ndim == 0 else key
     sampling = jnp.float32(temperature), jnp.float32(top_p), jax.sharding.reshard(keys, RESIDUAL)
-  return _generate(vlm, input_ids, attention_mask, images, sampling, max_new, tuple(stop_ids), tuple(taps))
+  return _generate(vlm, input_ids, attention_mask, images, sampling, keep, max_new, tuple(stop_ids), tuple(taps))
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _generate(vlm, input_ids, attention_mask, images, sampling, max_new: int, stop_ids, taps) -> Generated:
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _generate(vlm, input_ids, attention_mask, images, sampling, keep, max_new: int, stop_ids, taps) -> Generated:
   b, s = input_ids.shape
   decoder = vlm.decoder
   prompt = vlm.prompt(input_ids, attention_mask, images)
   cache = decoder.cache(b, s + max_new)
   x, prompt_hidden, cache = decoder(prompt.x, prompt.angles, prompt.attention_mask, taps=taps, cache=cache,
-                                    deepstack=prompt.deepstack)
+                                    deepstack=prompt.deepstack, keep=keep)
   x = last_valid(x, prompt.attention_mask)
   # Slots that are not yet written lie after every query, which causality hides
   slots_mask = jnp.pad(prompt.attention_mask, ((0, 0), (0, max_new)), constant_values=True)

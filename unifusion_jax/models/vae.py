@@ -21,7 +21,7 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.models.attention import attention
 from unifusion_jax.ranges import Range
-from unifusion_jax.sharding import BATCH
+from unifusion_jax.sharding import spread
 from unifusion_jax.weights import convert, safetensors_io
 
 STEM = 'diffusion_pytorch_model'  # of the files of weights
@@ -246,7 +246,7 @@ def _double(x: jax.Array) -> jax.Array:
   """[b y x c] -> [b 2y 2x c], every pixel as a square of four. One broadcast: its gradient is one sum, on CPU too."""
   b, y, x_, c = x.shape
   squares = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, x_, 2, c))
-  return jax.lax.reshape(squares, (b, 2 * y, 2 * x_, c), out_sharding=jax.P(BATCH))
+  return jax.lax.reshape(squares, (b, 2 * y, 2 * x_, c), out_sharding=layers.rows_of(x))
 
 
 class Autoencoder(nnx.Module):
@@ -279,8 +279,8 @@ class Autoencoder(nnx.Module):
     step = self.downsampling
     if x.shape[1] % step or x.shape[2] % step:
       raise UserError(f'the autoencoder takes images of multiples of {step} pixels, got {x.shape[1]} x {x.shape[2]}')
-    h = self.encoder(x.astype(self.encoder.conv_in.kernel.dtype))
-    h = h if self.quant_conv is None else self.quant_conv(h)
+    h = self.encoder(spread(x.astype(self.encoder.conv_in.kernel.dtype)))
+    h = jax.sharding.reshard(h if self.quant_conv is None else self.quant_conv(h), layers.RESIDUAL)
     mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
@@ -292,9 +292,9 @@ class Autoencoder(nnx.Module):
   def decode(self, z: jax.Array) -> jax.Array:
     """The inverse of encode: latents [b y x c] -> images [b 8y 8x 3] f32, about [-1, 1] and not clipped."""
     z = z / self.config.scaling_factor + (self.config.shift_factor or 0.0)
-    z = z.astype(self.decoder.conv_in.kernel.dtype)
+    z = spread(z.astype(self.decoder.conv_in.kernel.dtype))
     z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-    return self.decoder(z).astype(jnp.float32)
+    return jax.sharding.reshard(self.decoder(z).astype(jnp.float32), layers.RESIDUAL)
 
 
 # For planning without a checkpoint; `load` goes by the checkpoint's own config.json

@@ -111,11 +111,11 @@ class FlowMatching:
         transforms.prompt_encoder(config), self.cond_dropout, self.image_dropout, self.text_dropout,
         self.instruction_prob, self.rewrite_online)
 
-  def batch_spec(self, config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the largest batch of the train step."""
+  def batch_spec(self, config, references: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the largest batch of the train step, of examples with that many references."""
     encoder = transforms.abstract_prompt_encoder(config)
     transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
-    return loader.batch_spec(transform.spec(config.data.size, config.data.size), config.data.batch_size)
+    return loader.batch_spec(transform.spec(config.data.size, config.data.size, references), config.data.batch_size)
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
@@ -186,16 +186,17 @@ class FlowMatching:
     """Tapped states of the tokens that condition the DiT [b q l e], their mask [b q], and metrics."""
     images = batch.get('tiles')
     if not self.rewrite_online:
-      hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, images)
-      return conditioning.select_tokens(hidden, batch['cond_index']), batch['cond_mask'], {}
+      hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, images, batch['cond_index'])
+      return hidden, batch['cond_mask'], {}
+    keep = jnp.concatenate([batch['cond_index'], batch['fallback_index']], axis=1)
     out = text_generation.generate(frozen.vlm, batch['input_ids'], batch['attention_mask'], images,
-                                   max_new=frozen.max_rewrite, stop_ids=frozen.stop_ids, taps=frozen.taps)
+                                   max_new=frozen.max_rewrite, stop_ids=frozen.stop_ids, taps=frozen.taps, keep=keep)
     valid = conditioning.is_valid_generation(out.ids, out.lengths, frozen.stop_ids, frozen.image_id, frozen.blank_ids)
     fallback = batch['needs_rewrite'] & ~valid
     lengths = out.lengths * (batch['needs_rewrite'] & valid)
-    hidden, mask = conditioning.condition_states(
-        out.prompt_hidden, out.hidden, lengths, batch['cond_index'], batch['cond_mask'])
-    hidden = jnp.concatenate([hidden, conditioning.select_tokens(out.prompt_hidden, batch['fallback_index'])], axis=1)
+    prompt, instruction = jnp.split(out.prompt_hidden, [batch['cond_index'].shape[1]], axis=1)
+    hidden, mask = conditioning.condition_states(prompt, out.hidden, lengths, batch['cond_mask'])
+    hidden = jnp.concatenate([hidden, instruction], axis=1)
     mask = jnp.concatenate([mask, batch['fallback_mask'] & fallback[:, None]], axis=1)
     return hidden, mask, dict(fallback_rate=jnp.mean(fallback.astype(jnp.float32)))
 

@@ -28,7 +28,7 @@ import scipy.linalg
 
 from unifusion_jax.errors import UserError
 from unifusion_jax.models.layers import contracted
-from unifusion_jax.sharding import BATCH
+from unifusion_jax.sharding import BATCH, WEIGHTS
 
 BLOCK = 128  # channels that are rotated together, or the largest power of two that divides their number
 SMALLEST = -8  # log2 of the least size of a row
@@ -61,7 +61,7 @@ class Int8:
                        'its `weight` names other dims as contracted')
     scale = _aligned(self.scale, w_axes, result)
     # Gathered over the axes of the batch as int8: left to the compiler, it is cast first and travels at twice the bytes
-    values = jax.sharding.reshard(self.values, P(*(None if axis in BATCH else axis
+    values = jax.sharding.reshard(self.values, P(*(None if axis in (*BATCH, WEIGHTS) else axis
                                                    for axis in jax.typeof(self.values).sharding.spec)))
     rotated = _rotated(x * _aligned(self.rows, w_axes, x_axes).astype(x.dtype), x_axes.index(w_axes[self.axis]))
     if not self.activations:
