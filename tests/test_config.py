@@ -142,9 +142,9 @@ def test_loading_on_a_mesh_that_does_not_divide(tmp_path):
   model = unifusion.UniFusionConfig(lap.LAPConfig(width=6, heads=3, kv_heads=3, mlp=6), dit.DiTConfig(depth=1))
   (tmp_path / 'config.json').write_text(json.dumps(unifusion.to_json(model)))
   with jax.set_mesh(jax.make_mesh((1, 1, 7), sharding.AXES, devices=jax.devices()[:7])):
-    with pytest.raises(UserError, match='mesh.tp=7 must divide vision.hidden=512'):
+    with pytest.raises(UserError, match='mesh.tp=7 must divide text.hidden=432'):
       encoders.load(describe.EMBEDDED)
-    with pytest.raises(UserError, match='mesh.tp=7 must divide vision.hidden=512'):
+    with pytest.raises(UserError, match='mesh.tp=7 must divide text.hidden=432'):
       describe.describe(describe.DescribeConfig(prompt='x'))
     with pytest.raises(UserError, match='mesh.tp=7 must divide lap.heads=3'):
       unifusion.load(tmp_path)
