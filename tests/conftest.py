@@ -6,6 +6,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Threads of the CPU client: a collective blocks one on each of eight devices, and several may be under way
+os.environ['PJRT_NPROC'] = '64'
 
 import gc
 import pathlib

@@ -30,7 +30,7 @@ def parsed(arguments: list[str]):
   """The recipe under the overrides of one command; UserError where they cannot be parsed or cannot work together."""
   values, argv = flags.FlagValues(), ['main', *arguments]
   command_line.define(values)
-  for name in ('mode', 'workdir', 'distributed', 'compilation_cache', 'topology', 'programs'):
+  for name in ('mode', 'workdir', 'distributed', 'compilation_cache', 'topology', 'programs', 'save'):
     flags.DEFINE_flag(copy.deepcopy(flags.FLAGS[name]), values)
   assert main.__name__  # which defines these
   command_line.parse(argv, values)

@@ -46,7 +46,9 @@ def size(number: float) -> str:
 def seconds(number: float) -> str:
   if number >= 60:
     return f'{int(number) // 60} min {int(number) % 60} s'
-  return f'{number:.1f} s' if number >= 1 else f'{1000 * number:.2g} ms'
+  if number >= 1:
+    return f'{number:.1f} s'
+  return f'{1000 * number:.0f} ms' if number >= 0.01 else f'{1000 * number:.2g} ms'
 
 
 def operations(number: float) -> str:
