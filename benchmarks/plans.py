@@ -127,6 +127,8 @@ def page(results: dict[str, dict]) -> str:
       parts.append(f'## {title}\n\n| recipe | topology | {"program | " if sampling else ""}a chip, GiB | verdict | '
                    'compiled / model | gathers | at least | compile |\n'
                    f'|---|---|{"---|" if sampling else ""}---|---|---|---|---|---|\n' + '\n'.join(rows) + '\n')
+  if missing := [case.name for case in CASES if case.name not in results]:
+    parts.append(f'Not compiled yet: {", ".join(missing)}.\n')
   made = sorted({(each['machine'], each['date'], *each['versions'].values()) for each in results.values()})
   parts += [f'Compiled on {machine}, {date}, jax {jax}, libtpu {libtpu}.\n' for machine, date, jax, libtpu in made]
   return '\n'.join(parts)
