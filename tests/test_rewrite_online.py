@@ -27,7 +27,7 @@ def random_model(made):
 def _dictated(ids, others=None):
   """`generate` whose choices are given (for the rows in `others`, others): the prompt is prolonged by them, and the
   states are those of feeding them, an image token as any word."""
-  def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, taps, **sampling):
+  def made(vlm, tokens, valid, tiles, *, max_new, stop_ids, taps, keep=None, **sampling):
     tokens, valid = np.asarray(tokens), np.asarray(valid)
     rows = [(others or {}).get(row, ids) for row in range(len(tokens))]
     lengths, most = valid.sum(1), max(map(len, rows))
@@ -42,9 +42,12 @@ def _dictated(ids, others=None):
     for row, n in enumerate(lengths):
       out[row, :len(rows[row])] = hidden[row, n:n + len(rows[row])]
       written[row, :len(rows[row])] = rows[row]
+    prompt = hidden[:, :tokens.shape[1]]
+    if keep is not None:
+      prompt = np.take_along_axis(prompt, np.asarray(keep)[:, :, None, None], axis=1)
     return text_generation.Generated(
-        sharding.shard(written), sharding.shard(np.array([len(row) for row in rows])), None,
-        sharding.shard(hidden[:, :tokens.shape[1]]), sharding.shard(out))
+        sharding.shard(written), sharding.shard(np.array([len(row) for row in rows])), None, sharding.shard(prompt),
+        sharding.shard(out))
   return made
 
 
