@@ -44,6 +44,7 @@ from unifusion_jax import flow, sharding
 from unifusion_jax.models import layers, unifusion
 from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
+from unifusion_jax.planning import model_flops
 
 PARTS = ('products', 'forward', 'sample', 'gradient', 'train')
 _SIZES = flags.DEFINE_list('sizes', None, 'tiny, base (0.3B), 2b, krea2 (12.9B); default tiny,base, on a GPU all.')
@@ -122,7 +123,7 @@ def rows(size: Size, on_gpu: bool):
         comparison = globals()[part](ours, theirs, inputs[p], dtype)
         seconds = timing.interleaved({name: side.call for name, side in comparison.items()}, _REPEATS.value,
                                      time.process_time if _ONE_CORE.value else time.perf_counter)
-        flops = model_flops(ours, inputs[p]) * dict(sample=_STEPS.value, gradient=3, train=3).get(part, 1)
+        flops = forward_flops(ours, inputs[p]) * dict(sample=_STEPS.value, gradient=3, train=3).get(part, 1)
         yield dict(pixels=p, part=part, dtype=dtype, parameters=parameters, batch=len(inputs[p].z),
                    tokens=inputs[p].tokens, seconds=seconds, gflops=None if part == 'products' else flops / 1e9,
                    bytes={name: side.bytes() for name, side in comparison.items() if side.bytes})
@@ -322,15 +323,18 @@ def products(ours, theirs, inputs: Inputs, dtype: str) -> dict[str, Side]:
   return dict(ours=Side(lambda: jax.block_until_ready(multiply(our_pairs))), eager=Side(run_theirs))
 
 
+def velocity(model: unifusion.UniFusion, hidden, mask, z, t) -> jax.Array:
+  return model.velocity(z, t, model.condition(hidden, mask), mask)
+
+
 def forward(ours, theirs, inputs: Inputs, dtype: str) -> dict[str, Side]:
   import torch
-  velocity, z, _, t = inputs.theirs(theirs)
-  program = lambda model, hidden, mask, z, t: model.velocity(z, t, model.condition(hidden, mask), mask)
+  their_velocity, z, _, t = inputs.theirs(theirs)
 
   def call():
     with torch.inference_mode():
-      return velocity(z, t)
-  found = sides(program, (ours, *inputs.ours('hidden', 'mask', 'z', 't')), call, *held_bytes(ours, theirs))
+      return their_velocity(z, t)
+  found = sides(velocity, (ours, *inputs.ours('hidden', 'mask', 'z', 't')), call, *held_bytes(ours, theirs))
   answer = found['ours'].call()
   for name in found.keys() - {'ours'}:
     agree(f'the velocity ({name})', inputs.pack(answer), found[name].call().cpu(), dtype)
@@ -423,20 +427,12 @@ def train(ours, theirs, inputs: Inputs, dtype: str) -> dict[str, Side]:
   return found
 
 
-def model_flops(model: unifusion.UniFusion, inputs: Inputs) -> float:
-  """FLOPs of the products of one forward pass: 2 for each weight and row, 4 for each pair of tokens and channel."""
-  b, text, taps, _ = inputs.hidden.shape
-  image = inputs.tokens - text
-  total = 0.0
-  for path, x in jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Param)):
-    if layers.contracted(x) or 'mod_w' in jax.tree_util.keystr(path):
-      name = jax.tree_util.keystr(path)
-      rows = (1 if 'time' in name or 'mod' in name else text if 'lap' in name and '.blocks' not in name else
-              text * taps if 'lap' in name else inputs.tokens if '.blocks' in name else image)
-      total += 2.0 * b * rows * x.size
-  c, l = model.dit.config, model.lap.config
-  total += 4.0 * b * c.depth * inputs.tokens ** 2 * c.width
-  return total + 4.0 * b * text * l.width * (l.depth * taps ** 2 + l.refiner_depth * text)
+def forward_flops(model: unifusion.UniFusion, inputs: Inputs) -> float:
+  """FLOPs of the products of one forward pass, counted on a mesh without devices, where no kernel hides attention's."""
+  mesh = sharding.abstract_mesh(sharding.MeshConfig(), 1)
+  arguments = sharding.abstract((model, *inputs.ours('hidden', 'mask', 'z', 't')), mesh)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return model_flops.count(velocity, *arguments).total
 
 
 if __name__ == '__main__':

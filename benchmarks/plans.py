@@ -14,14 +14,15 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
 
 from absl import app, flags
 
+from benchmarks import timing
 from unifusion_jax.planning import chips, plans, report
+from unifusion_jax.planning.memory import size
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE, FOLDER = ROOT / 'docs' / 'plans.md', ROOT / 'docs' / 'plans'
@@ -106,15 +107,8 @@ def result_of(case: Case) -> dict:
     result['larger'] = plans.larger_than_a_layer(result)
     result['moved'] = sum(each['count'] * each['bytes'] for each in result.pop('collectives', ()))
   versions = {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')}
-  return made | dict(command=' '.join(case.command), date=f'{datetime.date.today()}', machine=_machine(),
+  return made | dict(command=' '.join(case.command), date=f'{datetime.date.today()}', machine=timing.processor(),
                      versions=versions)
-
-
-def _machine() -> str:
-  """The kind of processor, and how many cores this process has."""
-  facts = dict(re.findall(r'^([\w ]+?)\s*: (.*)$', pathlib.Path('/proc/cpuinfo').read_text(), re.M))
-  return (f'{len(os.sched_getaffinity(0))} cores of {facts.get("model name", "a CPU")}, family '
-          f'{facts.get("cpu family")} model {facts.get("model")}')
 
 
 def page(results: dict[str, dict]) -> str:
@@ -145,7 +139,7 @@ def row(case: Case, program: dict) -> str:
     larger = max(program['larger'], key=lambda each: each['bytes'], default=None)
     said = f'; {larger["kind"]} {larger["shape"]} of `{larger["source"]}` is more than a layer' if larger else ''
     cells += [f'{program["compiled_flops"] / model:.2f}' if model else '',
-              f'{report.size(program["moved"])}{said}',
+              f'{size(program["moved"])}{said}',
               f'{report.seconds(time["least"])} ({time["bound"]}), MFU {time["mfu"]:.0%}']
   else:
     cells += ['', '', '']

@@ -51,7 +51,7 @@ def processor() -> str:
 
 
 def machine() -> dict:
-  """The device that jax uses, the processor, the load before the run, and the versions of what is compared."""
+  """Names of jax's device and of the processor, load of the machine, versions of the libraries, and the date."""
   from importlib import metadata
 
   import jax

@@ -20,9 +20,9 @@ They have not been trained. In this order, each in a workdir of its own, runs/t2
   python -m unifusion_jax.main --config=configs/t2i.py:8b
   python -m unifusion_jax.main --config=configs/t2i.py:8b --mode=export
 Hardware: a TPU v5e:16x16, 256 chips of 16 GiB. Parameters and batch are shared out over all chips (fsdp), and
-optim.accumulate splits the batch so that a chip has one image at a time. On other pods that alone changes: two images
-fit a v6e (32 GiB), four a v5p (95 GiB), so for :8b it is --config.optim.accumulate=4 on 64 chips of v6e and =1 on 128
-of v5p.
+optim.accumulate splits the batch so that a chip has one image at a time. On other pods that alone changes: by
+planning/estimate.py two images fit a v6e (32 GiB), four a v5p (95 GiB), so for :8b it is
+--config.optim.accumulate=4 on 64 chips of v6e and =1 on 128 of v5p.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """The door to attention: against jax's own, whole and in blocks, and how much memory either takes."""
 
 import functools
-import importlib.util
 
 import jax
 from jax import P
@@ -244,7 +243,6 @@ def test_the_implementation_is_chosen_by_platform_and_size(platform, queries, ke
   assert names == [chosen]
 
 
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install 'jax[tpu]'")
 @pytest.mark.parametrize('mesh', [None])
 def test_on_a_tpu_it_is_the_kernel_forward_and_backward(mesh):
   """Compiled for chips that are not here: three kernels, no logits; ragged, grouped heads of 72."""

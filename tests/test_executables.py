@@ -1,6 +1,5 @@
 """Saved programs: found by what they are, equal to jit's, and refused in one sentence wherever they do not fit."""
 
-import importlib.util
 import json
 
 from flax import nnx
@@ -13,7 +12,7 @@ from unifusion_jax import sharding
 from unifusion_jax.commands import train
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
-from unifusion_jax.planning import executables
+from unifusion_jax.planning import executables, programs
 from unifusion_jax.training import step
 
 
@@ -152,10 +151,10 @@ def test_training_starts_the_program_that_is_lowered_from_shapes(recipe, mesh, m
   concrete = step.make_train_step(made.objective.loss, tx, made.optim).lower(
       state, made.objective.frozen(made), sharding.shard_batch(batch, mesh), jax.random.key(made.seed),
       train.Clock(minutes, 0.0)())
-  assert executables.path(tmp_path, 'a', train.lower(made)) == executables.path(tmp_path, 'a', concrete)
+  planned = programs.of('train', made).trace().lower()
+  assert executables.path(tmp_path, 'a', planned) == executables.path(tmp_path, 'a', concrete)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='no libtpu')
 def test_a_program_for_a_tpu_is_written_here_and_not_loaded(start, mesh, tmp_path, monkeypatch):
   from jax.experimental import topologies
   for name in ('TPU_SKIP_MDS_QUERY', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):

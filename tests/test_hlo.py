@@ -164,7 +164,7 @@ ENTRY %main (q: bf16[1,4,512,128], k: bf16[1,2,256,128], v: bf16[1,2,256,128]) -
 
 
 def loss(params, frozen, x):
-  """Two products, the first of what is frozen alone, and a layer that is run again in the backward pass."""
+  """A frozen product, a trained one, and a layer under remat."""
   hidden = jax.lax.stop_gradient(x @ frozen)
   return jnp.sum(jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), hidden, params)[0])
 

@@ -142,4 +142,4 @@ def test_attention_that_is_repeated_over_tp_is_told_once(caplog):
     assert layers.heads_axis(15, 5) is None
   assert [record.getMessage() for record in caplog.records] == [
       'mesh.tp=2 does not divide 15 heads over 5 key/value heads: that attention is computed whole on each of the 2 '
-      'devices']
+      'devices; mesh.tp=1 divides them']

@@ -29,30 +29,22 @@ def test_a_tiny_model_on_every_device_is_not_worth_a_line(recipe):
 
 
 @pytest.mark.parametrize('settings, devices, sentence', [
-    (['mesh.tp=16'], 256,
-     'mesh.tp=16 does not divide the 32 heads over 8 key/value heads of OpenGVLab/InternVL2_5-8B: each of the 16 '
-     'devices computes its attention whole and holds 160.0 MiB of its weights, not 10.0 MiB; mesh.tp=8 divides them'),
     (['mesh.tp=8', 'data.max_rewrite_tokens=500', 'data.batch_size=64'], 64,
      'mesh.tp=8 does not divide 15 of the 15 lengths of a sequence in the DiT, 7,156 the longest: each of the 8 '
-     'devices holds all of it between blocks, 7.1 GiB of the inputs of 26 blocks and not 908.5 MiB; data.unit and '
+     'devices holds all of it between blocks, 7.10 GiB of the inputs of 26 blocks and not 0.89 GiB; data.unit and '
      'data.max_rewrite_tokens set the lengths'),
     (['mesh.tp=2'], 256, 'mesh.tp=2 does not divide 3 of the 4 lengths of a sequence in the VLM, 3,587 the longest'),
     (['mesh.tp=4', 'optim.accumulate=8'], 256,
      'mesh.tp=4 does not divide 1 of the 1 lengths of a sequence in the LAP, 10 the longest: each of the 4 devices '
-     'holds all of it between blocks, 480.0 MiB of the inputs of 2 blocks and not 120.0 MiB'),
+     'holds all of it between blocks, 0.47 GiB of the inputs of 2 blocks and not 0.12 GiB'),
     (['mesh.tp=4', 'optim.accumulate=8'], 256,
      'data.batch_size=512 over optim.accumulate=8 are 64 images at a time, no multiple of 256 devices: the autoencoder '
      'encodes each of them on each of the 4 devices of mesh.tp'),
-    (['mesh.data=4'], 64, 'mesh.data=4 keeps the whole training state 4 times: 8.4 GiB on each device, where '
-     'mesh.data=1 with mesh.fsdp=64 keeps about 2.1 GiB')])
+    (['mesh.data=4'], 64, 'mesh.data=4 keeps the whole training state 4 times: 8.35 GiB on each device, where '
+     'mesh.data=1 with mesh.fsdp=64 keeps about 2.09 GiB')])
 def test_what_is_repeated(settings, devices, sentence):
   lines = repeated('edit:8b', devices, *settings)
   assert any(line.startswith(sentence) for line in lines), lines
-
-
-def test_a_vlm_in_training():
-  line, = repeated('vlm', 8, 'mesh.data=1', 'mesh.tp=8')
-  assert line.startswith('mesh.tp=8 does not divide the 4 heads over 2 key/value heads of model: ')
 
 
 @pytest.mark.parametrize('settings, sentence', [

@@ -10,7 +10,7 @@ import json
 import pathlib
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.planning import plans, report, search
+from unifusion_jax.planning import plans, replication, report, search
 
 
 def run(config, workdir: pathlib.Path) -> list[dict]:
@@ -25,7 +25,7 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
                       'keep; plan a TPU')
     folder = config.train.executables or str(workdir / 'executables')
   results, summary = [], plans.summary(config, topology)
-  print(report.heading(summary, topology))
+  print('\n'.join([report.heading(summary, topology), *replication.repeated(config, topology.devices)]))
   for name in settings.programs:
     results.append(examine(config, name, folder))
     print(f'\n{report.program(results[-1], topology)}', flush=True)

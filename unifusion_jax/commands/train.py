@@ -16,6 +16,7 @@ from unifusion_jax import ranges, sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
+from unifusion_jax.fields import Path
 from unifusion_jax.planning import executables, replication
 from unifusion_jax.ranges import Range
 from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step
@@ -33,7 +34,7 @@ class TrainConfig:
   held_out_every: int = 100    # steps between measurements on data.held_out; 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
   checksums: bool = True       # digests of checkpoints' files, written and compared at 2.5 GB/s
-  executables: str | None = None  # folder of compiled train steps, which are loaded from it or saved there
+  executables: Path | None = None  # folder of compiled train steps, which are loaded from it or saved there
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
@@ -156,18 +157,6 @@ def batches(config) -> loader.Feed:
       loader.mix(config.data, seed=config.seed), config.objective.transform(config), config.data.batch_size,
       config.seed, sharding.rows(config.data.batch_size), config.data.workers)
   return loader.Feed(batches, config.data.skipped)
-
-
-def lower(config) -> jax.stages.Lowered:
-  """The train step of the largest batch, lowered for the mesh in context from shapes alone.
-
-  It is the program that `run` starts with batches of that shape, so one finds the other's in `train.executables`.
-  """
-  train_step = step.make_train_step(
-      config.objective.loss, step.optimizer(config.optim, config.train.steps), config.optim)
-  arrays = *abstract(config), jax.eval_shape(lambda: jax.random.key(config.seed))
-  progress = jax.ShapeDtypeStruct((), np.float32) if config.train.minutes else None  # a number of the host
-  return train_step.lower(*sharding.abstract(arrays, jax.sharding.get_mesh()), progress)
 
 
 def abstract(config):

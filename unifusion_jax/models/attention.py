@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 MASKED = -1e30  # a logit whose softmax weight is 0
 LOGITS = 2 ** 27  # bytes of f32 logits that a device holds at a time; more are computed in blocks of queries
-FUSED = 512  # keys from which on a fused kernel is used: below, a kernel's launches and padding cost more than logits
+FUSED = 512  # keys from which on a fused kernel is used; ours, measured on no chip
 LANES = 128  # of a TPU: head dims and blocks are multiples
 # Largest blocks (queries, keys) of the splash kernel by kind of chip, as AbstractDevice.device_kind has it. 512 is what
 # public TPU trainers use; the chips with the larger matrix unit take more queries at a time (tuned on none of them).

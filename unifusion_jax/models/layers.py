@@ -91,8 +91,9 @@ def _warn_of_whole_weights(width: int, devices: int) -> None:
 @functools.cache  # one warning for each combination
 def _warn_of_repeated_heads(heads: int, kv_heads: int, tp: int) -> None:
   if is_main_process():
+    divides = max(n for n in range(1, tp + 1) if tp % n == heads % n == kv_heads % n == 0)
     logging.warning('mesh.tp=%d does not divide %d heads over %d key/value heads: that attention is computed whole on '
-                    'each of the %d devices', tp, heads, kv_heads, tp)
+                    'each of the %d devices; mesh.tp=%d divides them', tp, heads, kv_heads, tp, divides)
 
 
 def rows_of(x: jax.Array) -> P:

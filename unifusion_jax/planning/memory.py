@@ -1,4 +1,4 @@
-"""Bytes of the weights and arguments of a program: on a device, in one layer, on a host that loads them."""
+"""Bytes of a program's weights: in one layer, on a host that loads them; and bytes in words."""
 
 import math
 
@@ -8,9 +8,12 @@ import jax
 from unifusion_jax.models.layers import contracted
 
 
-def device_bytes(tree) -> int:
-  """Bytes of arrays on one device, from shapes with shardings."""
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def size(number: float) -> str:
+  """Bytes in GiB, or in MiB or KiB where they are few."""
+  for unit, scale in (('GiB', 2 ** 30), ('MiB', 2 ** 20)):
+    if number >= scale / 10:
+      return f'{number / scale:.2f} {unit}' if number < 100 * scale else f'{number / scale:.1f} {unit}'
+  return f'{number / 2 ** 10:.1f} KiB'
 
 
 def largest_layer(tree) -> int:

@@ -110,7 +110,7 @@ def _memory(stats, topology: Topology) -> dict:
 
 def _refused(program: programs.Program, refused: compiler.Refused, topology: Topology) -> dict:
   """Bytes on one device: arguments by their shapes, and what is over of the compiler's total."""
-  arguments = memory.device_bytes(program.arguments)
+  arguments = sharding.shard_bytes(program.arguments)
   rest = None if refused.needs is None else max(0, refused.needs - arguments)
   return dict(arguments=arguments, temporaries=rest, outputs=0, code=0, total=refused.needs, usable=topology.usable,
               hbm=topology.hbm)

@@ -7,7 +7,7 @@ from unifusion_jax import sharding
 from unifusion_jax.data import transforms
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.models import unifusion
-from unifusion_jax.weights import encoders
+from unifusion_jax.planning.memory import size
 
 STATE = 4  # arrays of f32 for each parameter: it, its average and two moments
 WORTH_SAYING = 2 ** 30  # bytes of state on a device
@@ -16,11 +16,11 @@ WORTH_SAYING = 2 ** 30  # bytes of state on a device
 def repeated(config, devices: int) -> list[str]:
   """One sentence, with its arithmetic, for each thing that the mesh of a config.Config repeats.
 
-  What a mesh cannot do at all is among `config.problems`.
+  What a mesh cannot do at all is among `config.problems`; `layers.heads_axis` tells of heads.
   """
   mesh = sharding.abstract_mesh(config.mesh, devices)
   flow = isinstance(config.model, unifusion.UniFusionConfig) and mesh.shape['tp'] > 1
-  return [*_state(config, mesh), *_heads(config, mesh.shape), *(_sequences(config, mesh.shape) if flow else ()),
+  return [*_state(config, mesh), *(_sequences(config, mesh.shape) if flow else ()),
           *(_images(config, mesh) if flow else ())]
 
 
@@ -32,25 +32,8 @@ def _state(config, mesh) -> list[str]:
     held = STATE * sharding.shard_bytes(jax.eval_shape(lambda: config.objective.random(config)))
   if held < WORTH_SAYING:
     return []
-  return [f'mesh.data={data} keeps the whole training state {data} times: {_size(held)} on each device, where '
-          f'mesh.data=1 with mesh.fsdp={data * fsdp} keeps about {_size(held / data)}']
-
-
-def _heads(config, mesh) -> list[str]:
-  """Of a VLM's text model; for LAP and DiT such a mesh is refused, and vision towers know no tp."""
-  frozen, tp = 'vlm' in config.objective.pretrained, mesh['tp']
-  name, model = (config.vlm, encoders.config(config.vlm)) if frozen else ('model', config.model)
-  c = getattr(model, 'text', None)
-  if c is None:
-    return []
-  smaller = [n for n in range(1, tp + 1) if tp % n == c.heads % n == c.kv_heads % n == 0]
-  if tp in smaller:
-    return []
-  bytes_each = jnp.dtype(config.frozen_dtype).itemsize if frozen else 4 * STATE
-  held = 2 * c.depth * c.width * (c.heads + c.kv_heads) * c.head_dim * bytes_each / mesh['fsdp']
-  return [f'mesh.tp={tp} does not divide the {c.heads} heads over {c.kv_heads} key/value heads of {name}: each of the '
-          f'{tp} devices computes its attention whole and holds {_size(held)} of its weights, not {_size(held / tp)}; '
-          f'mesh.tp={smaller[-1]} divides them']
+  return [f'mesh.data={data} keeps the whole training state {data} times: {size(held)} on each device, where '
+          f'mesh.data=1 with mesh.fsdp={data * fsdp} keeps about {size(held / data)}']
 
 
 def _sequences(config, mesh) -> list[str]:
@@ -72,7 +55,7 @@ def _sequences(config, mesh) -> list[str]:
       held = token * max(whole)
       lines.append(f'mesh.tp={tp} does not divide {len(whole)} of the {len(lengths)} lengths of a sequence in the '
                    f'{part}, {max(whole):,} the longest: each of the {tp} devices holds all of it between blocks, '
-                   f'{_size(held)} of {held_where} and not {_size(held / tp)}; {settings}')
+                   f'{size(held)} of {held_where} and not {size(held / tp)}; {settings}')
   return lines
 
 
@@ -94,7 +77,3 @@ def _lengths(config) -> tuple[set[int], set[int], set[int]]:
   canvases = [(data.size, data.size)] if data.path in SCENES else data.canvases
   return ({prompt for prompt, _ in lengths}, {kept for _, kept in lengths},
           {kept + (height // unit) * (width // unit) for _, kept in lengths for height, width in canvases})
-
-
-def _size(held: float) -> str:
-  return f'{held / 2 ** 30:.1f} GiB' if held >= 2 ** 30 else f'{held / 2 ** 20:.1f} MiB'

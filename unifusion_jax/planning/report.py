@@ -4,6 +4,7 @@ import collections
 
 from unifusion_jax.planning import plans
 from unifusion_jax.planning.chips import Topology
+from unifusion_jax.planning.memory import size
 
 _LABEL = 13  # columns
 HOW = ('Operations, bytes and collectives are sums over the optimised HLO, loops by their trip counts. The time is the '
@@ -33,14 +34,6 @@ def program(result: dict, topology: Topology) -> str:
                f'{result["host"]["tensor"]}'))
   return '\n'.join([f'{result["program"]}: {result["rows"]} examples, compiled in {seconds(result["compile_seconds"])}',
                     *(f'  {label:<{_LABEL}}{text}' for label, text in rows if text)])
-
-
-def size(number: float) -> str:
-  """Bytes in GiB, or in MiB or KiB where they are few."""
-  for unit, scale in (('GiB', 2 ** 30), ('MiB', 2 ** 20)):
-    if number >= scale / 10:
-      return f'{number / scale:.2f} {unit}' if number < 100 * scale else f'{number / scale:.1f} {unit}'
-  return f'{number / 2 ** 10:.1f} KiB'
 
 
 def seconds(number: float) -> str:
