@@ -51,7 +51,10 @@ def programs():
 
 @pytest.fixture(scope='session')
 def recipe(tmp_path_factory):
-  """`recipe(workdir-free changes)` -> a Config of text to image and edits whose models are tiny and random."""
+  """`recipe(changes)` -> a Config of text to image and edits whose models are tiny and random.
+
+  On square canvases alone: each shape of batch is a train step to compile.
+  """
   import dataclasses
 
   from flax import nnx
@@ -84,7 +87,8 @@ def recipe(tmp_path_factory):
                           rope_axes=(4, 6, 6)), dtype='float32'),
         vlm=str(folder / 'vlm'), vae=str(folder / 'vae'), taps=(1, 2), frozen_dtype='float32',
         mesh=sharding.MeshConfig(data=2, fsdp=2, tp=2),
-        data=config.DataConfig(tasks=(Task('t2i/1-2'),), max_prompt_tokens=112, max_rewrite_tokens=32, batch_size=8),
+        data=config.DataConfig(tasks=(Task('t2i/1-2'),), aspects=('1:1',), max_prompt_tokens=112,
+                               max_rewrite_tokens=32, batch_size=8),
         optim=OptimConfig(learning_rate=1e-2, warmup=1, ema=0.5),
         train=config.TrainConfig(steps=4, log_every=1, save_every=2, preview_every=100),
         sample=config.SampleConfig(steps=2), eval=settings.GenerationEvaluation(examples=4, batch_size=4))

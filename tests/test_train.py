@@ -27,16 +27,6 @@ from unifusion_jax.weights import encoders
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
-@pytest.fixture
-def recipe(recipe):
-  """The recipe on square canvases alone: each shape of batch is a train step to compile."""
-  def make(**changes):
-    made = recipe(**changes)
-    made.data = dataclasses.replace(made.data, aspects=('1:1',))
-    return made
-  return make
-
-
 def leaves(state):
   return [np.asarray(x) for x in jax.tree.leaves(state)]
 
