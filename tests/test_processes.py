@@ -420,6 +420,18 @@ def test_four_find_each_other_and_one_line_says_who(tmp_path):
   assert all(error.splitlines()[-1].startswith('error: nothing to sample') for *_, error in results), results
 
 
+def test_where_not_all_come_those_that_came_end_with_a_sentence(tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  alone = subprocess.run([sys.executable, '-m', 'unifusion_jax.main', '--config=configs/edit.py',
+                          f'--coordinator=localhost:{port}', '--processes=2', '--process=0', '--start_timeout=1'],
+                         cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+  last = [line for line in alone.stderr.splitlines() if line.startswith('error: ')]
+  assert alone.returncode == -signal.SIGABRT and len(last) == 1, alone.stderr
+  assert 'ended in its start: not all processes came in time (--start_timeout)' in last[0]
+
+
 @pytest.mark.parametrize('hosts, devices, text', [
     (['a', 'b'], [4, 4], '2 processes on 2 hosts (a, b): 8 x TPU v6 lite, 4 each'),
     (['a'] * 4, [1] * 4, '4 processes on a: 4 x TPU v6 lite, 1 each'),
