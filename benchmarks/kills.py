@@ -1,19 +1,23 @@
 """Kills, signals and damaged files, counted: whether a run always goes on to the same weights.
 
-  JAX_PLATFORMS=cpu python -m benchmarks.kills
-  JAX_PLATFORMS=cpu python -m benchmarks.kills --kills=0 --signals=0 --damages=1000
+  JAX_PLATFORMS=cpu python -m benchmarks.kills --times=50 --damages=0
+  JAX_PLATFORMS=cpu python -m benchmarks.kills --times=50 --damages=0 --processes=2
+  JAX_PLATFORMS=cpu python -m benchmarks.kills --times=0 --damages=1000
 
-A small run of the embedded editing recipe saves at every step. Real processes are killed or signalled at random moments
-of it, started again, and their last state compared with that of an uninterrupted run, bit by bit. Files of its newest
-checkpoint are damaged, and what is restored is compared with what was saved.
+A small run of the embedded editing recipe saves at every step. It is ended again and again, by kill -9 at a random
+moment or within a save, by SIGTERM or by SIGINT, of all its processes or of one, and started anew; each time its newest
+checkpoint is compared with that of the same step of an uninterrupted run, bit by bit. Files of the newest checkpoint
+are damaged, and what is restored is compared with what was saved.
 """
 
 import collections
+from concurrent import futures
 import os
 import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,48 +26,77 @@ import time
 from absl import app, flags, logging
 import jax
 import numpy as np
+import tqdm
 
 from configs import edit
 from unifusion_jax import sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.training import checkpoint, step
 
-_KILLS = flags.DEFINE_integer('kills', 3, 'Runs ended by kill -9, each at a random moment.')
-_SIGNALS = flags.DEFINE_integer('signals', 4, 'Runs ended by SIGTERM and SIGINT, in turn.')
+_TIMES = flags.DEFINE_integer('times', 8, 'Times that the run is ended.')
+_PROCESSES = flags.DEFINE_integer('processes', 1, 'Processes of the run, with a device each; one of one has two.')
 _DAMAGES = flags.DEFINE_integer('damages', 60, 'Damages to a file of the newest checkpoint; half are flipped bits.')
-_STEPS = flags.DEFINE_integer('steps', 12, 'Steps of a run.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of moments, files and damages.')
+FEWEST, MOST = 3, 8  # steps between a start and an end
+HEARTBEAT = 10  # seconds after which the others end, too
 SMALL = {'model.dit.depth': 1, 'data.only': 'edit', 'data.batch_size': 4, 'train.log_every': 1, 'train.save_every': 1,
          'train.preview_every': 0, 'init': ''}
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
-  settings = SMALL | {'train.steps': _STEPS.value}
-  return subprocess.Popen(
-      [sys.executable, '-m', 'unifusion_jax.main', '--config=configs/edit.py', f'--workdir={workdir}',
-       *(f'--config.{name}={value}' for name, value in settings.items())],
-      cwd=pathlib.Path(__file__).parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(workdir: pathlib.Path, steps: int, keep: int = 2) -> list[subprocess.Popen]:
+  """The processes of a run."""
+  count, settings = _PROCESSES.value, SMALL | {'train.steps': steps, 'train.keep': keep}
+  command = [sys.executable, '-m', 'unifusion_jax.main', '--config=configs/edit.py', f'--workdir={workdir}',
+             *(f'--config.{name}={value}' for name, value in settings.items())]
+  if count > 1:
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      command += [f'--coordinator=localhost:{free.getsockname()[1]}', f'--processes={count}',
+                  f'--heartbeat_timeout={HEARTBEAT}']
+  environment = os.environ | dict(JAX_NUM_CPU_DEVICES=str(max(1, 2 // count)), PJRT_NPROC='64')
+  return [subprocess.Popen(
+      [*command, *([f'--process={i}'] if count > 1 else [])], cwd=pathlib.Path(__file__).parent.parent,
+      env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for i in range(count)]
 
 
-def finish(workdir: pathlib.Path) -> None:
-  """Trains to the end, from the checkpoint that is there."""
-  process = start(workdir)
-  _, errors = process.communicate()
-  if process.returncode:
-    raise RuntimeError(f'a run ended with {process.returncode}:\n{errors}')
+def ended(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
+  """(return code, last line) of each process, when all are over."""
+  with futures.ThreadPoolExecutor(len(running)) as pool:
+    errors = [error for _, error in pool.map(subprocess.Popen.communicate, running)]
+  return [(process.returncode, (error.strip().splitlines() or [''])[-1]) for process, error in zip(running, errors)]
 
 
-def interrupt(workdir: pathlib.Path, signum: int, rng: random.Random) -> tuple[int, str]:
-  """Starts a run and signals it at a random moment after its first step; (return code, its last line)."""
-  process, at = start(workdir), rng.randrange(1, _STEPS.value - 1)
-  metrics = workdir / 'metrics.jsonl'
-  while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= at):
+def interrupt(workdir: pathlib.Path, steps: int, rng: random.Random) -> tuple[str, str]:
+  """Starts the run, and ends it some steps later; (how, what was wrong with its end, or '')."""
+  signum = rng.choice([signal.SIGKILL, signal.SIGKILL, *SIGNALS])
+  saving = signum == signal.SIGKILL and rng.random() < 0.5
+  running, before = start(workdir, steps), lines(workdir)
+  victims = running if rng.random() < 0.5 else [rng.choice(running)]
+  at = before + rng.randrange(FEWEST, MOST)
+  while all(process.poll() is None for process in running) and lines(workdir) < at:
     time.sleep(0.01)
-  time.sleep(rng.random() * 0.5)  # about two steps
-  process.send_signal(signum)
-  _, errors = process.communicate()
-  return process.returncode, (errors.strip().splitlines() or [''])[-1]
+  if saving:
+    while all(process.poll() is None for process in running) and not list(workdir.glob('checkpoints/*tmp*')):
+      time.sleep(0.001)
+  time.sleep(rng.random() * (0.05 if saving else 0.5))
+  for process in victims:
+    process.send_signal(signum)
+  since, results = time.monotonic(), ended(running)
+  seconds = time.monotonic() - since
+  name = signal.Signals(signum).name + ' in a save' * saving
+  name += '' if len(running) == 1 else ' of all' if victims is running else ' of one'
+  if signum in SIGNALS:
+    fine = all(code == SIGNALS[signum] for code, _ in results) and any('is saved' in line for _, line in results)
+  else:
+    others = [result for process, result in zip(running, results) if process not in victims]
+    fine = all(code and line.startswith('error: ') for code, line in others) and seconds < 4 * HEARTBEAT
+  return name, '' if fine else f'{seconds:.0f} s, {results}'
+
+
+def lines(workdir: pathlib.Path) -> int:
+  metrics = workdir / 'metrics.jsonl'
+  return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
 class Reader:
@@ -77,7 +110,7 @@ class Reader:
       for part in path:
         holder = getattr(holder, part)
       setattr(holder, last, value)
-    tx = step.optimizer(self.config.optim, _STEPS.value)
+    tx = step.optimizer(self.config.optim, 1)
     self.mesh = jax.sharding.get_mesh()
     self.abstract = jax.eval_shape(lambda: step.init(self.config.objective.random(self.config), tx))
 
@@ -87,7 +120,7 @@ class Reader:
 
   def state(self, workdir: pathlib.Path) -> list[np.ndarray]:
     """Leaves of the whole state, and the position, as the training run restores them."""
-    with checkpoint.Checkpoints(workdir, tidy=True) as checkpoints:
+    with checkpoint.Checkpoints(workdir, keep=10 ** 6, tidy=True) as checkpoints:
       state = checkpoints.restore(self.abstract, self, self.mesh)
     return [*(np.asarray(x) for x in jax.tree.leaves(state)), np.array(self.position['next_batch'])]
 
@@ -127,9 +160,8 @@ def outcome(read, newest: list[np.ndarray], before: list[np.ndarray]) -> str:
   return 'fell back' if same(leaves, before) else 'same values' if same(leaves, newest) else 'OTHER VALUES'
 
 
-def damage(whole: pathlib.Path, reader: Reader, folder: pathlib.Path, rng: random.Random):
+def damage(whole: pathlib.Path, newest: str, reader: Reader, folder: pathlib.Path, rng: random.Random):
   """{kind: outcomes of training and of sampling} of damages to the newest of two checkpoints."""
-  newest = str(_STEPS.value)
   after = reader.state(whole), reader.ema(whole)
   older = folder / 'older'
   shutil.copytree(whole, older)
@@ -152,24 +184,33 @@ def main(_):
   logging.set_verbosity(logging.ERROR)
   jax.config.update('jax_num_cpu_devices', 2)
   rng, outcomes = random.Random(_SEED.value), collections.defaultdict(collections.Counter)
+  steps = max(4, (MOST + 4) * _TIMES.value)
   with tempfile.TemporaryDirectory() as temporary, jax.set_mesh(sharding.make_mesh(edit.get_config().mesh)):
     folder, reader = pathlib.Path(temporary), Reader()
-    finish(folder / 'whole')
-    whole = reader.state(folder / 'whole')
-    for i in range(_KILLS.value + _SIGNALS.value):
-      signum = signal.SIGKILL if i < _KILLS.value else [*SIGNALS][i % 2]
-      workdir = folder / f'run{i}'
-      code, line = interrupt(workdir, signum, rng)
-      finish(workdir)
-      result = 'same bits' if same(whole, reader.state(workdir)) else 'OTHER BITS'
-      if signum in SIGNALS and (code != SIGNALS[signum] or 'is saved' not in line):
-        result = f'ENDED WITH {code}: {line}'
-      outcomes[signal.Signals(signum).name][result] += 1
-      shutil.rmtree(workdir)
+    whole, workdir = folder / 'whole', folder / 'run'
+    results = ended(start(whole, steps, keep=steps))
+    if any(code for code, _ in results):
+      raise RuntimeError(f'the run that nothing interrupts ended with {results}')
+    for _ in tqdm.trange(_TIMES.value):
+      name, problem = interrupt(workdir, steps, rng)
+      outcomes[name]['ENDED ' + problem if problem else same_as(whole, workdir, reader, folder)] += 1
     if _DAMAGES.value:
-      outcomes |= damage(folder / 'whole', reader, folder, rng)
+      for path in (whole / 'checkpoints').iterdir():
+        if int(path.name) < steps - 1:
+          shutil.rmtree(path)
+      outcomes |= damage(whole, str(steps), reader, folder, rng)
   for name, counts in outcomes.items():
     print(f'{name:30}', ', '.join(f'{count} {result}' for result, count in counts.most_common()))
+
+
+def same_as(whole: pathlib.Path, workdir: pathlib.Path, reader: Reader, folder: pathlib.Path) -> str:
+  """Compares the newest whole checkpoint of a run with that of the same step of another."""
+  state, step_of = reader.state(workdir), folder / 'step'
+  number = reader.position['next_batch']
+  shutil.copytree(whole / 'checkpoints' / str(number), step_of / 'checkpoints' / str(number))
+  result = 'same bits' if same(reader.state(step_of), state) else 'OTHER BITS'
+  shutil.rmtree(step_of)
+  return result
 
 
 if __name__ == '__main__':

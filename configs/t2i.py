@@ -122,7 +122,8 @@ def base_8b(scale: str) -> config.Config:
       # Betas, clip, EMA and no weight decay: Iris-3B.
       optim=OptimConfig(name='adamw', learning_rate=stage.learning_rate, warmup=stage.warmup, decay=stage.decay,
                         clip=0.5, ema=0.9999, accumulate=stage.accumulate),
-      train=config.TrainConfig(steps=stage.steps, log_every=50, save_every=2000, preview_every=5000),
+      train=config.TrainConfig(steps=stage.steps, log_every=50, save_every=2000, save_minutes=20.0, keep_every=20_000,
+                               preview_every=5000),
       # Guidance and its shift by size: Krea 2's; steps: ours, between its 28 and 52.
       sample=config.SampleConfig(steps=40, guidance=4.5, shift=0.0),
       rewrite=RewriteConfig(batch_size=256),  # one request a chip

@@ -16,9 +16,9 @@ def test_noted_after_defer_and_raised_before(signum, code, capfd):
   handler = signal.getsignal(signum)
   with interrupt.Interrupts() as interrupts:
     interrupts.defer()
-    assert interrupts() == 0
+    assert interrupts.received == 0
     os.kill(os.getpid(), signum)
-    assert interrupts() == signum
+    assert interrupts.received == signum
   assert signal.getsignal(signum) is handler
   with pytest.raises(SystemExit) as ended:
     with interrupt.Interrupts():
@@ -34,7 +34,7 @@ def test_nothing_is_installed_in_another_thread():
   def run():
     with interrupt.Interrupts() as interrupts:
       handlers.append(signal.getsignal(signal.SIGTERM))
-      assert interrupts() == 0
+      assert interrupts.received == 0
 
   thread = threading.Thread(target=run)
   thread.start()

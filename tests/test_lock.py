@@ -79,26 +79,51 @@ def test_of_many_takers_of_a_dead_owners_lock_one_gets_it(tmp_path):
   assert sorted(results) == ['held'] + ['refused'] * 7
 
 
-def test_the_lock_of_another_host_is_refused_with_what_to_remove(tmp_path):
+@pytest.fixture
+def hasty(monkeypatch):
+  monkeypatch.setattr(lock, 'BEAT', 0.05)
+  monkeypatch.setattr(lock, 'PATIENCE', 0.5)
+
+
+def test_a_lock_of_another_host_is_kept_while_its_owner_gives_signs_of_life(tmp_path, hasty, caplog):
   path = tmp_path / 'train.lock'
   with lock.held(path):
     mine = owner_of(path)
-  path.write_text(json.dumps(mine | dict(host='elsewhere', boot='other')))
-  with pytest.raises(UserError, match=rf'on elsewhere since .*, as train.lock there says: .* remove {path}$'):
+  elsewhere, ended = mine | dict(host='elsewhere', boot='other'), threading.Event()
+
+  def live():
+    while not ended.wait(0.05):
+      elsewhere['beat'] += 1
+      path.write_text(json.dumps(elsewhere))
+
+  path.write_text(json.dumps(elsewhere))
+  owner = threading.Thread(target=live)
+  owner.start()
+  with pytest.raises(UserError, match=r'on elsewhere since .*, as train.lock there says: wait'):
     with lock.held(path):
       pass
-  path.unlink()
-  with lock.held(path):
-    pass
+  ended.set()
+  owner.join()
+  with lock.held(path):  # dead by now
+    assert 'on elsewhere' in caplog.text and 'ended without a word' in caplog.text
+    assert owner_of(path)['host'] == mine['host']
   path.write_text(json.dumps(mine | dict(host='container', pid=1)))  # of this host, by another name
   with lock.held(path):
     pass
 
 
+def test_an_owner_gives_signs_of_life(tmp_path, hasty):
+  path, seen = tmp_path / 'train.lock', set()
+  with lock.held(path):
+    while len(seen) < 3:
+      seen.add(owner_of(path)['beat'])
+  assert path.read_text() == '' and 'lock' not in {thread.name for thread in threading.enumerate()}
+
+
 @pytest.mark.parametrize('change, held', [
     ({}, False), (dict(start=['1']), True), (dict(boot='earlier'), True), (dict(pid=2 ** 22 + 1), True),
-    (dict(host='elsewhere'), False)])
-def test_without_locks_of_the_file_system_the_named_process_decides(tmp_path, monkeypatch, change, held):
+    (dict(host='elsewhere'), True)])
+def test_without_locks_of_the_file_system_the_named_process_decides(tmp_path, hasty, monkeypatch, change, held):
   """A number that another process has by now is no sign of life."""
   path = tmp_path / 'train.lock'
   with lock.held(path):

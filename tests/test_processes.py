@@ -1,15 +1,28 @@
 """Several processes: arrays of all are put together, they train as one would, and all end at once."""
 
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
+import safetensors.numpy
 
-from unifusion_jax.data import loader
+from unifusion_jax import config, processes
+from unifusion_jax.commands import rewrite
+from unifusion_jax.data import imaging, loader
+from unifusion_jax.data.config import Task
+from unifusion_jax.evaluation import records
 from unifusion_jax.training import checkpoint, step
 
 START = '''
@@ -20,7 +33,7 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4 // count)
 jax.config.update('jax_disable_most_optimizations', True)
 if count > 1:
-  jax.distributed.initialize(f'localhost:{port}', count, here)
+  jax.distributed.initialize(f'localhost:{port}', count, here, heartbeat_timeout_seconds=8, shutdown_timeout_seconds=8)
 import numpy as np
 from unifusion_jax import sharding
 from unifusion_jax.data import loader
@@ -84,20 +97,28 @@ class Numbers:
     return dict(x=np.float32(i))
 
 
-def run(program: str, count: int = 2, folder: str = '') -> list[tuple[int, str, str]]:
-  """(return code, last line of output, errors) of the program in processes that have four devices in all."""
+def start(program: str, count: int = 2, folder: str = '') -> list[subprocess.Popen]:
+  """The program in processes that have four devices in all."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  running = [subprocess.Popen([sys.executable, '-c', START + program, str(port), str(i), str(count), folder],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(count)]
+  return [subprocess.Popen([sys.executable, '-c', START + program, str(port), str(i), str(count), folder],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(count)]
+
+
+def ended(running: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+  """(return code, last line of output, errors) of processes when all are over."""
   try:
-    outputs = [process.communicate(timeout=120) for process in running]
+    outputs = [process.communicate(timeout=900) for process in running]
   finally:
     for process in running:
       process.kill()
   return [(process.returncode, (out.splitlines() or [''])[-1], error)
           for process, (out, error) in zip(running, outputs)]
+
+
+def run(program: str, count: int = 2, folder: str = '') -> list[tuple[int, str, str]]:
+  return ended(start(program, count, folder))
 
 
 def test_two_processes_put_and_fetch():
@@ -279,12 +300,12 @@ import os, signal
 from unifusion_jax.training import interrupt
 with jax.set_mesh(mesh), interrupt.Interrupts() as interrupts:
   interrupts.defer()
-  data = feed(Numbers())
+  data, exchange = feed(Numbers()), sharding.Exchange(np.array([0], np.int32))
   for done in range(1, 100):
     train(data, 1)
     if done == 3 and here:
       os.kill(os.getpid(), signal.SIGTERM)
-    if signum := interrupts():
+    if signum := int(exchange(np.array([interrupts.received], np.int32)).max()):
       print(done)
       raise interrupt.Interrupted(signum, 'saved')
 ''')
@@ -328,3 +349,133 @@ except Exception as error:
   assert [(code, out) for code, out, _ in results] == [
       (0, "IsADirectoryError [Errno 21] Is a directory: '/'"),
       (0, 'UserError process 0 of 2 could not write the file and says why: all stop')], results
+
+
+MODES = """
+import pathlib
+from absl import flags
+from unifusion_jax import command_line, main
+folder = pathlib.Path(folder)
+for mode, more in (('train', []), ('sample', ['--config.sample.prompt=a red circle', '--config.sample.steps=2']),
+                   ('eval', []), ('export', []), ('rewrite', [])):
+  sys.argv = ['main', f'--config={folder.parent}/recipe.py', f'--workdir={folder}', f'--mode={mode}', *more]
+  main.main(command_line.parse(sys.argv))
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS.setting = []
+print('done')
+"""
+
+
+def test_every_mode_on_two_processes_as_on_one(recipe, tmp_path):
+  """One writes what there is one of; the numbers are those of one process, to the order of sums over devices."""
+  for i in range(2):
+    noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    imaging.write_png(tmp_path / f'{i}.png', noise)
+  rows = [dict(references=['0.png'], instruction=f'make it {color}', target='1.png', caption=f'a {color} circle')
+          for color in ('red', 'green', 'blue', 'black', 'white', 'yellow', 'gray', 'orange', 'pink')]
+  (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  made = recipe(mesh=config.MeshConfig(data=2, fsdp=2), eval=records.RecordsEvaluation(examples=4, batch_size=4),
+                train=config.TrainConfig(steps=2, log_every=1, save_every=1, preview_every=2, held_out_every=0),
+                rewrite=rewrite.RewriteConfig(batch_size=4))
+  made.data = dataclasses.replace(made.data, path=str(tmp_path / 'list.jsonl'), tasks=(Task('edit'),))
+  (tmp_path / 'recipe.pickle').write_bytes(pickle.dumps(made))
+  (tmp_path / 'recipe.py').write_text('import pathlib, pickle\n\n\ndef get_config():\n  return pickle.loads('
+                                      "pathlib.Path(__file__).with_suffix('.pickle').read_bytes())\n")
+  two, one = tmp_path / 'two', tmp_path / 'one'
+  results = run(MODES, folder=str(two)), run(MODES, count=1, folder=str(one))
+  assert [(code, out) for each in results for code, out, _ in each] == [(0, 'done')] * 3, results
+  names = [sorted(str(path.relative_to(folder)) for path in folder.rglob('*')
+                  if path.is_file() and not {'checkpoints'} & {*path.relative_to(folder).parts}
+                  and not path.name.startswith(('events', 'rewrites-'))) for folder in (two, one)]
+  assert names[0] == names[1] and {'config.json', 'metrics.jsonl', 'eval.json', 'export/config.json',
+                                   'images/000.png', 'samples/0000002.png'} <= set(names[0])
+  steps = [[json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+           for folder in (two, one)]
+  assert steps == [[1, 2]] * 2
+  weights = [safetensors.numpy.load_file(next((folder / 'export').glob('*.safetensors'))) for folder in (two, one)]
+  for name, value in weights[1].items():
+    np.testing.assert_allclose(weights[0][name].astype(np.float32), value.astype(np.float32), rtol=0, atol=1e-4)
+  images = [np.asarray(Image.open(folder / 'images' / '000.png'), np.int32) for folder in (two, one)]
+  assert np.abs(images[0] - images[1]).max() <= 2
+  written = [{line['key']: line for path in sorted((folder / 'rewrites').glob('rewrites-*.jsonl'))
+              for line in map(json.loads, path.read_text().splitlines())} for folder in (two, one)]
+  assert written[0] == written[1] and len(written[0]) == len(rows)
+  assert len(list((two / 'rewrites').glob('rewrites-*.jsonl'))) == 2
+
+
+def test_four_find_each_other_and_one_line_says_who(tmp_path):
+  """By the flags of the command."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, '-m', 'unifusion_jax.main', '--config=configs/edit.py', '--mode=sample',
+             f'--workdir={tmp_path}', f'--coordinator=localhost:{port}', '--processes=4']
+  results = [subprocess.Popen([*command, f'--process={i}'], cwd=pathlib.Path(__file__).parent.parent,
+                              env=os.environ | dict(JAX_NUM_CPU_DEVICES='1'), text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) for i in range(4)]
+  results = ended(results)
+  assert [code for code, *_ in results] == [1] * 4, results
+  assert results[0][1].startswith('4 processes on') and results[0][1].endswith(': 4 x cpu, 1 each'), results
+  assert not any('processes on' in out for _, out, _ in results[1:])
+  assert all(error.splitlines()[-1].startswith('error: nothing to sample') for *_, error in results), results
+
+
+def test_where_not_all_come_those_that_came_end_with_a_sentence(tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  alone = subprocess.run([sys.executable, '-m', 'unifusion_jax.main', '--config=configs/edit.py',
+                          f'--coordinator=localhost:{port}', '--processes=2', '--process=0', '--start_timeout=1'],
+                         cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+  last = [line for line in alone.stderr.splitlines() if line.startswith('error: ')]
+  assert alone.returncode == -signal.SIGABRT and len(last) == 1, alone.stderr
+  assert 'ended in its start: not all processes came in time (--start_timeout)' in last[0]
+
+
+@pytest.mark.parametrize('hosts, devices, text', [
+    (['a', 'b'], [4, 4], '2 processes on 2 hosts (a, b): 8 x TPU v6 lite, 4 each'),
+    (['a'] * 4, [1] * 4, '4 processes on a: 4 x TPU v6 lite, 1 each'),
+    ([f'h{i}' for i in range(64)], [4] * 63 + [3],
+     '64 processes on 64 hosts (h0, h1, h2, ..., h62, h63): 255 x TPU v6 lite, from 3 to 4 each')])
+def test_who_is_there(hosts, devices, text):
+  assert processes.described(hosts, devices, 'TPU v6 lite') == text
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (dict(coordinator='localhost', count=2, index=0), '--coordinator=localhost: give HOST:PORT'),
+    (dict(coordinator='localhost:1', count=2, index=2), '--process=2 of --processes=2: they are numbered from 0 to 1'),
+    (dict(coordinator=None, count=None, index=None), '--distributed: coordinator_address should be defined')])
+def test_settings_of_processes_that_cannot_be(arguments, sentence):
+  program = f'from unifusion_jax import processes\nprocesses.join(**{arguments!r}, seconds=5, heartbeat=5)'
+  alone = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
+  assert alone.returncode == 1 and f'UserError: {sentence}' in alone.stderr, alone.stderr
+
+
+@pytest.mark.parametrize('names', [dict(TPU_WORKER_HOSTNAMES='a,b,c,d'), dict(SLURM_STEP_NUM_TASKS='4')])
+def test_one_of_several_that_does_not_know_it(monkeypatch, names):
+  assert processes.expected() is None
+  for name, value in names.items():
+    monkeypatch.setenv(name, value)
+  assert '4' in processes.expected()
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_where_one_is_killed_the_other_ends_with_a_sentence(tmp_path, victim):
+  running = start('''
+from unifusion_jax import processes
+with processes.companion(60) as companion, jax.set_mesh(mesh):
+  companion.ready()
+  data = feed(Numbers())
+  while True:
+    train(data, 1)
+    open(f'{folder}/{here}', 'w').close()
+''', folder=str(tmp_path))
+  while len(list(tmp_path.iterdir())) < 2 and all(process.poll() is None for process in running):
+    time.sleep(0.05)
+  running[victim].send_signal(signal.SIGKILL)
+  since, results = time.monotonic(), ended(running)
+  assert time.monotonic() - since < 60  # a bound, not a figure: jax notices after eight seconds of silence
+  (code, _, error), (dead, *_) = results[1 - victim], results[victim]
+  assert dead == -signal.SIGKILL and code == -signal.SIGABRT, results
+  last = [line for line in error.splitlines() if line.startswith('error: the process on')]
+  assert len(last) == 1 and 'one of them is lost' in last[0] and 'last checkpoint' in last[0], error

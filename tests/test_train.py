@@ -52,7 +52,10 @@ def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
 
 
 def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, monkeypatch):
-  whole = train.run(recipe(), tmp_path / 'whole')
+  """Saved by steps; the run that it is compared with, by the clock, and kept as told."""
+  by_the_clock = config.TrainConfig(steps=4, log_every=1, save_minutes=1e-9, keep=1, keep_every=2, preview_every=0)
+  whole = train.run(recipe(train=by_the_clock), tmp_path / 'whole')
+  assert {path.name for path in (tmp_path / 'whole' / 'checkpoints').iterdir()} == {'2', '4'}
   cut, good = recipe(), train.metrics.Writer.write
 
   def killed(self, step, scalars):

@@ -13,7 +13,7 @@ import tempfile
 from absl import app, flags, logging
 import jax
 
-from unifusion_jax import command_line, errors, sharding
+from unifusion_jax import command_line, errors, processes, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
 from unifusion_jax.planning import compiler, executables
@@ -23,13 +23,23 @@ from unifusion_jax.training import record
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
             'describe': 'describe', 'plan': 'plan'}
 
+GRACE = 60  # seconds for the devices of all processes, once these have found each other
+
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run; default runs/RECIPE, with a scale runs/RECIPE_SCALE.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
-    'others by itself on Cloud TPU, Slurm and Kubernetes.')
+    'others by itself on Cloud TPU, GKE, Slurm and Open MPI.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, a free port there, where jax does not '
+                                   'find the processes by itself; with --processes and --process.')
+_PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes that run together.', lower_bound=1)
+_PROCESS = flags.DEFINE_integer('process', None, 'Number of this one among them, from 0.', lower_bound=0)
+_START_TIMEOUT = flags.DEFINE_integer('start_timeout', 300, 'Seconds in which all processes and their devices must be '
+                                      'there.', lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds without a sign of life after which a process is '
+                                  'taken for lost, and the others end.', lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices that --mode=plan compiles for, as v6e:8x8, v5p:4x4x8 or '
                                 'h100:8; none need be here.')
 _PROGRAMS = flags.DEFINE_list('programs', None, 'What --mode=plan compiles, of train (the default), encode, denoise, '
@@ -41,16 +51,24 @@ _CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathli
 
 
 def start(argv):
-  """Sets up the process (distributed runtime, devices, compilation cache), then runs main."""
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
-  # Where the CPU is the device, one device a core is up to 1.3 times as fast as one for all cores (docs/training.md).
-  jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
+  """Sets up the process (devices, compilation cache, the other processes), then runs main."""
+  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
+    # Where the CPU is the device, one a core is up to 1.3 times as fast as one for all cores (docs/training.md).
+    jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
   jax.config.update('jax_hlo_source_file_canonicalization_regex', executables.SOURCES)
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
-  main(argv)
+  if not (_DISTRIBUTED.value or {_COORDINATOR.value, _PROCESSES.value, _PROCESS.value} != {None}):
+    if others := processes.expected():
+      raise UserError(f'{others}, and each would run for itself: give --distributed to each, or start one alone')
+    main(argv)
+    return
+  with processes.companion(_START_TIMEOUT.value + GRACE) as companion, errors.at_the_terminal():
+    processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, seconds=_START_TIMEOUT.value,
+                   heartbeat=_HEARTBEAT.value)
+    companion.ready()
+    main(argv)
 
 
 def main(argv):

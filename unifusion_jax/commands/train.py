@@ -30,6 +30,9 @@ class TrainConfig:
   minutes: float = 0.0         # wall-clock budget; above 0 the run ends, and its learning rate falls, by the clock
   log_every: int = 10
   save_every: int = 500
+  save_minutes: float = 0.0    # also when so many have gone since the last save; 0: by steps alone
+  keep: int = 2                # newest checkpoints
+  keep_every: int = 0          # steps; checkpoints at their multiples are kept for good; 0: none
   preview_every: int = 500     # 0: never
   held_out_every: int = 100    # steps between measurements on data.held_out; 0: never
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
@@ -41,7 +44,8 @@ class TrainConfig:
     interval, optional = Range(1, 10 ** 9), Range(0, 10 ** 9)
     return ranges.problems(
         self, 'train.', steps=interval, minutes=Range(0, 10 ** 7), log_every=interval, save_every=interval,
-        preview_every=optional, held_out_every=optional, max_loss_ratio=Range(above=1))
+        save_minutes=Range(0, 10 ** 7), keep=interval, keep_every=optional, preview_every=optional,
+        held_out_every=optional, max_loss_ratio=Range(above=1))
 
 
 class Diverged(UserError):
@@ -58,7 +62,8 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
   with contextlib.ExitStack() as opened:
     interrupts = opened.enter_context(interrupt.Interrupts())
     opened.enter_context(lock.held(workdir / 'train.lock'))
-    checkpoints = opened.enter_context(checkpoint.Checkpoints(workdir, tidy=True, checksums=config.train.checksums))
+    checkpoints = opened.enter_context(checkpoint.Checkpoints(
+        workdir, config.train.keep, config.train.keep_every, tidy=True, checksums=config.train.checksums))
     planned = record.claim(config, workdir)
     for sentence in replication.repeated(config, mesh.size) if sharding.is_main_process() else ():
       logging.warning(sentence)
@@ -84,7 +89,9 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     end = start if state.progress == 1 else end  # its budget of minutes is used up
     writer = opened.enter_context(contextlib.closing(
         metrics.Writer(workdir, start, None if config.train.minutes else config.train.steps)))
-    clock = Clock(config.train.minutes, float(state.progress))
+    clock, saved = Clock(config.train.minutes, float(state.progress)), time.monotonic()
+    told = np.array([[0, clock.before, False]], np.float32)  # of each process: signal, clock, whether a save is late
+    exchange = sharding.Exchange(told[0])
     guard = DivergenceGuard(config.train.max_loss_ratio)
     key = jax.random.key(config.seed)
     logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
@@ -100,15 +107,18 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
       waiting = time.monotonic()
       batch = next(data)
       waited += time.monotonic() - waiting
-      progress = clock()
+      progress = told[0, 1] if config.train.minutes else None  # by the clock of the first process
       state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key, progress)
       pending.append(scalars)
       if len(pending) > 1:
         jax.block_until_ready(pending[-2])  # the host runs at most one step ahead
+      late = 0 < 60 * config.train.save_minutes <= time.monotonic() - saved
+      told = exchange(np.array([interrupts.received, clock(), late], np.float32))
       finished = done == end or progress == 1
-      signum = 0 if finished else interrupts()
+      signum = 0 if finished else int(told[:, 0].max())
       last = finished or signum
       logs, saves = (done % every == 0 or last for every in (config.train.log_every, config.train.save_every))
+      saves = saves or told[0, 2]
       if logs or saves or done == start + 1:
         # A state is saved only after the guard has seen its metrics
         for at, values in enumerate(jax.device_get(pending), done + 1 - len(pending)):
@@ -127,6 +137,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         logged = []
       if saves:
         checkpoints.save(state, data)
+        saved = time.monotonic()
       if signum:
         checkpoints.wait()
         raise interrupt.Interrupted(signum, f'step {done} is saved in {workdir / "checkpoints"}, and the same command '
@@ -167,19 +178,17 @@ def abstract(config):
 
 
 class Clock:
-  """Progress of a run with a budget of minutes, from 0 to 1; time of earlier starts counts. None without a budget.
+  """Progress of a run with a budget of minutes, from 0 to 1; time of earlier starts counts. Without a budget 0.
 
-  All processes read the clock of the first one, so that they decay and stop at the same step.
+  Attributes:
+    before: progress at the start.
   """
 
-  def __init__(self, minutes: float, progress: float, now=time.monotonic):
-    self._seconds, self._before, self._now, self._start = 60 * minutes, progress, now, now()
+  def __init__(self, minutes: float, before: float, now=time.monotonic):
+    self._seconds, self.before, self._now, self._start = 60 * minutes, before, now, now()
 
-  def __call__(self) -> np.float32 | None:
-    if not self._seconds:
-      return None
-    progress = np.float32(self._before + (self._now() - self._start) / self._seconds)
-    return min(sharding.from_main_process(progress), np.float32(1))
+  def __call__(self) -> float:
+    return min(self.before + (self._now() - self._start) / self._seconds, 1.0) if self._seconds else 0.0
 
 
 def _means(steps: list[dict]) -> dict[str, float]:

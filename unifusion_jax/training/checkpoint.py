@@ -32,13 +32,14 @@ class Checkpoints:
   just before them, or `checksums` was off) counts as whole if it can be loaded; its values are not verified.
 
   Args:
-    keep: checkpoints to keep.
+    keep: newest checkpoints to keep.  keep_every: steps; those of their multiples stay too. 0: none.
     tidy: removes temporary folders and sets damaged checkpoints aside as STEP.damaged: for the training run alone,
       since a reader could remove what a run is writing.
     checksums: whether digests are written and compared.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, keep: int = 2, tidy: bool = False, checksums: bool = True):
+  def __init__(self, workdir: str | pathlib.Path, keep: int = 2, keep_every: int = 0, tidy: bool = False,
+               checksums: bool = True):
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._folder.mkdir(parents=True, exist_ok=True)
     self._tidy, self._checksums = tidy, checksums
@@ -47,8 +48,10 @@ class Checkpoints:
     context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
     context.checkpointables.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name='data')
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
     self._writer = ocp.training.Checkpointer(
-        self._folder, context=context, preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        self._folder, context=context, preservation_policy=policies.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=tidy)
     self._thread = futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending = None  # the future of the save under way

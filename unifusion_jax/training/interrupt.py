@@ -4,8 +4,9 @@
     ...                              # a signal ends this at once: there is nothing to save
     interrupts.defer()
     for step in ...:
-      if signum := interrupts():     # once a step, on all processes
-        ...                          # save
+      ...
+      if signum := interrupts.received:  # several processes tell one another, and take what all know
+        ...                              # save
         raise interrupt.Interrupted(signum, 'saved: the same command goes on')
 """
 
@@ -13,9 +14,6 @@ import os
 import signal
 import sys
 import threading
-
-import jax
-import numpy as np
 
 from unifusion_jax import sharding
 
@@ -39,9 +37,8 @@ class Interrupts:
   """
 
   def __init__(self):
-    self._received = 0
+    self.received = 0
     self._deferred = False
-    self._known = None  # signals of all processes at the step before
 
   def __enter__(self) -> 'Interrupts':
     self._installed = threading.current_thread() is threading.main_thread()
@@ -69,19 +66,9 @@ class Interrupts:
     """From now on a signal is only noted."""
     self._deferred = True
 
-  def __call__(self) -> int:
-    """The signal for which all processes stop after this step, or 0. They call this together, once a step.
-
-    A process alone stops at once. Several tell one another, behind the steps under way, and stop a step later.
-    """
-    told = sharding.tell_all(np.array([self._received], np.int32))
-    if jax.process_count() > 1:
-      told, self._known = self._known, told
-    return 0 if told is None else int(sharding.local(told).max())
-
   def _handle(self, signum, frame) -> None:
     del frame
-    self._received = signum
+    self.received = signum
     if not self._deferred:
       raise Interrupted(signum, 'stopped before the first step; there is nothing to save')
 
