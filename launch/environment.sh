@@ -17,9 +17,11 @@ python_for_us() {
   return 1
 }
 
-# Prints the pip requirement of jax for this machine's accelerator, or nothing.
+# Prints the pip requirement of jax for this machine's accelerator, or nothing. ACCELERATOR=tpu or cuda13 says which.
 accelerator() {
-  if nvidia-smi -L >/dev/null 2>&1; then
+  if [ -n "${ACCELERATOR:-}" ]; then
+    echo "jax[$ACCELERATOR]"
+  elif nvidia-smi -L >/dev/null 2>&1; then
     echo 'jax[cuda13]'
   elif compgen -G '/dev/accel*' >/dev/null || { [ -d /dev/vfio ] && [ -n "${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-}" ]; }; then
     echo 'jax[tpu]'
