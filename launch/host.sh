@@ -22,7 +22,7 @@ idle() {
   ! running || fail "training runs here already (process $(cat run.pid)); end it first: bash launch/tpu.sh stop NAME"
 }
 
-# The images' own Python is 3.10, and their package manager is busy with updates after boot; uv needs neither root nor it.
+# The images' own Python is 3.10, and their package manager is busy with updates after boot; uv needs neither.
 python_312() {
   export PATH="$HOME/.local/bin:$PATH"
   if [ -x .venv/bin/python ]; then return; fi
@@ -54,9 +54,14 @@ start() {
 # The detached part of start.
 keep() {
   source launch/restart.sh
-  local code=0 restart= command=(.venv/bin/python -m unifusion_jax.main)
+  local code=0 restart='' command=(.venv/bin/python -m unifusion_jax.main)
   if [ "${1:-}" = --restart ]; then restart=again; shift; fi
-  if [ -e run.env ]; then set -a; source ./run.env; set +a; fi
+  if [ -e run.env ]; then
+    set -a
+    # shellcheck source=/dev/null
+    source ./run.env
+    set +a
+  fi
   echo "$(date -u +%FT%TZ) $(hostname): ${command[*]} $*"
   $restart "${command[@]}" "$@" || code=$?
   echo "$code" >run.code
@@ -66,10 +71,11 @@ keep() {
 
 # A copy of the log beside the checkpoints: the machine may be gone in a moment.
 keep_log() {
-  local argument
+  local argument name
+  name=$(hostname)-$(date -u +%FT%TZ).log
   for argument in "$@"; do
     if [[ $argument == --workdir=gs://* ]] && command -v gcloud >/dev/null; then
-      timeout 20 gcloud storage cp --quiet run.log "${argument#--workdir=}/logs/$(hostname)-$(date -u +%FT%TZ).log" || true
+      timeout 20 gcloud storage cp --quiet run.log "${argument#--workdir=}/logs/$name" || true
     fi
   done
 }

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034  # variables for who sources it
 # Sourced by tpu.sh and gke/submit.sh: generations of TPUs and the slices that exist of each. The one table of both.
 # Sources, read 2026-11-27: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x,tpus-and-migs,runtimes}, and for the image
 # families `gcloud compute images list --project=ubuntu-os-accelerator-images --no-standard-images`.
@@ -5,11 +6,11 @@
 # API: "compute" is Compute Engine, "queued" the queued resources of the Cloud TPU API, which alone has v5e machines.
 # Machines: the type's name without its last part, -1t for one chip; the numbers of chips that one machine may have.
 GENERATIONS='
-# generation  API      machines        chips of one  most   shapes  image family or runtime version          in GKE
-  v5e         queued   ct5lp-hightpu   1,4,8         256    flat    v2-alpha-tpuv5-lite                      tpu-v5-lite-podslice
-  v6e         compute  ct6e-standard   1,4,8         256    flat    ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e  tpu-v6e-slice
-  v5p         compute  ct5p-hightpu    4             6144   cubes   ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e  tpu-v5p-slice
-  tpu7x       compute  tpu7x-standard  4             9216   cubes   ubuntu-accel-2404-amd64-tpu-tpu7x        tpu7x
+# name   API      machines        of chips  most  shapes  image family or runtime version          in GKE
+  v5e    queued   ct5lp-hightpu   1,4,8     256   flat    v2-alpha-tpuv5-lite                      tpu-v5-lite-podslice
+  v6e    compute  ct6e-standard   1,4,8     256   flat    ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e  tpu-v6e-slice
+  v5p    compute  ct5p-hightpu    4         6144  cubes   ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e  tpu-v5p-slice
+  tpu7x  compute  tpu7x-standard  4         9216  cubes   ubuntu-accel-2404-amd64-tpu-tpu7x        tpu7x
 '
 FLAT='1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'
 CUBES='2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16'  # and others of multiples of 4 that rise
@@ -45,26 +46,28 @@ large_cube() {
 # slice v6e:4x4 [MACHINE]: sets generation, api, machine, software, gke, shape, chips, host_chips and hosts.
 # A number of chips (v6e:16) stands for its usual shape; MACHINE (ct6e-standard-4t) is another than the usual one.
 slice() {
-  local asked=$1 given=${2:-} row family sizes most shapes known
-  generation=${asked%%:*} shape=${asked#*:}
+  local asked=$1 given=${2:-} row family sizes most shapes known others='' each
+  generation=${asked%%:*} shape=${asked#*:} chips=
   row=$(awk -v generation="$generation" '$1 == generation' <<<"$GENERATIONS")
-  [ -n "$row" ] && [[ $asked == *:* ]] || fail "--topology=$asked: wanted is one of v5e, v6e, v5p, tpu7x with a shape or" \
-    "a number of chips, as in v6e:4x4 or v6e:16"
+  if [ -z "$row" ] || [[ $asked != *:* ]]; then
+    fail "--topology=$asked: wanted is v5e, v6e, v5p or tpu7x with a shape or a number of chips, as v6e:4x4 or v6e:16"
+  fi
   read -r _ api family sizes most shapes software gke <<<"$row"
-  if [ "$shapes" = flat ]; then known=$FLAT; else known=$CUBES; fi
-  chips=
+  known=$FLAT
+  if [ "$shapes" = cubes ]; then known=$CUBES others=', and others of multiples of 4 that rise'; fi
   for each in $known; do
     if [ "$shape" = "$each" ] || [ "$shape" = "$(product "$each")" ]; then shape=$each chips=$(product "$each"); fi
   done
-  if [ -z "$chips" ] && [ "$shapes" = cubes ] && large_cube "$shape"; then chips=$(product "$shape"); fi
-  [ -n "$chips" ] && [ "$chips" -le "$most" ] || fail "--topology=$asked: there is no such slice; of $generation there" \
-    "are ${known// /, } (or their numbers of chips)$([ "$shapes" = flat ] || echo ", and others of multiples of 4 that rise")"
+  if [ -n "$others" ] && large_cube "$shape"; then chips=$(product "$shape"); fi
+  if [ -z "$chips" ] || [ "$chips" -gt "$most" ]; then
+    fail "--topology=$asked: there is no such slice; of $generation there are ${known// /, }$others, up to $most chips"
+  fi
   if [[ ,$sizes, == *,$chips,* ]]; then host_chips=$chips; else host_chips=4; fi
   machine=${given:-$family-${host_chips}t}
-  [[ $machine == "$family"-*t ]] || fail "--machine=$machine is no machine of $generation; those are $family-{$sizes}t"
   host_chips=${machine#"$family"-} host_chips=${host_chips%t}
-  [[ ,$sizes, == *,$host_chips,* ]] && [ $((chips % host_chips)) -eq 0 ] || fail "--machine=$machine: $asked has $chips" \
-    "chips, and machines of $generation have ${sizes//,/, }"
+  if [[ ,$sizes, != *,$host_chips,* ]] || [ $((chips % host_chips)) -ne 0 ] ||
+     { [ "$chips" -gt "$host_chips" ] && [ "$host_chips" -ne 4 ]; }; then
+    fail "--machine=$machine: a machine of $generation is $family-Nt, with N of $sizes; several make a slice with N = 4"
+  fi
   hosts=$((chips / host_chips))
-  [ "$hosts" -eq 1 ] || [ "$host_chips" -eq 4 ] || fail "--machine=$machine: in a slice of several hosts each has four chips"
 }
