@@ -118,10 +118,7 @@ after_asking() {
   "$1"
   if [ -n "$dry_run" ]; then return; fi
   if [ -z "$yes" ]; then
-    printf '%s Go on? [y/N] ' "$2" >&2
-    local answer=
-    read -r answer || fail "nobody answers whether to go on; --yes goes on without asking"
-    [[ $answer == [yY]* ]] || fail "nothing was done"
+    agree "$2"
   fi
   mode=run
   "$1"

@@ -15,7 +15,7 @@ fail() {
 }
 
 running() {
-  [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null
+  [ -e run.pid ] && [ ! -e run.code ] && kill -0 "$(cat run.pid)" 2>/dev/null
 }
 
 idle() {
@@ -64,9 +64,9 @@ keep() {
   fi
   echo "$(date -u +%FT%TZ) $(hostname): ${command[*]} $*"
   $restart "${command[@]}" "$@" || code=$?
-  echo "$code" >run.code
   echo "$(date -u +%FT%TZ) $(hostname): ended with exit code $code"
   keep_log "$@"
+  echo "$code" >run.code
 }
 
 # A copy of the log beside the checkpoints: the machine may be gone in a moment.

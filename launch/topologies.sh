@@ -20,6 +20,17 @@ fail() {
   exit 1
 }
 
+# Asks before what costs money or deletes, and ends where the answer is not yes.
+agree() {
+  local answer=
+  printf '%s Go on? [y/N] ' "$1" >&2
+  if ! read -r answer; then
+    echo >&2
+    fail "nobody answers whether to go on; --yes goes on without asking"
+  fi
+  [[ $answer == [yY]* ]] || fail "nothing was done"
+}
+
 # The words of a command as a shell reads them again.
 quoted() {
   local word line=

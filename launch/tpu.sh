@@ -196,7 +196,7 @@ start_run() {
 check_run() {
   case $workdir in
     gs://?*/?* | /*) ;;
-    *) fail "--workdir=$workdir: wanted is a folder in a bucket, gs://BUCKET/RUN, or on a mount of all hosts, /mnt/RUN" ;;
+    *) fail "--workdir=$workdir: wanted is a folder in a bucket, gs://BUCKET/RUN, or on a mount of all, /mnt/RUN" ;;
   esac
   if [[ $workdir != gs://* ]] && [ "$hosts" -eq 1 ]; then
     echo "warning: --workdir=$workdir is on the machine and goes with it, unless it is a mount" >&2

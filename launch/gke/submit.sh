@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a GKE cluster that has the JobSet controller and a node pool of the slice or the GPUs.
 #
-#   bash launch/gke/submit.sh NAME --topology=v6e:4x4 --image=IMAGE --workdir=gs://BUCKET/RUN --config=configs/edit.py:8b
-#   bash launch/gke/submit.sh NAME --gpus=nvidia-h100-80gb:8 --nodes=2 --image=IMAGE --workdir=gs://BUCKET/RUN --config=...
+#   bash launch/gke/submit.sh NAME --topology=v6e:4x4 --image=IMAGE --workdir=gs://BUCKET/RUN --config=...
+#   bash launch/gke/submit.sh NAME --gpus=nvidia-h100-80gb:8 --nodes=2 ... the same ...
 #
 # --image=IMAGE            of launch/Dockerfile, in a registry that the cluster reads
 # --restarts=20            starts after a crash; those after a preemption or a save (exit code 143) do not count
@@ -19,10 +19,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/topologies.sh
 source "$here/../topologies.sh"
 
-# A text in double quotes, as JSON and YAML have it.
+# A text in double quotes, as JSON and YAML have it. Kubernetes would take $(NAME) in it for a variable.
 text() {
   local escaped=${1//\\/\\\\}
   escaped=${escaped//\"/\\\"}
+  escaped=${escaped//\$\(/\$\$(}
   [[ $escaped != *[[:cntrl:]]* ]] || fail "an argument has a control character: ${1@Q}"
   printf '"%s"' "$escaped"
 }
@@ -49,20 +50,21 @@ variables() {
   printf ']'
 }
 
-# The manifest of a file, the names in braces replaced by what fields has for them.
+# The manifest of a file, each ${NAME} in it replaced by what fields has for it.
 declare -A fields
 fill() {
-  local manifest field
-  manifest=$(<"$1")
-  for field in "${!fields[@]}"; do
-    manifest=${manifest//"\${$field}"/"${fields[$field]}"}
+  local manifest='' rest
+  rest=$(<"$1")
+  while [[ $rest =~ \$\{([A-Z_]+)\} ]]; do
+    manifest+=${rest%%"${BASH_REMATCH[0]}"*}${fields[${BASH_REMATCH[1]}]}
+    rest=${rest#*"${BASH_REMATCH[0]}"}
   done
-  printf '%s\n' "$manifest"
+  printf '%s\n' "$manifest$rest"
 }
 
 main() {
   local topology='' gpus='' nodes=1 image='' workdir='' restarts=20 spot='' account='' exports=() dry_run='' yes=''
-  local name=${1:-} arguments=() word value manifest answer=''
+  local name=${1:-} arguments=() word value manifest
   case $name in
     '' | -*)
       sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
@@ -88,8 +90,8 @@ main() {
     esac
   done
   # JobSet makes names of pods of it, which have 63 characters at most
-  [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "'$name': wanted is a name of up to 40 small letters, digits" \
-    "and dashes"
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "'$name': wanted is a name of up to 40 small letters," \
+    "digits and dashes"
   [ -n "$image" ] || fail "--image=REGISTRY/unifusion_jax:TAG is wanted; launch/Dockerfile makes it"
   [[ $workdir == gs://?*/?* ]] || fail "--workdir=$workdir: wanted is a folder in a bucket, gs://BUCKET/RUN"
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: wanted is a whole number"
@@ -97,7 +99,8 @@ main() {
   if [ -n "$topology" ] && [ -z "$gpus" ]; then
     slice "$topology"
     manifest=$here/tpu.yaml
-    fields=([HOSTS]=$hosts [CHIPS]=$host_chips [ACCELERATOR]=$gke [TOPOLOGY]=$shape [SERVICE_ACCOUNT]=${account:-default})
+    fields=([HOSTS]=$hosts [CHIPS]=$host_chips [ACCELERATOR]=$gke [TOPOLOGY]=$shape
+            [SERVICE_ACCOUNT]=${account:-default})
   elif [[ $gpus =~ ^[a-z0-9-]+:[1-9][0-9]*$ ]] && [ -z "$topology" ]; then
     manifest=$here/gpu.yaml
     fields=([HOSTS]=$nodes [CHIPS]=${gpus#*:} [ACCELERATOR]=${gpus%:*} [SERVICE_ACCOUNT]=${account:-$name})
@@ -112,10 +115,8 @@ main() {
   printf '%s\n' "$manifest"
   if [ -n "$dry_run" ]; then return; fi
   if [ -z "$yes" ]; then
-    printf 'This takes %s x %s chips of %s in the cluster %s. Go on? [y/N] ' "${fields[HOSTS]}" "${fields[CHIPS]}" \
-      "${fields[ACCELERATOR]}" "$(kubectl config current-context)" >&2
-    read -r answer || fail "nobody answers whether to go on; --yes goes on without asking"
-    [[ $answer == [yY]* ]] || fail "nothing was done"
+    agree "This takes ${fields[HOSTS]} x ${fields[CHIPS]} chips of ${fields[ACCELERATOR]} in the cluster $(
+      kubectl config current-context)."
   fi
   kubectl apply -f - <<<"$manifest"
 }
