@@ -73,6 +73,8 @@ sentence() {
         "(cloud.google.com/tpu/docs/regions-zones), a smaller --topology, or --pay=flex-start, which waits for one" ;;
     *PERMISSION_DENIED* | *Required\ *permission* | *SERVICE_DISABLED* | *has\ not\ been\ used\ in\ project*)
       echo "the account may not do that, or the project's API is off; the message names which to grant or to enable" ;;
+    *unrecognized\ arguments* | *nvalid\ choice*)
+      echo "this gcloud is older than one of the flags; gcloud components update" ;;
     *already\ exists*)
       echo "something called $name is there already; take another name, or bash launch/tpu.sh delete $name" ;;
     *) return 1 ;;
@@ -126,7 +128,7 @@ after_asking() {
 
 seconds() {
   case $1 in
-    *[!0-9smhd]* | '' | *[smhd]?*) fail "$1 is no duration; wanted is a number with s, m, h or d, as in 90s or 4h" ;;
+    *[!0-9smhd]* | '' | [smhd]* | *[smhd]?*) fail "$1 is no duration; wanted is a number with s, m, h or d, as in 90s or 4h" ;;
     *m) echo $((${1%m} * 60)) ;;
     *h) echo $((${1%h} * 3600)) ;;
     *d) echo $((${1%d} * 86400)) ;;

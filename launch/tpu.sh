@@ -48,7 +48,6 @@ judge() {
 
 await() {
   local deadline=$((SECONDS + $(seconds "$wait_for"))) before=-
-  trap still_asked INT
   while judge && [ "$mode" = run ]; do
     if [ "$detail" != "$before" ]; then
       echo "$name: $state${detail:+ ($detail)}"
@@ -76,6 +75,7 @@ still_asked() {
 }
 
 create_and_wait() {
+  if [ "$mode" = run ]; then trap still_asked INT; fi
   "${backend}_create"
   await
 }
@@ -240,6 +240,10 @@ verb_run() {
 }
 
 verb_logs() {
+  if [ -z "$host" ] && [ "$hosts" -gt "$HOSTS_AT_ONCE" ]; then
+    echo "host 0 of $hosts; --host=N shows another, and bash launch/tpu.sh status $name the last line of each" >&2
+    host=0
+  fi
   find_hosts
   everywhere on 'cd unifusion_jax && bash launch/host.sh logs'
 }
@@ -284,6 +288,7 @@ verb_resume() {
       ready:) fail "$name is there and was not taken; bash launch/tpu.sh run $name ... starts training on it" ;;
       waiting:*) fail "$name is still asked for ($detail); bash launch/tpu.sh status $name looks again" ;;
     esac
+    [ -e "$record/create" ] || [ -z "$watch" ] || fail "resume --watch wants the record of create, which is not here"
     echo "$name: $state${detail:+ ($detail)}"
   fi
   if [ -z "$watch" ]; then
@@ -293,21 +298,27 @@ verb_resume() {
   fi
 }
 
+# What cannot be seen now, for want of a network, is looked at again; what cannot be had now is asked for again.
 watch_over() {
-  if [ "$mode" = print ]; then bring_back; return; fi
+  local seen
+  if [ "$mode" = print ]; then
+    bring_back
+    return
+  fi
   while :; do
-    judge
-    if [ "$state" != ready ]; then
-      echo "$(date -u +%FT%TZ) $name: $state; it is brought back ..."
-      bring_back
-    fi
-    find_hosts
-    said=$("${backend}_remote" "${names[0]}" 'cd unifusion_jax && bash launch/host.sh status' 2>/dev/null) || said=
-    case $said in
-      *'exit code 0') echo "$said"; return ;;
-      *'exit code'*) fail "$said; bash launch/tpu.sh logs $name" ;;
+    seen=$(judge; echo "$state") || seen=unknown
+    case $seen in
+      ready)
+        seen=$(find_hosts; "${backend}_remote" "${names[0]}" 'cd unifusion_jax && bash launch/host.sh status') || seen=
+        case $seen in
+          *'exit code 0') echo "$seen"; return ;;
+          *'exit code'*) fail "$seen; bash launch/tpu.sh logs $name" ;;
+        esac ;;
+      preempted | absent | failed)
+        echo "$(date -u +%FT%TZ) $name: $seen; it is brought back ..."
+        bash "${BASH_SOURCE[0]}" resume "$name" --yes || true ;;
     esac
-    sleep "$POLL_SECONDS"
+    sleep $((4 * POLL_SECONDS))
   done
 }
 
