@@ -128,7 +128,8 @@ after_asking() {
 
 seconds() {
   case $1 in
-    *[!0-9smhd]* | '' | [smhd]* | *[smhd]?*) fail "$1 is no duration; wanted is a number with s, m, h or d, as in 90s or 4h" ;;
+    *[!0-9smhd]* | '' | [smhd]* | *[smhd]?*)
+      fail "$1 is no duration; wanted is a number with s, m, h or d, as in 90s or 4h" ;;
     *m) echo $((${1%m} * 60)) ;;
     *h) echo $((${1%h} * 3600)) ;;
     *d) echo $((${1%d} * 86400)) ;;

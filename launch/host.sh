@@ -53,6 +53,7 @@ start() {
 
 # The detached part of start.
 keep() {
+  source launch/environment.sh
   source launch/restart.sh
   local code=0 restart='' command=(.venv/bin/python -m unifusion_jax.main)
   if [ "${1:-}" = --restart ]; then restart=again; shift; fi

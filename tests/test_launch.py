@@ -636,7 +636,7 @@ def test_manifests_restart(stubs, arguments):
   jobset = manifest(stubs, *arguments, '--restarts=7', '--spot')[-1]
   policy = jobset['spec']['failurePolicy']
   assert policy['maxRestarts'] == 7 and policy['rules'] == [
-      {'action': 'RestartJobSetAndIgnoreMaxRestarts', 'onJobFailureReasons': ['PodFailurePolicy']}]
+      {'name': 'preempted', 'action': 'RestartJobSetAndIgnoreMaxRestarts', 'onJobFailureReasons': ['PodFailurePolicy']}]
   job = jobset['spec']['replicatedJobs'][0]['template']['spec']
   pod = job['template']['spec']
   codes = [rule.get('onExitCodes') for rule in job['podFailurePolicy']['rules']]
