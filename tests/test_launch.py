@@ -6,9 +6,11 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 
@@ -400,6 +402,28 @@ def test_status_logs_ssh_and_stop(stubs):
   assert '0 to 3' in stubs.refused('logs', 'edit', '--host=4')
 
 
+def test_ctrl_c_ends_what_follows_the_logs(stubs):
+  """Of several hosts at once, in the background, where a shell lets commands ignore it."""
+  created(stubs, *GROUP)
+  stubs.rule('list-instances', RUNNING)
+  follow = 'if [[ $* == *logs ]]; then echo $$ >>"$STUB/following"; exec sleep 60; fi'
+  stubs.add('gcloud', STUB.replace('\n', f'\n{follow}\n', 1))
+  following = stubs.folder / 'stub' / 'following'
+  job = subprocess.Popen(['bash', 'launch/tpu.sh', 'logs', 'edit'], cwd=stubs.root, env=stubs.environment,
+                         start_new_session=True)
+  for _ in range(1000):
+    if following.exists() and len(following.read_text().split()) == 4:
+      break
+    time.sleep(0.01)
+  os.killpg(job.pid, signal.SIGINT)
+  assert job.wait(timeout=30) != 0
+  for _ in range(1000):
+    if not any(pathlib.Path(f'/proc/{number}').exists() for number in following.read_text().split()):
+      return
+    time.sleep(0.01)
+  raise TimeoutError('commands are left')
+
+
 @pytest.mark.parametrize('verb', ['status', 'run', 'logs', 'ssh', 'stop', 'resume', 'delete'])
 @pytest.mark.parametrize('where', [V5E, VM, GROUP], ids=['queued', 'vm', 'group'])
 def test_dry_runs_run_nothing(stubs, verb, where):
@@ -469,26 +493,3 @@ def test_delete(stubs, where, deleted):
   stubs.rule(' delete ', MISSING)
   stubs.made('delete', 'edit', answer='yes\n')
   assert len(stubs.acts()) == deleted and not (stubs.root / '.cache/launch/edit').exists()
-
-
-# -------------------------------------------------------------------------------------------------------------- docs
-def documented() -> list[list[str]]:
-  pages = [ROOT / 'docs' / 'scale.md', ROOT / 'launch' / 'README.md']
-  blocks = [block for page in pages for block in re.findall(r'```bash\n(.*?)```', page.read_text(), re.S)]
-  lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
-  return [shlex.split(line, comments=True) for line in lines if line.startswith('bash launch/')]
-
-
-def test_documented_commands_run_dry(stubs):
-  """In the order of the page, each slice known from the create before."""
-  told, tried = {}, 0
-  for words in documented():
-    script, *arguments = words[1:]
-    if script == 'launch/tpu.sh':
-      verb, name, *more = arguments
-      told[name] = more if verb == 'create' else told[name]
-      stubs.made(verb, name, *(told[name] if verb != 'create' else []), '--dry-run', *more)
-    elif script == 'launch/gke/submit.sh':
-      assert stubs.run('gke/submit.sh', *arguments, '--dry-run').returncode == 0
-    tried += 1
-  assert tried >= 10

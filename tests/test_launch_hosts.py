@@ -1,8 +1,9 @@
 """The launch scripts of hosts, Slurm and GPU boxes, with stubs in the place of the training and of other commands; the
-manifests for GKE and the image."""
+manifests for GKE and the image; the commands of docs/scale.md."""
 
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -223,3 +224,26 @@ def test_the_image():
   assert base.startswith('python:3.12') and re.search(r'^ARG DEVICE=tpu$', text, re.M)
   assert '"jax[$DEVICE,k8s]"' in text and 'ENTRYPOINT ["python", "-m", "unifusion_jax.main"]' in text
   assert {'.git', '.venv', '.cache', 'runs'} <= set((ROOT / '.dockerignore').read_text().split())
+
+
+# -------------------------------------------------------------------------------------------------------------- docs
+def documented() -> list[list[str]]:
+  pages = [ROOT / 'docs' / 'scale.md', ROOT / 'launch' / 'README.md']
+  blocks = [block for page in pages for block in re.findall(r'```bash\n(.*?)```', page.read_text(), re.S)]
+  lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+  return [shlex.split(line, comments=True) for line in lines if line.startswith('bash launch/')]
+
+
+def test_documented_commands_run_dry(stubs):
+  """In the order of the page, each slice known from the create before."""
+  told, tried = {}, 0
+  for words in documented():
+    script, *arguments = words[1:]
+    if script == 'launch/tpu.sh':
+      verb, name, *more = arguments
+      told[name] = more if verb == 'create' else told[name]
+      stubs.made(verb, name, *(told[name] if verb != 'create' else []), '--dry-run', *more)
+    elif script == 'launch/gke/submit.sh':
+      assert stubs.run('gke/submit.sh', *arguments, '--dry-run').returncode == 0
+    tried += 1
+  assert tried >= 10
