@@ -100,7 +100,6 @@ put() {
 # everywhere FUNCTION [COMMAND]: FUNCTION HOST COMMAND on all hosts, HOSTS_AT_ONCE at a time; fails if one does.
 everywhere() {
   local function=$1 command=${2:-} host bad='' jobs=() i
-  trap 'trap - TERM; kill 0' INT  # commands in the background know no Ctrl-C
   for ((i = 0; i < ${#names[@]}; i++)); do
     host=${names[i]}
     if [ "$mode" = print ]; then "$function" "$host" "$command"; continue; fi
@@ -111,7 +110,6 @@ everywhere() {
       jobs=()
     fi
   done
-  trap - INT
   [ -z "$bad" ] || fail "host$bad of $name failed; what they said stands above"
 }
 

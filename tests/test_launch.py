@@ -6,11 +6,9 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import pytest
 
@@ -400,28 +398,6 @@ def test_status_logs_ssh_and_stop(stubs):
   assert ssh[-2].endswith('--command=df -h') and 'ssh edit-a ' in ssh[-2]
   assert 'ssh edit-d ' in ssh[-1] and '--command' not in ssh[-1]
   assert '0 to 3' in stubs.refused('logs', 'edit', '--host=4')
-
-
-def test_ctrl_c_ends_what_follows_the_logs(stubs):
-  """Of several hosts at once, in the background, where a shell lets commands ignore it."""
-  created(stubs, *GROUP)
-  stubs.rule('list-instances', RUNNING)
-  follow = 'if [[ $* == *logs ]]; then echo $$ >>"$STUB/following"; exec sleep 60; fi'
-  stubs.add('gcloud', STUB.replace('\n', f'\n{follow}\n', 1))
-  following = stubs.folder / 'stub' / 'following'
-  job = subprocess.Popen(['bash', 'launch/tpu.sh', 'logs', 'edit'], cwd=stubs.root, env=stubs.environment,
-                         start_new_session=True)
-  for _ in range(1000):
-    if following.exists() and len(following.read_text().split()) == 4:
-      break
-    time.sleep(0.01)
-  os.killpg(job.pid, signal.SIGINT)
-  assert job.wait(timeout=30) != 0
-  for _ in range(1000):
-    if not any(pathlib.Path(f'/proc/{number}').exists() for number in following.read_text().split()):
-      return
-    time.sleep(0.01)
-  raise TimeoutError('commands are left')
 
 
 @pytest.mark.parametrize('verb', ['status', 'run', 'logs', 'ssh', 'stop', 'resume', 'delete'])
