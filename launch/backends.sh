@@ -85,11 +85,14 @@ sentence() {
 give_up() {
   local words reason=$said
   words=$(sentence) || words=$1
-  if [ ${#made[@]} -gt 0 ]; then
-    for each in "${made[@]}"; do "$each"; done
+  left=
+  for each in "${made[@]}"; do "$each"; done
+  if [ -n "$left" ]; then
+    words+="; some of it could not be removed and may cost money: bash launch/tpu.sh delete $name"
+  elif [ ${#made[@]} -gt 0 ]; then
     words+='; the request is withdrawn'
   fi
-  if [ "$verb" = create ]; then rm -rf "$record"; fi
+  if [ "$verb" = create ] && [ -z "$left" ]; then rm -rf "$record"; fi
   fail "$words${reason:+; gcloud said: $(head -c 600 <<<"$reason")}"
 }
 
@@ -109,7 +112,7 @@ gone() {
   act "$@"
   if [ -z "$refused" ]; then return; fi
   if ! not_there; then
-    echo "error: $(quoted "$@") failed: $said" >&2
+    echo "$(quoted "$@") failed: $said" >&2
     left=1
   fi
 }

@@ -33,6 +33,7 @@ source "$root/launch/topologies.sh"
 # shellcheck source=launch/backends.sh
 source "$root/launch/backends.sh"
 POLL_SECONDS=${POLL_SECONDS:-15}
+export CLOUDSDK_CORE_DISABLE_PROMPTS=1  # gcloud's own questions would not be seen
 HOSTS_AT_ONCE=16
 
 # --------------------------------------------------------------------------------------------- slices, whichever

@@ -262,6 +262,17 @@ def test_a_refused_group_is_taken_back(stubs):
       'instance-groups managed delete', 'instance-templates delete edit', 'resource-policies delete edit']
 
 
+def test_what_cannot_be_taken_back_is_said(stubs):
+  """And stays known, so that it can be deleted."""
+  stubs.rule('resize', QUOTA)
+  stubs.rule('groups managed delete', DOWN)
+  sentence = stubs.refused('create', 'edit', *GROUP, '--yes')
+  assert 'may cost money: bash launch/tpu.sh delete edit' in sentence and 'withdrawn' not in sentence
+  stubs.again()
+  stubs.made('delete', 'edit', '--yes')
+  assert len(stubs.acts()) == 3
+
+
 def test_errors_of_a_waiting_group(stubs):
   """A lack of machines is waited out, a lack of quota is not."""
   stubs.rule('list-instances', '')
