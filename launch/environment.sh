@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2164  # who sources it has set -e
 # Sourced by the other scripts: creates .venv in the repository's root and installs the given requirement files.
 # Nothing is installed again while the files are unchanged.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,9 +18,11 @@ python_for_us() {
   return 1
 }
 
-# Prints the pip requirement of jax for this machine's accelerator, or nothing.
+# Prints the pip requirement of jax for this machine's accelerator, or nothing. ACCELERATOR=tpu or cuda13 says which.
 accelerator() {
-  if nvidia-smi -L >/dev/null 2>&1; then
+  if [ -n "${ACCELERATOR:-}" ]; then
+    echo "jax[$ACCELERATOR]"
+  elif nvidia-smi -L >/dev/null 2>&1; then
     echo 'jax[cuda13]'
   elif compgen -G '/dev/accel*' >/dev/null || { [ -d /dev/vfio ] && [ -n "${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-}" ]; }; then
     echo 'jax[tpu]'
@@ -39,7 +42,7 @@ environment() {
   stamp=".venv/installed-$( (cat "$@"; echo "$device") | sha256sum | cut -c1-16)"
   if [ ! -e "$stamp" ]; then
     echo "installing $*${device:+ and $device} into .venv ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") ${device:+"$device"}
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${@/#/--requirement=}" ${device:+"$device"}
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . 2>/dev/null \
       || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
     touch "$stamp"
