@@ -165,3 +165,4 @@ def test_tokens_of_the_other_objectives(recipe):
   chats = dict(input_ids=shape((4, 100)), attributes=shape((4, 16, 9)))
   assert vlm.VLMObjective().tokens(made, chats) == 400
   assert vlm.VLMObjective(lm_weight=0.0).tokens(made, chats) == 64
+  assert vlm.VLMObjective(lm_weight=0.0).tokens(made, dict(input_ids=chats['input_ids'])) == 0  # no image

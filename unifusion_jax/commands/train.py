@@ -21,7 +21,8 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.fields import Path
 from unifusion_jax.planning import executables, replication
 from unifusion_jax.ranges import Range
-from unifusion_jax.training import checkpoint, interrupt, lock, meter, metrics, record, step, trace
+from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step, trace
+from unifusion_jax.training.meter import Meter, work_of
 
 ENDLESS = 2 ** 31 - 1  # steps
 
@@ -107,14 +108,14 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
       train_step = executables.Programs(train_step, config.train.executables, writer.note)
     else:
       writer.note('compiling: the first step of each shape of batch takes its time')
-    rates = meter.Meter(functools.partial(meter.work_of, config), list(mesh.devices.flat))
+    meter = Meter(functools.partial(work_of, config), list(mesh.devices.flat))
     traced = opened.enter_context(contextlib.closing(
-        trace.Trace(config.train.profile, workdir / 'profile', start, rates, writer.note)))
+        trace.Trace(config.train.profile, workdir / 'profile', start, meter, writer.note)))
     interrupts.defer()
     for done in range(start + 1, end + 1):
       with traced.step(done):
-        batch, progress = sharding.shard_batch(rates.read(data), mesh), clock()
-        state, scalars = rates.step(train_step, state, frozen, batch, key, progress)
+        batch, progress = sharding.shard_batch(meter.read(data), mesh), clock()
+        state, scalars = meter.step(train_step, state, frozen, batch, key, progress)
       pending.append(scalars)
       if len(pending) > 1:
         jax.block_until_ready(pending[-2])  # the host runs at most one step ahead
@@ -131,7 +132,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         writer.set_postfix(logged[-1])
       writer.step(done, progress)
       if logs:
-        writer.write(done, dict(_means(logged), **rates.rates(), skipped=data.skipped))
+        writer.write(done, dict(_means(logged), **meter.rates(), skipped=data.skipped))
         logged = []
       if saves:
         checkpoints.save(state, data)
@@ -140,10 +141,10 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         raise interrupt.Interrupted(signum, f'step {done} is saved in {workdir / "checkpoints"}, and the same command '
                                     'goes on from there')
       if measure and (done % config.train.held_out_every == 0 or last):
-        with rates.aside():
+        with meter.aside():
           writer.write(done, measure(state.ema, frozen))
       if preview and (done % config.train.preview_every == 0 or last):
-        with rates.aside():
+        with meter.aside():
           grid = preview(state.ema, frozen)
           with sharding.together('write a preview'):
             if grid is not None and sharding.is_main_process():

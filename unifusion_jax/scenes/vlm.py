@@ -109,7 +109,9 @@ class VLMObjective:
   def tokens(self, config, batch) -> int:
     """Tokens that the decoder reads of a batch, padding too; image tokens where the tower trains alone."""
     del config
-    return math.prod(batch['input_ids' if self.lm_weight else 'attributes'].shape[:2])
+    if self.lm_weight:
+      return batch['input_ids'].size
+    return math.prod(batch['attributes'].shape[:2]) if 'attributes' in batch else 0
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of images, requests, answers and truths; None for the tower alone."""
