@@ -44,7 +44,7 @@ from unifusion_jax import flow, sharding
 from unifusion_jax.models import layers, unifusion
 from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
-from unifusion_jax.planning import model_flops
+from unifusion_jax.planning import chips, model_flops
 
 PARTS = ('products', 'forward', 'sample', 'gradient', 'train')
 _SIZES = flags.DEFINE_list('sizes', None, 'tiny, base (0.3B), 2b, krea2 (12.9B); default tiny,base, on a GPU all.')
@@ -56,9 +56,6 @@ _COMPILE = flags.DEFINE_bool('compile', True, 'Time diffusers compiled too, besi
 _DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the computation; default float32 on a CPU.')
 _ONE_CORE = flags.DEFINE_bool('one_core', False, 'CPU seconds of one thread: for a machine that others use, too.')
 _JSON = flags.DEFINE_string('json', None, 'A file for all figures.')
-
-# Dense bf16 FLOP/s by the vendor's data sheets; the first name within jax's device_kind
-PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'A100': 312e12}
 
 
 @dataclasses.dataclass
@@ -157,8 +154,8 @@ _forward = {}  # seconds of the forward passes by size and pixels
 
 
 def peak_flops() -> float | None:
-  kind = jax.devices()[0].device_kind
-  return next((peak for name, peak in PEAKS.items() if name in kind), None)
+  chip = chips.KINDS.get(jax.devices()[0].device_kind)
+  return chip and chip.flops / chip.cores
 
 
 def random_model(config: unifusion.UniFusionConfig) -> unifusion.UniFusion:
@@ -429,10 +426,7 @@ def train(ours, theirs, inputs: Inputs, dtype: str) -> dict[str, Side]:
 
 def forward_flops(model: unifusion.UniFusion, inputs: Inputs) -> float:
   """FLOPs of the products of one forward pass, counted on a mesh without devices, where no kernel hides attention's."""
-  mesh = sharding.abstract_mesh(sharding.MeshConfig(), 1)
-  arguments = sharding.abstract((model, *inputs.ours('hidden', 'mask', 'z', 't')), mesh)
-  with jax.sharding.use_abstract_mesh(mesh):
-    return model_flops.count(velocity, *arguments).total
+  return model_flops.count_call(velocity, model, *inputs.ours('hidden', 'mask', 'z', 't')).total
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ from unifusion_jax.commands import train
 from unifusion_jax.data import loader
 from unifusion_jax.data.config import Task
 from unifusion_jax.models import layers
+from unifusion_jax.planning import model_flops, programs
 from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.training import step
 from unifusion_jax.weights import encoders
@@ -33,11 +34,13 @@ def leaves(state):
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
-  """In batches of several shapes, with AdamW."""
+  """In batches of several shapes, with AdamW; traced in one of the runs, which changes nothing."""
   made = recipe(optim=dataclasses.replace(recipe().optim, name=name))
   if name == 'adamw':
     made.data.aspects = config.DataConfig().aspects
-  whole = train.run(dataclasses.replace(made, train=dataclasses.replace(made.train, log_every=2)), tmp_path / 'whole')
+    made.train.profile = '2:4'
+  whole = train.run(dataclasses.replace(made, train=dataclasses.replace(made.train, log_every=2, profile='')),
+                    tmp_path / 'whole')
   train.run(made, tmp_path / 'parts', stop_at=2)
   parts = train.run(made, tmp_path / 'parts')
   assert int(parts.step) == 4
@@ -49,6 +52,20 @@ def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
   for i, mean in enumerate(means):
     assert mean['loss'] == pytest.approx((lines[2 * i]['loss'] + lines[2 * i + 1]['loss']) / 2, abs=2e-6)
   assert (tmp_path / 'parts' / 'config.json').exists() and list((tmp_path / 'parts').glob('events.*'))
+  for line in lines:
+    assert line['images_per_second'] * line['step_time'] == pytest.approx(made.data.batch_size, rel=1e-4)
+    assert 0 <= line['data_wait'] <= 1 and 0 <= line['compile_wait'] <= 1 and 'mfu' not in line
+  for i, mean in enumerate(means):  # of two steps, which may differ in shape
+    for rate in ('tokens_per_second', 'tflops_per_chip'):
+      a, b = (line[rate] * line['step_time'] for line in lines[2 * i:2 * i + 2])
+      assert 2 * mean[rate] * mean['step_time'] == pytest.approx(a + b, rel=1e-4)
+  sessions = sorted(path.name for path in (tmp_path / 'parts').glob('profile/plugins/profile/*'))
+  assert sessions == (['steps_2_to_3', 'steps_3_to_3'] if name == 'adamw' else [])
+  if name == 'muon':  # all steps are of one shape: what a plan counts
+    program = programs.of('train', made, references=0)
+    flops = model_flops.count_call(program.forward, *program.counted, trained=program.trained).total
+    for line in lines:
+      assert 1e12 * line['tflops_per_chip'] * line['step_time'] * mesh.size == pytest.approx(flops, rel=1e-4)
 
 
 def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, monkeypatch):
@@ -269,6 +286,9 @@ def test_a_leap_of_the_loss_stops():
     (lambda c: setattr(c.data, 'tasks', (Task('edit/1-1'),)), 'as in edit/1-2'),
     (lambda c: setattr(c.data, 'tasks', (Task('edit/2'),)), 'as in edit/1-2'),
     (lambda c: setattr(c.train, 'save_every', 0), 'train.save_every=0'),
+    (lambda c: setattr(c.train, 'profile', '105:100'), "train.profile='105:100' must be START:STOP"),
+    (lambda c: setattr(c.train, 'profile', '5:6'), 'train.profile=5:6 begins after the last step, train.steps=4'),
+    (lambda c: setattr(c.train, 'wandb', 'a/b/c'), "train.wandb='a/b/c' must be a project"),
     (lambda c: setattr(c.optim, 'accumulate', 0), 'optim.accumulate=0'),
     (lambda c: setattr(c.optim, 'decay', 2.0), 'optim.decay=2.0'),
     (lambda c: setattr(c.optim, 'clip', 0.0), 'optim.clip=0.0'),

@@ -13,6 +13,7 @@ request without rewrites is trained on as it is.
 
 import collections
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,7 +24,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from unifusion_jax import json_file, prompting, ranges, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
@@ -31,7 +31,7 @@ from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
 from unifusion_jax.ranges import Range
-from unifusion_jax.training import lock
+from unifusion_jax.training import lock, metrics
 from unifusion_jax.training.record import differences
 from unifusion_jax.weights import encoders, hub
 
@@ -95,7 +95,7 @@ def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., t
   with sharding.together('read the rewrites that are there'):
     done, tally, start = set(_keys(folder)), collections.Counter(), time.monotonic()
   total = sum(len(source) for source in sources)
-  with path.open('a') as file, tqdm.tqdm(total=total, unit='record', disable=not sharding.is_main_process()) as bar:
+  with path.open('a') as file, contextlib.closing(metrics.progress(total, 'record')) as bar:
     for source in sources:
       for references, indices in _by_references(source):
         requests = _requests(encoder, source, references, indices, config.rewrite.count, done, tally, bar)

@@ -3,8 +3,10 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
+import re
 import statistics
 import time
 
@@ -19,7 +21,8 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.fields import Path
 from unifusion_jax.planning import executables, replication
 from unifusion_jax.ranges import Range
-from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step
+from unifusion_jax.training import checkpoint, interrupt, lock, metrics, record, step, trace
+from unifusion_jax.training.meter import Meter, work_of
 
 ENDLESS = 2 ** 31 - 1  # steps
 
@@ -38,11 +41,21 @@ class TrainConfig:
   max_loss_ratio: float = 4.0  # stop when the loss stays at this many times its running median
   checksums: bool = True       # digests of checkpoints' files, written and compared at 2.5 GB/s
   executables: Path | None = None  # folder of compiled train steps, which are loaded from it or saved there
+  profile: str = ''            # '100:105': an XProf trace of steps 100 to 104, in WORKDIR/profile
+  wandb: str = ''              # PROJECT or ENTITY/PROJECT of Weights & Biases, which gets the metrics too
 
   def problems(self) -> list[str]:
     """Settings that cannot work, a sentence each."""
     interval, optional = Range(1, 10 ** 9), Range(0, 10 ** 9)
-    return ranges.problems(
+    wrong, traced = [], trace.steps(self.profile)
+    if traced is None:
+      wrong.append(f'train.profile={self.profile!r} must be START:STOP with START from 1 on and below STOP, as 100:105 '
+                   'for steps 100 to 104')
+    elif traced and traced[0] > self.steps and not self.minutes:
+      wrong.append(f'train.profile={self.profile} begins after the last step, train.steps={self.steps}')
+    if self.wandb and not re.fullmatch(r'([^/\\#?%:]+/)?[^/\\#?%:]+', self.wandb):
+      wrong.append(f'train.wandb={self.wandb!r} must be a project of Weights & Biases, as PROJECT or ENTITY/PROJECT')
+    return wrong + ranges.problems(
         self, 'train.', steps=interval, minutes=Range(0, 10 ** 7), log_every=interval, save_every=interval,
         save_minutes=Range(0, 10 ** 7), keep=interval, keep_every=optional, preview_every=optional,
         held_out_every=optional, max_loss_ratio=Range(above=1))
@@ -87,28 +100,30 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
     start, end = int(state.step), ENDLESS if config.train.minutes else config.train.steps
     end = end if stop_at is None else min(stop_at, end)
     end = start if state.progress == 1 else end  # its budget of minutes is used up
-    writer = opened.enter_context(contextlib.closing(
-        metrics.Writer(workdir, start, None if config.train.minutes else config.train.steps)))
+    with sharding.together('open the metrics'):
+      writer = opened.enter_context(contextlib.closing(
+          metrics.Writer(workdir, start, None if config.train.minutes else config.train.steps, config.train.wandb)))
     clock, saved = Clock(config.train.minutes, float(state.progress)), time.monotonic()
     told = np.array([[0, clock.before, False]], np.float32)  # of each process: signal, clock, whether a save is late
     exchange = sharding.Exchange(told[0])
     guard = DivergenceGuard(config.train.max_loss_ratio)
     key = jax.random.key(config.seed)
     logged, pending = [], []  # metrics of the steps since the last log line; `pending` are still on the device
-    rate_clock, rate_step, waited = time.monotonic(), start, 0.0
     if note:
       writer.note(note)
     if config.train.executables:
       train_step = executables.Programs(train_step, config.train.executables, writer.note)
     else:
       writer.note('compiling: the first step of each shape of batch takes its time')
+    meter = Meter(functools.partial(work_of, config), list(mesh.devices.flat))
+    traced = opened.enter_context(contextlib.closing(
+        trace.Trace(config.train.profile, workdir / 'profile', start, meter, writer.note)))
     interrupts.defer()
     for done in range(start + 1, end + 1):
-      waiting = time.monotonic()
-      batch = next(data)
-      waited += time.monotonic() - waiting
       progress = told[0, 1] if config.train.minutes else None  # by the clock of the first process
-      state, scalars = train_step(state, frozen, sharding.shard_batch(batch, mesh), key, progress)
+      with traced.step(done):
+        batch = sharding.shard_batch(meter.read(data), mesh)
+        state, scalars = meter.step(train_step, state, frozen, batch, key, progress)
       pending.append(scalars)
       if len(pending) > 1:
         jax.block_until_ready(pending[-2])  # the host runs at most one step ahead
@@ -128,12 +143,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         writer.set_postfix(logged[-1])
       writer.step(done, progress)
       if logs:
-        now = time.monotonic()
-        seconds = now - rate_clock
-        images = (done - rate_step) * config.data.batch_size
-        rates = dict(images_per_second=images / seconds, data_wait=waited / seconds)
-        rate_clock, rate_step, waited = now, done, 0.0
-        writer.write(done, dict(_means(logged), **rates, skipped=data.skipped))
+        writer.write(done, dict(_means(logged), **meter.rates(), skipped=data.skipped))
         logged = []
       if saves:
         checkpoints.save(state, data)
@@ -143,14 +153,14 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         raise interrupt.Interrupted(signum, f'step {done} is saved in {workdir / "checkpoints"}, and the same command '
                                     'goes on from there')
       if measure and (done % config.train.held_out_every == 0 or last):
-        writer.write(done, measure(state.ema, frozen))
-        rate_clock, rate_step, waited = time.monotonic(), done, 0.0
+        with meter.aside():
+          writer.write(done, measure(state.ema, frozen))
       if preview and (done % config.train.preview_every == 0 or last):
-        grid = preview(state.ema, frozen)
-        with sharding.together('write a preview'):
-          if grid is not None and sharding.is_main_process():
-            imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
-        rate_clock, rate_step, waited = time.monotonic(), done, 0.0
+        with meter.aside():
+          grid = preview(state.ema, frozen)
+          with sharding.together('write a preview'):
+            if grid is not None and sharding.is_main_process():
+              imaging.write_png(workdir / 'samples' / f'{done:07d}.png', grid)
       if last:
         break
     checkpoints.wait()

@@ -66,10 +66,12 @@ class UniFusion(nnx.Module):
   def config(self) -> UniFusionConfig:
     return UniFusionConfig(dataclasses.replace(self.lap.config), dataclasses.replace(self.dit.config), self.dtype)
 
+  @jax.named_scope('lap')
   def condition(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """Tapped VLM states [b s l e] and the mask of their tokens [b s] -> condition tokens [b s d]."""
     return self.lap(hidden.astype(self.dtype), mask)
 
+  @jax.named_scope('dit')
   def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
     """Latents [b y x c] at time t [b] (1 is noise), condition [b s d] and its mask [b s] -> velocity [b y x c] f32.
 

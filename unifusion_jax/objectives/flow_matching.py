@@ -117,6 +117,14 @@ class FlowMatching:
     transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
     return loader.batch_spec(transform.spec(config.data.size, config.data.size, references), config.data.batch_size)
 
+  def tokens(self, config, batch) -> int:
+    """Tokens that the DiT reads of a batch: image patches and condition tokens, padding too, once for each noise."""
+    rows, height, width, _ = batch['target'].shape
+    condition = batch['cond_index'].shape[1]
+    if self.rewrite_online:
+      condition += config.data.budget[1] + batch['fallback_index'].shape[1]
+    return rows * self.noises_per_example * (height * width // self.unit(config) ** 2 + condition)
+
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
     return pipeline.UniFusionPipeline(model_of(params), frozen, transforms.prompt_encoder(config), config.sample,
@@ -157,8 +165,10 @@ class FlowMatching:
     A metric is a scalar, or a pair (sum, count) whose ratio over many steps is the mean.
     """
     time_key, noise_key = jax.random.split(key)
-    z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
-    hidden, mask, metrics = self._hidden(frozen, batch)
+    with jax.named_scope('autoencoder'):
+      z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
+    with jax.named_scope('vlm'):
+      hidden, mask, metrics = self._hidden(frozen, batch)
     model = model_of(params)
     cond = model.condition(jax.lax.stop_gradient(hidden), mask)
     n = self.noises_per_example
@@ -170,8 +180,9 @@ class FlowMatching:
     repa_term = 0.0
     if self.repa_weight:
       velocity, states = model.velocity(noised, t, cond, mask, self.repa_depth)
-      targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
-      metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, n))
+      with jax.named_scope('repa'):
+        targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
+        metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, n))
       repa_term = self.repa_weight * metrics['repa']
     else:
       velocity = model.velocity(noised, t, cond, mask)

@@ -52,6 +52,16 @@ CHIPS = {
     'h200': Chip('gpu', 141, 105.75, 989e12, 4800e9, 450e9, 8, per_host=8),
 }
 
+_PCIE = dataclasses.replace(CHIPS['h100'], flops=756e12, bandwidth=2000e9, link=300e9, most=2)
+_40GB = dataclasses.replace(CHIPS['a100'], hbm=40, usable=30, bandwidth=1555e9)
+# By the name that jax gives their devices (device_kind)
+KINDS = {
+    'TPU v5 lite': CHIPS['v5e'], 'TPU v5e': CHIPS['v5e'], 'TPU v6 lite': CHIPS['v6e'], 'TPU v6e': CHIPS['v6e'],
+    'TPU v5': CHIPS['v5p'], 'TPU v5p': CHIPS['v5p'], 'TPU7x': CHIPS['tpu7x'],
+    'NVIDIA A100-SXM4-80GB': CHIPS['a100'], 'NVIDIA A100-SXM4-40GB': _40GB,
+    'NVIDIA H100 80GB HBM3': CHIPS['h100'], 'NVIDIA H100 PCIe': _PCIE, 'NVIDIA H200': CHIPS['h200'],
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -11,6 +11,7 @@ import jax
 from jax.extend import core
 import numpy as np
 
+from unifusion_jax import sharding
 from unifusion_jax.planning import hlo
 from unifusion_jax.planning.work import Tensor
 
@@ -39,6 +40,17 @@ def count(function, *arguments, trained: int = 0) -> ModelFlops:
   total = ModelFlops()
   _count(jaxpr.jaxpr, learnt, 1, total)
   return total
+
+
+def count_call(function, *arguments, trained: int = 0) -> ModelFlops:
+  """`count` of a call with arrays of the mesh in context, which stay where they are.
+
+  Counted on the same mesh without its devices, where no fused kernel hides the operations of attention.
+  """
+  mesh = jax.sharding.get_mesh()
+  absent = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types)
+  with jax.sharding.use_abstract_mesh(absent):
+    return count(function, *sharding.abstract(jax.tree.map(jax.typeof, arguments), absent), trained=trained)
 
 
 def _count(jaxpr: core.Jaxpr, learnt: list[bool], times: float, total: ModelFlops) -> list[bool]:

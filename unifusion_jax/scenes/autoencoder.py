@@ -84,6 +84,11 @@ class AutoencoderObjective:
     """A batch as it reaches the train step."""
     return loader.batch_spec(self.transform(config).spec(config.data.size, config.data.size), config.data.batch_size)
 
+  def tokens(self, config, batch) -> int:
+    """Places of the latents of a batch."""
+    rows, height, width, _ = batch['target'].shape
+    return rows * (height // config.model.downsampling) * (width // config.model.downsampling)
+
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid: test images and their reconstructions."""
     records = loader.preview_records(config.data, PREVIEWED)

@@ -7,6 +7,7 @@ up at the end of the instruction. Both are dropped when the VLM is exported.
 
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 
@@ -104,6 +105,13 @@ class VLMObjective:
     """The largest batch, as it reaches the train step."""
     size, transform = config.data.size, self.transform(config)
     return loader.batch_spec(transform.spec(size, size, references=1, task='edit'), config.data.batch_size)
+
+  def tokens(self, config, batch) -> int:
+    """Tokens that the decoder reads of a batch, padding too; image tokens where the tower trains alone."""
+    del config
+    if self.lm_weight:
+      return batch['input_ids'].size
+    return math.prod(batch['attributes'].shape[:2]) if 'attributes' in batch else 0
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of images, requests, answers and truths; None for the tower alone."""

@@ -173,11 +173,13 @@ def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig)
     key = jax.random.fold_in(key, state.step)
     run = gradient if config.accumulate == 1 else accumulated
     (_, metrics), gradients = run(state.params, frozen, batch, key)
-    updates, opt = tx.update(gradients, state.opt, state.params, progress=progress)
-    params = optax.apply_updates(state.params, updates)
-    # A short memory at first, or the average would hold the initial weights for thousands of steps.
-    decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+    with jax.named_scope('optimizer'):
+      updates, opt = tx.update(gradients, state.opt, state.params, progress=progress)
+      params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('ema'):
+      # A short memory at first, or the average would hold the initial weights for thousands of steps.
+      decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
+      ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
     metrics = dict(metrics, gradient_norm=optax.tree.norm(gradients))
     progress = state.progress if progress is None else progress
     return State(state.step + 1, progress, params, ema, opt), metrics
