@@ -29,8 +29,8 @@ class Checkpoints:
   Saving is asynchronous: a thread waits until the checkpoint is whole, then writes the digests of its files. An
   interrupted save leaves a temporary folder, which is never read. Restoring takes the newest checkpoint whose files
   match their digests, with a warning for each that it passes over. A checkpoint without digests (its save was cut off
-  just before them, or `checksums` was off) counts as whole if it can be loaded; its values are not verified. In a bucket
-  there are none: it keeps checksums of its own.
+  just before them, or `checksums` was off) counts as whole if it can be loaded; its values are not verified. There are
+  none in a bucket, which keeps checksums of its own.
 
   Args:
     keep: newest checkpoints to keep.  keep_every: steps; those of their multiples stay too. 0: none.
@@ -209,8 +209,8 @@ def trained(config, workdir: pathlib.Path):
         return params, f'{bucket.address(workdir)} at step {step}'
   weights = config.sample.weights or config.init
   if weights is None:
-    raise UserError(f'{bucket.address(workdir)} holds no run and the configuration names no weights: train first (--mode=train), or '
-                    'give --config.sample.weights=FOLDER')
+    raise UserError(f'{bucket.address(workdir)} holds no run and the configuration names no weights: train first '
+                    '(--mode=train), or give --config.sample.weights=FOLDER')
   pinned = hub.pin(weights)
   return objective.load(config, str(pinned.folder)), pinned.name
 
