@@ -55,7 +55,10 @@ def buckets():
   """A server in the place of Google's, with the bucket gs://bucket; `refusing` makes it refuse all writes."""
   import functools
   import http.server
+  import logging
+  import re
   import threading
+  import urllib.parse
 
   from etils.epath import backend
   import fsspec
@@ -66,8 +69,12 @@ def buckets():
     def do_POST(self):
       if self.server.refusing:
         self.send_error(403)
-      else:
-        super().do_POST()
+        return
+      moved = re.search('/o/(.*)/moveTo/o/', self.path)  # which it does not know
+      self.path = self.path.replace('/moveTo/o/', '/copyTo/b/bucket/o/')
+      super().do_POST()
+      if moved:
+        memory.delete_file('bucket', urllib.parse.unquote(moved[1]))
 
   class Server(http.server.HTTPServer):
     refusing = False
@@ -75,6 +82,7 @@ def buckets():
     def handle_error(self, request, client_address):
       """Says nothing of a client that has gone."""
 
+  logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)  # else a line for each object that is not there
   memory = storage.Storage(use_memory_fs=True)
   buckets.create_bucket('bucket', memory)
   served = Server(('localhost', 0), functools.partial(Handler, memory))

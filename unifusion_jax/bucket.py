@@ -94,7 +94,7 @@ class Mirror:
   """A local folder and the one in the bucket that it is copied to."""
 
   def __init__(self, url: str):
-    self.url = url.rstrip('/')
+    self.url = url
     self.folder = pathlib.Path(tempfile.mkdtemp(prefix='unifusion-'))
     self._known: dict[str, tuple[int, int]] = {}  # (size, mtime) of files that are the same on both sides
     self._lock, self._ended = threading.Lock(), threading.Event()
@@ -153,7 +153,7 @@ class Mirror:
     except Exception as error:
       raise UserError(f'{self.url}: what this run has written could not all be copied there '
                       f'({reason(error) or _shown(error)}); it is in {self.folder}: copy it with '
-                      f'gcloud storage cp --recursive "{self.folder}/*" {self.url}/') from error
+                      f'gcloud storage cp --recursive "{self.folder}/*" {self.url.rstrip("/")}/') from error
     finally:
       del _MIRRORS[self.folder]
     shutil.rmtree(self.folder, ignore_errors=True)

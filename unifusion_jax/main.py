@@ -58,12 +58,11 @@ def start(argv):
     # Where the CPU is the device, one a core is up to 1.3 times as fast as one for all cores (docs/training.md).
     jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
   jax.config.update('jax_hlo_source_file_canonicalization_regex', executables.SOURCES)
-  if bucket.is_address(_CACHE.value):
-    jax.config.update('jax_compilation_cache_dir', _CACHE.value)
-    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # XLA itself reads and writes no buckets
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
-  elif _CACHE.value:
-    jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
+  if _CACHE.value:
+    in_bucket = bucket.is_address(_CACHE.value)
+    jax.config.update('jax_compilation_cache_dir', _CACHE.value if in_bucket else os.path.abspath(_CACHE.value))
+    if in_bucket:
+      jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # XLA itself reads and writes no buckets
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
   if not (_DISTRIBUTED.value or {_COORDINATOR.value, _PROCESSES.value, _PROCESS.value} != {None}):
     if others := processes.expected():
