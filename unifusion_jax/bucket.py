@@ -30,7 +30,7 @@ from unifusion_jax.errors import clipped, UserError
 
 SECONDS = 15.0         # between two copies into the bucket
 CHECKPOINTS = 'checkpoints'
-LARGE = ('export', 'executables')  # copied at the end alone, and not fetched at the start
+LARGE = ('export',)     # copied at the end alone, and not fetched at the start
 _SHARE = 10            # a copy takes at most one part in so many of the time
 _WHOLE = 2 ** 26       # bytes; files up to this size are read whole, since they may grow while they are copied
 _FAILURES = 'UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'  # of tensorstore
