@@ -356,6 +356,12 @@ def test_a_run_keeps_the_addresses_it_was_given(there, recipe, tmp_path):
   assert pathlib.Path(made.vlm).is_dir() and pathlib.Path(made.vae).is_dir()
 
 
+def test_settings_of_local_folders_take_no_address(recipe):
+  made = recipe(vlm_cache='gs://bucket/cache')
+  made.train.executables = 'gs://bucket/programs'
+  assert [problem.partition('=')[0] for problem in made.problems(8)] == ['vlm_cache', 'train.executables']
+
+
 def test_compiled_programs_are_kept_in_a_bucket(there, monkeypatch):
   before = {name: getattr(jax.config, name) for name in (
       'jax_compilation_cache_dir', 'jax_persistent_cache_enable_xla_caches',

@@ -63,9 +63,9 @@ class Config:
     dtype_problems = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
         f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
     data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
-    return [*place_problems, *dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems, *self.optim.problems(),
-            *self.train.problems(), *self.objective.problems(self, devices), *self.sample.problems(unit),
-            *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
+    return [*place_problems, *dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems,
+            *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
+            *self.sample.problems(unit), *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
 
 
 def check(config, devices: int) -> None:
