@@ -149,7 +149,7 @@ def test_a_bucket_that_cannot_be_used_says_so_at_the_start(buckets, url, refusin
 
 def test_without_gcsfs_the_package_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
-  monkeypatch.setattr(sys.modules['fsspec.registry'], '_registry', {})
+  monkeypatch.delitem(sys.modules['fsspec.registry']._registry, 'gs', raising=False)
   with pytest.raises(UserError, match='pip install gcsfs'):
     bucket.names('gs://bucket/model')
 
