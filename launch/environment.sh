@@ -30,7 +30,7 @@ accelerator() {
 }
 
 environment() {
-  local python stamp device
+  local python stamp device=()
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=$(python_for_us)
     if ! "$python" -m venv --clear .venv; then
@@ -38,11 +38,12 @@ environment() {
       return 1
     fi
   fi
-  device=$(accelerator)
-  stamp=".venv/installed-$( (cat "$@"; echo "$device") | sha256sum | cut -c1-16)"
+  read -ra device <<<"$(accelerator)"
+  if [ "${device[0]:-}" = 'jax[tpu]' ]; then device+=(gcsfs); fi  # TPUs are beside buckets: gs:// addresses
+  stamp=".venv/installed-$( (cat "$@"; echo "${device[*]}") | sha256sum | cut -c1-16)"
   if [ ! -e "$stamp" ]; then
-    echo "installing $*${device:+ and $device} into .venv ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${@/#/--requirement=}" ${device:+"$device"}
+    echo "installing $*${device[0]:+ and ${device[*]}} into .venv ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${@/#/--requirement=}" "${device[@]}"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . 2>/dev/null \
       || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
     touch "$stamp"

@@ -6,6 +6,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # asks Google what kind of bucket it is
 # Threads of the CPU client: a collective blocks one on each of eight devices, and several may be under way
 os.environ['PJRT_NPROC'] = '64'
 
@@ -47,6 +48,53 @@ def programs():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(scope='session')
+def buckets():
+  """A server in the place of Google's, with the bucket gs://bucket; `refusing` makes it refuse all writes."""
+  import functools
+  import http.server
+  import logging
+  import re
+  import threading
+  import urllib.parse
+
+  from etils.epath import backend
+  import fsspec
+  from gcp_storage_emulator import server, storage
+  from gcp_storage_emulator.handlers import buckets
+
+  class Handler(server.RequestHandler):
+    def do_POST(self):
+      if self.server.refusing:
+        self.send_error(403)
+        return
+      moved = re.search('/o/(.*)/moveTo/o/', self.path)  # which it does not know
+      self.path = self.path.replace('/moveTo/o/', '/copyTo/b/bucket/o/')
+      super().do_POST()
+      if moved:
+        memory.delete_file('bucket', urllib.parse.unquote(moved[1]))
+
+  class Server(http.server.HTTPServer):
+    refusing = False
+
+    def handle_error(self, request, client_address):
+      """Says nothing of a client that has gone."""
+
+  logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)  # else a line for each object that is not there
+  memory = storage.Storage(use_memory_fs=True)
+  buckets.create_bucket('bucket', memory)
+  served = Server(('localhost', 0), functools.partial(Handler, memory))
+  threading.Thread(target=served.serve_forever, name='buckets', daemon=True).start()
+  fsspec.AbstractFileSystem.clear_instance_cache()
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  with pytest.MonkeyPatch.context() as environment:
+    for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL'):
+      environment.setenv(name, f'http://localhost:{served.server_port}')
+    yield served
+  served.shutdown()
+  served.server_close()
 
 
 @pytest.fixture(scope='session')

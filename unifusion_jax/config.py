@@ -7,7 +7,7 @@ start. `objective` is what is trained and `eval` how it is measured. Both hold s
 
 import dataclasses
 
-from unifusion_jax import ranges
+from unifusion_jax import bucket, ranges
 from unifusion_jax.commands.rewrite import RewriteConfig
 from unifusion_jax.commands.train import TrainConfig
 from unifusion_jax.data.config import DataConfig
@@ -26,16 +26,17 @@ from unifusion_jax.training.step import OptimConfig
 class Config:
   objective: object               # what is trained: a dataclass of objectives/ or scenes/
   model: object                   # sizes of the model in training
-  vlm: Path = str(ASSETS / 'vlm')  # folder or hub id of the frozen VLM; when a VLM is trained, of its tokenizer
+  # Folder, hub id or gs:// address: of the frozen VLM, or when a VLM is trained, of its tokenizer
+  vlm: Path = str(ASSETS / 'vlm')
   vlm_quantized: str = ''         # 'int8': weights in int8; 'w8a8': activations too
   vlm_cache: Path | None = None   # folder that keeps the converted VLM for the next start
-  vae: Path = str(ASSETS / 'vae')  # folder or hub id of a diffusers autoencoder
+  vae: Path = str(ASSETS / 'vae')  # folder, hub id or address of a diffusers autoencoder
   init: Path | None = None        # checkpoint folder to start training from; None: random weights
   system: str = 'rewrite'         # system prompt of training, a name in verifi.SYSTEM or a text
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: Seed = 0
-  # {setting: hub id at its commit}; `record.pin` puts the local folder into the setting itself.
+  # {setting: hub id at its commit, or address}; `record.pin` puts the local folder into the setting itself.
   hub: dict[str, str] = dataclasses.field(default_factory=dict)
   devices: int = 0                # devices that the recipe is for, to check it on another machine; 0: those present
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -56,12 +57,15 @@ class Config:
     data, fsdp, tp = self.mesh.shape(devices)
     mesh = dict(data=data, fsdp=fsdp, tp=tp)
     kinds, unit = self.objective.tasks, self.objective.unit(self)
+    local = {'vlm_cache': self.vlm_cache, 'train.executables': self.train.executables}
+    place_problems = [f'{name}={value} must be a local folder: it is written and loaded as files' for name, value
+                      in local.items() if bucket.is_address(value)]
     dtype_problems = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
         f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
     data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
-    return [*dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems, *self.optim.problems(),
-            *self.train.problems(), *self.objective.problems(self, devices), *self.sample.problems(unit),
-            *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
+    return [*place_problems, *dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems,
+            *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
+            *self.sample.problems(unit), *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
 
 
 def check(config, devices: int) -> None:

@@ -96,9 +96,9 @@ def _entry(path: str, folder: pathlib.Path) -> str:
 
 
 def part_of(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path | str:
-  """Folder or hub id of the `part` ('vlm' or 'vae') that unifusion.json calls `entry`.
+  """Folder, hub id or address of the `part` ('vlm' or 'vae') that unifusion.json calls `entry`.
 
-  name: the pipeline's folder or hub id as the user gave it; folder: its local folder.
+  name: the pipeline's folder, hub id or address as the user gave it; folder: its local folder.
   """
   if entry == 'tiny':
     return ASSETS / part
@@ -110,4 +110,5 @@ def part_of(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path |
     raise UserError(f'{folder / FILE} says that the {part} is in {entry}, which is not there: put it there, or '
                     f'give {part}=FOLDER')
   repository, at, revision = str(name).partition('@')
-  return posixpath.normpath(posixpath.join(repository, entry)) + at + revision
+  scheme, mark, repository = repository.rpartition('://')
+  return scheme + mark + posixpath.normpath(posixpath.join(repository, entry)) + at + revision

@@ -4,6 +4,7 @@
   unifusion --config=edit --workdir=runs/edit
 """
 
+import contextlib
 import importlib
 import math
 import os
@@ -13,7 +14,7 @@ import tempfile
 from absl import app, flags, logging
 import jax
 
-from unifusion_jax import command_line, errors, processes, sharding
+from unifusion_jax import bucket, command_line, errors, processes, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.errors import UserError
 from unifusion_jax.planning import compiler, executables
@@ -28,7 +29,8 @@ GRACE = 60  # seconds for the devices of all processes, once these have found ea
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
-                        'Folder of the run; default runs/RECIPE, with a scale runs/RECIPE_SCALE.')
+                        'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
+                        'runs/RECIPE_SCALE.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One of several processes that run together, as on the hosts of a TPU pod; jax finds the '
     'others by itself on Cloud TPU, GKE, Slurm and Open MPI.')
@@ -47,7 +49,7 @@ _PROGRAMS = flags.DEFINE_list('programs', None, 'What --mode=plan compiles, of t
 _SAVE = flags.DEFINE_bool('save', False, 'Write the train step that --mode=plan compiles, so that a start on that '
                           'topology loads it.')
 _CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathlib.Path('.cache') / 'jax'),
-                      'Folder that keeps compiled programs between runs; empty for none.')
+                      'Folder, here or gs://BUCKET/FOLDER, that keeps compiled programs between runs; empty for none.')
 
 
 def start(argv):
@@ -57,7 +59,10 @@ def start(argv):
     jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
   jax.config.update('jax_hlo_source_file_canonicalization_regex', executables.SOURCES)
   if _CACHE.value:
-    jax.config.update('jax_compilation_cache_dir', os.path.abspath(_CACHE.value))
+    in_bucket = bucket.is_address(_CACHE.value)
+    jax.config.update('jax_compilation_cache_dir', _CACHE.value if in_bucket else os.path.abspath(_CACHE.value))
+    if in_bucket:
+      jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # XLA itself reads and writes no buckets
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
   if not (_DISTRIBUTED.value or {_COORDINATOR.value, _PROCESSES.value, _PROCESS.value} != {None}):
     if others := processes.expected():
@@ -86,23 +91,31 @@ def main(argv):
       _set_plan(config)
     else:
       configuration.check(config, jax.device_count())
-    workdir = pathlib.Path(_WORKDIR.value or default_workdir(flags.FLAGS.config))
-    if trains:
-      check_writable(workdir)
+    opened = _opened(_WORKDIR.value or default_workdir(flags.FLAGS.config), trains)
   command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
-  if mode == 'plan':  # reads no weights, and makes a mesh of its own
-    command.run(config, workdir)
-    return
-  if trains:
-    record.pin(config, workdir, *config.objective.pretrained)
-  with jax.set_mesh(sharding.make_mesh(config.mesh)):
-    command.run(config, workdir)
+  with opened as workdir:
+    if mode == 'plan':  # reads no weights, and makes a mesh of its own
+      command.run(config, workdir)
+      return
+    if trains:
+      record.pin(config, workdir, *config.objective.pretrained)
+    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+      command.run(config, workdir)
 
 
 def default_workdir(recipe: str) -> pathlib.Path:
   """The workdir of a recipe without one: runs/edit for edit, runs/edit_8b for edit:8b."""
   path, scale = command_line.locate(recipe)
   return pathlib.Path('runs') / (f'{path.stem}_{scale}' if scale else path.stem)
+
+
+def _opened(name: str | pathlib.Path, trains: bool):
+  """The context of a workdir, a local folder in it. UserError where it cannot be written to."""
+  if bucket.is_address(name):
+    return bucket.mirrored(name)
+  if trains:
+    check_writable(pathlib.Path(name))
+  return contextlib.nullcontext(pathlib.Path(name))
 
 
 def _set_plan(config) -> None:

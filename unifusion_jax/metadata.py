@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import pathlib
 
 import jax
 import numpy as np
 
 import unifusion_jax
+from unifusion_jax import bucket
 from unifusion_jax.data import imaging
 from unifusion_jax.description import ASSETS
 from unifusion_jax.request import Request, SampleConfig
@@ -18,7 +18,7 @@ EMBEDDED = {(ASSETS / part).resolve(): 'tiny' for part in ('edit', 'vlm', 'vae')
 
 def weights(name) -> dict[str, str]:
   """A checkpoint's name; of a folder its fingerprint too. A hub id has its commit in the name (hub.Pinned)."""
-  folder = pathlib.Path(name).expanduser()
+  folder = bucket.here(name)
   if not folder.is_dir():
     return dict(name=str(name))
   return dict(name=EMBEDDED.get(folder.resolve(), str(name)), fingerprint=hub.fingerprint(folder))

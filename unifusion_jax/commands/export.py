@@ -2,7 +2,7 @@
 
 import pathlib
 
-from unifusion_jax import sharding
+from unifusion_jax import bucket, sharding
 from unifusion_jax.training import checkpoint, record
 
 
@@ -13,4 +13,4 @@ def run(config, workdir: pathlib.Path) -> None:
   config.objective.export(config, params, workdir / 'export')
   record.write(config, workdir, 'config_export.json')
   if sharding.is_main_process():
-    print(f'wrote {workdir / "export"}')
+    print(f'wrote {bucket.address(workdir / "export")}')

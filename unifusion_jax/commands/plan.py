@@ -9,6 +9,7 @@
 import json
 import pathlib
 
+from unifusion_jax import bucket
 from unifusion_jax.errors import UserError
 from unifusion_jax.planning import plans, replication, report, search
 
@@ -23,6 +24,9 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
     if topology.chip.platform != 'tpu':
       raise UserError(f'--save: the plan of {topology.name} is compiled for CPUs in their place, and is no program to '
                       'keep; plan a TPU')
+    if bucket.is_address(bucket.address(workdir)) and not config.train.executables:
+      raise UserError('--save: programs are written to and loaded from local folders: give --config.train.executables='
+                      'FOLDER beside a --workdir in a bucket')
     folder = config.train.executables or str(workdir / 'executables')
   results, summary = [], plans.summary(config, topology)
   print('\n'.join([report.heading(summary, topology), *replication.repeated(config, topology.devices)]))
@@ -41,7 +45,7 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / 'plan.json'
   path.write_text(json.dumps(record, indent=2) + '\n')
-  print(path)
+  print(bucket.address(path))
   return results
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import json_file, prompting, ranges, sharding, verifi
+from unifusion_jax import bucket, json_file, prompting, ranges, sharding, verifi
 from unifusion_jax.data import loader, rewrites, transforms
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import BrokenRecord, UserError
@@ -110,7 +110,7 @@ def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., t
               file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
               tally.update(written=len(ids), failed=config.rewrite.count - len(ids))
             file.flush()
-  seconds = time.monotonic() - start
+  seconds, folder = time.monotonic() - start, bucket.address(folder)
   print(f'{folder}: {tally["written"]} rewrites in {seconds:.0f} s ({tally["written"] / seconds:.1f}/s), '
         f'{tally["failed"]} left out that were empty, had no end or did not fit, {tally["broken"]} broken records '
         f'passed over; train with --config.data.rewrites={folder}')
@@ -118,7 +118,7 @@ def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., t
 
 def check(config) -> None:
   """UserError when `config.data.rewrites` was written for another VLM, system prompt or budget than training has."""
-  _compare(pathlib.Path(config.data.rewrites), _settings(config, transforms.prompt_encoder(config)), SAMPLING)
+  _compare(rewrites.local(config.data.rewrites), _settings(config, transforms.prompt_encoder(config)), SAMPLING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from unifusion_jax import metadata, pipeline, prompting, sharding
+from unifusion_jax import bucket, metadata, pipeline, prompting, sharding
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import sheet
@@ -76,7 +76,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
           text = metadata.as_text(pipe.metadata(request, sample, settings))
           path = imaging.write_new_png(folder, number, sample.image, text)
           number, done = 1 + int(path.stem), done + 1
-          print(f'{path}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
+          print(f'{bucket.address(path)}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
                 + (f'\n  warning: {sample.warning}' if sample.warning else '')
                 + (f'\n  remark:  {sample.remark}' if sample.remark else ''))
           first = first or path.stem
@@ -84,7 +84,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
           if len(page) == PAGE or done == len(requests):
             path = folder / ('grid.png' if len(requests) <= PAGE else f'grid-{first}.png')
             imaging.write_png(path, imaging.wrapped_grid(*zip(*page), CELL))
-            print(path)
+            print(bucket.address(path))
             page, first = [], ''
       except UserError as error:
         problem = error

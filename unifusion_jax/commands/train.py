@@ -14,7 +14,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from unifusion_jax import ranges, sharding
+from unifusion_jax import bucket, ranges, sharding
 from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
@@ -88,7 +88,7 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
       state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
     else:
       state = checkpoints.restore(jax.eval_shape(lambda: step.init(objective.random(config), tx)), data, mesh)
-      logging.info('resuming from step %d of %s', int(state.step), workdir)
+      logging.info('resuming from step %d of %s', int(state.step), bucket.address(workdir))
     note = None
     if planned:
       progress, note = step.rescheduled(
@@ -150,8 +150,8 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         saved = time.monotonic()
       if signum:
         checkpoints.wait()
-        raise interrupt.Interrupted(signum, f'step {done} is saved in {workdir / "checkpoints"}, and the same command '
-                                    'goes on from there')
+        raise interrupt.Interrupted(signum, f'step {done} is saved in {bucket.address(workdir / "checkpoints")}, and '
+                                    'the same command goes on from there')
       if measure and (done % config.train.held_out_every == 0 or last):
         with meter.aside():
           writer.write(done, measure(state.ema, frozen))
@@ -165,8 +165,9 @@ def run(config, workdir: pathlib.Path, *, stop_at: int | None = None) -> step.St
         break
     checkpoints.wait()
   if sharding.is_main_process():
-    print('done.', f'images: {workdir / "samples"}', f'metrics: {workdir / "metrics.jsonl"}',
-          f'checkpoint: {workdir / "checkpoints"}', sep='\n  ')
+    place = bucket.address(workdir)
+    print('done.', f'images: {place / "samples"}', f'metrics: {place / "metrics.jsonl"}',
+          f'checkpoint: {place / "checkpoints"}', sep='\n  ')
   return state
 
 

@@ -7,9 +7,17 @@ import pathlib
 
 import numpy as np
 
+from unifusion_jax import bucket
 from unifusion_jax.errors import clipped, UserError
 
 SETTINGS = 'settings.json'
+
+
+def local(folder: str) -> pathlib.Path:
+  """The folder of rewrites that a setting names; of one in a bucket a copy here."""
+  if not bucket.is_address(folder):
+    return pathlib.Path(folder)
+  return bucket.fetched(folder, [name for name in bucket.names(folder) if name.endswith(('.jsonl', SETTINGS))])
 
 
 def key(record: dict) -> str:
@@ -49,7 +57,7 @@ class Table:
   """Rewrites of a folder by key, a list of token ids each; memory holds only the offsets of their lines."""
 
   def __init__(self, folder):
-    self.folder = pathlib.Path(folder)
+    self.folder = local(folder)
     self._places = {line['key']: (path, offset) for path in sorted(self.folder.glob('rewrites-*.jsonl'))
                     for offset, line in lines(path)}
     if not self._places:

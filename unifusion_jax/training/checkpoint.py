@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from unifusion_jax import digests, sharding
+from unifusion_jax import bucket, digests, sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.training.step import State
 from unifusion_jax.weights import hub
@@ -29,7 +29,8 @@ class Checkpoints:
   Saving is asynchronous: a thread waits until the checkpoint is whole, then writes the digests of its files. An
   interrupted save leaves a temporary folder, which is never read. Restoring takes the newest checkpoint whose files
   match their digests, with a warning for each that it passes over. A checkpoint without digests (its save was cut off
-  just before them, or `checksums` was off) counts as whole if it can be loaded; its values are not verified.
+  just before them, or `checksums` was off) counts as whole if it can be loaded; its values are not verified. There are
+  none in a bucket, which keeps checksums of its own.
 
   Args:
     keep: newest checkpoints to keep.  keep_every: steps; those of their multiples stay too. 0: none.
@@ -40,9 +41,8 @@ class Checkpoints:
 
   def __init__(self, workdir: str | pathlib.Path, keep: int = 2, keep_every: int = 0, tidy: bool = False,
                checksums: bool = True):
-    self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
-    self._folder.mkdir(parents=True, exist_ok=True)
-    self._tidy, self._checksums = tidy, checksums
+    self._folder = bucket.address(pathlib.Path(workdir).absolute() / 'checkpoints')
+    self._tidy, self._checksums = tidy, checksums and not bucket.is_address(self._folder)
     context = ocp.Context()
     # Small arrays are written by one replica: dividing them among replicas compiles a program for every slice.
     context.array.saving.min_slice_bytes_for_replica_parallel = 2 ** 24
@@ -50,9 +50,11 @@ class Checkpoints:
         ocp.handlers.JsonHandler, checkpointable_name='data')
     policies = ocp.training.preservation_policies
     kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
-    self._writer = ocp.training.Checkpointer(
-        self._folder, context=context, preservation_policy=policies.AnyPreservationPolicy(kept),
-        cleanup_tmp_directories=tidy)
+    with bucket.sentences(self._folder):
+      self._folder.mkdir(parents=True, exist_ok=True)
+      self._writer = ocp.training.Checkpointer(
+          self._folder, context=context, preservation_policy=policies.AnyPreservationPolicy(kept),
+          cleanup_tmp_directories=tidy)
     self._thread = futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending = None  # the future of the save under way
     self._failed = False
@@ -77,8 +79,8 @@ class Checkpoints:
       items = dict(state=_named(rest), ema=_named(state.ema), data=data.get_state())
       try:
         saved = self._writer.save_checkpointables_async(step, items, force=True)
-      except OSError as error:
-        raise _told(error, self._folder) from error
+      except Exception as error:
+        raise _told(error, self._folder)
       self._pending = self._thread.submit(self._finish, step, saved)
 
   def restore(self, abstract: State, data, mesh) -> State:
@@ -187,7 +189,7 @@ class Checkpoints:
                     problem, taken, f'; {aside.name} is what is left of it' if self._tidy else '')
     if self._tidy:
       if sharding.is_main_process():
-        os.rename(self._folder / str(step), aside)
+        (self._folder / str(step)).rename(aside)
       sharding.from_main_process(np.zeros(1))  # all go on after the first has renamed it
       self._writer.reload()
 
@@ -199,16 +201,16 @@ def trained(config, workdir: pathlib.Path):
   names.
   """
   objective = config.objective
-  if (workdir / 'checkpoints').exists():
+  if bucket.address(workdir / 'checkpoints').exists():
     with Checkpoints(workdir, checksums=config.train.checksums) as checkpoints:
       if checkpoints.latest() is not None:
         abstract = jax.eval_shape(lambda: objective.random(config))
         params, step = checkpoints.restore_ema(abstract, jax.sharding.get_mesh())
-        return params, f'{workdir} at step {step}'
+        return params, f'{bucket.address(workdir)} at step {step}'
   weights = config.sample.weights or config.init
   if weights is None:
-    raise UserError(f'{workdir} holds no run and the configuration names no weights: train first (--mode=train), or '
-                    'give --config.sample.weights=FOLDER')
+    raise UserError(f'{bucket.address(workdir)} holds no run and the configuration names no weights: train first '
+                    '(--mode=train), or give --config.sample.weights=FOLDER')
   pinned = hub.pin(weights)
   return objective.load(config, str(pinned.folder)), pinned.name
 
@@ -225,12 +227,17 @@ def _like(tree, named: dict[str, object]):
 
 
 def _told(error: Exception, folder: pathlib.Path) -> Exception:
-  """A UserError in the place of an error of the operating system, which tensorstore gives as text."""
+  """A UserError in the place of an error of a bucket or the operating system, which tensorstore gives as text."""
   named = re.search(r"os_error_code='(\d+)'", str(error))
-  if not (named or isinstance(error, OSError)):
+  if bucket.is_address(folder):
+    reason = bucket.reason(error)
+  else:
+    number = int(named[1]) if named else getattr(error, 'errno', None)
+    reason = number and os.strerror(number)
+  if not reason:
     return error
-  told = UserError(f'no checkpoint could be saved in {folder}: {os.strerror(int(named[1]) if named else error.errno)}. '
-                   'Mend that, and the same command goes on from the checkpoint before')
+  told = UserError(f'no checkpoint could be saved in {folder}: {reason}. Mend that, and the same command goes on from '
+                   'the checkpoint before')
   told.__cause__ = error
   return told
 

@@ -13,7 +13,8 @@ import pathlib
 import struct
 import uuid
 
-from unifusion_jax import sharding
+from unifusion_jax import bucket, sharding
+from unifusion_jax.data import rewrites
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.weights import hub
@@ -30,19 +31,19 @@ _MIDDLE = 1 << 8  # bytes in the middle of a tensor that the fingerprint of weig
 
 
 def pin(config, workdir: pathlib.Path, *names: str) -> None:
-  """Puts the folder of one commit in the place of each hub id, for all processes; they call this together, once.
+  """Puts a local folder in the place of each hub id and address, for all processes; they call this together, once.
 
   A run that goes on keeps the commits of its start, which are in its config.json.
   """
   before = _read(workdir) or {}
   for name in names:
     value, known = getattr(config, name), str(before.get(name, ''))
-    if known in (value, str(pathlib.Path(value).expanduser())):
+    if known in (value, str(pathlib.Path(value).expanduser())) and not bucket.is_address(value):
       setattr(config, name, known)
       continue
     pinned = hub.pin(known if known.partition('@')[0] == value else value)
     setattr(config, name, str(pinned.folder))
-    if pinned.commit:
+    if pinned.commit or bucket.is_address(value):
       config.hub[name] = pinned.name
 
 
@@ -67,8 +68,8 @@ def claim(config, workdir: pathlib.Path) -> dict | None:
       _refuse(workdir, [*_changes(config, before, files, lambda name: not _is_bookkeeping(name)),
                         *_change_of_init(config, before)])
       if not config.train.minutes and config.train.steps < reached:
-        raise UserError(f'train.steps={config.train.steps} is less than the {reached} steps that the run in {workdir} '
-                        'has done: give that number or more')
+        raise UserError(f'train.steps={config.train.steps} is less than the {reached} steps that the run in '
+                        f'{bucket.address(workdir)} has done: give that number or more')
       config.init = before.get('init')
       files |= {'init': value for name, value in before.get('files', {}).items() if name == 'init'}
       planned = _planned(_filled(before, _defaults(config)), reached)
@@ -100,6 +101,7 @@ def write(config, workdir: pathlib.Path, name: str, **more) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(_as_dict(config) | more, indent=2, sort_keys=True) + '\n')
         os.replace(part, workdir / name)
+        bucket.flush(workdir)
       finally:
         part.unlink(missing_ok=True)
 
@@ -126,14 +128,19 @@ def _read(workdir: pathlib.Path) -> dict | None:
   except (ValueError, RecursionError) as error:
     settings = str(error)
   if not isinstance(settings, dict):
-    raise UserError(f'{path}, the record of the run, is damaged ({str(settings)[:80]}): put a copy of it there, or '
-                    'remove it, and the next training writes it anew without a comparison')
+    raise UserError(f'{bucket.address(path)}, the record of the run, is damaged ({str(settings)[:80]}): put a copy of '
+                    'it there, or remove it, and the next training writes it anew without a comparison')
   return settings
 
 
 def _reached(workdir: pathlib.Path) -> int | None:
   """The step of the newest checkpoint."""
-  return max((int(step.name) for step in (workdir / 'checkpoints').glob('*') if step.name.isdigit()), default=None)
+  folder = bucket.address(workdir / 'checkpoints')
+  with bucket.sentences(folder):
+    steps = [step for step in folder.glob('*') if step.name.isdigit()]
+    if bucket.is_address(folder):  # where no folder is renamed, orbax marks one that is whole
+      steps = [step for step in steps if (step / 'commit_success.txt').exists()]
+    return max((int(step.name) for step in steps), default=None)
 
 
 def _planned(before: dict, reached: int) -> dict:
@@ -153,8 +160,8 @@ def _is_bookkeeping(name: str) -> bool:
 
 def _refuse(workdir: pathlib.Path, changes: list[str]) -> None:
   if changes:
-    raise UserError(f'{workdir} holds a run with another configuration; give another --workdir, or remove that one.\n  '
-                    + '\n  '.join(changes))
+    raise UserError(f'{bucket.address(workdir)} holds a run with another configuration; give another --workdir, or '
+                    'remove that one.\n  ' + '\n  '.join(changes))
 
 
 def _changes(config, before: dict, files: dict[str, str], matters) -> list[str]:
@@ -212,7 +219,8 @@ def _fingerprint(folder: pathlib.Path) -> str:
 def _fingerprints_of_data(config) -> dict[str, str]:
   """{setting: fingerprint} of the records and rewrites on disk that a run is made of."""
   prints = {}
-  for name, setting in (('data.path', config.data.path), ('data.rewrites', config.data.rewrites)):
+  rewritten = config.data.rewrites and str(rewrites.local(config.data.rewrites))
+  for name, setting in (('data.path', config.data.path), ('data.rewrites', rewritten)):
     path = pathlib.Path(setting or '').expanduser()
     if setting and setting not in SCENES and path.exists():
       prints[name] = _digest(sorted(file for file in path.rglob('*') if file.suffix != '.lock') or [path])

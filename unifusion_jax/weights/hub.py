@@ -1,4 +1,4 @@
-"""Checkpoint names to folders: a local folder, or a hub id that `huggingface_hub` fetches into its cache.
+"""Checkpoint names to folders: a local folder, or a hub id or a gs:// address, which are fetched into a cache.
 
 A hub id is `owner/name`, `owner/name/subfolder` or either with `@revision` (a branch, a tag or, to pin it for good, a
 commit). Only data is ever fetched: safetensors, JSON, chat templates and the tokenizer's files. No code, no pickles.
@@ -6,6 +6,7 @@ Offline mode, the cache's place and access tokens are `huggingface_hub`'s own: H
 """
 
 import dataclasses
+import fnmatch
 import hashlib
 import os
 import pathlib
@@ -15,7 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from unifusion_jax import sharding
+from unifusion_jax import bucket, sharding
 from unifusion_jax.errors import UserError
 from unifusion_jax.weights.safetensors_io import PICKLES
 
@@ -30,9 +31,9 @@ _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 @dataclasses.dataclass(frozen=True)
 class Pinned:
   """A resolved checkpoint name."""
-  name: str             # a hub id at its commit, the same at all times and places; or the local folder
+  name: str             # a hub id at its commit, the same at all times and places; or the local folder, or the address
   folder: pathlib.Path  # on this host
-  commit: str           # '' for a local folder, which has a `fingerprint` instead
+  commit: str           # '' for a folder, here or in a bucket, which has a `fingerprint` instead
 
 
 def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
@@ -65,10 +66,10 @@ def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
 
 
 def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
-  """The folder behind a name, downloaded first where it is a hub id.
+  """The folder behind a name, downloaded first where it is a hub id or a gs:// address.
 
   Args:
-    name: a folder that exists, or a hub id.
+    name: a folder that exists, a hub id, or an address.
     weights: False: only configuration and tokenizer are downloaded.
 
   Raises:
@@ -79,6 +80,8 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
 
 
 def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
+  if bucket.is_address(name):
+    return Pinned(str(name), _of_bucket(str(name), weights), '')
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return Pinned(str(name), path, '')
@@ -98,13 +101,36 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
   label = f'{place}{f"@{revision}" if revision else ""}'
   if not folder.is_dir():
     raise UserError(f'{label}: that repository has no such subfolder')
-  if weights and not any(folder.glob('*.safetensors')):
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+  if weights:
+    _check_weights(label, [file.name for file in folder.iterdir()])
+  return Pinned(f'{place}@{snapshot.name}', folder, snapshot.name)  # huggingface_hub names a snapshot by its commit
+
+
+def _of_bucket(address: str, weights: bool) -> pathlib.Path:
+  """A local copy of the files of a folder in a bucket."""
+  there = bucket.names(address)
+  if not there:
+    raise UserError(f'{address}: there is no such folder in the bucket, or it is empty')
+  if weights:
+    _check_weights(address, there)
+  wanted = [name for name in there if _matches(name, TEXTS + WEIGHTS * weights)]
+  plain = [name for name in wanted if not _matches(name, VARIANTS)]
+  whole = not weights or any(_matches(name, WEIGHTS) for name in plain)
+  return bucket.fetched(address, plain if whole else wanted)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_weights(label: str, names: list[str]) -> None:
+  """UserError for the files of a checkpoint when none is a safetensors file."""
+  if not any(_matches(name, WEIGHTS) for name in names):
+    pickles = sorted(name for name in names if pathlib.PurePath(name).suffix in PICKLES)
     contents = f' (it holds {", ".join(pickles)})' if pickles else ''
     raise UserError(f'{label} has no .safetensors file{contents}. A pickle (.bin, .pt, .pth, .ckpt) is never fetched '
                     'or read: reading one runs any code that its author put there. Take a safetensors release, or '
                     'convert it in a place you trust and give the local folder')
-  return Pinned(f'{place}@{snapshot.name}', folder, snapshot.name)  # huggingface_hub names a snapshot by its commit
 
 
 def fingerprint(folder: pathlib.Path) -> str:
