@@ -126,7 +126,9 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
             f'{count} of {width}x{height} with {references} references'
             for (height, width, references), count in sorted(sparse.items())))
   fingerprint = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
-  return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers)
+  owned = rows if jax.process_count() == 1 else sharding.own_rows(batch_size)
+  counted = np.array([row in owned for row in rows])
+  return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers, counted)
 
 
 def batch_spec(example: dict, batch_size: int) -> dict:
@@ -197,10 +199,13 @@ class Batches(grain.DatasetIterator):
   """Iterator over a MapDataset of batches; its state is the number of the next batch.
 
   grain's own states have an entry for each worker, so they cannot be restored with another number of workers.
+
+  counted: [rows] which rows of this process are its own to count, those that no process before it holds.
   """
 
-  def __init__(self, dataset: grain.MapDataset, fingerprint: str, workers: int):
+  def __init__(self, dataset: grain.MapDataset, fingerprint: str, workers: int, counted: np.ndarray):
     super().__init__()
+    self.counted = counted
     self._dataset, self._fingerprint, self._workers = dataset, fingerprint, workers
     self._next, self._iterator = 0, None
 
@@ -250,8 +255,9 @@ class Feed(grain.DatasetIterator):
   """Iterator over a run's `Batches`, without 'skipped': an error on one process is raised on all of them.
 
   Every process raises in the same call if the batch of one raises, or if more than `share` of the examples of all
-  processes are broken. With several processes each batch is read one call early, and its facts are exchanged on the
-  devices behind the steps under way, so the host is never more than two steps ahead. The mesh must be in context.
+  processes are broken; a row that several processes hold is counted once. With several processes each batch is read
+  one call early, and its facts are exchanged on the devices behind the steps under way, so the host is never more than
+  two steps ahead. The mesh must be in context.
 
   Attributes:
     seen: examples of all processes so far.  skipped: broken records passed over for them.
@@ -296,7 +302,7 @@ class Feed(grain.DatasetIterator):
     state, batch, error, skipped = self._batches.get_state(), None, None, np.zeros(0)
     try:
       batch = dict(next(self._batches))
-      skipped = batch.pop('skipped')
+      skipped = batch.pop('skipped')[self._batches.counted]
     except Exception as problem:  # raised as soon as the other processes know
       error = problem
     facts = sharding.tell_all(np.array([error is not None, len(skipped), np.sum(skipped)], np.int32))
