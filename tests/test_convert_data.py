@@ -302,14 +302,6 @@ def test_other_addresses(tmp_path):
   assert lists.image_file('s3://bucket/folder', 'a/b.png') == 's3://bucket/folder/a/b.png'
 
 
-def test_beam(tmp_path):
-  pytest.importorskip('apache_beam')
-  inputs = as_jsonl(tmp_path)
-  convert.convert(inputs, settings(tmp_path / 'one'))
-  convert.convert(inputs, settings(tmp_path / 'two'), beam=['--runner=DirectRunner'])
-  assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
-
-
 def test_the_command(tmp_path):
   inputs = edits(tmp_path)
   named = [f'--{name}={",".join(theirs)}' for name, theirs in EDITS.items()]
