@@ -139,7 +139,14 @@ with jax.set_mesh(mesh):
                               axis_types=(jax.sharding.AxisType.Explicit,) * 3)
     with jax.set_mesh(other):
       assert sharding.rows(8) == list(rows), sharding.rows(8)
+      alone, share = len(rows) < 8, sharding.share(8)
+      assert sharding.own_rows(8) == (list(rows) if alone or not here else [])
+      assert (share.number, share.count, share.first) == ((here, 2, True) if alone else (0, 1, not here))
       np.testing.assert_array_equal(sharding.gather(sharding.shard_batch(whole[sharding.rows(8)], other)), whole)
+      once = loader.Feed(loader.batches([(Numbers(broken={3}), 1.0)], lambda record, rng: record, 8, 0, rows), 1.0)
+      for _ in range(5):
+        next(once)
+      assert (once.seen, once.skipped) == (40, 1), (once.seen, once.skipped)
   print('leads' if sharding.is_main_process() else 'follows')
 ''')
   assert [(code, out) for code, out, _ in results] == [(0, 'leads'), (0, 'follows')], results

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from unifusion_jax import config, sharding, verifi
 from unifusion_jax.commands import rewrite
-from unifusion_jax.data import imaging, loader, rewrites, transforms
+from unifusion_jax.data import convert, imaging, loader, rewrites, transforms
 from unifusion_jax.data.config import Task
 from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.models import text_generation
@@ -104,6 +104,18 @@ def test_every_request_is_written_once_and_read_in_training(asks, tmp_path, caps
   batches = loader.batches(loader.mix(made.data), transform, 8)
   assert next(batches)['input_ids'].shape[0] == 8
   batches.close()
+
+
+def test_shards_are_rewritten_as_the_list_they_were_made_of(asks, tmp_path, listed):
+  shards = tmp_path / 'shards'
+  convert.convert([str(listed)], convert.Settings(str(shards), 2, convert.COLUMNS))
+  made = asks()
+  echo(made, tmp_path / 'list')
+  made.data = dataclasses.replace(made.data, path=str(shards))
+  assert echo(made, tmp_path / 'shards_run') == {*ASKED, 'a red circle'}
+  ours, theirs = (sorted((tmp_path / name / 'rewrites' / 'rewrites-00000.jsonl').read_text().splitlines())
+                  for name in ('shards_run', 'list'))
+  assert ours == theirs
 
 
 def test_an_interrupted_run_goes_on(asks, tmp_path):

@@ -82,14 +82,45 @@ def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh
   return jax.sharding.AbstractMesh(config.shape(devices), AXES, axis_types=explicit)
 
 
-def rows(batch: int) -> list[int]:
-  """The rows of a batch that this process's devices hold on the mesh in context, in order.
+def rows(batch: int, process: int | None = None) -> list[int]:
+  """The rows of a batch that a process's devices hold on the mesh in context, in order; None: of this process.
 
   Processes whose devices share an example's work (tp) hold the same ones.
   """
+  process = jax.process_index() if process is None else process
   spread = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
-  places = spread.addressable_devices_indices_map((batch,)).values()
-  return sorted({row for (place,) in places for row in range(*place.indices(batch))})
+  places = (place for device, (place,) in spread.devices_indices_map((batch,)).items()
+            if device.process_index == process)
+  return sorted({row for place in places for row in range(*place.indices(batch))})
+
+
+def own_rows(batch: int) -> list[int]:
+  """Those of this process's `rows` that no process before it holds: each row is one process's own."""
+  before = {row for process in range(jax.process_index()) for row in rows(batch, process)}
+  return [row for row in rows(batch) if row not in before]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A share of the examples, one of `count`, of a process and of those whose devices share the work of each example.
+
+  Attributes:
+    rows: those of each batch.  first: whether this process is the first of those that have this share.
+  """
+  number: int
+  count: int
+  rows: tuple[int, ...]
+  first: bool
+
+
+def share(batch: int) -> Share:
+  """This process's share of batches on the mesh in context. UserError where processes have parts of each other's."""
+  held = [tuple(rows(batch, process)) for process in range(jax.process_count())]
+  shares, mine = sorted(set(held)), held[jax.process_index()]
+  if sum(map(len, shares)) != batch:
+    raise UserError('some processes hold a part of the rows that another one holds: give mesh.tp a number that divides '
+                    'the devices of a process, or is a multiple of them')
+  return Share(shares.index(mine), len(shares), mine, held.index(mine) == jax.process_index())
 
 
 def spread(x: jax.Array) -> jax.Array:

@@ -5,10 +5,11 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl \
       --config.data.rewrites=runs/own/rewrites --workdir=runs/own
 
-Requests with equal text and equal pixels of their references are rewritten once by each process that has them.
-Each process appends lines of JSON to a file of its own, {"key", "ids", "texts"}, and a run that was interrupted goes on
-after the last whole line. A rewrite is left out when it is empty, has no end, or does not fit beside its request; a
-request without rewrites is trained on as it is.
+Processes share the records; those whose devices share an example's work (tp) have the same ones, and the first of them
+writes. Requests with equal text and equal pixels of their references are rewritten once by each share that has them.
+Lines of JSON are appended to a file of each such process, {"key", "ids", "texts"}, and a run that was interrupted goes
+on after the last whole line, with any number of processes. A rewrite is left out when it is empty, has no end, or does
+not fit beside its request; a request without rewrites is trained on as it is.
 """
 
 import collections
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import bucket, json_file, prompting, ranges, sharding, verifi
-from unifusion_jax.data import loader, rewrites, transforms
+from unifusion_jax.data import loader, rewrites, sources, transforms
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
@@ -80,31 +81,34 @@ def run(config, workdir: pathlib.Path) -> None:
           functools.partial(text_generation.generate, vlm))
 
 
-def write(config, sources: list, folder: pathlib.Path, generate: Callable[..., text_generation.Generated]) -> None:
-  """Rewrites the requests of sources into a folder.
+def write(config, mixture: list, folder: pathlib.Path, generate: Callable[..., text_generation.Generated]) -> None:
+  """Rewrites the requests of the sources of a mixture into a folder.
 
   generate: `text_generation.generate` with its VLM: (input_ids, attention_mask, tiles, *, max_new, ...).
   """
-  encoder, local = transforms.prompt_encoder(config), config.rewrite.batch_size // jax.process_count()
+  encoder, share = transforms.prompt_encoder(config), sharding.share(config.rewrite.batch_size)
   path = folder / f'rewrites-{jax.process_index():05d}.jsonl'
   with sharding.together('prepare the folder of rewrites'):
     if sharding.is_main_process():
       _claim_settings(folder, _settings(config, encoder))
     folder.mkdir(parents=True, exist_ok=True)
-    _cut_to_whole_lines(path)
+    if share.first:
+      _cut_to_whole_lines(path)
   with sharding.together('read the rewrites that are there'):
     done, tally, start = set(_keys(folder)), collections.Counter(), time.monotonic()
-  total = sum(len(source) for source in sources)
-  with path.open('a') as file, contextlib.closing(metrics.progress(total, 'record')) as bar:
-    for source in sources:
-      for references, indices in _by_references(source):
-        requests = _requests(encoder, source, references, indices, config.rewrite.count, done, tally, bar)
+  total = sum(len(source) for source in mixture)
+  with (open(path if share.first else os.devnull, 'a') as file,
+        contextlib.closing(metrics.progress(total, 'record')) as bar):
+    for source in mixture:
+      for references, indices in _by_references(source, share):
+        requests = _requests(encoder, source, references, indices, config.rewrite.count, done, tally,
+                             lambda: bar.update(share.count))
         while True:
           with sharding.together('read its requests'):
-            batch = _take(requests, local)
+            batch = _take(requests, len(share.rows))
           if not _largest(len(batch)):
             break
-          results = _rewrite(config.rewrite, encoder, generate, batch, references, local)
+          results = _rewrite(config.rewrite, encoder, generate, batch, references, len(share.rows))
           with sharding.together('write its rewrites'):
             for key, ids, texts in results:
               file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
@@ -130,19 +134,18 @@ class _Prompt:
   budget: int
 
 
-def _by_references(source) -> Iterator[tuple[int, np.ndarray]]:
-  """(number of references, indices of this process's records with that number), in one order for all processes."""
-  buckets = [source.bucket(i) for i in range(len(source))]
-  counts = np.array([-1 if bucket is None else bucket[2] for bucket in buckets])
-  for references in sorted(set(counts) - {-1}):
-    yield int(references), np.flatnonzero(counts == references)[jax.process_index()::jax.process_count()]
+def _by_references(source, share: sharding.Share) -> Iterator[tuple[int, np.ndarray]]:
+  """(number of references, indices of this share's records with that number), in one order for all processes."""
+  references = sources.shapes_of(source)[:, 2]
+  for count in sorted(set(references.tolist()) - {-1}):
+    yield count, np.flatnonzero(references == count)[share.number::share.count]
 
 
 def _requests(encoder: transforms.PromptEncoder, source, references: int, indices, count: int, done: set,
-              tally: collections.Counter, bar) -> Iterator[list[_Prompt]]:
+              tally: collections.Counter, advance: Callable[[], None]) -> Iterator[list[_Prompt]]:
   """`count` prompts for each request that is not in `done` yet; adds it to `done`."""
   for i in indices:
-    bar.update(jax.process_count())
+    advance()
     try:
       record = source[int(i)]
       key = rewrites.key(record)

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from unifusion_jax import ranges
-from unifusion_jax.data import buckets, lists
+from unifusion_jax.data import buckets, lists, shards
 from unifusion_jax.errors import UserError
 from unifusion_jax.fields import Path
 from unifusion_jax.ranges import Range
@@ -27,7 +27,8 @@ class Task:
 @dataclasses.dataclass
 class DataConfig:
   """Source, tasks and shapes of the examples."""
-  # 'scenes' or 'scenes/wide': drawn on the fly; a folder of scenes/builder.py; a .jsonl or .parquet file of your own.
+  # 'scenes' or 'scenes/wide': drawn on the fly; a folder of scenes/builder.py; of your own a .jsonl or .parquet file,
+  # or a folder of data/convert.py, here or at gs://.
   path: Path = 'scenes'
   held_out: Path | None = None               # a list as `path`, kept out of training: measured, and shown in previews
   tasks: tuple[Task, ...] = (Task('t2i'),)   # your own images: one source for all; 'reconstruct': their own references
@@ -138,8 +139,10 @@ class DataConfig:
       return []
     held_out, path = pathlib.Path(self.held_out), pathlib.Path(self.path)
     if not is_list(self.held_out):
-      return [f'data.held_out={self.held_out!r} must be a .jsonl or .parquet file: a list of the records to measure']
-    if held_out.exists() and path.exists() and held_out.samefile(path):
+      return [f'data.held_out={self.held_out!r} must be a .jsonl or .parquet file, or a folder of data/convert.py: a '
+              'list of the records to measure']
+    same = held_out.samefile(path) if held_out.exists() and path.exists() else held_out == path
+    if same:
       return [f'data.held_out={self.held_out!r} is the file of data.path: put the records to measure into a list of '
               'their own, which training does not read']
     return []
@@ -153,8 +156,8 @@ def _is_positive(number: str) -> bool:
 
 
 def is_list(path: str) -> bool:
-  """Whether a path is that of a list of a user's own images."""
-  return pathlib.Path(path).suffix.lower() in lists.SUFFIXES
+  """Whether a path is that of a user's own images: a list of them, or a folder of shards."""
+  return path not in SCENES and (pathlib.Path(path).suffix.lower() in lists.SUFFIXES or shards.is_there(path))
 
 
 def scenes_sources():

@@ -17,17 +17,19 @@ import stat
 import numpy as np
 from PIL import features, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from unifusion_jax.data import image_files
+from unifusion_jax.data import image_files, storage
 from unifusion_jax.errors import clipped, UserError
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF') + ('AVIF',) * features.check('avif')
 WANTED = 'a PNG, JPEG, WebP, GIF or AVIF' if 'AVIF' in FORMATS else 'a PNG, JPEG, WebP or GIF'
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 2 ** 30  # of a file
+HEADER = 2 ** 16  # bytes that are fetched at a time of an address, where the size of an image alone is wanted
+ENCODINGS = ('jpeg', 'webp', 'png')
 
 
 def read(source, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-  """The image as uint8 RGB [y x 3], from a path, encoded bytes, an array or a Pillow image.
+  """The image as uint8 RGB [y x 3], from a path, an address (storage.py), encoded bytes, an array or a Pillow image.
 
   The first frame, turned as its EXIF says, transparency over white, 16 bits scaled to 8; no colour profile is applied.
   UserError naming the file when it is missing, empty, damaged, no image, or has more than `max_pixels`.
@@ -49,7 +51,10 @@ def read_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def check_file(path) -> None:
-  """UserError when there is no file at `path`, or nothing in it; the quickest check."""
+  """UserError when there is no file at a path or an address, or nothing in it; the quickest check."""
+  if storage.is_address(path):
+    with _opening(clipped(path)):
+      return _check_bytes(storage.size(path), clipped(path))
   path = pathlib.Path(path)
   name = clipped(path)
   try:
@@ -61,10 +66,27 @@ def check_file(path) -> None:
     raise UserError(f'{name!r} cannot be a file ({reason}): give the path of {WANTED}') from error
   if not stat.S_ISREG(status.st_mode):
     raise UserError(f'{name} is not there as a file, it is a folder or a device: give the path of {WANTED}')
-  if not status.st_size:
+  _check_bytes(status.st_size, name)
+
+
+def _check_bytes(size: int, name: str) -> None:
+  if not size:
     raise UserError(f'{name} is empty: give {WANTED}')
-  if status.st_size > MAX_BYTES:
-    raise UserError(f'{name} has {status.st_size} bytes, more than the {MAX_BYTES} allowed: scale the image down first')
+  if size > MAX_BYTES:
+    raise UserError(f'{name} has {size} bytes, more than the {MAX_BYTES} allowed: scale the image down first')
+
+
+@contextlib.contextmanager
+def _opening(name: str):
+  """Errors of files and of storage as a UserError, but those that are the machine's fault."""
+  try:
+    yield
+  except FileNotFoundError:
+    raise UserError(f'{name} is not there: give the path of {WANTED}') from None
+  except OSError as error:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+      raise
+    raise UserError(f'{name} cannot be read ({error.strerror or clipped(error)}): give the path of {WANTED}') from error
 
 
 @contextlib.contextmanager
@@ -77,12 +99,9 @@ def _opened(source, max_pixels: int, whole: bool = True):
   else:
     check_file(source)
     name = clipped(source)
-    try:
-      file = open(source, 'rb')
-    except OSError as error:
-      if error.errno in (errno.EMFILE, errno.ENFILE):  # the machine's fault
-        raise
-      raise UserError(f'{name} cannot be read ({error.strerror}): give the path of {WANTED}') from error
+    with _opening(name):
+      whole_address = whole and storage.is_address(source)
+      file = io.BytesIO(storage.read(source)) if whole_address else storage.open_file(source, HEADER)
   with file:
     with _damage(name):
       pixels, orientation = image_files.pixels(file, whole)
@@ -228,6 +247,15 @@ def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> byte
     text.add_itxt(key, value)
   file = io.BytesIO()
   Image.fromarray(image).save(file, 'PNG', pnginfo=text)
+  return file.getvalue()
+
+
+def encoded(image: np.ndarray, encoding: str, quality: int) -> bytes:
+  """The image in one of ENCODINGS. JPEG keeps all colours (4:4:4); WebP of quality 100, and PNG, lose nothing."""
+  options = dict(jpeg=dict(quality=quality, subsampling=0), png={},
+                 webp=dict(quality=quality, lossless=quality == 100, method=4))[encoding]
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, encoding, **options)
   return file.getvalue()
 
 

@@ -16,6 +16,7 @@ import threading
 
 import numpy as np
 
+from unifusion_jax.data import storage
 from unifusion_jax.errors import clipped, UserError
 
 COLUMNS = ('references', 'instruction', 'target', 'caption')
@@ -78,6 +79,16 @@ def _image(image, name: str) -> str | bytes:
   return image
 
 
+def image_file(folder, image: str | bytes) -> str | bytes:
+  """An image of a list in `folder` for `imaging`: bytes, an address or a path, which may have Windows' backslashes."""
+  if isinstance(image, bytes):
+    return image
+  path = storage.join(folder, image)
+  if '\\' in image and not storage.exists(path):
+    return storage.join(folder, image.replace('\\', '/'))
+  return path
+
+
 def _shown(value) -> str:
   """A value for a message; of what may be long, only the type."""
   return clipped(repr(value), 80) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
@@ -94,7 +105,7 @@ class Lines:
         raise UserError(f'{path} is in UTF-16, UTF-32 or no text (its first bytes are {start.hex(" ")}): save it '
                         'as UTF-8')
       file.seek(0)
-      places = [(offset, number) for offset, number, _ in _lines(file)]
+      places = [(offset, number) for offset, number, _ in numbered_lines(file)]
     self._offsets, self._numbers = np.array(places, np.int64).reshape(-1, 2).T
 
   def __len__(self) -> int:
@@ -107,7 +118,7 @@ class Lines:
 
   def __iter__(self) -> Iterator[bytes]:
     with self._path.open('rb') as file:
-      yield from (line for _, _, line in _lines(file))
+      yield from (line for _, _, line in numbered_lines(file))
 
   def parse(self, raw: bytes) -> dict:
     try:
@@ -120,10 +131,10 @@ class Lines:
     return f'{self._path} line {self._numbers[i]}'
 
 
-def _lines(file) -> Iterator[tuple[int, int, bytes]]:
-  """(offset, number, line) of each line that is not blank."""
+def numbered_lines(file, first: int = 1) -> Iterator[tuple[int, int, bytes]]:
+  """(offset, number, line) of each line that is not blank; the first line of the open file is counted as `first`."""
   offset = 0
-  for number, line in enumerate(file, 1):
+  for number, line in enumerate(file, first):
     if line.strip(_BLANK):
       yield offset, number, line
     offset += len(line)

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import pathlib
 import signal
+import weakref
 
 from absl import flags, logging
 import grain
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 
 from unifusion_jax import sharding
-from unifusion_jax.data import rewrites, sources
+from unifusion_jax.data import rewrites, shards, sources, storage
 from unifusion_jax.data.config import DataConfig, is_list, SCENES, scenes_sources
 from unifusion_jax.errors import BrokenRecord, UserError
 
@@ -47,20 +48,24 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
     weighted = scenes_sources().mix(data, split, seed)
   else:
     if is_list(data.path):
-      own = sources.FolderSource(path, data.canvases, data.skipped)
+      own = _own_images(data)
       reconstructed = sum(task.weight for task in tasks if task.name == 'reconstruct')
       requested = sum(task.weight for task in tasks if task.name != 'reconstruct')
       pairs = (own, requested), (sources.Reconstruct(own), reconstructed)
       weighted = [(source, weight) for source, weight in pairs if weight]
+    elif storage.is_address(data.path):
+      raise UserError(f'data.path={data.path!r} holds no {shards.ABOUT}: of addresses, folders that '
+                      'unifusion_jax.data.convert wrote can be trained on, no other')
     elif path.is_dir():
       kinds = sorted({file.suffix for file in itertools.islice(path.iterdir(), 1000)} - {''})
       if kinds and not any(path.glob('*/*/*/dataset_info.json')):
         raise UserError(f'data.path={data.path!r} is a folder with files of {", ".join(kinds[:5])}, not one of '
-                        'unifusion_jax.scenes.builder: give a .jsonl or .parquet file that lists its images')
+                        'unifusion_jax.scenes.builder: give a .jsonl or .parquet file that lists its images, or '
+                        'convert it (python -m unifusion_jax.data.convert)')
       weighted = [(sources.ArrayRecordSource(path, task.name, split), task.weight) for task in tasks]
     else:
       raise UserError(f"data.path={data.path!r} is neither 'scenes' or 'scenes/wide' nor a .jsonl or .parquet file nor "
-                      'a folder of unifusion_jax.scenes.builder: give one of these')
+                      'a folder of unifusion_jax.data.convert or unifusion_jax.scenes.builder: give one of these')
     if len(data.tiles) > 1:
       weighted = [(sources.InTiles(source, tiles), weight / len(data.tiles)) for source, weight in weighted
                   for tiles in data.tiles]
@@ -68,6 +73,20 @@ def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[obj
     table = rewrites.Table(data.rewrites)
     weighted = [(sources.Rewritten(source, table), weight) for source, weight in weighted]
   return weighted
+
+
+def _own_images(data: DataConfig) -> sources.FolderSource:
+  """The source of a user's own images. One that is still in use is taken again, unless its file has changed."""
+  path = pathlib.Path(data.path)
+  changed = path.stat().st_mtime_ns if path.exists() else None
+  key = data.path, changed, data.canvases, data.skipped
+  source = _IN_USE.get(key)
+  if source is None:
+    source = _IN_USE[key] = sources.FolderSource(data.path, data.canvases, data.skipped)
+  return source
+
+
+_IN_USE: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
 def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch_size: int, seed: int = 0,
@@ -107,7 +126,9 @@ def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch
             f'{count} of {width}x{height} with {references} references'
             for (height, width, references), count in sorted(sparse.items())))
   fingerprint = hashlib.sha256(repr((facts, batch_size, seed)).encode()).hexdigest()[:16]
-  return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers)
+  owned = rows if jax.process_count() == 1 else sharding.own_rows(batch_size)
+  counted = np.array([row in owned for row in rows])
+  return Batches(grain.MapDataset.mix(datasets, weights), fingerprint, workers, counted)
 
 
 def batch_spec(example: dict, batch_size: int) -> dict:
@@ -178,10 +199,13 @@ class Batches(grain.DatasetIterator):
   """Iterator over a MapDataset of batches; its state is the number of the next batch.
 
   grain's own states have an entry for each worker, so they cannot be restored with another number of workers.
+
+  counted: [rows] which rows of this process are its own to count, those that no process before it holds.
   """
 
-  def __init__(self, dataset: grain.MapDataset, fingerprint: str, workers: int):
+  def __init__(self, dataset: grain.MapDataset, fingerprint: str, workers: int, counted: np.ndarray):
     super().__init__()
+    self.counted = counted
     self._dataset, self._fingerprint, self._workers = dataset, fingerprint, workers
     self._next, self._iterator = 0, None
 
@@ -231,8 +255,9 @@ class Feed(grain.DatasetIterator):
   """Iterator over a run's `Batches`, without 'skipped': an error on one process is raised on all of them.
 
   Every process raises in the same call if the batch of one raises, or if more than `share` of the examples of all
-  processes are broken. With several processes each batch is read one call early, and its facts are exchanged on the
-  devices behind the steps under way, so the host is never more than two steps ahead. The mesh must be in context.
+  processes are broken; a row that several processes hold is counted once. With several processes each batch is read
+  one call early, and its facts are exchanged on the devices behind the steps under way, so the host is never more than
+  two steps ahead. The mesh must be in context.
 
   Attributes:
     seen: examples of all processes so far.  skipped: broken records passed over for them.
@@ -277,7 +302,7 @@ class Feed(grain.DatasetIterator):
     state, batch, error, skipped = self._batches.get_state(), None, None, np.zeros(0)
     try:
       batch = dict(next(self._batches))
-      skipped = batch.pop('skipped')
+      skipped = batch.pop('skipped')[self._batches.counted]
     except Exception as problem:  # raised as soon as the other processes know
       error = problem
     facts = sharding.tell_all(np.array([error is not None, len(skipped), np.sum(skipped)], np.int32))
@@ -370,11 +395,7 @@ def _buckets(source, transform: Transform) -> dict[tuple, tuple[float, Sequence[
   """
   if hasattr(source, 'buckets'):
     return source.buckets()
-  groups: dict[tuple, list[int]] = {}
-  for i in range(len(source)):
-    bucket = source.bucket(i)
-    if bucket is not None:
-      groups.setdefault(bucket, []).append(i)
+  groups = sources.by_bucket(source)
   if not groups:
     raise UserError(f'{source.name} has no usable records among {len(source)}: give it some')
   usable = {bucket: indices for bucket, indices in groups.items()
@@ -384,7 +405,7 @@ def _buckets(source, transform: Transform) -> dict[tuple, tuple[float, Sequence[
                     source.name, width, height, references)
   groups = usable or groups
   count = sum(len(indices) for indices in groups.values())
-  return {bucket: (len(indices) / count, np.array(indices, np.int64)) for bucket, indices in groups.items()}
+  return {bucket: (len(indices) / count, indices) for bucket, indices in groups.items()}
 
 
 def _seed(seed: int, number: int) -> int:

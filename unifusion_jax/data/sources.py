@@ -5,6 +5,7 @@ A source has
   source[i] -> record; BrokenRecord where it cannot be used.
   bucket(i) -> (height, width, number of references) of example i without reading all of it; None for a record that is
     known to be broken.
+  shapes() -> the buckets of all examples at once, int32 [examples 3], -1 for broken ones; only where it is quicker.
   buckets() -> {bucket: (its share of the examples, the indices of its examples)}, only in sources too long to walk
     through.
   where(i) -> the place of example i for messages, its file and line; only in sources of files.
@@ -17,7 +18,6 @@ only the sources of scenes, `InTiles` and `Rewritten` add them, never a column o
 import collections
 from collections.abc import Iterator
 import concurrent.futures
-import os
 import pathlib
 import traceback
 
@@ -25,7 +25,7 @@ from absl import logging
 import numpy as np
 
 from unifusion_jax.data import buckets as bucketing
-from unifusion_jax.data import imaging, lists, rewrites
+from unifusion_jax.data import imaging, lists, rewrites, shards, storage
 from unifusion_jax.errors import BrokenRecord, clipped, UserError
 
 READ_AHEAD = 64  # records of a list that are read whole at the start
@@ -90,22 +90,41 @@ def reason(error: Exception) -> str:
   return clipped(f'{type(error).__name__}: {error}', 400)
 
 
-class FolderSource:
-  """A user's own images, listed in a .jsonl or .parquet file with the columns of lists.COLUMNS; others mean nothing.
+def shapes_of(source) -> np.ndarray:
+  """The buckets of all examples of a source, int32 [examples 3], -1 for broken ones."""
+  if hasattr(source, 'shapes'):
+    return source.shapes()
+  buckets = (source.bucket(i) or (-1, -1, -1) for i in range(len(source)))
+  return np.fromiter(buckets, np.dtype((np.int32, 3)), len(source))
 
-  `references` is a list of images and `target` one image: a path, relative to the file, or the encoded bytes in a
-  Parquet file. A target is scaled to cover the bucket (height, width) nearest in aspect, and cut at the centre.
+
+def by_bucket(source) -> dict[tuple[int, int, int], np.ndarray]:
+  """{bucket: the indices of its examples}, both in order, without the examples that are known to be broken."""
+  shapes = shapes_of(source)
+  height, width, references = shapes.T.astype(np.int64)
+  order = np.argsort((height << 42) + (width << 21) + references, kind='stable')
+  order = order[height[order] >= 0]
+  ends = np.flatnonzero(np.diff(shapes[order], axis=0).any(axis=1)) + 1
+  return {tuple(shapes[members[0]].tolist()): members for members in np.split(order, ends) if len(members)}
+
+
+class FolderSource:
+  """A user's own images, with the columns of lists.COLUMNS: listed in a .jsonl or .parquet file, or in shards.
+
+  `references` is a list of images and `target` one image: a path, relative to the file, an address (storage.py), or
+  the encoded bytes in a Parquet file and in shards. A target is scaled to cover the bucket (height, width) nearest in
+  aspect, and cut at the centre.
 
   A finite read-ahead at the start lists broken records in `problems`: all rows with the headers of their targets and
-  whether their references are there, and READ_AHEAD records whole. More than `share` of them is a UserError.
+  whether their references are there, and READ_AHEAD records whole; of shards, the latter alone. More than `share` of
+  them is a UserError.
   """
 
   def __init__(self, path, buckets=((512, 512),), share: float = 0.01, threads: int = 16):
-    path = pathlib.Path(path)
     self.name = str(path)
-    self._folder = path.parent
+    self._folder = storage.parent(path)
     self._buckets = tuple((int(height), int(width)) for height, width in buckets)
-    self._rows = lists.load(path)
+    self._rows = shards.Shards(path) if shards.is_there(path) else lists.load(pathlib.Path(path))
     self._shapes = np.full((len(self), 2), -1, np.int32)  # bucket (-1: broken), number of references
     reasons = self._survey(threads)
     self.problems = [f'{self.where(i)}: {reasons[i]}' for i in sorted(reasons)]
@@ -143,18 +162,35 @@ class FolderSource:
   def where(self, i: int) -> str:
     return self._rows.where(i)
 
-  def _file(self, image: str | bytes) -> pathlib.Path | bytes:
-    """The image for `imaging`; a path may be written with the backslashes of Windows."""
-    if isinstance(image, bytes):
-      return image
-    path = self._folder / image
-    return self._folder / image.replace('\\', '/') if '\\' in image and not os.path.exists(path) else path
+  def shapes(self) -> np.ndarray:
+    broken = self._shapes[:, :1] < 0
+    sizes = np.array(self._buckets, np.int32)[self._shapes[:, 0]]
+    return np.where(broken, -1, np.concatenate([sizes, self._shapes[:, 1:]], axis=1))
+
+  def _file(self, image: str | bytes) -> str | bytes:
+    return lists.image_file(self._folder, image)
 
   def _survey(self, threads: int) -> dict[int, str]:
     """Fills `_shapes` -> why records are broken, by their number."""
-    reasons: dict[int, str] = {}
+    if isinstance(self._rows, shards.Shards):
+      shapes = self._rows.shapes
+      sizes, size_of = np.unique(shapes[:, :2], axis=0, return_inverse=True)
+      nearest = np.array([bucketing.nearest(self._buckets, *size) for size in sizes.tolist()])
+      self._shapes[:, 0], self._shapes[:, 1] = nearest[size_of.ravel()], shapes[:, 2]
+      ahead, reasons = [self._rows[i] for i in range(min(READ_AHEAD, len(self)))], {}
+    else:
+      ahead, reasons = self._survey_list(threads)
+    sound = [i for i in range(len(ahead)) if i not in reasons]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each holds whole images
+      results = pool.map(_caught(lambda i: self._record(ahead[i], *self._shapes[i]) and None), sound)
+      reasons.update({i: reason(result) for i, result in zip(sound, results) if isinstance(result, Exception)})
+    self._shapes[list(reasons), 0] = -1
+    return reasons
+
+  def _survey_list(self, threads: int) -> tuple[list, dict[int, str]]:
+    """Fills `_shapes` from all rows of a list -> (its first raw rows, why records are broken, by their number)."""
+    ahead, reasons = [], {}
     targets, references = collections.defaultdict(list), collections.defaultdict(list)  # rows by path
-    ahead = []
 
     def look(pool, function, inputs: dict) -> Iterator[tuple[object, list[int]]]:
       """(function(input), its rows), but where it fails: that is noted for the rows."""
@@ -190,12 +226,7 @@ class FolderSource:
         if len(targets) + len(references) > BLOCK:
           look_at_files(pool)
       look_at_files(pool)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each holds whole images
-      whole = {i: [i] for i in range(len(ahead)) if i not in reasons}
-      for _ in look(pool, lambda i: self._record(ahead[i], *self._shapes[i]) and None, whole):
-        pass
-    self._shapes[list(reasons), 0] = -1
-    return reasons
+    return ahead, reasons
 
   def _nearest(self, target: str | bytes) -> int:
     """The index of the bucket nearest to a target in aspect."""
@@ -210,6 +241,13 @@ def _caught(function):
     except Exception as error:
       return error
   return caught
+
+
+def _forward(source, inner) -> None:
+  """Gives a source the bound methods of another one that only some have, which it does not change."""
+  for name in ('buckets', 'shapes'):
+    if hasattr(inner, name):
+      setattr(source, name, getattr(inner, name))
 
 
 class Reconstruct:
@@ -231,6 +269,10 @@ class Reconstruct:
     bucket = self._source.bucket(i)
     return None if bucket is None else (*bucket[:2], 1)
 
+  def shapes(self) -> np.ndarray:
+    shapes = shapes_of(self._source)
+    return np.where(shapes < 0, -1, shapes * (1, 1, 0) + (0, 0, 1)).astype(np.int32)
+
   def where(self, i: int) -> str:
     return where(self._source, i)
 
@@ -241,8 +283,7 @@ class InTiles:
   def __init__(self, source, tiles: int):
     self.name = f'{source.name} in {tiles} tiles'
     self._source, self._tiles = source, tiles
-    if hasattr(source, 'buckets'):
-      self.buckets = source.buckets
+    _forward(self, source)
 
   def __len__(self) -> int:
     return len(self._source)
@@ -263,8 +304,7 @@ class Rewritten:
   def __init__(self, source, table: rewrites.Table):
     self.name = f'{source.name}, rewritten'
     self._source, self._table = source, table
-    if hasattr(source, 'buckets'):
-      self.buckets = source.buckets
+    _forward(self, source)
 
   def __len__(self) -> int:
     return len(self._source)
