@@ -53,6 +53,7 @@ def programs():
 @pytest.fixture(scope='session')
 def buckets():
   """Google Cloud Storage on this machine, with the bucket gs://bucket; `refusing` makes it refuse what gcsfs writes."""
+  import threading
   import types
 
   from etils.epath import backend
@@ -61,6 +62,8 @@ def buckets():
 
   state = types.SimpleNamespace(refusing=False)
   with FakeGCSServer() as server, pytest.MonkeyPatch.context() as patch:  # sets STORAGE_EMULATOR_HOST, for gcsfs
+    # It logs every request into a pipe that nobody else reads, and stands still when that is full
+    threading.Thread(target=server._process.stderr.read, daemon=True).start()
     patch.setenv('TENSORSTORE_GCS_HTTP_URL', server.url)
     patch.setenv('CLOUD_STORAGE_EMULATOR_ENDPOINT', server.url)  # of ArrayRecord
     patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # it would ask Google for the bucket's kind
