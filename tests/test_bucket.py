@@ -194,8 +194,7 @@ def test_a_living_owner_elsewhere_keeps_it_and_one_that_was_taken_over_ends(lock
   monkeypatch.setattr(lock.os, '_exit', lambda code: (ended.set(), sys.exit(code)))
   with lock.held(path):
     other = json.loads(place.read_text()) | dict(host='elsewhere', mark='other')
-    place.write_text(json.dumps(other))
-    assert ended.wait(5)
+    waited(lambda: place.write_text(json.dumps(other)) and ended.is_set())
   assert 'was taken over by process' in capsys.readouterr().err
   assert json.loads(place.read_text())['host'] == 'elsewhere'  # not removed with the lock that was lost
   ended.clear()
@@ -238,6 +237,9 @@ def test_of_two_that_start_at_the_same_moment_one_goes_on(locked):
 
 RECIPE = '''
 from unifusion_jax import config, sharding
+from unifusion_jax.data.config import Task
+from unifusion_jax.models import vae
+from unifusion_jax.scenes import autoencoder
 
 
 def get_config():
@@ -332,9 +334,9 @@ def test_weights_are_fetched_once_and_anew_where_they_changed(there, tmp_path, m
   assert description.part_of('vae', '../vae', f'{there}/transformer', tmp_path) == f'{there}/vae'
 
 
-def test_a_run_keeps_the_addresses_it_was_given(there, recipe, tmp_path):
+def test_a_run_keeps_the_addresses_it_was_given(there, tmp_path):
   """Its record is that of the same files on a disk."""
-  here = recipe()
+  here = command_line.read('t2i', ['init=', f'data.rewrites={tmp_path}/rewrites'])
   for part in ('vlm', 'vae'):
     for path in pathlib.Path(getattr(here, part)).iterdir():
       (there / part / path.name).write_bytes(path.read_bytes())
@@ -343,8 +345,8 @@ def test_a_run_keeps_the_addresses_it_was_given(there, recipe, tmp_path):
   for folder in (tmp_path, there):
     (folder / 'rewrites' / 'rewrites-00000.jsonl').write_text(line)
   assert rewrites.Table(f'{there}/rewrites')['k'] == [[5, 6]]
-  made = recipe(vlm=f'{there}/vlm', vae=f'{there}/vae')
-  here.data, made.data = (dataclasses.replace(here.data, rewrites=f'{folder}/rewrites') for folder in (tmp_path, there))
+  made = command_line.read('t2i', ['init=', *(f'{name}={there}/{name}' for name in ('vlm', 'vae')),
+                                   f'data.rewrites={there}/rewrites'])
   records = []
   for config in (here, made, made):  # the last one goes on
     record.pin(config, tmp_path / 'run', 'vlm', 'vae')
@@ -356,9 +358,8 @@ def test_a_run_keeps_the_addresses_it_was_given(there, recipe, tmp_path):
   assert pathlib.Path(made.vlm).is_dir() and pathlib.Path(made.vae).is_dir()
 
 
-def test_settings_of_local_folders_take_no_address(recipe):
-  made = recipe(vlm_cache='gs://bucket/cache')
-  made.train.executables = 'gs://bucket/programs'
+def test_settings_of_local_folders_take_no_address():
+  made = command_line.read('edit', ['vlm_cache=gs://bucket/cache', 'train.executables=gs://bucket/programs'])
   assert [problem.partition('=')[0] for problem in made.problems(8)] == ['vlm_cache', 'train.executables']
 
 
