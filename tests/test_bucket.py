@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import tempfile
 import threading
 
 from absl import flags
@@ -40,6 +41,8 @@ def anywhere(request, tmp_path):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  (tmp_path / 'local').mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'local'))
   monkeypatch.setattr(lock, 'MOMENT', 0.1)
 
 
@@ -191,7 +194,7 @@ def test_the_lock_of_a_dead_owner_is_taken_over(locked, change, waits, caplog):
 def test_a_living_owner_elsewhere_keeps_it_and_one_that_was_taken_over_ends(locked, monkeypatch, capsys):
   path, place = locked
   ended = threading.Event()
-  monkeypatch.setattr(lock.os, '_exit', lambda code: (ended.set(), sys.exit(code)))
+  monkeypatch.setattr(lock.os, '_exit', lambda code: ended.set())
   with lock.held(path):
     other = json.loads(place.read_text()) | dict(host='elsewhere', mark='other')
     waited(lambda: place.write_text(json.dumps(other)) and ended.is_set())
