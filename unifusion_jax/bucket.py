@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import fcntl
 import hashlib
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -28,6 +29,7 @@ import fsspec
 from unifusion_jax import sharding
 from unifusion_jax.errors import clipped, UserError
 
+SCHEMES = ('gs://', 'file://')
 SECONDS = 15.0         # between two copies into the bucket
 CHECKPOINTS = 'checkpoints'
 LARGE = ('export',)     # copied at the end alone, and not fetched at the start
@@ -260,13 +262,14 @@ def _mirror_of(path: pathlib.Path) -> Mirror | None:
 
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
   """(file system, path on it) of an address."""
-  scheme = url.partition('://')[0]
-  if scheme not in ('gs', 'file') or not url.partition('://')[2].strip('/'):
+  if not url.startswith(SCHEMES) or not url.partition('://')[2].strip('/'):
     raise UserError(f'{url}: an address must be gs://BUCKET/FOLDER')
+  if 'GCSFS_DEBUG' not in os.environ:
+    python_logging.getLogger('gcsfs').setLevel(python_logging.CRITICAL)  # it logs tracebacks of all that it raises
   # Other processes and tensorstore write there too: a listing that was kept would not show it. So that epath, and with
   # it orbax, keeps none either, this is set for all
   fsspec.config.conf.setdefault('gs', {}).setdefault('use_listings_cache', False)
-  files, root = fsspec.core.url_to_fs(url, **(dict(auto_mkdir=True) if scheme == 'file' else {}))
+  files, root = fsspec.core.url_to_fs(url, **(dict(auto_mkdir=True) if url.startswith('file://') else {}))
   return files, root.rstrip('/')
 
 

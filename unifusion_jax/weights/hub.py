@@ -80,7 +80,7 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
 
 
 def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
-  if bucket.is_address(name):
+  if str(name).startswith(bucket.SCHEMES):
     return Pinned(str(name), _of_bucket(str(name), weights), '')
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
