@@ -273,17 +273,16 @@ def run(tmp_path, monkeypatch):
 def test_a_run_in_a_bucket_is_a_run(run, there, mesh, tmp_path, capfd, caplog):
   """Trained, damaged, gone on with bit for bit, exported, and started from."""
   made = command_line.read(f'{tmp_path}/recipe.py')
-  whole = train.run(made, tmp_path / 'run')
   with bucket.mirrored(str(there)) as workdir:
-    train.run(made, workdir, stop_at=2)
+    whole = train.run(made, workdir)
     assert not (workdir / 'checkpoints').exists() and not (there / 'train.lock').exists()
   assert f'checkpoint: {there}/checkpoints' in capfd.readouterr().out
-  for path in (there / 'checkpoints' / '2' / 'state').iterdir():
+  for path in (there / 'checkpoints' / '3' / 'state').iterdir():
     path.rmtree() if path.is_dir() else path.unlink()
   (there / 'checkpoints' / '9' / 'state').mkdir(parents=True)
   (there / 'checkpoints' / '9' / 'state' / 'torn').write_text('of a save that was cut off')
   run(f'--workdir={there}')
-  assert 'is damaged' in caplog.text and (there / 'checkpoints' / '2.damaged').exists()
+  assert 'is damaged' in caplog.text and (there / 'checkpoints' / '3.damaged').exists()
   assert not (there / 'checkpoints' / '9').exists()
   lines = (there / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [1, 2, 3]
