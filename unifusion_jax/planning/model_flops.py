@@ -68,7 +68,7 @@ def _count(jaxpr: core.Jaxpr, learnt: list[bool], times: float, total: ModelFlop
       else:
         total.frozen += flops
     elif name == 'scan':
-      constants, carry = eqn.params['num_consts'], eqn.params['num_carry']
+      constants, carry = _scan_sizes(eqn.params)
       outputs = _loop(eqn.params['jaxpr'].jaxpr, inputs, constants, carry, times * eqn.params['length'], total)
     elif name == 'while':
       skipped, constants = eqn.params['cond_nconsts'], eqn.params['body_nconsts']
@@ -85,6 +85,14 @@ def _count(jaxpr: core.Jaxpr, learnt: list[bool], times: float, total: ModelFlop
         outputs = _count(inner, inputs, times * manual, total)
     depends.update(zip(eqn.outvars, outputs))
   return [ask(var) for var in jaxpr.outvars]
+
+
+def _scan_sizes(params: dict) -> tuple[int, int]:
+  """(constants, carried values) of a scan; jax 0.12 has trees of its inputs where earlier versions have numbers."""
+  if 'ft_in' in params:
+    constants, carry, _ = params['ft_in'].unpack()
+    return len(constants), len(carry)
+  return params['num_consts'], params['num_carry']
 
 
 def _loop(body: core.Jaxpr, inputs: list[bool], constants: int, carry: int, times: float, total: ModelFlops):
