@@ -27,6 +27,7 @@ from etils import epath
 import fsspec
 
 from unifusion_jax import sharding
+from unifusion_jax.data.storage import is_address
 from unifusion_jax.errors import clipped, UserError
 
 SCHEMES = ('gs://', 'file://')
@@ -38,11 +39,6 @@ _WHOLE = 2 ** 26       # bytes; files up to this size are read whole, since they
 _FAILURES = 'UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED'  # of tensorstore
 _MIRRORS: dict[pathlib.Path, 'Mirror'] = {}
 _FETCHED: dict[str, pathlib.Path] = {}
-
-
-def is_address(name) -> bool:
-  """Whether a name is that of a folder in a bucket, or of another file system that has a scheme."""
-  return '://' in str(name)
 
 
 def address(path: pathlib.Path) -> pathlib.Path | epath.Path:

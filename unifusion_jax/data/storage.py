@@ -13,6 +13,7 @@ LIBRARIES = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs'}
 
 
 def is_address(path) -> bool:
+  """Whether a path is in a bucket, or in another file system that has a scheme."""
   return '://' in str(path)
 
 
