@@ -76,6 +76,9 @@ def _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, whole) -> jax.A
   b, queries, heads, dim = q.shape
   keys, groups = k.shape[1:3]
   size = queries if whole else block_size(q, keys)
+  if q_segments is not None:  # one example on one device: its ids alone may be sharded
+    q_segments, kv_segments = (jax.sharding.reshard(ids, jax.P(*jax.typeof(x).sharding.spec[:2]))
+                               for ids, x in ((q_segments, q), (kv_segments, k)))
   # Heads before tokens at once, and normalisation after the product with v: on CPU that is twice as fast as
   # jax.nn.dot_product_attention, gradient included.
   q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
@@ -135,8 +138,7 @@ def _at_most(logits, most):
 
 @_at_most.defjvp
 def _at_most_jvp(primals, tangents):
-  y = _at_most(*primals)
-  return y, jax.sharding.reshard(tangents[0], jax.typeof(y).sharding.spec)  # one example: `most` alone may be sharded
+  return _at_most(*primals), tangents[0]
 
 
 def _on_each_device(kernel, causal, same, q, k, v, q_segments, kv_segments) -> jax.Array:

@@ -45,7 +45,8 @@ class Programs:
 
   def __call__(self, *arguments):
     leaves, structure = jax.tree.flatten(arguments)
-    key = structure, *map(jax.typeof, leaves)
+    # Not the types themselves: in jax 0.12 those of a loaded program's results equal no others
+    key = structure, *((x.shape, x.dtype, x.weak_type, x.sharding) for x in map(jax.typeof, leaves))
     if key not in self._programs:
       self._programs[key] = self._program(self._function.lower(*arguments))
     return self._programs[key](*arguments)
