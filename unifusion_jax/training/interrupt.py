@@ -14,10 +14,12 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from unifusion_jax import sharding
 
 SIGNALS = signal.SIGTERM, signal.SIGINT
+NOTICE = 1.0  # seconds: what a machine that shuts down, a scheduler and a script send within them is one notice
 
 
 class Interrupted(SystemExit):
@@ -31,7 +33,8 @@ class Interrupted(SystemExit):
 class Interrupts:
   """Context in which SIGTERM and SIGINT raise Interrupted, and after `defer` are only noted, for the loop to read.
 
-  A second signal ends the process at once; a thread sees to that, since python handles no signal while XLA compiles.
+  Another signal, NOTICE seconds or more after the first, ends the process at once. A thread sees to that, since python
+  handles no signal while XLA compiles.
   The message of an Interrupted that leaves the context is printed. Signals reach the main thread alone: in another
   thread nothing is installed.
   """
@@ -74,14 +77,14 @@ class Interrupts:
 
   def _watch(self) -> None:
     """Reads the number of each signal as it comes, whatever the main thread does."""
-    signals = 0
+    first = None
     while number := os.read(self._reader, 1):
       if number[0] not in SIGNALS:
         continue
-      signals += 1
-      name = signal.Signals(number[0]).name
-      if signals > 1:
+      name, now = signal.Signals(number[0]).name, time.monotonic()
+      if first is not None and now - first >= NOTICE:
         print(f'{name} again: ended without saving', file=sys.stderr, flush=True)
         os._exit(128 + number[0])
-      if self._deferred:
+      if first is None and self._deferred:
         print(f'{name}: this step is finished and saved; once more to end at once', file=sys.stderr, flush=True)
+      first = now if first is None else first
