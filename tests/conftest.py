@@ -50,6 +50,26 @@ def programs():
   gc.collect()
 
 
+@pytest.fixture
+def run(monkeypatch):
+  """`run(arguments)`: main in this process, as if it were started with them."""
+  import sys
+
+  from absl import flags
+
+  from unifusion_jax import command_line, main
+  monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
+
+  def call(*arguments):
+    monkeypatch.setattr(sys, 'argv', ['main', *arguments])
+    try:
+      main.main(command_line.parse(sys.argv))
+    finally:
+      flags.FLAGS.unparse_flags()
+      flags.FLAGS.setting = []
+  return call
+
+
 @pytest.fixture(scope='session')
 def buckets():
   """Google Cloud Storage on this machine, with the bucket gs://bucket; `refusing` makes it refuse what gcsfs writes."""

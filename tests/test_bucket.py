@@ -256,21 +256,13 @@ def get_config():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-  """`run(arguments)`: main in this process, with the recipe above."""
+def run_recipe(run, tmp_path):
+  """`run_recipe(arguments)`: main in this process, with the recipe above."""
   (tmp_path / 'recipe.py').write_text(RECIPE)
-
-  def call(*arguments):
-    monkeypatch.setattr(sys, 'argv', ['main', f'--config={tmp_path}/recipe.py', *arguments])
-    try:
-      main.main(command_line.parse(sys.argv))
-    finally:
-      flags.FLAGS.unparse_flags()
-      flags.FLAGS.setting = []
-  return call
+  return lambda *arguments: run(f'--config={tmp_path}/recipe.py', *arguments)
 
 
-def test_a_run_in_a_bucket_is_a_run(run, there, mesh, tmp_path, capfd, caplog):
+def test_a_run_in_a_bucket_is_a_run(run_recipe, there, mesh, tmp_path, capfd, caplog):
   """Trained, damaged, gone on with bit for bit, exported, and started from."""
   made = command_line.read(f'{tmp_path}/recipe.py')
   with bucket.mirrored(str(there)) as workdir:
@@ -281,12 +273,12 @@ def test_a_run_in_a_bucket_is_a_run(run, there, mesh, tmp_path, capfd, caplog):
     path.rmtree() if path.is_dir() else path.unlink()
   (there / 'checkpoints' / '9' / 'state').mkdir(parents=True)
   (there / 'checkpoints' / '9' / 'state' / 'torn').write_text('of a save that was cut off')
-  run(f'--workdir={there}')
+  run_recipe(f'--workdir={there}')
   assert 'is damaged' in caplog.text and (there / 'checkpoints' / '3.damaged').exists()
   assert not (there / 'checkpoints' / '9').exists()
   lines = (there / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [1, 2, 3]
-  run(f'--workdir={there}', '--mode=export')
+  run_recipe(f'--workdir={there}', '--mode=export')
   assert json.loads((there / 'config_export.json').read_text())['train']['steps'] == 3
   with bucket.mirrored(str(there)) as workdir, checkpoint.Checkpoints(workdir) as checkpoints:
     data = train.batches(made)

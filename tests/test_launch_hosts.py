@@ -68,6 +68,21 @@ def test_a_host_stops_and_is_not_restarted(stubs):
   assert stubs.run('host.sh', 'idle').returncode == 0
 
 
+def test_the_notice_of_a_preemption_is_passed_on(stubs):
+  """Asked once, then waited for; what is saved is not started again on a machine that goes."""
+  stubs.add('curl', """#!/bin/bash
+echo "$*" >>"$STUB/commands"
+case $* in *wait_for_change*) until [ -e up ]; do sleep 0.02; done; echo TRUE ;; *) echo FALSE ;; esac
+""")
+  stubs.add('.venv/bin/python', '#!/bin/bash\ntrap "exit 143" TERM\necho up >up; while :; do sleep 0.02; done\n')
+  stubs.run('host.sh', 'start', '--restart', '--workdir=/w')
+  assert written(stubs.root / 'run.code') == '143\n'
+  asked = (stubs.folder / 'stub' / 'commands').read_text().splitlines()
+  assert len(asked) == 2 and all('Metadata-Flavor: Google' in line and 'instance/preempted' in line for line in asked)
+  log = (stubs.root / 'run.log').read_text()
+  assert 'this machine is preempted' in log and 'the same command again' not in log
+
+
 def test_a_run_is_once_without_restart(stubs):
   stubs.add('.venv/bin/python', '#!/bin/sh\nexit 143\n')
   stubs.run('host.sh', 'start', '--workdir=gs://bucket/run')

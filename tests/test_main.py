@@ -7,30 +7,14 @@ import pathlib
 import subprocess
 import sys
 
-from absl import flags
 from PIL import Image
 import pytest
 
-from unifusion_jax import command_line, errors, main
+from unifusion_jax import errors, main
 from unifusion_jax.errors import UserError
 from unifusion_jax.planning import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(monkeypatch):
-  """`run(arguments)`: main in this process, as if it were started with them."""
-  monkeypatch.chdir(ROOT)
-
-  def call(*arguments):
-    monkeypatch.setattr(sys, 'argv', ['main', *arguments])
-    try:
-      main.main(command_line.parse(sys.argv))
-    finally:
-      flags.FLAGS.unparse_flags()
-      flags.FLAGS.setting = []
-  return call
 
 
 def started(*arguments, **environment):

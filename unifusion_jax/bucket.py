@@ -5,14 +5,13 @@
   folder = bucket.fetched('gs://bucket/model', names)  # a copy that stays on this host
 
 Checkpoints alone are written to the bucket at once, by orbax: all that a run writes beside them is small, and grows
-line by line, which objects of a bucket cannot. Access, retries and credentials are those of gcsfs.
+line by line, which objects of a bucket cannot. Access, retries and credentials are those of gcsfs (data/storage.py).
 """
 
 from collections.abc import Iterable, Iterator
 import contextlib
 import fcntl
 import hashlib
-import logging as python_logging
 import os
 import pathlib
 import re
@@ -24,9 +23,9 @@ import uuid
 
 from absl import logging
 from etils import epath
-import fsspec
 
 from unifusion_jax import sharding
+from unifusion_jax.data import storage
 from unifusion_jax.data.storage import is_address
 from unifusion_jax.errors import clipped, UserError
 
@@ -256,16 +255,11 @@ def _mirror_of(path: pathlib.Path) -> Mirror | None:
   return next((mirror for folder, mirror in _MIRRORS.items() if path.is_relative_to(folder)), None)
 
 
-def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-  """(file system, path on it) of an address."""
+def _file_system(url: str):
+  """(fsspec's file system, path in it) of a folder's address."""
   if not url.startswith(SCHEMES) or not url.partition('://')[2].strip('/'):
     raise UserError(f'{url}: an address must be gs://BUCKET/FOLDER')
-  if 'GCSFS_DEBUG' not in os.environ:
-    python_logging.getLogger('gcsfs').setLevel(python_logging.CRITICAL)  # it logs tracebacks of all that it raises
-  # Other processes and tensorstore write there too: a listing that was kept would not show it. So that epath, and with
-  # it orbax, keeps none either, this is set for all
-  fsspec.config.conf.setdefault('gs', {}).setdefault('use_listings_cache', False)
-  files, root = fsspec.core.url_to_fs(url, **(dict(auto_mkdir=True) if url.startswith('file://') else {}))
+  files, root = storage.filesystem(url)
   return files, root.rstrip('/')
 
 
@@ -298,8 +292,6 @@ def reason(error: Exception) -> str | None:
   Those of gcsfs, google's libraries and tensorstore have no class in common.
   """
   text, code = f'{type(error).__name__}: {error}', getattr(error, 'code', None)
-  if isinstance(error, ImportError) and 'gcsfs' in text:
-    return 'buckets want the package gcsfs: pip install gcsfs'
   remote = isinstance(error, OSError) and error.errno is None  # a number is of a local file
   if remote and isinstance(error, FileNotFoundError) or code == 404 or 'NOT_FOUND' in text:
     return f'there is no such bucket ({_shown(error)}): create it, or give another address'

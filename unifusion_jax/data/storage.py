@@ -4,6 +4,7 @@ Addresses want fsspec's library for them: gcsfs for gs://, s3fs for s3://. Every
 storage fails, a FileNotFoundError among them, and a UserError for an address that no library opens.
 """
 
+import logging
 import os
 import pathlib
 
@@ -20,8 +21,13 @@ def is_address(path) -> bool:
 def filesystem(path):
   """(fsspec's file system, the path in it) of a path or an address."""
   import fsspec  # here, as the import takes a while
+  if 'GCSFS_DEBUG' not in os.environ:
+    logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of all that it raises
+  # Other processes and tensorstore write there too: a listing that was kept would not show it. So that epath, and with
+  # it orbax, keeps none either, this is set for all
+  fsspec.config.conf.setdefault('gs', {}).setdefault('use_listings_cache', False)
   try:
-    return fsspec.core.url_to_fs(str(path))
+    return fsspec.core.url_to_fs(str(path), **dict(auto_mkdir=True) if str(path).startswith('file://') else {})
   except (ImportError, ValueError) as error:
     scheme = str(path).partition('://')[0]
     advice = f'pip install {LIBRARIES[scheme]}' if scheme in LIBRARIES else 'give a path, or an address of gs:// or s3://'
