@@ -358,19 +358,22 @@ except Exception as error:
       (0, 'UserError process 0 of 2 could not write the file and says why: all stop')], results
 
 
-MODES = """
+COMMANDS = """
 import pathlib
 from absl import flags
 from unifusion_jax import command_line, main
 folder = pathlib.Path(folder)
-for mode, more in (('train', []), ('sample', ['--config.sample.prompt=a red circle', '--config.sample.steps=2']),
-                   ('eval', []), ('export', []), ('rewrite', [])):
-  sys.argv = ['main', f'--config={folder.parent}/recipe.py', f'--workdir={folder}', f'--mode={mode}', *more]
+for arguments in COMMANDS:
+  sys.argv = ['main', f'--config={folder.parent}/recipe.py', f'--workdir={folder}', *arguments]
   main.main(command_line.parse(sys.argv))
   flags.FLAGS.unparse_flags()
   flags.FLAGS.setting = []
 print('done')
 """
+MODES = COMMANDS.replace('COMMANDS', repr([
+    ['--mode=train'], ['--mode=sample', '--config.sample.prompt=a red circle', '--config.sample.steps=2'],
+    ['--mode=eval'], ['--mode=export'], ['--mode=rewrite']]))
+LONGER = ['--mode=train', '--config.train.steps=4']
 
 
 def test_every_mode_on_two_processes_as_on_one(recipe, tmp_path):
@@ -408,6 +411,18 @@ def test_every_mode_on_two_processes_as_on_one(recipe, tmp_path):
               for line in map(json.loads, path.read_text().splitlines())} for folder in (two, one)]
   assert written[0] == written[1] and len(written[0]) == len(rows)
   assert len(list((two / 'rewrites').glob('rewrites-*.jsonl'))) == 2
+  # Each goes on as the other was, on another mesh
+  results = [run(COMMANDS.replace('COMMANDS', repr([[*LONGER, *mesh], ['--mode=export']])), count, str(folder))
+             for folder, count, mesh in ((two, 1, ['--config.mesh.data=1', '--config.mesh.fsdp=4']),
+                                         (one, 2, ['--config.mesh.data=1', '--config.mesh.tp=2']))]
+  assert [(code, out) for each in results for code, out, _ in each] == [(0, 'done')] * 3, results
+  for folder in (two, one):
+    lines = (folder / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == [1, 2, 3, 4]
+  later = [safetensors.numpy.load_file(next((folder / 'export').glob('*.safetensors'))) for folder in (two, one)]
+  for name, value in later[1].items():
+    np.testing.assert_allclose(later[0][name].astype(np.float32), value.astype(np.float32), rtol=0, atol=2e-4)
+  assert any(np.abs(weights[0][name].astype(np.float32) - value).max() > 1e-3 for name, value in later[0].items())
 
 
 def test_four_find_each_other_and_one_line_says_who(tmp_path):
