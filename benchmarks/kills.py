@@ -191,16 +191,18 @@ def main(_):
     results = ended(start(whole, steps, keep=steps))
     if any(code for code, _ in results):
       raise RuntimeError(f'the run that nothing interrupts ended with {results}')
-    for _ in tqdm.trange(_TIMES.value):
-      name, problem = interrupt(workdir, steps, rng)
-      outcomes[name]['ENDED ' + problem if problem else same_as(whole, workdir, reader, folder)] += 1
-    if _DAMAGES.value:
-      for path in (whole / 'checkpoints').iterdir():
-        if int(path.name) < steps - 1:
-          shutil.rmtree(path)
-      outcomes |= damage(whole, str(steps), reader, folder, rng)
-  for name, counts in outcomes.items():
-    print(f'{name:30}', ', '.join(f'{count} {result}' for result, count in counts.most_common()))
+    try:
+      for _ in tqdm.trange(_TIMES.value):
+        name, problem = interrupt(workdir, steps, rng)
+        outcomes[name]['ENDED ' + problem if problem else same_as(whole, workdir, reader, folder)] += 1
+      if _DAMAGES.value:
+        for path in (whole / 'checkpoints').iterdir():
+          if int(path.name) < steps - 1:
+            shutil.rmtree(path)
+        outcomes |= damage(whole, str(steps), reader, folder, rng)
+    finally:  # stopped early, it says what it has seen
+      for name, counts in outcomes.items():
+        print(f'{name:30}', ', '.join(f'{count} {result}' for result, count in counts.most_common()))
 
 
 def same_as(whole: pathlib.Path, workdir: pathlib.Path, reader: Reader, folder: pathlib.Path) -> str:
