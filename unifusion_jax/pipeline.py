@@ -136,7 +136,7 @@ class UniFusionPipeline:
       prompt_encoder = transforms.PromptEncoder.load(
           vlm, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system)
       _check_taps(folder, described.taps, config.lap, vlm, encoders.config(vlm).text)
-      channels = autoencoders.config(vae).latent_channels
+      channels = autoencoders.config(vae).channels
       if channels != config.dit.channels:
         raise UserError(f'{vae} has {channels} latent channels and {folder} wants {config.dit.channels}: give the '
                         'autoencoder that it was trained with (vae=)')
