@@ -145,7 +145,7 @@ def _check(parts: Parts) -> None:
     named = verifi.LAYOUTS[parts.described.layout].vlm or 'the VLM that it was trained with'
     raise UserError(f'{parts.vlm.name} has {text.depth} layers of width {text.width}, but {parts.name} pools layers '
                     f'{list(taps)} of width {lap.width}: give {named} (vlm=)')
-  channels = autoencoders.config(parts.vae.folder).latent_channels
+  channels = autoencoders.config(parts.vae.folder).channels
   if channels != parts.config.dit.channels:
     raise UserError(f'{parts.vae.name} has {channels} latent channels and {parts.name} wants '
                     f'{parts.config.dit.channels}: give the autoencoder that it was trained with (vae=)')
