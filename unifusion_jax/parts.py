@@ -12,7 +12,7 @@ from unifusion_jax import description, flow, json_file, verifi
 from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.description import ASSETS, Description
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import qwen3_vl, unifusion
+from unifusion_jax.models import unifusion
 from unifusion_jax.weights import autoencoders, encoders, hub
 
 INDEX = 'model_index.json'
@@ -114,7 +114,7 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
 def _check_vlm(vlm: hub.Pinned, wanted: str) -> None:
   """UserError unless the encoder is a Qwen3-VL: the language model of the same size loads, and gives rubbish."""
   there = json_file.read(vlm.folder / 'config.json').get('model_type')
-  if not isinstance(encoders.config(vlm.folder), qwen3_vl.Qwen3VLConfig):
+  if there != 'qwen3_vl':
     raise UserError(f'{vlm.name} is a model of type {there!r}, and Krea 2 was trained with the states of {wanted} '
                     "(type 'qwen3_vl'), which no other model has: give its folder (vlm=)")
 

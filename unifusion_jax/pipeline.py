@@ -233,7 +233,7 @@ class UniFusionPipeline:
 
   def _encode_once(self, requests: list[Request], s: SampleConfig) -> Encoded:
     """`encode`, or its last result: requests that differ in their seeds alone share it, one batch after another."""
-    key = dataclasses.replace(s), self.prompt_encoder, [
+    key = s.settings(), self.prompt_encoder, [
         (request.instruction, request.rewrite, request.seed if s.temperature else 0) for request in requests]
     objects = self.model, self.frozen, *(request.references for request in requests)
     same = self._encoded and self._encoded[0] == key and all(map(operator.is_, self._encoded[1], objects))
