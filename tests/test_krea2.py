@@ -17,7 +17,7 @@ import transformers
 
 from unifusion_jax import command_line, flow, parts, pipeline, prompting, sharding, verifi
 from unifusion_jax.commands import sample
-from unifusion_jax.data import imaging
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import unifusion
 from unifusion_jax.pipeline import UniFusionPipeline
@@ -225,6 +225,17 @@ def test_prompts_are_the_pipelines(theirs, ours, prompt, length):
   assert mask.sum() == row['cond_mask'].sum() <= length
   if prompt == LONG * 12:
     assert 'its end was cut off' in prompts.cut([prompting.RAW])[0]
+
+
+def test_training_examples_have_the_same_prompt(ours):
+  """The request conditions in the layout that sampling has, and so does the empty text that replaces it."""
+  encoder, record = ours.prompt_encoder, dict(references=(), instruction='', caption='a star',
+                                              target=np.zeros((16, 16, 3), np.uint8))
+  prompts = prompting.Prompts.of(encoder, [Request('a star')], ours.settings, 2048)
+  for dropout, wanted in ((0.0, prompts.answered([prompting.RAW])[0]), (1.0, prompting.null(encoder))):
+    example = transforms.GenerationExample(encoder, cond_dropout=dropout)(record, np.random.default_rng(0))
+    for values, mask in (('input_ids', 'attention_mask'), ('cond_index', 'cond_mask')):
+      np.testing.assert_array_equal(example[values][example[mask]], wanted[values][wanted[mask]])
 
 
 def test_a_template_token_in_a_request_stays_text(ours):

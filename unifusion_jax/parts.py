@@ -67,6 +67,7 @@ def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str 
   weights = hub.pin(transformer or pinned.name)
   config = unifusion.read_config(pinned.folder)
   vlm, vae = part('vlm', described.vlm), part('vae', described.vae)
+  _check_vlm(vlm, described)
   prompt_encoder = transforms.PromptEncoder.load(
       vlm.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system,
       layout=described.layout)
@@ -91,7 +92,7 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   described = Description('./text_encoder', './vae', taps, 1024, 1024, 512, 'faithful', 2,
                           KREA2_TURBO if turbo else KREA2_RAW, 'krea2')
   vlm = part('vlm', described.vlm)
-  _check_vlm(vlm, verifi.LAYOUTS['krea2'].vlm)
+  _check_vlm(vlm, described)
   weights = hub.pin(transformer) if transformer else part('transformer', './transformer')
   own = pinned.folder / 'transformer'  # has the sizes of a file
   config = unifusion.read_config(own if weights.folder.is_file() and own.is_dir() else weights.folder, patch)
@@ -111,9 +112,10 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   return parts
 
 
-def _check_vlm(vlm: hub.Pinned, wanted: str) -> None:
-  """UserError unless the encoder is a Qwen3-VL: the language model of the same size loads, and gives rubbish."""
-  there = json_file.read(vlm.folder / 'config.json').get('model_type')
+def _check_vlm(vlm: hub.Pinned, described: Description) -> None:
+  """UserError unless Krea 2's encoder is a Qwen3-VL: the language model of the same size loads, and gives rubbish."""
+  wanted, path = verifi.LAYOUTS[described.layout].vlm, vlm.folder / 'config.json'
+  there = json_file.read(path).get('model_type') if wanted and path.exists() else 'qwen3_vl'
   if there != 'qwen3_vl':
     raise UserError(f'{vlm.name} is a model of type {there!r}, and Krea 2 was trained with the states of {wanted} '
                     "(type 'qwen3_vl'), which no other model has: give its folder (vlm=)")

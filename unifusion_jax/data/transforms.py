@@ -162,7 +162,7 @@ class GenerationExample:
     needs_rewrite = self.rewrite_online and len(written) > 0
     if needs_rewrite:
       written = None
-    if prompts.layout.prefix and not images:
+    if prompts.layout.prefix and not images and not self.rewrite_online:
       spans, kept = chat.alone(instruction, prompts.layout)[0], prompts.layout.kinds
     else:
       spans = chat.spans(instruction, images, written, prompts.system)
