@@ -160,7 +160,8 @@ class UniFusionPipeline:
         with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
       **settings: of SampleConfig: negative_prompt, steps, guidance, method, eta, shift, verifi, system, temperature,
-        top_p, tiles, image_tokens, stitch, batch_size. None, as for every argument here, is the pipeline's own default.
+        top_p, tiles, image_tokens, stitch, decode_tile, batch_size. None, as for every argument here, is the
+        pipeline's own default.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(text, str) for text in prompts):
@@ -229,7 +230,8 @@ class UniFusionPipeline:
                              method=s.method, eta=s.eta, seeds=seeds, first=first)
       if callback:
         callback(first + 1, s.steps)
-    return [Sample(*each) for each in zip(self.decode(latents, conditioning)[:len(requests)], *texts)]
+    images = self.decode(latents, conditioning, s.decode_tile)[:len(requests)]
+    return [Sample(*each) for each in zip(images, *texts)]
 
   def _encode_once(self, requests: list[Request], s: SampleConfig) -> Encoded:
     """`encode`, or its last result: requests that differ in their seeds alone share it, one batch after another."""
@@ -341,12 +343,15 @@ class UniFusionPipeline:
                      _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
 
   @_in_mesh
-  def decode(self, latents: jax.Array, conditioning: Conditioning | None = None) -> np.ndarray:
+  def decode(self, latents: jax.Array, conditioning: Conditioning | None = None, tile: int | None = None
+             ) -> np.ndarray:
     """Latents [b y x c] -> images uint8 [b y x 3].
 
     conditioning: of these latents, only to find the reason where they are not finite, which is a UserError.
+    tile: `SampleConfig.decode_tile`; None: the pipeline's.
     """
-    images, finite = sharding.gather(decode_latents(self.frozen.vae, latents))
+    tile = self.settings.decode_tile if tile is None else tile
+    images, finite = sharding.gather(decode_latents(self.frozen.vae, latents, tile=tile))
     if conditioning is not None:
       finite['conditioning'] = sharding.gather(_finite(conditioning))
     wrong = next((name for name in ('conditioning', 'latents', 'pixels') if not np.all(finite.get(name, True))), None)
@@ -468,10 +473,10 @@ def integrate(model, conditioning, null, latents, times, guidance, eta, keys, fi
   return flow.sample(velocity, latents, times, method, eta, keys, first)
 
 
-@jax.jit
-def decode_latents(vae, latents):
+@functools.partial(jax.jit, static_argnames='tile')
+def decode_latents(vae, latents, *, tile):
   """Latents [b y x c] -> uint8 [b y x 3], and {name: [b] bool} whether the latents and the pixels are finite."""
-  pixels = vae.decode(latents)
+  pixels = vae.decode(latents, tile)
   return imaging.to_uint8(pixels), {name: jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
                                     for name, x in (('latents', latents), ('pixels', pixels))}
 

@@ -22,8 +22,8 @@ METHODS = ('euler', 'heun')
 LIMITS = dict(
     steps=Range(1, 10_000), guidance=Range(-1000, 1000), eta=Range(0, 1), shift=Range(0, 1000),
     temperature=Range(0, 100), top_p=Range(most=1, above=0), tiles=Range(0, 256), num_images=Range(1, 100_000),
-    batch_size=Range(1, 65_536), width=Range(0, 65_536), height=Range(0, 65_536), start=Range(0, 1), t=Range(0, 1),
-    first=Range(0))
+    batch_size=Range(1, 65_536), decode_tile=Range(0, 65_536), width=Range(0, 65_536), height=Range(0, 65_536),
+    start=Range(0, 1), t=Range(0, 1), first=Range(0))
 MAX_SIDE, MAX_PATCHES = 1024, 65_536  # latent patches along a side of an image, and in all: 4096 x 4096 at 16 pixels
 
 
@@ -52,6 +52,7 @@ class SampleConfig:
   method: str = 'euler'             # or 'heun'
   eta: float = 0.0                  # 0: an ODE. Up to 1: new noise between Euler steps (flow.sample)
   shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
+  decode_tile: int = 1024           # pixels: images of more than its square are decoded in such tiles; 0: undivided
 
   def settings(self) -> dict:
     """Sampling settings alone, without the fields of single requests and of the command line."""

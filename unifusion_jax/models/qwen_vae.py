@@ -113,7 +113,8 @@ class RMSNorm(nnx.Module):
   def __init__(self, width: int, dtype):
     self.scale = layers.constant(1.0, (width,), dtype=dtype)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, moments=None) -> jax.Array:
+    del moments
     return layers.rms_norm(x, self.scale, EPS)
 
 
@@ -156,7 +157,7 @@ class Decoder(nnx.Module):
     self.norm_out = norm(widths[-1])
     self.conv_out = vae.Conv(widths[-1], 3, 3, dtype, rngs=rngs)
 
-  __call__ = vae.Decoder.__call__
+  __call__, coarse, fine, reach = (getattr(vae.Decoder, name) for name in ('__call__', 'coarse', 'fine', 'reach'))
 
 
 # For planning without a checkpoint

@@ -11,6 +11,7 @@ never reaches them.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 import pathlib
 
 from flax import nnx
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import json_file, ranges
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import layers
+from unifusion_jax.models import layers, tiles
 from unifusion_jax.models.attention import attention
 from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import spread
@@ -143,12 +144,11 @@ class GroupNorm(nnx.Module):
     self.bias = layers.constant(0.0, (width,), dtype=dtype)
     self.groups = groups
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, moments=None) -> jax.Array:
     """x [b y x c] normalised by group, from the moments of its channels and with one multiply-add: a tenth of the
-    time of reshaping to groups on CPU. The gradient through the variance's centre is 0, hence the stop_gradient."""
+    time of reshaping to groups on CPU. `moments` as in `Decoder.fine`."""
     z = x.astype(jnp.float32)
-    mean = jnp.mean(z, axis=(1, 2))
-    variance = jnp.mean((z - jax.lax.stop_gradient(mean)[:, None, None]) ** 2, axis=(1, 2))
+    mean, variance = (moments or channel_moments)(z)
     group_mean = self._per_group(mean)
     group_variance = self._per_group(variance + (mean - group_mean) ** 2)
     gain = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(group_variance + EPS)
@@ -161,6 +161,12 @@ class GroupNorm(nnx.Module):
     return jnp.repeat(jnp.mean(channels.reshape(b, self.groups, -1), axis=-1), c // self.groups, axis=1)
 
 
+def channel_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(mean, variance) [b c] of x [b y x c]. The gradient through the variance's centre is 0, hence the stop_gradient."""
+  mean = jnp.mean(x, axis=(1, 2))
+  return mean, jnp.mean((x - jax.lax.stop_gradient(mean)[:, None, None]) ** 2, axis=(1, 2))
+
+
 class ResBlock(nnx.Module):
 
   def __init__(self, inputs: int, outputs: int, norm, dtype, *, rngs: nnx.Rngs):
@@ -171,9 +177,9 @@ class ResBlock(nnx.Module):
     self.conv2 = Conv(outputs, outputs, 3, dtype, rngs=rngs)
     self.shortcut = Conv(inputs, outputs, 1, dtype, rngs=rngs) if inputs != outputs else None
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = self.conv1(jax.nn.silu(self.norm1(x)))
-    y = self.conv2(jax.nn.silu(self.norm2(y)))
+  def __call__(self, x: jax.Array, moments=None) -> jax.Array:
+    y = self.conv1(jax.nn.silu(self.norm1(x, moments)))
+    y = self.conv2(jax.nn.silu(self.norm2(y, moments)))
     return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -221,9 +227,9 @@ class Level(nnx.Module):
                              for i in range(depth)])
     self.resample = None if following is None else Conv(outputs, following, 3, dtype, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, moments=None) -> jax.Array:
     for resnet in self.resnets:
-      x = resnet(x)
+      x = resnet(x, moments)
     return x
 
 
@@ -262,12 +268,27 @@ class Decoder(nnx.Module):
     self.conv_out = Conv(widths[-1], config.out_channels, 3, dtype, rngs=rngs)
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    x = self.middle(self.conv_in(z))
-    for level in self.levels:
-      x = level(x)
-      if level.resample is not None:
-        x = level.resample(double(x))
-    return self.conv_out(jax.nn.silu(self.norm_out(x)))
+    return self.fine(self.coarse(z))
+
+  @property
+  def reach(self) -> int:
+    """Latents on each side of a place that `fine` reads."""
+    places = sum((1 + 2 * len(level.resnets)) / 2 ** i for i, level in enumerate(self.levels) if i)
+    return math.ceil(places + 1 / 2 ** (len(self.levels) - 1))
+
+  def coarse(self, z: jax.Array) -> jax.Array:
+    """What is computed at the resolution of latents, where attention is over all places."""
+    return self.levels[0](self.middle(self.conv_in(z)))
+
+  def fine(self, x: jax.Array, moments=None) -> jax.Array:
+    """The rest, in which a place is reached by its neighbours alone, and by the moments of norms.
+
+    moments: `moments(x) -> (mean, variance) [b c]`, in place of those of x [b y x c] itself; called by one norm after
+      another (`tiles`).
+    """
+    for level, finer in zip(self.levels, self.levels[1:]):
+      x = finer(level.resample(double(x)), moments)
+    return self.conv_out(jax.nn.silu(self.norm_out(x, moments)))
 
 
 def double(x: jax.Array) -> jax.Array:
@@ -312,12 +333,18 @@ class Autoencoder(nnx.Module):
     z, _ = self.moments(x)
     return self.config.scaled(z)
 
-  def decode(self, z: jax.Array) -> jax.Array:
-    """The inverse of encode: latents [b y x c] -> images [b 8y 8x 3] f32, about [-1, 1] and not clipped."""
+  def decode(self, z: jax.Array, tile: int = 0) -> jax.Array:
+    """The inverse of encode: latents [b y x c] -> images [b 8y 8x 3] f32, about [-1, 1] and not clipped.
+
+    tile: pixels; an image of more than their square is decoded in `tiles` of at most so many a side. 0: undivided.
+    """
     z = self.config.unscaled(z)
     z = spread(z.astype(self.decoder.conv_in.kernel.dtype))
     z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-    return jax.sharding.reshard(self.decoder(z).astype(jnp.float32), layers.RESIDUAL)
+    most = tile // self.downsampling
+    divided = tile and z.shape[1] * z.shape[2] > most ** 2
+    images = tiles.decode(self.decoder, z, most, self.downsampling) if divided else self.decoder(z)
+    return jax.sharding.reshard(images.astype(jnp.float32), layers.RESIDUAL)
 
 
 FLUX = VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)
