@@ -85,8 +85,6 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return Pinned(str(name), path, '')
-  if path.is_file() and path.suffix == '.safetensors':
-    return Pinned(str(name), path, '')
   if path.is_file():
     raise UserError(f'{path} is a file: give the folder that holds it, with its config.json')
   parts = _ID.fullmatch(str(name))
