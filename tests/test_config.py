@@ -15,7 +15,8 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, dit, internvl, lap, qwen3_vl, t5, unifusion, vae
 from unifusion_jax.weights import autoencoders, encoders
 
-RECIPES = ('describe', 'edit', 'edit:8b_256', 'edit:8b_512', 'edit:8b', 't2i', 't2i:8b_256', 't2i:8b_512', 't2i:8b',
+RECIPES = ('describe', 'edit', 'edit:8b_256', 'edit:8b_512', 'edit:8b', 'sample', 'sample:krea2_raw',
+           't2i', 't2i:8b_256', 't2i:8b_512', 't2i:8b',
            'vae', 'vlm', 'vlm:tower')
 ANY = {'seed', 'sample.seed'}  # any whole number
 MINUS_ONE = {'mesh.data', 'mesh.fsdp', 'mesh.tp', 'sample.guidance', 'objective.mean', 'model.shift_factor',
@@ -179,6 +180,6 @@ def test_absurd_models_are_refused_from_their_numbers(tmp_path):
 
 
 def test_public_sizes_are_in_range():
-  for preset in (internvl.PRESETS | qwen3_vl.PRESETS | causal_lm.PRESETS | t5.PRESETS | vae.PRESETS).values():
+  for preset in (internvl.PRESETS | qwen3_vl.PRESETS | causal_lm.PRESETS | t5.PRESETS | autoencoders.PRESETS).values():
     assert preset.problems() == []
   assert unifusion.krea2().problems() == unifusion.base_8b().problems() == []

@@ -58,7 +58,7 @@ def test_krea2_shift_and_sampling_times_are_those_of_diffusers():
   scheduling = pytest.importorskip('diffusers.schedulers.scheduling_flow_match_euler_discrete')
   np.testing.assert_allclose([flow.shift_for(256), flow.shift_for(6400)], np.exp([0.5, 1.15]), rtol=1e-6)
   np.testing.assert_allclose(flow.shift_for(4096), np.exp(0.90625), rtol=1e-6)
-  assert flow.shift_for(64, low=(64, 0.0), high=(256, 1.0)) == 1.0
+  assert flow.shift_for(64, ((64, 0.0), (256, 1.0))) == 1.0
   scheduler = scheduling.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
   scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=np.log(flow.shift_for(1024)))
   np.testing.assert_allclose(flow.timesteps(7, flow.shift_for(1024)), scheduler.sigmas.numpy(), rtol=1e-5, atol=1e-6)

@@ -22,8 +22,8 @@ METHODS = ('euler', 'heun')
 LIMITS = dict(
     steps=Range(1, 10_000), guidance=Range(-1000, 1000), eta=Range(0, 1), shift=Range(0, 1000),
     temperature=Range(0, 100), top_p=Range(most=1, above=0), tiles=Range(0, 256), num_images=Range(1, 100_000),
-    batch_size=Range(1, 65_536), width=Range(0, 65_536), height=Range(0, 65_536), start=Range(0, 1), t=Range(0, 1),
-    first=Range(0))
+    batch_size=Range(1, 65_536), decode_tile=Range(0, 65_536), width=Range(0, 65_536), height=Range(0, 65_536),
+    start=Range(0, 1), t=Range(0, 1), first=Range(0))
 MAX_SIDE, MAX_PATCHES = 1024, 65_536  # latent patches along a side of an image, and in all: 4096 x 4096 at 16 pixels
 
 
@@ -34,6 +34,7 @@ class SampleConfig:
   prompt: Text = ''                 # one request a line; @file.txt reads them from a file; @@ begins a prompt with @
   references: tuple[Path, ...] = ()  # image files, the same for every request; give the flag once for each
   rewrite: str | None = None        # text to condition on instead of the VLM's rewrite
+  negative_prompt: Text = ''        # what guidance leads away from; '' for the empty text
   num_images: int = 1               # of each request
   seed: int = 0                     # of the first image, any whole number; every further image takes the next one
   width: int = 0                    # 0: the first reference's shape, else square
@@ -51,6 +52,7 @@ class SampleConfig:
   method: str = 'euler'             # or 'heun'
   eta: float = 0.0                  # 0: an ODE. Up to 1: new noise between Euler steps (flow.sample)
   shift: float = 1.0                # of the sampling times; 0: from the number of image tokens, as Krea 2
+  decode_tile: int = 1024           # pixels: images of more than its square are decoded in such tiles; 0: undivided
 
   def settings(self) -> dict:
     """Sampling settings alone, without the fields of single requests and of the command line."""
@@ -80,7 +82,9 @@ class SampleConfig:
     checks |= {
         f"{prefix}method={self.method!r} must be 'euler' or 'heun'": self.method in METHODS,
         f'{prefix}eta={self.eta} renews noise between Euler steps only: set it to 0 with {prefix}method=heun, or take '
-        'euler': not (self.eta and self.method == 'heun')}
+        'euler': not (self.eta and self.method == 'heun'),
+        f'{prefix}negative_prompt needs guidance, which {prefix}guidance=1 turns off: raise it, or leave the negative '
+        'prompt out': not (self.negative_prompt and self.guidance == 1)}
     return (ranges.problems(self, prefix, **{name: LIMITS[name] for name in names})
             + [text for text, holds in checks.items() if not holds])
 

@@ -129,7 +129,8 @@ class _Sampling:
                       jax.ShapeDtypeStruct((), jnp.int32))
 
   def _decode(self):
-    return pipeline.decode_latents, (self.frozen.vae, self._latents())
+    function = jax.jit(functools.partial(pipeline.decode_latents, tile=self.settings.decode_tile))
+    return function, (self.frozen.vae, self._latents())
 
 
 def _on_mesh(tree):
