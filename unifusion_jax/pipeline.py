@@ -28,7 +28,7 @@ from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
-from unifusion_jax.weights import autoencoders, encoders, hub, quantize
+from unifusion_jax.weights import autoencoders, encoders, hub, lora_files, quantize
 
 TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key to sample text; sampling steps fold in 0, 1, ...
 
@@ -102,7 +102,7 @@ class UniFusionPipeline:
   @classmethod
   def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, vlm: str | None = None, vae: str | None = None,
                       dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
-                      cache: str | None = None) -> 'UniFusionPipeline':
+                      cache: str | None = None, loras: Sequence[str] = ()) -> 'UniFusionPipeline':
     """Loads a pipeline from a folder or hub id, onto the mesh in context or else one over all devices.
 
     Args:
@@ -113,6 +113,7 @@ class UniFusionPipeline:
       quantized: of the VLM: '' for none, 'int8' for weights, 'w8a8' for activations too.
       transformer_quantized: the same for LAP, refiner and DiT.
       cache: a folder that keeps the converted VLM for the next start.
+      loras: as in `add_loras`; merged before the transformer is quantised.
 
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
@@ -142,10 +143,23 @@ class UniFusionPipeline:
                         'autoencoder that it was trained with (vae=)')
       frozen = states.Frozen(encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache),
                              autoencoders.load(vae, jnp.dtype(dtype)), described.taps)
-      model = unifusion.load(folder, config, jnp.dtype(dtype))
+      model = lora_files.load(unifusion.load(folder, config, jnp.dtype(dtype)), loras)
+      origin |= dict(loras=list(loras)) if loras else {}
       if transformer_quantized:
         model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
       return cls(model, frozen, prompt_encoder, SampleConfig().changed(**described.sample), described.size, origin)
+
+  @_in_mesh
+  def add_loras(self, loras: Sequence[str], live: bool = False) -> None:
+    """Adds LoRAs to the transformer: files, folders or hub ids; 'FILE:0.8' counts 0.8 times.
+
+    They are merged into the weights; with `live`, and where these are int8, they stay beside them. Prints how many keys
+    of each match; UserError where some do not (`lora_files.read`).
+    """
+    if loras:
+      adapters = [(lora_files.read(name, self.model), scale) for name, scale in map(lora_files.split, loras)]
+      self.model = lora_files.apply(self.__dict__.pop('model'), adapters, live)  # which alone refers to it then
+      self.origin, self._null = self.origin | dict(loras=[*self.origin.get('loras', []), *loras]), None
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,

@@ -34,6 +34,7 @@ def run(config, workdir: pathlib.Path) -> None:
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))
   pipe.origin = metadata.origin(weights, vlm, vae, config.model.dtype, config.frozen_dtype, config.vlm_quantized)
+  pipe.add_loras(config.sample.loras)
   run_requests(pipe, wanted, height, width, workdir / 'images')
   record.write(config, workdir, 'config_sample.json')
 

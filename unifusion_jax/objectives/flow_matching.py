@@ -76,7 +76,8 @@ class FlowMatching:
             bool(config.init or not self.lora.rank),
         f'objective.lora.rank={self.lora.rank} and objective.repa_weight={self.repa_weight}: REPA helps a model that '
         'is trained from the start; set one of them to 0': not (self.lora.rank and self.repa_weight)}
-    return [text for text, holds in checks.items() if not holds] + self.lora.problems('objective.lora.') + ranges.problems(
+    wrong = [text for text, holds in checks.items() if not holds] + self.lora.problems('objective.lora.')
+    return wrong + ranges.problems(
         self, 'objective.', mean=Range(-20, 20), std=Range(0, 20), shift=Range(above=0, most=1000),
         noises_per_example=Range(1, 1000), cond_dropout=share, image_dropout=share, text_dropout=share,
         instruction_prob=share, repa_weight=Range(0, 10 ** 6), repa_depth=Range(0, 1000))
@@ -176,8 +177,8 @@ class FlowMatching:
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
-    return pipeline.UniFusionPipeline(self.model(params, frozen), frozen, transforms.prompt_encoder(config), config.sample,
-                                     config.data.size)
+    return pipeline.UniFusionPipeline(self.model(params, frozen), frozen, transforms.prompt_encoder(config),
+                                     config.sample, config.data.size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of test requests: references, request, rewrite, result, target."""
