@@ -179,6 +179,6 @@ def test_absurd_models_are_refused_from_their_numbers(tmp_path):
 
 
 def test_public_sizes_are_in_range():
-  for preset in (internvl.PRESETS | qwen3_vl.PRESETS | causal_lm.PRESETS | t5.PRESETS | vae.PRESETS).values():
+  for preset in (internvl.PRESETS | qwen3_vl.PRESETS | causal_lm.PRESETS | t5.PRESETS | autoencoders.PRESETS).values():
     assert preset.problems() == []
   assert unifusion.krea2().problems() == unifusion.base_8b().problems() == []

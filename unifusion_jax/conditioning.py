@@ -9,7 +9,6 @@ import numpy as np
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import unifusion
-from unifusion_jax.models import vae as autoencoder
 from unifusion_jax.weights import autoencoders, encoders
 
 _static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
@@ -29,7 +28,7 @@ class Frozen:
     blank_ids: ids that say nothing, alone or together (`verifi.Chat.blank_ids`); only for rewriting during training.
   """
   vlm: encoders.Encoder
-  vae: autoencoder.Autoencoder
+  vae: autoencoders.Autoencoder
   taps: tuple[int, ...] = _static()
   stop_ids: tuple[int, ...] = _static()
   image_id: int | None = _static()
@@ -73,8 +72,8 @@ def _check_fit(config, vlm, vae) -> None:
   if config.taps[-1] > vlm.text.depth or vlm.text.width != config.model.lap.width:
     raise UserError(f'{config.vlm} has {vlm.text.depth} layers of width {vlm.text.width}, but taps={config.taps} and '
                     f'model.lap.width={config.model.lap.width} do not match it: change these or the VLM')
-  if vae.latent_channels != config.model.dit.channels:
-    raise UserError(f'{config.vae} has {vae.latent_channels} latent channels, but model.dit.channels='
+  if vae.channels != config.model.dit.channels:
+    raise UserError(f'{config.vae} has {vae.channels} latent channels, but model.dit.channels='
                     f'{config.model.dit.channels}: change one of them')
 
 

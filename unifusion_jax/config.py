@@ -7,7 +7,7 @@ start. `objective` is what is trained and `eval` how it is measured. Both hold s
 
 import dataclasses
 
-from unifusion_jax import bucket, ranges
+from unifusion_jax import bucket, ranges, verifi
 from unifusion_jax.commands.rewrite import RewriteConfig
 from unifusion_jax.commands.train import TrainConfig
 from unifusion_jax.data.config import DataConfig
@@ -33,6 +33,7 @@ class Config:
   vae: Path = str(ASSETS / 'vae')  # folder, hub id or address of a diffusers autoencoder
   init: Path | None = None        # checkpoint folder to start training from; None: random weights
   system: str = 'rewrite'         # system prompt of training, a name in verifi.SYSTEM or a text
+  layout: str = 'verifi'          # of requests without VERIFI: a name in verifi.LAYOUTS
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: Seed = 0
@@ -62,8 +63,10 @@ class Config:
                       in local.items() if bucket.is_address(value)]
     dtype_problems = [] if self.frozen_dtype in ('float32', 'bfloat16') else [
         f"frozen_dtype={self.frozen_dtype!r} must be 'float32' or 'bfloat16'"]
+    layout_problems = [] if self.layout in verifi.LAYOUTS else [
+        f'layout={self.layout!r} must be one of {", ".join(map(repr, verifi.LAYOUTS))}']
     data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
-    return [*place_problems, *dtype_problems, *self.model.undivided(mesh, 'model.'), *data_problems,
+    return [*place_problems, *dtype_problems, *layout_problems, *self.model.undivided(mesh, 'model.'), *data_problems,
             *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
             *self.sample.problems(unit), *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import posixpath
 
-from unifusion_jax import json_file, ranges, sharding
+from unifusion_jax import json_file, ranges, sharding, verifi
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.ranges import Range
@@ -28,6 +28,7 @@ class Description:
     system: system prompt of training, a name in verifi.SYSTEM or a text.
     tiles: maximum tiles of a reference in training.
     sample: defaults of SampleConfig.
+    layout: of requests without VERIFI, a name in verifi.LAYOUTS.
   """
   vlm: str
   vae: str
@@ -38,6 +39,7 @@ class Description:
   system: str = 'rewrite'
   tiles: int = 1
   sample: dict = dataclasses.field(default_factory=dict)
+  layout: str = 'verifi'
 
 
 def read(folder: pathlib.Path) -> Description:
@@ -67,6 +69,8 @@ def read(folder: pathlib.Path) -> Description:
     described, tokens = Description(**values | dict(taps=tuple(values['taps']))), Range(1, 10 ** 6)
     wrong = ranges.problems(described, '', taps=Range(0, 1000), size=Range(1, 10 ** 4), tiles=Range(1, 1000),
                             max_prompt_tokens=tokens, max_rewrite_tokens=tokens)
+    if described.layout not in verifi.LAYOUTS:
+      wrong.append(f'layout={described.layout!r} must be one of {", ".join(map(repr, verifi.LAYOUTS))}')
   if wrong:
     raise UserError(f'{path}: {"; ".join(wrong)}')
   return described
@@ -77,7 +81,7 @@ def save(folder: str | os.PathLike, config) -> None:
   folder, encoder = pathlib.Path(folder), transforms.prompt_encoder(config)
   vlm, vae = (config.hub.get(name) or _entry(getattr(config, name), folder) for name in ('vlm', 'vae'))
   description = Description(vlm, vae, config.taps, config.data.size, encoder.max_prompt, encoder.max_rewrite,
-                            config.system, max(config.data.tiles), config.sample.settings())
+                            config.system, max(config.data.tiles), config.sample.settings(), config.layout)
   with sharding.together(f'write {folder / FILE}'):
     if sharding.is_main_process():
       folder.mkdir(parents=True, exist_ok=True)
@@ -102,11 +106,13 @@ def part_of(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path |
   """
   if entry == 'tiny':
     return ASSETS / part
-  if (folder / entry).is_dir():
+  local = pathlib.Path(name).expanduser().is_dir()
+  # Of a hub id or an address a part that lies here may have been fetched in part
+  if (local or not entry.startswith('.')) and (folder / entry).is_dir():
     return folder / entry
   if not entry.startswith('.'):
     return entry
-  if pathlib.Path(name).expanduser().is_dir():
+  if local:
     raise UserError(f'{folder / FILE} says that the {part} is in {entry}, which is not there: put it there, or '
                     f'give {part}=FOLDER')
   repository, at, revision = str(name).partition('@')

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Points = tuple[tuple[float, float], tuple[float, float]]
+KREA2_SHIFT: Points = ((256, 0.5), (6400, 1.15))  # (image tokens, mu)
 
 
 def shifted(t, shift):
@@ -18,8 +20,9 @@ def shifted(t, shift):
   return shift * t / (1 + (shift - 1) * t)
 
 
-def shift_for(tokens: int, low: tuple[float, float] = (256, 0.5), high: tuple[float, float] = (6400, 1.15)) -> float:
-  """exp(mu) for a number of image tokens, mu linear through the points `low` and `high` (tokens, mu) (Krea 2)."""
+def shift_for(tokens: int, points: Points = KREA2_SHIFT) -> float:
+  """exp(mu) for a number of image tokens, mu linear through two points (tokens, mu)."""
+  low, high = points
   slope = (high[1] - low[1]) / (high[0] - low[0])
   return math.exp(low[1] + slope * (tokens - low[0]))
 

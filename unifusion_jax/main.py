@@ -27,7 +27,8 @@ COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 
 GRACE = 60  # seconds for the devices of all processes, once these have found each other
 
 command_line.define()
-_MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe.')
+_MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
+                          'configs/sample.py sample.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')
@@ -83,15 +84,15 @@ def main(argv):
     recipe, _ = command_line.locate(flags.FLAGS.config)
     config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
     trains = isinstance(config, configuration.Config)
-    mode = _MODE.value or ('train' if trains else 'describe')
-    if trains == (mode == 'describe'):
-      wanted = 'configs/describe.py' if trains else 'a recipe that trains, such as configs/edit.py'
+    mode = _MODE.value or ('train' if trains else config.mode)
+    if mode == 'describe' if trains else mode != config.mode:
+      wanted = 'configs/describe.py' if mode == 'describe' else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     if mode == 'plan':
       _set_plan(config)
     else:
       configuration.check(config, jax.device_count())
-    opened = _opened(_WORKDIR.value or default_workdir(flags.FLAGS.config), trains)
+    opened = _opened(_WORKDIR.value or default_workdir(flags.FLAGS.config), mode != 'describe')
   command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
   with opened as workdir:
     if mode == 'plan':  # reads no weights, and makes a mesh of its own
@@ -109,11 +110,11 @@ def default_workdir(recipe: str) -> pathlib.Path:
   return pathlib.Path('runs') / (f'{path.stem}_{scale}' if scale else path.stem)
 
 
-def _opened(name: str | pathlib.Path, trains: bool):
+def _opened(name: str | pathlib.Path, writes: bool):
   """The context of a workdir, a local folder in it. UserError where it cannot be written to."""
   if bucket.is_address(name):
     return bucket.mirrored(name)
-  if trains:
+  if writes:
     check_writable(pathlib.Path(name))
   return contextlib.nullcontext(pathlib.Path(name))
 

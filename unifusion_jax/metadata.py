@@ -17,9 +17,9 @@ EMBEDDED = {(ASSETS / part).resolve(): 'tiny' for part in ('edit', 'vlm', 'vae')
 
 
 def weights(name) -> dict[str, str]:
-  """A checkpoint's name; of a folder its fingerprint too. A hub id has its commit in the name (hub.Pinned)."""
+  """A checkpoint's name; of a folder or file its fingerprint too. A hub id has its commit in the name (hub.Pinned)."""
   folder = bucket.here(name)
-  if not folder.is_dir():
+  if not folder.exists():
     return dict(name=str(name))
   return dict(name=EMBEDDED.get(folder.resolve(), str(name)), fingerprint=hub.fingerprint(folder))
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import difflib
 import functools
+import operator
 import os
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -23,12 +23,12 @@ import numpy as np
 from PIL import Image
 
 from unifusion_jax import conditioning as states
-from unifusion_jax import description, flow, metadata, prompting, remarks, sharding, wording
+from unifusion_jax import flow, metadata, parts, prompting, remarks, sharding, wording
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
-from unifusion_jax.weights import autoencoders, encoders, hub, lora_files, quantize
+from unifusion_jax.weights import autoencoders, encoders, lora_files, quantize
 
 TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key to sample text; sampling steps fold in 0, 1, ...
 
@@ -88,27 +88,32 @@ class UniFusionPipeline:
   """
 
   def __init__(self, model: unifusion.UniFusion, frozen: states.Frozen, prompt_encoder: transforms.PromptEncoder,
-               settings: SampleConfig | None = None, size: int = 512, origin: dict | None = None):
+               settings: SampleConfig | None = None, size: int = 512, origin: dict | None = None,
+               resolution_shift: flow.Points = flow.KREA2_SHIFT):
     """`frozen` has vlm, vae and taps; `settings` are the defaults of every call; `size` as in Description.
 
     origin: the names of the weights, for metadata and messages (`metadata.origin`).
+    resolution_shift: of `flow.shift_for`, where the setting `shift` is 0.
     """
     self.mesh = jax.tree.leaves(model)[0].sharding.mesh
     self.model, self.frozen, self.prompt_encoder = model, frozen, prompt_encoder
     self.settings, self.size, self.origin = settings or SampleConfig(), size, origin or {}
     self.vocabulary = wording.Vocabulary.of(prompt_encoder.folder)
-    self._null = None
+    self.resolution_shift = resolution_shift
+    self._encoded = self._null = None  # what each was made of, and the last result
 
   @classmethod
-  def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, vlm: str | None = None, vae: str | None = None,
-                      dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
-                      cache: str | None = None, loras: Sequence[str] = ()) -> 'UniFusionPipeline':
+  def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, transformer: str | None = None,
+                      vlm: str | None = None, vae: str | None = None, dtype: str = 'float32', quantized: str = '',
+                      transformer_quantized: str = '', cache: str | None = None,
+                      loras: Sequence[str] = ()) -> 'UniFusionPipeline':
     """Loads a pipeline from a folder or hub id, onto the mesh in context or else one over all devices.
 
     Args:
-      name: 'tiny' for the embedded editing model; else a folder with config.json, weights and unifusion.json, or the
-        hub id of one.
-      vlm, vae: a folder, a hub id or 'tiny' to use instead of those that unifusion.json names.
+      name: 'tiny' for the embedded editing model; else the folder or hub id of a model with unifusion.json, or of a
+        whole Krea 2 pipeline, as 'krea/Krea-2-Turbo' (docs/krea2.md).
+      transformer: a folder, a hub id or a .safetensors file with Krea's keys or diffusers', instead of its own weights.
+      vlm, vae: a folder, a hub id or 'tiny' to use instead of its own.
       dtype: 'float32' or 'bfloat16', of all weights and of the computation.
       quantized: of the VLM: '' for none, 'int8' for weights, 'w8a8' for activations too.
       transformer_quantized: the same for LAP, refiner and DiT.
@@ -118,36 +123,33 @@ class UniFusionPipeline:
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
     """
+    with jax.set_mesh(_mesh()):
+      return cls.load(parts.locate(name, transformer=transformer, vlm=vlm, vae=vae), dtype=dtype, quantized=quantized,
+                      transformer_quantized=transformer_quantized, cache=cache)
+
+  @classmethod
+  def load(cls, located: parts.Parts, *, dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
+           cache: str | None = None, settings: SampleConfig | None = None) -> 'UniFusionPipeline':
+    """Reads the weights of located parts; the mesh must be in context. `settings`: in the place of the parts' own."""
     if dtype not in ('float32', 'bfloat16'):
       raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
     if transformer_quantized not in encoders.QUANTIZED:
       raise UserError(f'transformer_quantized={transformer_quantized!r} must be one of '
                       f'{", ".join(map(repr, encoders.QUANTIZED))}')
-    name, vlm, vae = (description.ASSETS / part if given == 'tiny' else given
-                      for part, given in (('edit', name), ('vlm', vlm), ('vae', vae)))
-    with jax.set_mesh(_mesh()):
-      pinned = hub.pin(name)
-      folder = pinned.folder
-      described = description.read(folder)
-      parts = (hub.pin(given or description.part_of(part, getattr(described, part), name, folder))
-               for part, given in (('vlm', vlm), ('vae', vae)))
-      (vlm, vae), names = zip(*((part.folder, part.name) for part in parts))
-      origin = metadata.origin(pinned.name, *names, dtype, dtype, quantized, transformer_quantized)
-      config = dataclasses.replace(unifusion.read_config(folder), dtype=dtype)
-      prompt_encoder = transforms.PromptEncoder.load(
-          vlm, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system)
-      _check_taps(folder, described.taps, config.lap, vlm, encoders.config(vlm).text)
-      channels = autoencoders.config(vae).latent_channels
-      if channels != config.dit.channels:
-        raise UserError(f'{vae} has {channels} latent channels and {folder} wants {config.dit.channels}: give the '
-                        'autoencoder that it was trained with (vae=)')
-      frozen = states.Frozen(encoders.load(vlm, jnp.dtype(dtype), quantized=quantized, cache=cache),
-                             autoencoders.load(vae, jnp.dtype(dtype)), described.taps)
-      model = lora_files.load(unifusion.load(folder, config, jnp.dtype(dtype)), loras)
-      origin |= dict(loras=list(loras)) if loras else {}
-      if transformer_quantized:
-        model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
-      return cls(model, frozen, prompt_encoder, SampleConfig().changed(**described.sample), described.size, origin)
+    described, transformer, vlm, vae = located.described, located.transformer, located.vlm, located.vae
+    origin = metadata.origin(located.name, vlm.name, vae.name, dtype, dtype, quantized, transformer_quantized)
+    if transformer.name != located.name:
+      origin['transformer'] = metadata.weights(transformer.name)
+    frozen = states.Frozen(encoders.load(vlm.folder, jnp.dtype(dtype), quantized=quantized, cache=cache),
+                           autoencoders.load(vae.folder, jnp.dtype(dtype)), described.taps)
+    model = unifusion.load(transformer.folder, dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype))
+    if loras:
+      model = lora_files.load(model, loras)
+      origin['loras'] = list(loras)
+    if transformer_quantized:
+      model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
+    return cls(model, frozen, located.prompt_encoder, settings or SampleConfig().changed(**described.sample),
+               described.size, origin, located.resolution_shift)
 
   @_in_mesh
   def add_loras(self, loras: Sequence[str], live: bool = False) -> None:
@@ -159,7 +161,8 @@ class UniFusionPipeline:
     if loras:
       adapters = [(lora_files.read(name, self.model), scale) for name, scale in map(lora_files.split, loras)]
       self.model = lora_files.apply(self.__dict__.pop('model'), adapters, live)  # which alone refers to it then
-      self.origin, self._null = self.origin | dict(loras=[*self.origin.get('loras', []), *loras]), None
+      self.origin = self.origin | dict(loras=[*self.origin.get('loras', []), *loras])
+      self._encoded = self._null = None
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,
@@ -174,8 +177,8 @@ class UniFusionPipeline:
       height, width: in pixels. One alone keeps the proportions of the first reference, or a square without references;
         with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
-      **settings: of SampleConfig: steps, guidance, method, eta, shift, verifi, system, temperature, top_p, tiles,
-        image_tokens, stitch, batch_size. None, as for every argument here, is the pipeline's own default.
+      **settings: of SampleConfig: negative_prompt, steps, guidance, method, eta, shift, verifi, system, temperature,
+        top_p, tiles, image_tokens, stitch, batch_size. None, as for every argument here, is the pipeline's own default.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(text, str) for text in prompts):
@@ -231,7 +234,8 @@ class UniFusionPipeline:
     self._check_size(height, width)
     if init_images is not None and [np.shape(x) for x in init_images] != [(height, width, 3)] * len(requests):
       raise UserError(f'init_images must be {len(requests)} images of shape {(height, width, 3)}, one for each request')
-    conditioning, *texts = self.encode(requests, s)
+    conditioning, *texts = self._encode_once(requests, s)
+    null = None if s.guidance == 1 else self.null(s.negative_prompt)
     seeds = [request.seed for request in requests]
     latents = self.noise(seeds, height, width)
     if init_images is not None:
@@ -239,11 +243,21 @@ class UniFusionPipeline:
     times = self.times(height, width, steps=s.steps, shift=s.shift, start=start)
     size = 1 if callback else s.steps
     for first in range(0, s.steps, size):
-      latents = self.denoise(conditioning, latents, times[first:first + size + 1], guidance=s.guidance,
+      latents = self.denoise(conditioning, latents, times[first:first + size + 1], guidance=s.guidance, null=null,
                              method=s.method, eta=s.eta, seeds=seeds, first=first)
       if callback:
         callback(first + 1, s.steps)
-    return [Sample(*parts) for parts in zip(self.decode(latents, conditioning)[:len(requests)], *texts)]
+    return [Sample(*each) for each in zip(self.decode(latents, conditioning)[:len(requests)], *texts)]
+
+  def _encode_once(self, requests: list[Request], s: SampleConfig) -> Encoded:
+    """`encode`, or its last result: requests that differ in their seeds alone share it, one batch after another."""
+    key = dataclasses.replace(s), self.prompt_encoder, [
+        (request.instruction, request.rewrite, request.seed if s.temperature else 0) for request in requests]
+    objects = self.model, self.frozen, *(request.references for request in requests)
+    same = self._encoded and self._encoded[0] == key and all(map(operator.is_, self._encoded[1], objects))
+    if not same:
+      self._encoded = key, objects, self.encode(requests, s)
+    return self._encoded[2]
 
   @_in_mesh
   def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
@@ -257,6 +271,7 @@ class UniFusionPipeline:
     prompts = prompting.Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
     images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
     answers = prompts.known(s.verifi)
+    cut = prompts.cut(answers)
     written, failures = [None] * len(rows), {}
     conditioning = None
     if None in answers:
@@ -276,20 +291,22 @@ class UniFusionPipeline:
       conditioning = _replace(conditioning, read, sharding.shard(place))
     rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
                 for row, text, new in zip(rows, answers, written)]
-    warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else '' for i in range(len(rows))]
+    warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else cut.get(i, '')
+                for i in range(len(rows))]
     notes = [remarks.remark(row.instruction, new, len(row.references), self.vocabulary) if text is None else ''
              for row, text, new in zip(rows, answers, written)]
     return Encoded(conditioning, *(texts[:len(requests)] for texts in (rewrites, warnings, notes)))
 
   @_in_mesh
-  def null(self) -> Conditioning:
-    """Null conditioning, for guidance: the empty text without images, one row on every device; computed once."""
-    if self._null is None:
-      row = prompting.null(self.prompt_encoder)  # its one token is the stop token
+  def null(self, negative_prompt: str = '') -> Conditioning:
+    """Null conditioning, for guidance: a text without images, one row on every device; computed once."""
+    made_of = self.model, self.frozen, negative_prompt
+    if self._null is None or not all(map(operator.is_, self._null[0], made_of)):
+      row = prompting.null(self.prompt_encoder, negative_prompt)
       rows = sharding.shard(prompting.stacked([row] * sharding.padded_batch(1)))
       first = jax.tree.map(lambda x: x[:1], sharding.gather(self._read(rows, None)))
-      self._null = jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
-    return self._null
+      self._null = made_of, jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
+    return self._null[1]
 
   @_in_mesh
   def noise(self, seeds: Sequence[int], height: int, width: int) -> jax.Array:
@@ -312,7 +329,8 @@ class UniFusionPipeline:
     steps, shift = (default if value is None else value
                     for value, default in ((steps, self.settings.steps), (shift, self.settings.shift)))
     check_ranges(steps=steps, shift=shift, start=start)
-    return flow.timesteps(steps, shift or flow.shift_for((height // self.unit) * (width // self.unit)), start)
+    tokens = (height // self.unit) * (width // self.unit)
+    return flow.timesteps(steps, shift or flow.shift_for(tokens, self.resolution_shift), start)
 
   @_in_mesh
   def denoise(self, conditioning: Conditioning, latents: jax.Array, times: jax.Array, *,
@@ -324,7 +342,7 @@ class UniFusionPipeline:
 
     Args:
       guidance, method, eta: None: the pipeline's.
-      null: null conditioning; None: `self.null()`. Not used at guidance 1.
+      null: null conditioning; None: that of the pipeline's negative prompt. Not used at guidance 1.
       seeds: one a request, for the noise that an eta above 0 adds.
       first: index of times[0] in the whole schedule.
     """
@@ -336,7 +354,7 @@ class UniFusionPipeline:
       raise UserError(f"method={method!r} must be 'euler', or with eta=0 'heun'")
     if eta and seeds is None:
       raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
-    null = None if guidance == 1 else null or self.null()
+    null = None if guidance == 1 else null or self.null(s.negative_prompt)
     return integrate(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
                      _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
 
@@ -391,15 +409,6 @@ class UniFusionPipeline:
     rows = sharding.shard(prompting.stacked(rows)) if isinstance(rows, list) else rows
     return condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'],
                           rows['cond_mask'], images, taps=self.frozen.taps)
-
-
-def _check_taps(folder: pathlib.Path, taps: tuple[int, ...], lap, vlm: pathlib.Path, text) -> None:
-  if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
-    raise UserError(f'{folder / description.FILE}: taps={list(taps)} must be {lap.taps} increasing layer '
-                    'numbers, as many as the model pools')
-  if taps[-1] > text.depth or text.width != lap.width:
-    raise UserError(f'{vlm} has {text.depth} layers of width {text.width}, but {folder} pools layers {list(taps)} of '
-                    f'width {lap.width}: give the VLM that it was trained with (vlm=)')
 
 
 def _mesh() -> jax.sharding.Mesh:

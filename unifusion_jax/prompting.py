@@ -10,6 +10,7 @@ from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.request import Request, SampleConfig
 
+COND_BUCKET = 64  # condition tokens of a layout with a prefix: this many, or the next power of 2
 SYSTEM_BUCKET = 64  # extra tokens for a system prompt longer than training's: this many, or the next power of 2
 SHOWN = 20  # requests that one message names
 RAW = object()  # in place of an answer: the row is conditioned on its instruction, and its answer is empty
@@ -25,6 +26,7 @@ class Prompts:
     length: tokens that a prompt without its answer is padded to.
     image_length: maximum image tokens of a prompt.
     image_tokens: whether image tokens condition the DiT.
+    layout: the model's own, in the place of VERIFI's; None where the VLM's chat template is used.
   """
   encoder: transforms.PromptEncoder
   requests: list[Request]
@@ -34,11 +36,19 @@ class Prompts:
   length: int
   image_length: int
   image_tokens: bool
+  layout: verifi.Layout | None = None
 
   @classmethod
   def of(cls, encoder: transforms.PromptEncoder, requests: list[Request], s: SampleConfig,
          max_positions: int) -> 'Prompts':
     encoder = encoder.with_tiles(s.tiles)
+    layout = encoder.layout
+    if layout.prefix and not s.verifi:
+      if s.system or any(request.references for request in requests):
+        raise UserError(f"{layout.vlm} reads this model's own prompt, which has neither references nor another system "
+                        'prompt: leave them out, or set sample.verifi=true')
+      length = layout.dropped + layout.max_sequence_length
+      return cls(encoder, requests, None, ((),) * len(requests), '', length, 0, True, layout)
     # Requests that share their references, as those of one call do, share what is made of them
     shown = {id(request.references): request.references for request in requests}
     shown = {key: [imaging.read(image) for image in references] for key, references in shown.items()}
@@ -66,6 +76,8 @@ class Prompts:
 
   def answered(self, answers: list) -> list[dict[str, np.ndarray]]:
     """Prompts with answers, each a text or RAW; the row of a None is a placeholder."""
+    if self.layout:
+      return _alone([spans for spans, _ in self._own(answers)], self.layout)
     rows = [(self._spans(i, '' if answer in (None, RAW) else answer),
              self._kinds(verifi.COND_RAW if answer is RAW else verifi.COND_VERIFI)) for i, answer in enumerate(answers)]
     # The budget of rewrites where all texts fit into it, so that the DiT mostly runs at one shape
@@ -74,6 +86,22 @@ class Prompts:
     max_rewrite, max_prompt = self.encoder.max_rewrite, self.encoder.max_prompt
     cond_length = self.image_length + (max_rewrite if most <= max_rewrite else max(max_rewrite, max_prompt))
     return [verifi.arrays(spans, self.length + max_rewrite, cond_length, kinds) for spans, kinds in rows]
+
+  @property
+  def max_length(self) -> int:
+    """Most tokens of a prompt with its answer."""
+    return self.length + (0 if self.layout else self.encoder.max_rewrite)
+
+  def cut(self, answers: list) -> dict[int, str]:
+    """{row: warning} of the requests that are longer than the model's own layout has room for."""
+    most = self.layout and self.layout.max_sequence_length
+    return {i: f'the request is {tokens} tokens longer than the {most} that the model reads: its end was cut off'
+            for i, (_, tokens) in enumerate(self._own(answers) if self.layout else ()) if tokens}
+
+  def _own(self, answers: list):
+    texts = [request.instruction if answer in (None, RAW) else answer
+             for request, answer in zip(self.requests, answers)]
+    return [self.encoder.chat.alone(text, self.layout) for text in texts]
 
   def _spans(self, i: int, answer: str | None):
     return self.encoder.chat.spans(self.requests[i].instruction, self.counts[i], answer, self.system)
@@ -89,13 +117,12 @@ def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleC
     UserError: one, which names each request that is wrong by its place.
   """
   prompts = Prompts.of(encoder, requests, s, max_positions)
-  most = prompts.length + encoder.max_rewrite
-  if most > max_positions:
+  if prompts.max_length > max_positions:
     raise UserError(f'a prompt may have {prompts.length} tokens and a rewrite {encoder.max_rewrite}, together more '
                     f'than the {max_positions} positions of the VLM: give fewer references, fewer tiles or a shorter '
                     'system prompt')
   if s.guidance != 1:
-    null(encoder)
+    null(encoder, s.negative_prompt)
   checked, wrong = set(), {}
   for request, count, answer in zip(requests, prompts.counts, prompts.known(s.verifi)):
     text = request.place, request.instruction, request.rewrite, id(request.references)
@@ -115,9 +142,22 @@ def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleC
                                  *[f'{place}: {reason}' for place, reason in wrong.items()][:SHOWN], *more]))
 
 
-def null(encoder: transforms.PromptEncoder) -> dict[str, np.ndarray]:
-  """The row of the null condition, for guidance: the empty text without images, of which the stop token conditions."""
-  return verifi.arrays(encoder.chat.spans('', (), '', encoder.system), encoder.lengths(0)[0], 1)
+def null(encoder: transforms.PromptEncoder, negative: str = '') -> dict[str, np.ndarray]:
+  """The row of the null condition, for guidance: a text without images, written where the layout is VERIFI's.
+
+  Of the empty one the stop token alone conditions there.
+  """
+  if encoder.layout.prefix:
+    return _alone([encoder.chat.alone(negative, encoder.layout)[0]], encoder.layout)[0]
+  spans, (length, cond_length) = encoder.chat.spans('', (), negative, encoder.system), encoder.lengths(0)
+  return verifi.arrays(spans, length + cond_length, cond_length) if negative else verifi.arrays(spans, length, 1)
+
+
+def _alone(prompts: list[list[verifi.Span]], layout: verifi.Layout) -> list[dict[str, np.ndarray]]:
+  """Prompts in a layout with a prefix as arrays of one shape."""
+  most = max(sum(len(span.ids) for span in spans if span.kind in layout.kinds) for spans in prompts)
+  cond_length = min(max(COND_BUCKET, 1 << (most - 1).bit_length()), layout.max_sequence_length)
+  return [verifi.arrays(spans, layout.dropped + cond_length, cond_length, layout.kinds) for spans in prompts]
 
 
 def read_rewrites(chat: verifi.Chat, ids: np.ndarray, lengths: np.ndarray) -> tuple[list[str], dict[int, str]]:

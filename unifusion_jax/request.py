@@ -35,6 +35,7 @@ class SampleConfig:
   prompt: Text = ''                 # one request a line; @file.txt reads them from a file; @@ begins a prompt with @
   references: tuple[Path, ...] = ()  # image files, the same for every request; give the flag once for each
   rewrite: str | None = None        # text to condition on instead of the VLM's rewrite
+  negative_prompt: Text = ''        # what guidance leads away from; '' for the empty text
   num_images: int = 1               # of each request
   seed: int = 0                     # of the first image, any whole number; every further image takes the next one
   width: int = 0                    # 0: the first reference's shape, else square
@@ -81,7 +82,9 @@ class SampleConfig:
     checks |= {
         f"{prefix}method={self.method!r} must be 'euler' or 'heun'": self.method in METHODS,
         f'{prefix}eta={self.eta} renews noise between Euler steps only: set it to 0 with {prefix}method=heun, or take '
-        'euler': not (self.eta and self.method == 'heun')}
+        'euler': not (self.eta and self.method == 'heun'),
+        f'{prefix}negative_prompt needs guidance, which {prefix}guidance=1 turns off: raise it, or leave the negative '
+        'prompt out': not (self.negative_prompt and self.guidance == 1)}
     return (ranges.problems(self, prefix, **{name: LIMITS[name] for name in names})
             + [text for text, holds in checks.items() if not holds])
 

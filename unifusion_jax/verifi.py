@@ -5,7 +5,8 @@ text, inside the VLM's own chat template. The DiT is conditioned on the image to
 stop token that ends it; system prompt, instruction and every other token of the template are masked. The stop
 token stays so that the empty text, the null condition of classifier-free guidance, is one token and not none.
 
-Without VERIFI the instruction conditions in place of the written text, before an empty answer's stop token.
+Without VERIFI the instruction conditions in place of the written text, before an empty answer's stop token; models that
+were trained elsewhere have a prompt of their own for it (`LAYOUTS`).
 
 Several references are several images in one user turn, in their order; the instruction names them by what they show or
 by that order. Their image tokens all condition the DiT, in the same order and with nothing between them. As one image
@@ -63,13 +64,49 @@ PLACEHOLDERS = ('slotsystem', 'slotuser', 'slotwritten')  # stand-ins that no te
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A run of token ids of one kind: 'template', 'system', 'image', 'instruction', 'written' or 'stop'."""
+  """A run of token ids of one kind: 'template', 'system', 'image', 'instruction', 'written', 'stop' or 'suffix'."""
   kind: str
   ids: tuple[int, ...]
 
 
 COND_VERIFI = ('image', 'written', 'stop')
 COND_RAW = ('image', 'instruction', 'stop')  # without VERIFI, of a prompt with an empty answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The prompt that a model was trained with without VERIFI, and what of it conditions the DiT.
+
+  Attributes:
+    kinds: kinds of span that condition the DiT.
+    prefix: text before the request with the template's special tokens, and plain text that is tokenised together with
+      the request. None: the VLM's own chat template, with system prompt and references.
+    suffix: text after the request, of the kind 'suffix'.
+    dropped: number of ids at the start that do not condition the DiT.
+    max_sequence_length: condition tokens; a longer request is cut off before the suffix.
+    vlm: the one VLM that fits; '' for any.
+  """
+  kinds: tuple[str, ...] = COND_RAW
+  prefix: tuple[str, str] | None = None
+  suffix: str = ''
+  dropped: int = 0
+  max_sequence_length: int = 0
+  vlm: str = ''
+
+
+# By the name that unifusion.json and config.layout use. Krea 2's: Krea2Pipeline of diffusers 0.42.1, which pads between
+# request and suffix. Its positions count valid tokens alone, so padding after the suffix gives the same states.
+LAYOUTS = {
+    'verifi': Layout(),
+    'krea2': Layout(
+        ('instruction', 'suffix'),
+        ('<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial '
+         'relationships of the objects and background:<|im_end|>\n<|im_start|>', 'user\n'),
+        '<|im_end|>\n<|im_start|>assistant\n', dropped=34, max_sequence_length=512, vlm='Qwen3-VL-4B-Instruct'),
+}
+# ChatML, for a tokenizer without a chat template of its own
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+          "'<|im_end|>\n' }}{% endfor %}")
 
 
 class TooLong(UserError):
@@ -87,10 +124,15 @@ class Chat:
   """
 
   def __init__(self, folder: str | pathlib.Path,
-               image: tuple[str, str, str] | None = ('<img>', '<IMG_CONTEXT>', '</img>\n')):
-    """`image`: texts before an image, for each of its tokens, and after it; None for a language model."""
+               image: tuple[str, str, str] | None = ('<img>', '<IMG_CONTEXT>', '</img>\n'),
+               fallback: str | None = None):
+    """`image`: texts before an image, for each of its tokens, and after it; None for a language model.
+
+    fallback: the chat template where the tokenizer has none.
+    """
     self.folder = str(folder)
     self.tokenizer = tokenizers.load(self.folder)
+    self._fallback = None if self.tokenizer.chat_template else fallback
     self._plain = tokenizers.plain(self.folder)
     before, each, after = image or ('', None, '')
     self.image_id = None if each is None else self._one_id(each)
@@ -113,7 +155,7 @@ class Chat:
     messages = [dict(role='system', content=texts['system']), dict(role='user', content=texts['user']),
                 dict(role='assistant', content=texts['written'])]
     try:
-      return self.tokenizer.apply_chat_template(messages, tokenize=False)
+      return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self._fallback)
     except (jinja2.TemplateError, ValueError) as error:
       raise UserError(f'{self.folder}: no usable chat template in its tokenizer: {error}') from error
 
@@ -177,6 +219,16 @@ class Chat:
       spans += [Span('written', ids), Span('stop', self.stop_ids[:1])]
     return spans
 
+  def alone(self, text: str, layout: Layout) -> tuple[list[Span], int]:
+    """(spans of a request in a layout with a prefix, number of its tokens that were cut off)."""
+    template, plain = layout.prefix
+    ids = (*self._template_ids(template), *self.text_ids(plain + text))
+    suffix = self._template_ids(layout.suffix)
+    most = layout.dropped + layout.max_sequence_length - len(suffix)
+    spans = [Span('template', ids[:layout.dropped]), Span('instruction', ids[layout.dropped:most]),
+             Span('suffix', suffix)]
+    return spans, max(0, len(ids) - most)
+
   def add_turn(self, instruction: str, written: str) -> list[Span]:
     """Spans of one more turn, after spans that end in an answer."""
     return [Span('template', self._between), Span('instruction', self.text_ids(instruction)),
@@ -194,7 +246,7 @@ class Chat:
     """The template's ids between the stop token of one turn and the next instruction."""
     turns = [*PLACEHOLDERS, *(slot + 'again' for slot in PLACEHOLDERS[1:])]
     messages = [dict(role=role, content=turn) for role, turn in zip(('system', *('user', 'assistant') * 2), turns)]
-    rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self._fallback)
     _, separator, rest = rendered.partition(turns[2])
     between, following, _ = rest.partition(turns[3])
     ids = self._template_ids(between)

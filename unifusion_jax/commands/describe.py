@@ -37,6 +37,8 @@ class DescribeConfig:
   cache: Path | None = None    # a folder that keeps the converted model for the next start
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
+  mode = 'describe'
+
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del devices

@@ -1,15 +1,18 @@
 """Sampling from the command line: images of the configuration's requests, and grids of them. Also previews."""
 
+import dataclasses
 import pathlib
 import sys
 
 import numpy as np
 
-from unifusion_jax import bucket, metadata, pipeline, prompting, sharding
+from unifusion_jax import bucket, metadata, parts, pipeline, prompting, sharding
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import sheet
+from unifusion_jax.fields import Path
 from unifusion_jax.request import prompt_lines, Request, requests_for, requests_of, SampleConfig, shape_like
+from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training import checkpoint, record
 from unifusion_jax.weights import encoders
 
@@ -17,19 +20,55 @@ CELL = 256  # pixels of an image in a grid
 PAGE = 64   # requests in a grid
 
 
+@dataclasses.dataclass
+class PipelineConfig:
+  """A whole pipeline to sample with (configs/sample.py)."""
+  weights: Path = 'tiny'            # folder or hub id, as of `UniFusionPipeline.from_pretrained`
+  transformer: Path | None = None   # folder, hub id or .safetensors file instead of the pipeline's own
+  vlm: Path | None = None           # folder or hub id instead of the pipeline's own
+  vae: Path | None = None
+  dtype: str = 'bfloat16'
+  vlm_quantized: str = ''           # 'int8': int8 weights; 'w8a8': int8 activations as well
+  transformer_quantized: str = ''   # the same for LAP, refiner and DiT
+  vlm_cache: Path | None = None     # folder that keeps the converted VLM for the next start
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+  mode = 'sample'
+
+  def problems(self, devices: int) -> list[str]:
+    """Settings that cannot work, a sentence each."""
+    del devices
+    wrong = self.mesh.problems() + self.sample.problems()
+    if self.dtype not in ('float32', 'bfloat16'):
+      wrong.append(f"dtype={self.dtype!r} must be 'bfloat16' or 'float32'")
+    return wrong + [f'{name}={getattr(self, name)!r} must be one of {", ".join(map(repr, encoders.QUANTIZED))}'
+                    for name in ('vlm_quantized', 'transformer_quantized')
+                    if getattr(self, name) not in encoders.QUANTIZED]
+
+
 def run(config, workdir: pathlib.Path) -> None:
-  """Samples the requests of `config.sample` with the workdir's run, or the weights that the configuration names."""
+  """Samples the requests of `config.sample`.
+
+  A PipelineConfig names the pipeline; a config.Config samples with the workdir's run, or the weights that it names.
+  """
+  if isinstance(config, PipelineConfig):
+    located = parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
+    wanted, height, width = requests(config.sample, located.described.size, located.unit)
+    _check(located.prompt_encoder, wanted, config.sample, located.max_positions, workdir)
+    pipe = pipeline.UniFusionPipeline.load(
+        located, dtype=config.dtype, quantized=config.vlm_quantized,
+        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample)
+    run_requests(pipe, wanted, height, width, workdir / 'images')
+    return
   if not hasattr(config.objective, 'pipeline'):
     raise UserError('this recipe trains a part of a model, which samples no images: sample with configs/t2i.py or '
                     'configs/edit.py, or measure it with --mode=eval')
   record.check_same_model(config, workdir)
   # All requests are checked before anything slow is loaded
   wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
-  prompting.check(transforms.prompt_encoder(config), wanted, config.sample,
-                  encoders.config(config.vlm).text.max_positions)
-  with sharding.together('write images'):
-    if sharding.is_main_process():
-      imaging.check_writable(workdir / 'images')
+  _check(transforms.prompt_encoder(config), wanted, config.sample, encoders.config(config.vlm).text.max_positions,
+         workdir)
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))
@@ -37,6 +76,14 @@ def run(config, workdir: pathlib.Path) -> None:
   pipe.add_loras(config.sample.loras)
   run_requests(pipe, wanted, height, width, workdir / 'images')
   record.write(config, workdir, 'config_sample.json')
+
+
+def _check(encoder: transforms.PromptEncoder, wanted: list[Request], settings: SampleConfig, max_positions: int,
+           workdir: pathlib.Path) -> None:
+  prompting.check(encoder, wanted, settings, max_positions)
+  with sharding.together('write images'):
+    if sharding.is_main_process():
+      imaging.check_writable(workdir / 'images')
 
 
 def requests(settings: SampleConfig, size: int, unit: int) -> tuple[list[Request], int, int]:

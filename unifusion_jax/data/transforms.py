@@ -22,12 +22,13 @@ class PromptEncoder:
   """Encoder of images and text into the VLM's input ids, padded to one length for each number of references.
 
   Attributes:
-    folder: the VLM's folder, for its tokenizer.
+    folder: of the tokenizer, the VLM's own unless it lies elsewhere.
     image_processor: images to the arrays of the VLM's vision tower.
     markers: number of template ids around each image.
     max_prompt: tokens of everything but images.  max_rewrite: tokens of the rewrite with its stop token.
     budgets: (task, max_prompt, max_rewrite) of tasks with budgets of their own.
     system: the system prompt, a name in verifi.SYSTEM or a text.
+    layout: of requests without VERIFI.
   """
   folder: str
   image_processor: vision_inputs.ImageProcessor
@@ -36,21 +37,24 @@ class PromptEncoder:
   max_rewrite: int
   budgets: tuple[tuple[str, int, int], ...] = ()
   system: str = 'rewrite'
+  layout: verifi.Layout = verifi.Layout()
 
   @classmethod
   def load(cls, folder, tiles: int, max_prompt: int, max_rewrite: int, budgets=(), system: str = 'rewrite',
-           vlm: encoders.Config | None = None) -> 'PromptEncoder':
-    """The encoder of the VLM in `folder`; vlm: its configuration, None reads the one in the folder."""
+           vlm: encoders.Config | None = None, layout: str = 'verifi') -> 'PromptEncoder':
+    """The encoder of the VLM in `folder`; vlm: its configuration, None reads the one in the folder.
+
+    With `vlm` the folder need hold a tokenizer alone.
+    """
     config = encoders.config(folder) if vlm is None else vlm
     image_processor = vision_inputs.for_model(config, tiles, folder if vlm is None else None)
-    chat = _chat(str(folder), image_processor.image_tokens)
-    vision_inputs.check(config, chat)
-    markers = sum(len(ids) for ids in chat.image_ends)
-    return cls(str(folder), image_processor, markers, max_prompt, max_rewrite, budgets, system)
+    made = cls(str(folder), image_processor, 0, max_prompt, max_rewrite, budgets, system, verifi.LAYOUTS[layout])
+    vision_inputs.check(config, made.chat)
+    return dataclasses.replace(made, markers=sum(len(ids) for ids in made.chat.image_ends))
 
   @property
   def chat(self) -> verifi.Chat:
-    return _chat(self.folder, self.image_processor.image_tokens)
+    return _chat(self.folder, self.image_processor.image_tokens, verifi.CHATML if self.layout.prefix else None)
 
   def with_tiles(self, tiles: int) -> 'PromptEncoder':
     """The same encoder, cutting images into at most `tiles` tiles (0: unchanged)."""
@@ -88,7 +92,7 @@ def prompt_encoder(config, vlm: encoders.Config | None = None) -> PromptEncoder:
   vlm: the VLM's configuration, if `config.vlm` holds only its tokenizer; None reads it from there.
   """
   return PromptEncoder.load(hub.resolve(config.vlm, weights=False), max(config.data.tiles), *config.data.budget,
-                            config.data.budgets, config.system, vlm)
+                            config.data.budgets, config.system, vlm, config.layout)
 
 
 def abstract_prompt_encoder(config) -> PromptEncoder:
@@ -99,9 +103,9 @@ def abstract_prompt_encoder(config) -> PromptEncoder:
 
 
 @functools.cache
-def _chat(folder: str, image_tokens) -> verifi.Chat:
+def _chat(folder: str, image_tokens, fallback: str | None) -> verifi.Chat:
   with _LOADING:
-    return verifi.Chat(folder, image_tokens)
+    return verifi.Chat(folder, image_tokens, fallback)
 
 
 _LOADING = threading.Lock()  # the tokenizers library cannot be imported by two threads at once
@@ -158,7 +162,10 @@ class GenerationExample:
     needs_rewrite = self.rewrite_online and len(written) > 0
     if needs_rewrite:
       written = None
-    spans = chat.spans(instruction, images, written, prompts.system)
+    if prompts.layout.prefix and not images:
+      spans, kept = chat.alone(instruction, prompts.layout)[0], prompts.layout.kinds
+    else:
+      spans = chat.spans(instruction, images, written, prompts.system)
     example = prompts.arrays(spans, len(references), task, kept)
     del example['written']
     if self.rewrite_online:

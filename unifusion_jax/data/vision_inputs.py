@@ -189,7 +189,8 @@ def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None =
       return TiledImages(config.vision.tile, config.tile_tokens, tiles)
     case qwen3_vl.Qwen3VLConfig():
       if folder is None:
-        return PackedPatches(PixelLimits(), tiles)
+        vision = config.vision
+        return PackedPatches(PixelLimits(patch=vision.patch, frames=vision.frames, merge=vision.merge), tiles)
       with json_file.named(folder / 'preprocessor_config.json'):
         return PackedPatches(PixelLimits.from_json(encoders.preprocessor(folder)), tiles)
     case t5.T5Config():

@@ -127,14 +127,19 @@ def from_json(fields: dict) -> UniFusionConfig:
           rope_theta=f['rope_theta'], eps=f['norm_eps']))
 
 
-def read_config(folder) -> UniFusionConfig:
-  """The configuration of a checkpoint folder."""
+def read_config(folder, patch: int = 2) -> UniFusionConfig:
+  """The configuration of a checkpoint folder; of a native file, which holds none, Krea 2's.
+
+  patch: the size of patches where config.json does not say, as Krea's own does not.
+  """
+  if pathlib.Path(folder).is_file():
+    return from_json({'patch_size': patch})
   path = pathlib.Path(folder) / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist: give the folder of a UniFusion checkpoint, or the `transformer` folder '
                     'of a Krea 2 pipeline')
   with json_file.named(path):
-    config = from_json(json_file.read(path))
+    config = from_json({'patch_size': patch} | json_file.read(path))
     if wrong := config.problems():
       raise UserError('; '.join(wrong))
     return config
@@ -143,9 +148,13 @@ def read_config(folder) -> UniFusionConfig:
 def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
   """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
 
-  `config` chooses dtype and remat; UserError where its sizes are not the checkpoint's.
+  folder: in diffusers' layout, or a .safetensors file: Krea's own, whose keys may begin with `model.diffusion_model.`
+    as ComfyUI writes them, or one with diffusers' keys.
+  config: chooses dtype and remat; UserError where its sizes are not those of config.json. A file has the sizes of
+    `config`.
   """
-  stored = read_config(folder)
+  is_file = pathlib.Path(folder).is_file()
+  stored = config if config and is_file else read_config(folder, config.dit.patch if config else 2)
   config = config or stored
   if wrong := config.undivided(jax.sharding.get_mesh().shape):
     raise UserError(f'{folder}: {"; ".join(wrong)}: choose another mesh')
@@ -154,7 +163,11 @@ def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> Un
   if differ:
     raise UserError(f'{folder} does not hold a model of these sizes: {"; ".join(differ)}')
   tensors = safetensors_io.read(folder)
-  return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), tensors, RULES, AXIS_SIZES, dtype)
+  if any(name.startswith(PREFIX) for name in tensors):  # other models may lie beside it in the same file
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+  native = any(name.startswith('txtfusion.') for name in tensors)
+  return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), tensors, NATIVE_RULES if native else RULES,
+                      AXIS_SIZES, dtype, ignore=UNUSED if native else ())
 
 
 def save(model: UniFusion, folder) -> None:
@@ -163,3 +176,25 @@ def save(model: UniFusion, folder) -> None:
 
 
 RULES, AXIS_SIZES = lap.RULES + dit.RULES, {'two': 2}
+
+# Krea's own names (github.com/krea-ai/krea-2), by diffusers'; its blocks keep their six modulation vectors end to end
+PREFIX = 'model.diffusion_model.'
+NATIVE = {
+    'img_in.': 'first.', 'time_embed.linear_1.': 'tmlp.0.', 'time_embed.linear_2.': 'tmlp.2.',
+    'time_mod_proj.': 'tproj.1.', 'txt_in.norm.weight': 'txtmlp.0.scale', 'txt_in.linear_1.': 'txtmlp.1.',
+    'txt_in.linear_2.': 'txtmlp.3.', 'text_fusion.': 'txtfusion.', 'final_layer.linear.': 'last.linear.',
+    'final_layer.norm.weight': 'last.norm.scale', 'final_layer.scale_shift_table': 'last.modulation.lin',
+    'transformer_blocks.': 'blocks.', '.scale_shift_table': '.mod.lin', '.norm1.weight': '.prenorm.scale',
+    '.norm2.weight': '.postnorm.scale', '.to_q.': '.wq.', '.to_k.': '.wk.', '.to_v.': '.wv.', '.to_out.0.': '.wo.',
+    '.to_gate.': '.gate.', '.norm_q.weight': '.qknorm.qnorm.scale', '.norm_k.weight': '.qknorm.knorm.scale',
+    '.ff.': '.mlp.'}
+UNUSED = (r'last\.(up|down)\.weight',)  # leftovers that some files of Turbo hold
+
+
+def _native(name: str, path: str, pattern: str):
+  for theirs, native in NATIVE.items():
+    name = name.replace(theirs.replace('.', r'\.'), native.replace('.', r'\.'))
+  return name, path, '(m d) -> m d' if name.endswith(r'mod\.lin') else pattern
+
+
+NATIVE_RULES = tuple(_native(*rule) for rule in RULES)

@@ -10,6 +10,7 @@ never reaches them.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import pathlib
 
 from flax import nnx
@@ -68,6 +69,31 @@ class VAEConfig:
   def downsampling(self) -> int:
     """Pixels per latent, along y and along x."""
     return 2 ** (len(self.block_out_channels) - 1)
+
+  @property
+  def channels(self) -> int:
+    """Channels of a latent."""
+    return self.latent_channels
+
+  @property
+  def first_width(self) -> int:
+    """Channels of the encoder at an image's own resolution."""
+    return self.block_out_channels[0]
+
+  def halves(self, dtype, *, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+    """(encoder, decoder)."""
+    if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
+      raise UserError(f'VAE config: block_out_channels {bad} do not divide into norm_num_groups='
+                      f'{self.norm_num_groups} groups')
+    return Encoder(self, dtype, rngs=rngs), Decoder(self, dtype, rngs=rngs)
+
+  def scaled(self, z: jax.Array) -> jax.Array:
+    """The encoder's latents at about unit variance."""
+    return (z - (self.shift_factor or 0.0)) * self.scaling_factor
+
+  def unscaled(self, z: jax.Array) -> jax.Array:
+    """The inverse of `scaled`."""
+    return z / self.scaling_factor + (self.shift_factor or 0.0)
 
   @classmethod
   def from_json(cls, config: dict) -> 'VAEConfig':
@@ -137,10 +163,11 @@ class GroupNorm(nnx.Module):
 
 class ResBlock(nnx.Module):
 
-  def __init__(self, inputs: int, outputs: int, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
-    self.norm1 = GroupNorm(inputs, config.norm_num_groups, dtype)
+  def __init__(self, inputs: int, outputs: int, norm, dtype, *, rngs: nnx.Rngs):
+    """norm: `norm(width) -> module`, here as in the blocks below."""
+    self.norm1 = norm(inputs)
     self.conv1 = Conv(inputs, outputs, 3, dtype, rngs=rngs)
-    self.norm2 = GroupNorm(outputs, config.norm_num_groups, dtype)
+    self.norm2 = norm(outputs)
     self.conv2 = Conv(outputs, outputs, 3, dtype, rngs=rngs)
     self.shortcut = Conv(inputs, outputs, 1, dtype, rngs=rngs) if inputs != outputs else None
 
@@ -163,8 +190,8 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
   """One head over all positions, residual."""
 
-  def __init__(self, width: int, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
-    self.norm = GroupNorm(width, config.norm_num_groups, dtype)
+  def __init__(self, width: int, norm, dtype, *, rngs: nnx.Rngs):
+    self.norm = norm(width)
     self.q, self.k, self.v, self.out = (Linear(width, dtype, rngs=rngs) for _ in range(4))
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,10 +202,10 @@ class Attention(nnx.Module):
 
 class Middle(nnx.Module):
 
-  def __init__(self, width: int, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
-    self.before = ResBlock(width, width, config, dtype, rngs=rngs)
-    self.attention = Attention(width, config, dtype, rngs=rngs) if config.mid_block_add_attention else None
-    self.after = ResBlock(width, width, config, dtype, rngs=rngs)
+  def __init__(self, width: int, attends: bool, norm, dtype, *, rngs: nnx.Rngs):
+    self.before = ResBlock(width, width, norm, dtype, rngs=rngs)
+    self.attention = Attention(width, norm, dtype, rngs=rngs) if attends else None
+    self.after = ResBlock(width, width, norm, dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = self.before(x)
@@ -187,12 +214,12 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-  """Residual blocks at one resolution, and the convolution to the next one, except in the last."""
+  """Residual blocks at one resolution, and the convolution to the `following` width of the next (None: the last)."""
 
-  def __init__(self, inputs: int, outputs: int, depth: int, last: bool, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
-    self.resnets = nnx.List([ResBlock(inputs if i == 0 else outputs, outputs, config, dtype, rngs=rngs)
+  def __init__(self, inputs: int, outputs: int, following: int | None, depth: int, norm, dtype, *, rngs: nnx.Rngs):
+    self.resnets = nnx.List([ResBlock(inputs if i == 0 else outputs, outputs, norm, dtype, rngs=rngs)
                              for i in range(depth)])
-    self.resample = None if last else Conv(outputs, outputs, 3, dtype, rngs=rngs)
+    self.resample = None if following is None else Conv(outputs, following, 3, dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for resnet in self.resnets:
@@ -203,13 +230,13 @@ class Level(nnx.Module):
 class Encoder(nnx.Module):
 
   def __init__(self, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
-    widths = config.block_out_channels
+    widths, norm = config.block_out_channels, functools.partial(GroupNorm, groups=config.norm_num_groups, dtype=dtype)
     self.conv_in = Conv(config.in_channels, widths[0], 3, dtype, rngs=rngs)
     self.levels = nnx.List([
-        Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block, i == len(widths) - 1, config, dtype, rngs=rngs)
-        for i in range(len(widths))])
-    self.middle = Middle(widths[-1], config, dtype, rngs=rngs)
-    self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, dtype)
+        Level(before, width, following, config.layers_per_block, norm, dtype, rngs=rngs)
+        for before, width, following in zip((widths[0], *widths), widths, (*widths[:-1], None))])
+    self.middle = Middle(widths[-1], config.mid_block_add_attention, norm, dtype, rngs=rngs)
+    self.norm_out = norm(widths[-1])
     self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -225,12 +252,13 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: VAEConfig, dtype, *, rngs: nnx.Rngs):
     widths = config.block_out_channels[::-1]
+    norm = functools.partial(GroupNorm, groups=config.norm_num_groups, dtype=dtype)
     self.conv_in = Conv(config.latent_channels, widths[0], 3, dtype, rngs=rngs)
-    self.middle = Middle(widths[0], config, dtype, rngs=rngs)
+    self.middle = Middle(widths[0], config.mid_block_add_attention, norm, dtype, rngs=rngs)
     self.levels = nnx.List([
-        Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, i == len(widths) - 1, config, dtype,
-              rngs=rngs) for i in range(len(widths))])
-    self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, dtype)
+        Level(before, width, following, config.layers_per_block + 1, norm, dtype, rngs=rngs)
+        for before, width, following in zip((widths[0], *widths), widths, (*widths[:-1], None))])
+    self.norm_out = norm(widths[-1])
     self.conv_out = Conv(widths[-1], config.out_channels, 3, dtype, rngs=rngs)
 
   def __call__(self, z: jax.Array) -> jax.Array:
@@ -238,11 +266,11 @@ class Decoder(nnx.Module):
     for level in self.levels:
       x = level(x)
       if level.resample is not None:
-        x = level.resample(_double(x))
+        x = level.resample(double(x))
     return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
-def _double(x: jax.Array) -> jax.Array:
+def double(x: jax.Array) -> jax.Array:
   """[b y x c] -> [b 2y 2x c], every pixel as a square of four. One broadcast: its gradient is one sum, on CPU too."""
   b, y, x_, c = x.shape
   squares = jnp.broadcast_to(x[:, :, None, :, None], (b, y, 2, x_, 2, c))
@@ -250,17 +278,12 @@ def _double(x: jax.Array) -> jax.Array:
 
 
 class Autoencoder(nnx.Module):
-  """Images [b y x 3] <-> latents [b y x c]."""
+  """Images [b y x 3] <-> latents [b y x c]. Another class of it has another configuration (`qwen_vae`)."""
 
-  def __init__(self, config: VAEConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
-    bad = [c for c in config.block_out_channels if c % config.norm_num_groups]
-    if bad:
-      raise UserError(f'VAE config: block_out_channels {bad} do not divide into norm_num_groups='
-                       f'{config.norm_num_groups} groups')
+  def __init__(self, config, dtype=jnp.float32, *, rngs: nnx.Rngs):
     self.config = dataclasses.replace(config)
-    self.encoder = Encoder(config, dtype, rngs=rngs)
-    self.decoder = Decoder(config, dtype, rngs=rngs)
-    c = config.latent_channels
+    self.encoder, self.decoder = config.halves(dtype, rngs=rngs)
+    c = config.channels
     self.quant_conv = Conv(2 * c, 2 * c, 1, dtype, rngs=rngs) if config.use_quant_conv else None
     self.post_quant_conv = Conv(c, c, 1, dtype, rngs=rngs) if config.use_post_quant_conv else None
 
@@ -272,7 +295,7 @@ class Autoencoder(nnx.Module):
   @property
   def channels(self) -> int:
     """Channels of a latent."""
-    return self.config.latent_channels
+    return self.config.channels
 
   def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images [b y x 3] in [-1, 1] -> (mean, log variance) of the latents [b y/8 x/8 c], unscaled, f32."""
@@ -287,18 +310,21 @@ class Autoencoder(nnx.Module):
   def encode(self, x: jax.Array) -> jax.Array:
     """Images [b y x 3] in [-1, 1] -> latents [b y/8 x/8 c] f32: the posterior's mean, scaled to about unit variance."""
     z, _ = self.moments(x)
-    return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+    return self.config.scaled(z)
 
   def decode(self, z: jax.Array) -> jax.Array:
     """The inverse of encode: latents [b y x c] -> images [b 8y 8x 3] f32, about [-1, 1] and not clipped."""
-    z = z / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+    z = self.config.unscaled(z)
     z = spread(z.astype(self.decoder.conv_in.kernel.dtype))
     z = z if self.post_quant_conv is None else self.post_quant_conv(z)
     return jax.sharding.reshard(self.decoder(z).astype(jnp.float32), layers.RESIDUAL)
 
 
+FLUX = VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)
+SD3 = VAEConfig(scaling_factor=1.5305, shift_factor=0.0609)
 # For planning without a checkpoint; `load` goes by the checkpoint's own config.json
-PRESETS = {'black-forest-labs/FLUX.1-schnell/vae': VAEConfig(scaling_factor=0.3611, shift_factor=0.1159)}
+PRESETS = {f'black-forest-labs/FLUX.1-{name}/vae': FLUX for name in ('schnell', 'dev')} | {
+    f'stabilityai/stable-diffusion-{name}/vae': SD3 for name in ('3-medium-diffusers', '3.5-medium', '3.5-large')}
 
 
 def load(folder, dtype=jnp.float32) -> Autoencoder:

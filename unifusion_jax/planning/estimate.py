@@ -200,5 +200,5 @@ class _Step:
 
   def autoencoder(self) -> dict[str, int]:
     """Forward of the encoder at its widest: the first level, in f32 where it is normalised."""
-    widest = self._spread * self._height * self._width * self._frozen.vae.config.block_out_channels[0]
+    widest = self._spread * self._height * self._width * self._frozen.vae.config.first_width
     return {'first level of the autoencoder (models/vae.py)': widest * (2 * F32 + 2 * self._frozen_dtype)}

@@ -1,7 +1,8 @@
 """Any supported autoencoder by name: a diffusers folder or a hub id, by the _class_name of its config.json.
 
 All have the same methods: `encode` images [b y x 3] in [-1, 1] to latents [b y x c] of about unit variance, `decode`
-them, `downsampling` (pixels per latent) and `channels` (c). Another one is a file in models/ and a line in `CLASSES`.
+them, `downsampling` (pixels per latent) and `channels` (c). Configurations have the last two as well, and `first_width`
+(channels at an image's own resolution). Another one is a file in models/ and a line in `CLASSES`.
 """
 
 import pathlib
@@ -12,26 +13,28 @@ import jax.numpy as jnp
 
 from unifusion_jax import json_file, sharding
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import vae
+from unifusion_jax.models import qwen_vae, vae
 from unifusion_jax.weights import hub
 
-Config = vae.VAEConfig
+Config = vae.VAEConfig | qwen_vae.QwenVAEConfig
 Autoencoder = vae.Autoencoder
-CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.Autoencoder, vae.load)}  # by _class_name
+CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.load),  # by _class_name
+           'AutoencoderKLQwenImage': (qwen_vae.QwenVAEConfig, qwen_vae.load)}
+PRESETS = vae.PRESETS | qwen_vae.PRESETS
 
 
 def load(name, dtype=jnp.float32) -> Autoencoder:
   """The autoencoder in a folder (as `hub.pin` gave it) or behind a hub id, in `dtype`, on the mesh in context."""
   folder = hub.resolve(name)
   config(folder)  # a size that cannot be ends here
-  _, _, load_class = _class(_config_json(folder), folder)
+  _, load_class = _class(_config_json(folder), folder)
   return load_class(folder, dtype)
 
 
 def config(name) -> Config:
-  """Configuration of a folder, of a hub id, or of a public name in vae.PRESETS; reads no weights."""
-  if str(name) in vae.PRESETS and not pathlib.Path(name).is_dir():
-    return vae.PRESETS[str(name)]
+  """Configuration of a folder, of a hub id, or of a public name in PRESETS; reads no weights."""
+  if str(name) in PRESETS and not pathlib.Path(name).is_dir():
+    return PRESETS[str(name)]
   folder = hub.resolve(name, weights=False)
   config_json = _config_json(folder)
   with json_file.named(folder / 'config.json'):
@@ -43,8 +46,7 @@ def config(name) -> Config:
 
 def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:
   """The shapes and shardings, on the mesh in context, of the autoencoder with that configuration."""
-  model = next(model for kind, model, _ in CLASSES.values() if isinstance(config, kind))
-  shapes = jax.eval_shape(lambda: model(config, dtype, rngs=nnx.Rngs(0)))
+  shapes = jax.eval_shape(lambda: Autoencoder(config, dtype, rngs=nnx.Rngs(0)))
   return sharding.abstract(shapes, jax.sharding.get_abstract_mesh())
 
 

@@ -85,6 +85,8 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return Pinned(str(name), path, '')
+  if path.is_file() and path.suffix == '.safetensors':
+    return Pinned(str(name), path, '')
   if path.is_file():
     raise UserError(f'{path} is a file: give the folder that holds it, with its config.json')
   parts = _ID.fullmatch(str(name))
@@ -134,12 +136,12 @@ def _check_weights(label: str, names: list[str]) -> None:
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-  """Hash of config.json, tokenizer and the ends of the weights files: the same wherever the folder lies."""
+  """Hash of config.json, tokenizer and the ends of the weights files: the same wherever the folder, or file, lies."""
   digest = hashlib.sha256()
   for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
     if (folder / name).exists():
       digest.update((folder / name).read_bytes())
-  for path in sorted(folder.glob('*.safetensors')):
+  for path in [folder] if folder.is_file() else sorted(folder.glob('*.safetensors')):
     with path.open('rb') as file:
       file.seek(-min(path.stat().st_size, _TAIL), os.SEEK_END)
       digest.update(file.read())

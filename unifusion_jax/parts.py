@@ -1,0 +1,151 @@
+"""Parts of a pipeline by one name: a folder, hub id or address with unifusion.json, or a Krea 2 pipeline of diffusers.
+
+Krea 2's holds model_index.json and the folders transformer, text_encoder, tokenizer, vae and scheduler.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+
+from unifusion_jax import description, flow, json_file, verifi
+from unifusion_jax.data import transforms, vision_inputs
+from unifusion_jax.description import ASSETS, Description
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import qwen3_vl, unifusion
+from unifusion_jax.weights import autoencoders, encoders, hub
+
+INDEX = 'model_index.json'
+TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)  # of Qwen3-VL-4B, where the index of Krea 2 names none
+TURBO_MU = 1.15  # log of the shift of Krea 2 Turbo, at every size (Krea2Pipeline)
+# Steps and guidance of Krea's model cards; our guidance is theirs + 1
+KREA2_RAW = dict(verifi=False, steps=52, guidance=4.5, shift=0.0)
+KREA2_TURBO = dict(verifi=False, steps=8, guidance=1.0, shift=math.exp(TURBO_MU))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Folders of a pipeline's models, and the settings that belong to them; no weights are read yet.
+
+  Attributes:
+    name: of the whole.
+    config: of the transformer; its dtype is a default.
+    resolution_shift: points (tokens, mu) of `flow.shift_for`.
+  """
+  name: str
+  described: Description
+  transformer: hub.Pinned
+  vlm: hub.Pinned
+  vae: hub.Pinned
+  config: unifusion.UniFusionConfig
+  prompt_encoder: transforms.PromptEncoder
+  resolution_shift: flow.Points = flow.KREA2_SHIFT
+
+  @property
+  def unit(self) -> int:
+    """Pixels that both sides of an image must be multiples of: one patch of latents."""
+    return autoencoders.config(self.vae.folder).downsampling * self.config.dit.patch
+
+  @property
+  def max_positions(self) -> int:
+    """Positions of the VLM."""
+    return encoders.config(self.vlm.folder).text.max_positions
+
+
+def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str | None = None,
+           vae: str | None = None) -> Parts:
+  """The parts of a pipeline, downloaded where they are behind a hub id, and fitting each other.
+
+  Arguments and errors as of `UniFusionPipeline.from_pretrained`. The mesh must be in context.
+  """
+  given = {part: ASSETS / part if value == 'tiny' else value for part, value in (('vlm', vlm), ('vae', vae))}
+  pinned = hub.pin(ASSETS / 'edit' if name == 'tiny' else name, weights=False)
+  part = lambda part, entry: hub.pin(given.get(part) or description.part_of(part, entry, pinned.name, pinned.folder))
+  if (pinned.folder / INDEX).exists():
+    return _krea2(pinned, part, transformer)
+  described = description.read(pinned.folder)
+  weights = hub.pin(transformer or pinned.name)
+  config = unifusion.read_config(pinned.folder)
+  vlm, vae = part('vlm', described.vlm), part('vae', described.vae)
+  prompt_encoder = transforms.PromptEncoder.load(
+      vlm.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system,
+      layout=described.layout)
+  parts = Parts(weights.name, described, weights, vlm, vae, config, prompt_encoder)
+  _check(parts)
+  return parts
+
+
+def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
+  """The parts of a pipeline of diffusers.
+
+  part: `part(name, entry)` -> the pinned part at that entry; transformer: in the place of its own.
+  """
+  path = pinned.folder / INDEX
+  index = json_file.read(path)
+  if index.get('_class_name') != 'Krea2Pipeline':
+    raise UserError(f"{path} is of a {index.get('_class_name')}: of diffusers' pipelines only Krea2Pipeline is read; "
+                    'give a folder with unifusion.json, or krea/Krea-2-Raw or krea/Krea-2-Turbo')
+  with json_file.named(path):
+    taps, patch = tuple(index.get('text_encoder_select_layers') or TAPS), index.get('patch_size', 2)
+    turbo = index.get('is_distilled', False)
+  described = Description('./text_encoder', './vae', taps, 1024, 1024, 512, 'faithful', 2,
+                          KREA2_TURBO if turbo else KREA2_RAW, 'krea2')
+  vlm = part('vlm', described.vlm)
+  _check_vlm(vlm, verifi.LAYOUTS['krea2'].vlm)
+  weights = hub.pin(transformer) if transformer else part('transformer', './transformer')
+  own = pinned.folder / 'transformer'  # has the sizes of a file
+  config = unifusion.read_config(own if weights.folder.is_file() and own.is_dir() else weights.folder, patch)
+  vae = part('vae', described.vae)
+  tokenizer, scheduler = (hub.pin(description.part_of(name, f'./{name}', pinned.name, pinned.folder), weights=False)
+                          for name in ('tokenizer', 'scheduler'))
+  vlm_config = encoders.config(vlm.folder)
+  prompt_encoder = transforms.PromptEncoder.load(
+      tokenizer.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens,
+      system=described.system, vlm=vlm_config, layout='krea2')
+  if (vlm.folder / 'preprocessor_config.json').exists():  # Krea's own has none, for it is shown no images
+    prompt_encoder = dataclasses.replace(
+        prompt_encoder, image_processor=vision_inputs.for_model(vlm_config, described.tiles, vlm.folder))
+  parts = Parts(pinned.name, described, weights, vlm, vae, config, prompt_encoder,
+                _resolution_shift(scheduler.folder / 'scheduler_config.json'))
+  _check(parts)
+  return parts
+
+
+def _check_vlm(vlm: hub.Pinned, wanted: str) -> None:
+  """UserError unless the encoder is a Qwen3-VL: the language model of the same size loads, and gives rubbish."""
+  there = json_file.read(vlm.folder / 'config.json').get('model_type')
+  if not isinstance(encoders.config(vlm.folder), qwen3_vl.Qwen3VLConfig):
+    raise UserError(f'{vlm.name} is a model of type {there!r}, and Krea 2 was trained with the states of {wanted} '
+                    "(type 'qwen3_vl'), which no other model has: give its folder (vlm=)")
+
+
+def _resolution_shift(path: pathlib.Path) -> flow.Points:
+  """The points of the resolution shift in scheduler_config.json; UserError for another schedule than Krea 2's."""
+  scheduler = json_file.read(path)
+  wanted = dict(_class_name='FlowMatchEulerDiscreteScheduler', use_dynamic_shifting=True, time_shift_type='exponential')
+  wrong = [f'{name}={scheduler.get(name)!r}' for name, value in wanted.items() if scheduler.get(name) != value]
+  wrong += [f'{name}={scheduler[name]!r}' for name in (
+      'shift_terminal', 'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas',
+      'stochastic_sampling') if scheduler.get(name)]
+  if wrong:
+    raise UserError(f'{path}: {", ".join(wrong)} is no schedule of Krea 2, which is the exponential shift by '
+                    'resolution: take the scheduler of its pipeline')
+  with json_file.named(path):
+    return tuple((float(scheduler.get(f'{end}_image_seq_len', tokens)), float(scheduler.get(f'{end}_shift', mu)))
+                 for end, (tokens, mu) in zip(('base', 'max'), flow.KREA2_SHIFT))
+
+
+def _check(parts: Parts) -> None:
+  """UserError where the parts do not fit each other."""
+  taps, lap, text = parts.described.taps, parts.config.lap, encoders.config(parts.vlm.folder).text
+  if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
+    raise UserError(f'{parts.name}: taps={list(taps)} must be {lap.taps} increasing layer numbers, as many as the '
+                    'model pools')
+  if taps[-1] > text.depth or text.width != lap.width:
+    named = verifi.LAYOUTS[parts.described.layout].vlm or 'the VLM that it was trained with'
+    raise UserError(f'{parts.vlm.name} has {text.depth} layers of width {text.width}, but {parts.name} pools layers '
+                    f'{list(taps)} of width {lap.width}: give {named} (vlm=)')
+  channels = autoencoders.config(parts.vae.folder).channels
+  if channels != parts.config.dit.channels:
+    raise UserError(f'{parts.vae.name} has {channels} latent channels and {parts.name} wants '
+                    f'{parts.config.dit.channels}: give the autoencoder that it was trained with (vae=)')
