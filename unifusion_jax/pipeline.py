@@ -125,11 +125,11 @@ class UniFusionPipeline:
     """
     with jax.set_mesh(_mesh()):
       return cls.load(parts.locate(name, transformer=transformer, vlm=vlm, vae=vae), dtype=dtype, quantized=quantized,
-                      transformer_quantized=transformer_quantized, cache=cache)
+                      transformer_quantized=transformer_quantized, cache=cache, loras=loras)
 
   @classmethod
   def load(cls, located: parts.Parts, *, dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
-           cache: str | None = None, settings: SampleConfig | None = None) -> 'UniFusionPipeline':
+           cache: str | None = None, settings: SampleConfig | None = None, loras: Sequence[str] = ()):
     """Reads the weights of located parts; the mesh must be in context. `settings`: in the place of the parts' own."""
     if dtype not in ('float32', 'bfloat16'):
       raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
@@ -143,9 +143,8 @@ class UniFusionPipeline:
     frozen = states.Frozen(encoders.load(vlm.folder, jnp.dtype(dtype), quantized=quantized, cache=cache),
                            autoencoders.load(vae.folder, jnp.dtype(dtype)), described.taps)
     model = unifusion.load(transformer.folder, dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype))
-    if loras:
-      model = lora_files.load(model, loras)
-      origin['loras'] = list(loras)
+    model = lora_files.load(model, loras)
+    origin |= dict(loras=list(loras)) if loras else {}
     if transformer_quantized:
       model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
     return cls(model, frozen, located.prompt_encoder, settings or SampleConfig().changed(**described.sample),
@@ -153,10 +152,9 @@ class UniFusionPipeline:
 
   @_in_mesh
   def add_loras(self, loras: Sequence[str], live: bool = False) -> None:
-    """Adds LoRAs to the transformer: files, folders or hub ids; 'FILE:0.8' counts 0.8 times.
+    """Merges LoRAs into the transformer: files, folders or hub ids; 'FILE:0.8' counts 0.8 times.
 
-    They are merged into the weights; with `live`, and where these are int8, they stay beside them. Prints how many keys
-    of each match; UserError where some do not (`lora_files.read`).
+    With `live`, and where the weights are int8, they stay beside these. UserError as of `lora_files.read`.
     """
     if loras:
       adapters = [(lora_files.read(name, self.model), scale) for name, scale in map(lora_files.split, loras)]

@@ -58,7 +58,8 @@ def run(config, workdir: pathlib.Path) -> None:
     _check(located.prompt_encoder, wanted, config.sample, located.max_positions, workdir)
     pipe = pipeline.UniFusionPipeline.load(
         located, dtype=config.dtype, quantized=config.vlm_quantized,
-        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample)
+        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample,
+        loras=config.sample.loras)
     run_requests(pipe, wanted, height, width, workdir / 'images')
     return
   if not hasattr(config.objective, 'pipeline'):
