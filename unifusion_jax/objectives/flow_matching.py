@@ -219,8 +219,8 @@ class FlowMatching:
       z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
     with jax.named_scope('vlm'):
       hidden, mask, metrics = self._hidden(frozen, batch)
-    # By the example, so that micro-batches differ
-    model = self.model(params, frozen, jax.random.fold_in(key, batch['number'][0]) if self.lora.dropout else None)
+    dropout_key = jax.random.fold_in(key, jnp.sum(batch['number']))  # of the examples: micro-batches differ
+    model = self.model(params, frozen, dropout_key)
     cond = model.condition(jax.lax.stop_gradient(hidden), mask)
     n = self.noises_per_example
     z, cond, mask = (_repeat(x, n) for x in (z, cond, mask))
