@@ -173,13 +173,11 @@ def test_diffusers_gives_the_same_velocity(naming, krea, tmp_path):  # noqa: F81
   assert np.abs(wanted - before).max() > 0.01
 
 
-@pytest.mark.parametrize('base', ['float32', 'bfloat16', 'int8'])
+@pytest.mark.parametrize('base', ['bfloat16', 'int8'])
 def test_adapters_alone_are_trained(base):
   """From no change at all; one step changes the output, and the loss falls."""
   config = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.1, targets=('attention', 'mlp', 'refiner', 'lap/w1'))
-  model = build()
-  if base != 'float32':
-    model = quantize.quantize(model) if base == 'int8' else jax.tree.map(lambda x: x.astype(base), model)
+  model = quantize.quantize(build()) if base == 'int8' else jax.tree.map(lambda x: x.astype(base), build())
   hidden, mask, z, noise, t = put(*example())
   adapters = jax.jit(lambda: lora.init(shapes(), config, 0))()
   assert len(adapters) == 8 + 8 + 1
