@@ -85,7 +85,7 @@ def test_a_run_exports_the_model_without_its_head(aligned, tmp_path):
   again = aligned.objective.init(dataclasses.replace(aligned, init=str(tmp_path / 'export')))
   assert isinstance(again, repa.WithREPA)
   for params in (again, aligned.objective.load(aligned, str(tmp_path / 'export'))):  # to train on, and to sample from
-    assert isinstance(flow_matching.model_of(params), unifusion.UniFusion)
+    assert isinstance(aligned.objective.model(params, None), unifusion.UniFusion)
 
 
 def test_what_cannot_be_aligned_is_refused(aligned, qwen):

@@ -327,6 +327,8 @@ def shipped(name: str, scale: str) -> config.Config:
 
 @pytest.mark.parametrize('mesh', [None])  # in place of the fixture: an abstract mesh of any size comes into context
 @pytest.mark.parametrize('name, scale', [('t2i', 'tiny'), ('edit', 'tiny'), ('vlm', 'tiny'), ('vae', 'tiny'),
+                                         ('edit_lora', 'tiny'), ('edit_lora', 'krea2'), ('t2i_lora', 'krea2'),
+                                         ('edit', 'krea2'),
                                          *((name, scale) for name in ('t2i', 'edit')
                                            for scale in ('8b_256', '8b_512', '8b'))])
 def test_recipes_type_check_at_full_size(name, scale, mesh):

@@ -8,6 +8,7 @@ import numpy as np
 
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
+from unifusion_jax.models import unifusion
 from unifusion_jax.weights import autoencoders, encoders
 
 _static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
@@ -16,9 +17,10 @@ _static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Frozen:
-  """Frozen VLM and autoencoder, with the static settings that belong to them.
+  """Frozen VLM and autoencoder, and the base of adapters, with the static settings that belong to them.
 
   Attributes:
+    base: the model whose adapters are in training, if any.
     taps: layers of the VLM that LAP pools.
     stop_ids: token ids that end generated text.
     image_id: the id of every image token; None for a language model.
@@ -32,6 +34,7 @@ class Frozen:
   image_id: int | None = _static()
   max_rewrite: int = _static()
   blank_ids: tuple[int, ...] = _static()
+  base: unifusion.UniFusion | None = None
 
   @classmethod
   def load(cls, config) -> 'Frozen':

@@ -31,7 +31,8 @@ class Config:
   vlm_quantized: str = ''         # 'int8': weights in int8; 'w8a8': activations too
   vlm_cache: Path | None = None   # folder that keeps the converted VLM for the next start
   vae: Path = str(ASSETS / 'vae')  # folder, hub id or address of a diffusers autoencoder
-  init: Path | None = None        # checkpoint folder to start training from; None: random weights
+  # Checkpoint folder to start training from; None: random weights. With adapters (objective.lora) their frozen base
+  init: Path | None = None
   system: str = 'rewrite'         # system prompt of training, a name in verifi.SYSTEM or a text
   layout: str = 'verifi'          # of requests without VERIFI: a name in verifi.LAYOUTS
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)

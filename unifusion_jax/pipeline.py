@@ -28,7 +28,7 @@ from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
-from unifusion_jax.weights import autoencoders, encoders, quantize
+from unifusion_jax.weights import autoencoders, encoders, lora_files, quantize
 
 TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key to sample text; sampling steps fold in 0, 1, ...
 
@@ -105,7 +105,8 @@ class UniFusionPipeline:
   @classmethod
   def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, transformer: str | None = None,
                       vlm: str | None = None, vae: str | None = None, dtype: str = 'float32', quantized: str = '',
-                      transformer_quantized: str = '', cache: str | None = None) -> 'UniFusionPipeline':
+                      transformer_quantized: str = '', cache: str | None = None,
+                      loras: Sequence[str] = ()) -> 'UniFusionPipeline':
     """Loads a pipeline from a folder or hub id, onto the mesh in context or else one over all devices.
 
     Args:
@@ -117,17 +118,18 @@ class UniFusionPipeline:
       quantized: of the VLM: '' for none, 'int8' for weights, 'w8a8' for activations too.
       transformer_quantized: the same for LAP, refiner and DiT.
       cache: a folder that keeps the converted VLM for the next start.
+      loras: as in `add_loras`; merged before the transformer is quantised.
 
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
     """
     with jax.set_mesh(_mesh()):
       return cls.load(parts.locate(name, transformer=transformer, vlm=vlm, vae=vae), dtype=dtype, quantized=quantized,
-                      transformer_quantized=transformer_quantized, cache=cache)
+                      transformer_quantized=transformer_quantized, cache=cache, loras=loras)
 
   @classmethod
   def load(cls, located: parts.Parts, *, dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
-           cache: str | None = None, settings: SampleConfig | None = None) -> 'UniFusionPipeline':
+           cache: str | None = None, settings: SampleConfig | None = None, loras: Sequence[str] = ()):
     """Reads the weights of located parts; the mesh must be in context. `settings`: in the place of the parts' own."""
     if dtype not in ('float32', 'bfloat16'):
       raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
@@ -141,10 +143,24 @@ class UniFusionPipeline:
     frozen = states.Frozen(encoders.load(vlm.folder, jnp.dtype(dtype), quantized=quantized, cache=cache),
                            autoencoders.load(vae.folder, jnp.dtype(dtype)), described.taps)
     model = unifusion.load(transformer.folder, dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype))
+    model = lora_files.load(model, loras)
+    origin |= dict(loras=list(loras)) if loras else {}
     if transformer_quantized:
       model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
     return cls(model, frozen, located.prompt_encoder, settings or SampleConfig().changed(**described.sample),
                described.size, origin, located.resolution_shift)
+
+  @_in_mesh
+  def add_loras(self, loras: Sequence[str], live: bool = False) -> None:
+    """Merges LoRAs into the transformer: files, folders or hub ids; 'FILE:0.8' counts 0.8 times.
+
+    With `live`, and where the weights are int8, they stay beside these. UserError as of `lora_files.read`.
+    """
+    if loras:
+      adapters = [(lora_files.read(name, self.model), scale) for name, scale in map(lora_files.split, loras)]
+      self.model = lora_files.apply(self.__dict__.pop('model'), adapters, live)  # which alone refers to it then
+      self.origin = self.origin | dict(loras=[*self.origin.get('loras', []), *loras])
+      self._encoded = self._null = None
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,

@@ -31,6 +31,7 @@ MAX_SIDE, MAX_PATCHES = 1024, 65_536  # latent patches along a side of an image,
 class SampleConfig:
   """Sampling settings, and the requests of --mode=sample."""
   weights: Path | None = None       # checkpoint to use where the workdir holds no run; None: that of `init`
+  loras: tuple[Path, ...] = ()      # LoRA files, folders or hub ids, merged into the weights; FILE:0.8 counts 0.8 times
   prompt: Text = ''                 # one request a line; @file.txt reads them from a file; @@ begins a prompt with @
   references: tuple[Path, ...] = ()  # image files, the same for every request; give the flag once for each
   rewrite: str | None = None        # text to condition on instead of the VLM's rewrite
@@ -98,7 +99,8 @@ def check_ranges(**values: float) -> None:
 
 # Accepted type of a setting, and its name in messages, by the type of the setting's default
 _KINDS = {bool: (bool, 'True or False'), int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number')}
-_PER_REQUEST = ('weights', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height', 'batch_size')
+_PER_REQUEST = ('weights', 'loras', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height',
+                'batch_size')
 
 
 @dataclasses.dataclass(frozen=True)

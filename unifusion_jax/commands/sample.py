@@ -58,7 +58,8 @@ def run(config, workdir: pathlib.Path) -> None:
     _check(located.prompt_encoder, wanted, config.sample, located.max_positions, workdir)
     pipe = pipeline.UniFusionPipeline.load(
         located, dtype=config.dtype, quantized=config.vlm_quantized,
-        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample)
+        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample,
+        loras=config.sample.loras)
     run_requests(pipe, wanted, height, width, workdir / 'images')
     return
   if not hasattr(config.objective, 'pipeline'):
@@ -73,6 +74,7 @@ def run(config, workdir: pathlib.Path) -> None:
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))
   pipe.origin = metadata.origin(weights, vlm, vae, config.model.dtype, config.frozen_dtype, config.vlm_quantized)
+  pipe.add_loras(config.sample.loras)
   run_requests(pipe, wanted, height, width, workdir / 'images')
   record.write(config, workdir, 'config_sample.json')
 

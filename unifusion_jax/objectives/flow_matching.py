@@ -1,22 +1,29 @@
-"""Flow matching: trains the DiT, LAP and refiner by rectified flow, conditioned on a frozen VLM."""
+"""Flow matching: trains the DiT, LAP and refiner by rectified flow, conditioned on a frozen VLM.
+
+With `lora.rank` the parameters in training are adapters alone, {path: lora.Factors}, and the model in `config.init` is
+their frozen base.
+"""
 
 import dataclasses
+import pathlib
 
+from absl import logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import conditioning, description, flow, pipeline, ranges
+from unifusion_jax import conditioning, description, flow, json_file, pipeline, ranges, sharding
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import flow_loss
-from unifusion_jax.models import internvl, text_generation, unifusion
+from unifusion_jax.models import internvl, layers, text_generation, unifusion
 from unifusion_jax.objectives import repa
 from unifusion_jax.ranges import Range
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import autoencoders, encoders
+from unifusion_jax.weights import autoencoders, encoders, lora, lora_files, quantize
+from unifusion_jax.weights.lora import LoRAConfig
 
 PREVIEWED = 8  # rows of a preview
 MEASURED = 64  # records of data.held_out
@@ -36,10 +43,15 @@ class FlowMatching:
   rewrite_online: bool = False   # the VLM rewrites during training (slow) instead of captions or --mode=rewrite
   repa_weight: float = 0.0       # weight of the REPA term (objectives/repa.py); 0: none, and no head
   repa_depth: int = 0            # DiT blocks before the states that REPA aligns
+  lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)  # adapters in the place of the whole model
 
   tasks = ('t2i', 'edit', 'reconstruct')
-  pretrained = ('vlm', 'vae')  # settings that name folders which it reads
   tokenizers = ()
+
+  @property
+  def pretrained(self) -> tuple[str, ...]:
+    """Settings that name folders which it reads at every start."""
+    return ('vlm', 'vae', 'init') if self.lora.rank else ('vlm', 'vae')
 
   def unit(self, config) -> int:
     """Pixels that both sides of an image must be multiples of: one patch of latents."""
@@ -59,15 +71,22 @@ class FlowMatching:
         f'objective.rewrite_online rewrites during training, but data.rewrites={config.data.rewrites} names stored '
         'rewrites: leave one of them out': not (self.rewrite_online and config.data.rewrites),
         f'objective.repa_depth={self.repa_depth} must be one of the {dit.depth} blocks that model.dit.depth counts':
-            not self.repa_weight or 0 < self.repa_depth <= dit.depth}
-    return [text for text, holds in checks.items() if not holds] + ranges.problems(
+            not self.repa_weight or 0 < self.repa_depth <= dit.depth,
+        f'objective.lora.rank={self.lora.rank} trains adapters of a model: name its folder or hub id (init=...)':
+            bool(config.init or not self.lora.rank),
+        f'objective.lora.rank={self.lora.rank} and objective.repa_weight={self.repa_weight}: REPA helps a model that '
+        'is trained from the start; set one of them to 0': not (self.lora.rank and self.repa_weight)}
+    wrong = [text for text, holds in checks.items() if not holds] + self.lora.problems('objective.lora.')
+    return wrong + ranges.problems(
         self, 'objective.', mean=Range(-20, 20), std=Range(0, 20), shift=Range(above=0, most=1000),
         noises_per_example=Range(1, 1000), cond_dropout=share, image_dropout=share, text_dropout=share,
         instruction_prob=share, repa_weight=Range(0, 10 ** 6), repa_depth=Range(0, 1000))
 
-  def init(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
+  def init(self, config):
     """Initial parameters: random ones, or those of `config.init`. A REPA head is always initialised anew."""
-    if not config.init:
+    if config.init:
+      _warn_of_distilled(config)
+    if self.lora.rank or not config.init:
       return jax.jit(lambda: self.random(config))()
     model = self.load(config, config.init)
     if not self.repa_weight:
@@ -76,8 +95,10 @@ class FlowMatching:
     params.model = model
     return params
 
-  def random(self, config) -> 'unifusion.UniFusion | repa.WithREPA':
-    """Randomly initialised parameters; traceable."""
+  def random(self, config) -> 'unifusion.UniFusion | repa.WithREPA | dict[str, lora.Factors]':
+    """Randomly initialised parameters; traceable. Adapters change nothing at first."""
+    if self.lora.rank:
+      return lora.init(_shapes(config), self.lora, config.seed)
     rngs = nnx.Rngs(config.seed)
     if not self.repa_weight:
       return unifusion.UniFusion(config.model, rngs=rngs)
@@ -87,23 +108,52 @@ class FlowMatching:
                       f'{config.vlm} is not: set it to 0')
     return repa.WithREPA(config.model, encoder.vision.width, rngs=rngs)
 
-  def load(self, config, folder: str) -> unifusion.UniFusion:
-    """The model in a checkpoint folder."""
-    return unifusion.load(folder, config.model)
+  def load(self, config, folder: str) -> 'unifusion.UniFusion | dict[str, lora.Factors]':
+    """The model in a checkpoint folder; with `lora.rank` the adapters there, new ones where it is that of the base."""
+    if not self.lora.rank:
+      return unifusion.load(folder, config.model)
+    params = jax.jit(lambda: self.random(config))()
+    if (pathlib.Path(folder) / lora_files.FILE).exists():
+      return lora_files.factors(lora_files.read(folder, _shapes(config)), params, self.lora)
+    if pathlib.Path(folder) != pathlib.Path(config.init):
+      raise UserError(f'{folder} has no {lora_files.FILE}, and this recipe trains adapters of init={config.init}: give '
+                      'the export of such a run')
+    return params
 
   def export(self, config, params, folder) -> None:
-    """Writes the model alone, in bfloat16 as such models are published, and unifusion.json beside it."""
-    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model_of(params))
+    """Writes the model alone, in bfloat16 as such models are published, and unifusion.json beside it.
+
+    With `lora.rank` the adapters alone, as they are, in diffusers' naming.
+    """
+    if self.lora.rank:
+      lora_files.save(params, self.lora, _shapes(config), folder)
+      return
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.model(params, None))
     unifusion.save(model, folder)
     description.save(folder, config)
 
   def frozen(self, config) -> conditioning.Frozen:
-    """VLM and autoencoder; UserError where they do not fit the model."""
-    return conditioning.Frozen.load(config)
+    """VLM and autoencoder, and the base of adapters; UserError where they do not fit the model."""
+    frozen = conditioning.Frozen.load(config)
+    if not self.lora.rank:
+      return frozen
+    base = unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype))
+    return dataclasses.replace(frozen, base=quantize.quantize(base) if self.lora.quantized else base)
 
   def abstract_frozen(self, config) -> conditioning.Frozen:
     """The shapes of `frozen` on the abstract mesh in context; reads no weights."""
-    return conditioning.Frozen.abstract(config)
+    frozen = conditioning.Frozen.abstract(config)
+    if not self.lora.rank:
+      return frozen
+    base = _shapes(config, jnp.dtype(config.frozen_dtype))
+    base = jax.eval_shape(quantize.quantize, base) if self.lora.quantized else base
+    return dataclasses.replace(frozen, base=sharding.abstract(base, jax.sharding.get_abstract_mesh()))
+
+  def model(self, params, frozen: conditioning.Frozen, key: jax.Array | None = None) -> unifusion.UniFusion:
+    """The model of parameters in training; `key` is that of the adapters' dropout, None for none."""
+    if self.lora.rank:
+      return lora.join(frozen.base, params, self.lora, key)
+    return params.model if isinstance(params, repa.WithREPA) else params
 
   def transform(self, config) -> transforms.GenerationExample:
     """Record -> arrays of one example."""
@@ -127,8 +177,8 @@ class FlowMatching:
 
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
-    return pipeline.UniFusionPipeline(model_of(params), frozen, transforms.prompt_encoder(config), config.sample,
-                                     config.data.size)
+    return pipeline.UniFusionPipeline(self.model(params, frozen), frozen, transforms.prompt_encoder(config),
+                                     config.sample, config.data.size)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of test requests: references, request, rewrite, result, target."""
@@ -169,7 +219,8 @@ class FlowMatching:
       z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
     with jax.named_scope('vlm'):
       hidden, mask, metrics = self._hidden(frozen, batch)
-    model = model_of(params)
+    dropout_key = jax.random.fold_in(key, jnp.sum(batch['number']))  # of the examples: micro-batches differ
+    model = self.model(params, frozen, dropout_key)
     cond = model.condition(jax.lax.stop_gradient(hidden), mask)
     n = self.noises_per_example
     z, cond, mask = (_repeat(x, n) for x in (z, cond, mask))
@@ -212,9 +263,19 @@ class FlowMatching:
     return hidden, mask, dict(fallback_rate=jnp.mean(fallback.astype(jnp.float32)))
 
 
-def model_of(params: 'unifusion.UniFusion | repa.WithREPA') -> unifusion.UniFusion:
-  """The model, with or without a REPA head beside it."""
-  return params.model if isinstance(params, repa.WithREPA) else params
+def _shapes(config, dtype=jnp.float32) -> unifusion.UniFusion:
+  """The shapes of the model; reads no weights."""
+  shapes = jax.eval_shape(lambda: unifusion.UniFusion(config.model, rngs=nnx.Rngs(0)))
+  return jax.eval_shape(lambda model: layers.cast(model, dtype), shapes)
+
+
+def _warn_of_distilled(config) -> None:
+  """A warning where the weights to train from are distilled to few steps, by their name or their pipeline's index."""
+  name, index = config.hub.get('init', config.init), pathlib.Path(config.init).parent / 'model_index.json'
+  distilled = index.exists() and json_file.read(index).get('is_distilled')
+  if sharding.is_main_process() and (distilled or 'turbo' in name.lower()):
+    logging.warning('init=%s is distilled to few steps, which training on plain flow undoes: train on the undistilled '
+                    'model (Krea-2-Raw), and sample its LoRA with the distilled one', name)
 
 
 def _repeat(x: jax.Array, n: int) -> jax.Array:

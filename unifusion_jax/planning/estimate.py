@@ -72,9 +72,12 @@ def chip_bytes(config, devices: int) -> Estimate:
   muon = 2 * held(state.params) if config.optim.name == 'muon' else 0
   phases = {'update': {'new matrices of Muon (training/step.py)': muon}}
   if isinstance(config.objective, flow_matching.FlowMatching):
-    step = _Step(config, flow_matching.model_of(state.params), frozen, batch, mesh.shape)
+    model = frozen.base or config.objective.model(state.params, frozen)
+    step = _Step(config, model, frozen, batch, mesh.shape)
     arguments |= {'frozen VLM (conditioning.py)': held(frozen.vlm),
                   'frozen autoencoder (conditioning.py)': held(frozen.vae)}
+    if frozen.base is not None:
+      arguments['frozen base of the adapters (conditioning.py)'] = held(frozen.base)
     throughout |= step.throughout()
     phases |= {'autoencoder': step.autoencoder(), 'VLM': step.vlm(), 'DiT': step.dit(), 'LAP': step.lap()}
   else:

@@ -17,7 +17,7 @@ from unifusion_jax import pipeline, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import transforms
 from unifusion_jax.models import text_generation
-from unifusion_jax.objectives.flow_matching import FlowMatching, model_of
+from unifusion_jax.objectives.flow_matching import FlowMatching
 from unifusion_jax.request import shape_like
 from unifusion_jax.training import step
 
@@ -75,8 +75,8 @@ class _Sampling:
     mesh = jax.sharding.get_abstract_mesh().shape
     shards = math.prod(mesh[axis] for axis in sharding.BATCH)
     self.rows = -(-max(requests, 1) // shards) * shards
-    model = jax.eval_shape(lambda: model_of(config.objective.random(config)))
-    self.model, self.frozen = _on_mesh((model, config.objective.abstract_frozen(config)))
+    objective, self.frozen = config.objective, _on_mesh(config.objective.abstract_frozen(config))
+    self.model = _on_mesh(jax.eval_shape(lambda frozen: objective.model(objective.random(config), frozen), self.frozen))
     encoder = transforms.abstract_prompt_encoder(config).with_tiles(self.settings.tiles)
     count = 1 << (references - 1).bit_length() if references else 0  # as `prompting.Prompts` has them
     self.max_rewrite = encoder.max_rewrite

@@ -65,17 +65,19 @@ def claim(config, workdir: pathlib.Path) -> dict | None:
     files = fingerprints(config) | _fingerprints_of_data(config)
     more, planned = {}, None
     if goes_on:
+      starts = 'init' not in config.objective.pretrained  # and is not read again
       _refuse(workdir, [*_changes(config, before, files, lambda name: not _is_bookkeeping(name)),
-                        *_change_of_init(config, before)])
+                        *(_change_of_init(config, before) if starts else [])])
       if not config.train.minutes and config.train.steps < reached:
         raise UserError(f'train.steps={config.train.steps} is less than the {reached} steps that the run in '
                         f'{bucket.address(workdir)} has done: give that number or more')
-      config.init = before.get('init')
-      files |= {'init': value for name, value in before.get('files', {}).items() if name == 'init'}
+      if starts:
+        config.init = before.get('init')
+        files |= {'init': value for name, value in before.get('files', {}).items() if name == 'init'}
       planned = _planned(_filled(before, _defaults(config)), reached)
       if planned['minutes'] != config.train.minutes:
         more = dict(earlier=dict(until=reached, minutes=planned['minutes']))
-    elif config.init:
+    elif config.init and 'init' not in files:
       files['init'] = _fingerprint(hub.resolve(config.init))
   write(config, workdir, 'config.json', files=files, **more)
   return planned
@@ -85,7 +87,8 @@ def check_same_model(config, workdir: pathlib.Path) -> None:
   """UserError when the workdir's run has another model, VLM or autoencoder than `config`; for all processes."""
   def matters(name):
     model = name.split('.')[0] in ('model', 'taps') and name.split('.')[-1] not in COMPUTING
-    return model or name == 'objective.repa_weight'
+    adapters = name.startswith('objective.lora.') and name.split('.')[-1] in ('rank', 'alpha', 'targets')
+    return model or adapters or name == 'objective.repa_weight'
   with sharding.together('compare the model with that of the run'):
     before = _read(workdir)
     if before is not None and _reached(workdir) is not None:
@@ -172,9 +175,9 @@ def _changes(config, before: dict, files: dict[str, str], matters) -> list[str]:
   lines = differences(there, now, lambda name: matters(name) and name not in PATHS
                       and name.partition('.')[0] not in ('files', 'earlier'))
   recorded = before.get('files', {})
-  for name in ('vlm', 'vae', 'data.path', 'data.rewrites'):
+  for name in ('vlm', 'vae', 'init', 'data.path', 'data.rewrites'):
     old, new, spelled, spelled_now = recorded.get(name), files.get(name), _at(there, name), _at(now, name)
-    if name in ('vlm', 'vae'):
+    if name in ('vlm', 'vae', 'init'):
       same = new is None or (old[:len(new)] == new[:len(old)] if old else spelled == spelled_now)
     elif not matters(name) or spelled == spelled_now:  # a list in its place may have been mended
       same = True

@@ -185,12 +185,21 @@ def index(files: dict[str, list[str]], total: int) -> str:
   return json.dumps({'metadata': {'total_size': total}, 'weight_map': places}, indent=2) + '\n'
 
 
-def write(path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes one .safetensors file, whole or not at all. `format: pt`, because transformers requires it."""
+def metadata(path) -> dict[str, str]:
+  """The texts in the head of a .safetensors file that `read` has read."""
+  with safetensors.safe_open(path, framework='np') as file:
+    return file.metadata() or {}
+
+
+def write(path, tensors: dict[str, np.ndarray], texts: dict[str, str] | None = None) -> None:
+  """Writes one .safetensors file, whole or not at all, with `texts` in its head.
+
+  `format: pt` is among these, because transformers requires it.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
   # Contiguous first: safetensors silently writes the memory of a transposed view in the wrong order.
   tensors = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in tensors.items()}
-  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'})
+  safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt'} | (texts or {}))
   os.replace(part, path)
