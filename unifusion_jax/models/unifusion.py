@@ -191,9 +191,15 @@ NATIVE = {
 UNUSED = (r'last\.(up|down)\.weight',)  # leftovers that some files of Turbo hold
 
 
-def _native(name: str, path: str, pattern: str):
+def native_name(name: str) -> str:
+  """Krea's own name of a tensor that diffusers calls `name`."""
   for theirs, native in NATIVE.items():
-    name = name.replace(theirs.replace('.', r'\.'), native.replace('.', r'\.'))
+    name = name.replace(theirs, native)
+  return name
+
+
+def _native(name: str, path: str, pattern: str):
+  name = native_name(name.replace(r'\.', '.')).replace('.', r'\.')
   return name, path, '(m d) -> m d' if name.endswith(r'mod\.lin') else pattern
 
 

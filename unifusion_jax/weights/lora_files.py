@@ -38,12 +38,6 @@ HEAD = 'lora_adapter_metadata'  # of diffusers' files, in their head
 PEFT = 'adapter_config.json'
 PREFIXES = ('base_model.model.', 'diffusion_model.', 'model.', 'transformer.', 'lora_unet_', 'lora_transformer_',
             'lycoris_')
-# Parts of diffusers' names and what Krea's own files have in their place
-NATIVE = (('img_in', 'first'), ('time_embed.linear_1', 'tmlp.0'), ('time_embed.linear_2', 'tmlp.2'),
-          ('time_mod_proj', 'tproj.1'), ('txt_in.linear_1', 'txtmlp.1'), ('txt_in.linear_2', 'txtmlp.3'),
-          ('text_fusion.', 'txtfusion.'), ('transformer_blocks.', 'blocks.'), ('final_layer.', 'last.'),
-          ('.to_q', '.wq'), ('.to_k', '.wk'), ('.to_v', '.wv'), ('.to_out.0', '.wo'), ('.to_gate', '.gate'),
-          ('.ff.', '.mlp.'))
 _KEY = re.compile(r'(.+?)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha|lokr_w[12](?:_[ab])?)'
                   r'(?:\.default)?(?:\.weight)?')
 _PARTS = {'lora_A': 'a', 'lora_down': 'a', 'lora.down': 'a', 'lora_B': 'b', 'lora_up': 'b', 'lora.up': 'b'}
@@ -202,7 +196,7 @@ def _modules(model) -> dict[str, tuple[str, rules.Source]]:
 
 
 def _native(module: str) -> str:
-  return functools.reduce(lambda name, pair: name.replace(*pair), NATIVE, module)
+  return unifusion.native_name(f'{module}.weight').removesuffix('.weight')
 
 
 def _module(name: str, modules: dict) -> str | None:
