@@ -18,6 +18,9 @@ from unifusion_jax.weights import autoencoders, convert, safetensors_io
 CONFIGS = {
   'flux': dict(block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
                scaling_factor=0.36, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False),
+  'stable diffusion 3': dict(block_out_channels=(8, 8, 16, 16), layers_per_block=2, latent_channels=16,
+                             norm_num_groups=4, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+                             use_post_quant_conv=False, mid_block_add_attention=True),
   'stable diffusion': dict(block_out_channels=(8, 16), layers_per_block=2, latent_channels=4, norm_num_groups=8),
   'no attention': dict(block_out_channels=(6, 12, 6), layers_per_block=1, latent_channels=3, norm_num_groups=3,
                        mid_block_add_attention=False, scaling_factor=1.5),

@@ -13,21 +13,22 @@ import jax.numpy as jnp
 
 from unifusion_jax import json_file, sharding
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import qwen_vae, vae
+from unifusion_jax.models import flux2_vae, qwen_vae, vae
 from unifusion_jax.weights import hub
 
-Config = vae.VAEConfig | qwen_vae.QwenVAEConfig
-Autoencoder = vae.Autoencoder
-CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.load),  # by _class_name
-           'AutoencoderKLQwenImage': (qwen_vae.QwenVAEConfig, qwen_vae.load)}
-PRESETS = vae.PRESETS | qwen_vae.PRESETS
+Config = vae.VAEConfig | qwen_vae.QwenVAEConfig | flux2_vae.Flux2VAEConfig
+Autoencoder = vae.Autoencoder | flux2_vae.Autoencoder
+CLASSES = {'AutoencoderKL': (vae.VAEConfig, vae.Autoencoder, vae.load),  # by _class_name
+           'AutoencoderKLQwenImage': (qwen_vae.QwenVAEConfig, vae.Autoencoder, qwen_vae.load),
+           'AutoencoderKLFlux2': (flux2_vae.Flux2VAEConfig, flux2_vae.Autoencoder, flux2_vae.load)}
+PRESETS = vae.PRESETS | qwen_vae.PRESETS | flux2_vae.PRESETS
 
 
 def load(name, dtype=jnp.float32) -> Autoencoder:
   """The autoencoder in a folder (as `hub.pin` gave it) or behind a hub id, in `dtype`, on the mesh in context."""
   folder = hub.resolve(name)
   config(folder)  # a size that cannot be ends here
-  _, load_class = _class(_config_json(folder), folder)
+  _, _, load_class = _class(_config_json(folder), folder)
   return load_class(folder, dtype)
 
 
@@ -46,7 +47,8 @@ def config(name) -> Config:
 
 def abstract(config: Config, dtype=jnp.float32) -> Autoencoder:
   """The shapes and shardings, on the mesh in context, of the autoencoder with that configuration."""
-  shapes = jax.eval_shape(lambda: Autoencoder(config, dtype, rngs=nnx.Rngs(0)))
+  model = next(model for kind, model, _ in CLASSES.values() if isinstance(config, kind))
+  shapes = jax.eval_shape(lambda: model(config, dtype, rngs=nnx.Rngs(0)))
   return sharding.abstract(shapes, jax.sharding.get_abstract_mesh())
 
 
