@@ -201,6 +201,21 @@ def test_fused_kernels_have_the_values_and_gradients_of_the_plain_one(name, caus
   assert np.isfinite(np.asarray(y)).all() and jax.typeof(y) == jax.typeof(arrays[0])
 
 
+@pytest.mark.parametrize('name', ['plain', 'blocks', 'splash', 'cudnn'])
+def test_a_key_that_counts_twice_is_two_keys(name, monkeypatch):
+  monkeypatch.setattr(module, 'LOGITS', 4 * 2 * 3 * 160)
+  q, k, v = qkv(140, 140)
+  counts = np.random.default_rng(4).integers(1, 4, 140)
+  valid = np.arange(140) < np.array([140, 100, 60, 1])[:, None]
+  run = lambda counts, *x: attention(*x, q_segments=held, kv_segments=held, key_bias=jnp.log(counts),
+                                     implementation=name)
+  held, rows = (jax.device_put(x, P(BATCH)) for x in (valid, np.tile(counts, (4, 1)).astype(np.float32)))
+  many = [np.repeat(np.asarray(x), counts, axis=1) for x in (k, v)]
+  ids = valid.astype(np.int32)
+  wanted = reference(np.asarray(q), *many, ids, np.repeat(ids, counts, axis=1), False, 0)
+  np.testing.assert_allclose(np.asarray(jax.jit(run)(rows, q, k, v))[valid], wanted[valid], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('count, most, block', [
     (7168, 512, 512), (16384, 512, 512), (1025, 512, 384), (1408, 512, 512), (4608, 1024, 768), (100, 512, 128)])
 def test_blocks_pad_little(count, most, block):

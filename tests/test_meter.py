@@ -142,9 +142,9 @@ def test_the_work_of_a_step_by_hand(mesh):
 def test_tokens_are_those_that_the_dit_reads(references, noises, online, recipe, mesh, monkeypatch):
   read, velocity = [], dit.DiT.__call__
 
-  def spy(self, z, t, cond, mask, tap=None):
+  def spy(self, z, t, cond, mask, *rest, **more):
     read.append(z.shape[0] * (z.shape[1] * z.shape[2] // self.config.patch ** 2 + cond.shape[1]))
-    return velocity(self, z, t, cond, mask, tap)
+    return velocity(self, z, t, cond, mask, *rest, **more)
 
   monkeypatch.setattr(dit.DiT, '__call__', spy)
   made = recipe()

@@ -85,6 +85,26 @@ def test_written_text_conditions_as_one_pass_over_it_does(tiny):
   assert np.abs(tokens(other)[0][:16] - tokens(read)[0][:16]).max() > 1e-2 * np.abs(tokens(read)[0]).max()
 
 
+def test_a_reference_of_strength_two_is_its_condition_tokens_twice(pipe):
+  """In every step; one of strength 0 is not there."""
+  settings = pipe.settings.changed(guidance=1.0, tiles=1)
+  asked = [dataclasses.replace(r, references=r.references * 2, rewrite='a blue circle') for r in requests()]
+  once, twice, without = (pipe.encode(asked, settings.changed(strengths=strengths)).conditioning
+                          for strengths in ((1.0, 1.0), (1.0, 2.0), (1.0, 0.0)))
+  images = pipe.prompt_encoder.image_processor.max_tokens
+  assert once.bias is None and not np.array(without.mask)[:, images:2 * images].any()
+  np.testing.assert_array_equal(np.array(without.mask).sum(1), np.array(once.mask).sum(1) - images)
+  more = jax.tree.map(lambda x: sharding.shard(np.concatenate(
+      [np.asarray(x), np.asarray(x)[:, images:2 * images]], axis=1)), conditioning.Conditioning(*once[:2]))
+  noise, times = pipe.noise(range(4), 64, 64), pipe.times(64, 64, steps=2, shift=1.0)
+  one, two, doubled = (np.asarray(pipe.denoise(c, noise, times, guidance=1.0, eta=0.0)) for c in (once, twice, more))
+  np.testing.assert_allclose(two, doubled, atol=1e-4 * np.abs(two).max())
+  assert np.abs(two - one).max() > 1e-3 * np.abs(two).max()
+  for strengths, problem in (((1.0,), 'give one for each'), ((-1.0, 1.0), 'between 0 and 100')):
+    with pytest.raises(UserError, match=problem):
+      pipe('make it blue', images=REFERENCES[:2], strengths=strengths)
+
+
 def test_only_the_rows_whose_rewrite_is_no_use_fall_back(tiny):
   """With room for short rewrites alone, long ones find no end: those rows are what they are without VERIFI, alone."""
   edits = [Request(e['instruction'], tuple(e['references']), i) for i, e in enumerate(SQUARE[:8])]

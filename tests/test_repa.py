@@ -71,7 +71,7 @@ def test_a_tap_leaves_the_velocity_as_it_is(aligned):
   z = sharding.shard(np.random.default_rng(2).standard_normal((8, 4, 6, 4), np.float32))
   t, mask = sharding.shard(np.linspace(0, 1, 8, dtype=np.float32)), sharding.shard(np.ones((8, 5), bool))
   cond = sharding.shard(np.random.default_rng(3).standard_normal((8, 5, model.config.dit.width), np.float32))
-  velocity, states = model.velocity(z, t, cond, mask, 1)
+  velocity, states = model.velocity(z, t, cond, mask, tap=1)
   np.testing.assert_allclose(velocity, model.velocity(z, t, cond, mask), atol=1e-5)
   assert states.shape == (8, 4, 6, model.config.dit.width)
 

@@ -1,6 +1,8 @@
 """Frozen models, and the VLM states that LAP pools: shared by training and sampling."""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +105,43 @@ def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int,
     return ended
   generated_mask = jnp.arange(ids.shape[1]) < lengths[:, None]
   return ended & ~jnp.any((ids == image_id) & generated_mask, axis=1)
+
+
+class Conditioning(NamedTuple):
+  """Condition tokens of the DiT and their mask; a pytree with the batch first in every leaf."""
+  tokens: jax.Array  # [b q d]
+  mask: jax.Array    # [b q], False on padding
+  bias: jax.Array | None = None  # [b q] f32, the logarithm of how often each token counts in attention; None: once
+
+
+@functools.partial(jax.jit, static_argnames='taps')
+def condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
+  """Conditioning of prompts with known answers, from one teacher-forced pass."""
+  hidden = vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
+  return Conditioning(model.condition(hidden, cond_mask), cond_mask)
+
+
+@jax.jit
+def condition_written(model, prompt_hidden, hidden, lengths, cond_mask) -> Conditioning:
+  """Conditioning from the generating pass: states of the prompt's image tokens and of the generated tokens."""
+  hidden, mask = condition_states(prompt_hidden, hidden, lengths, cond_mask)
+  return Conditioning(model.condition(hidden, mask), mask)
+
+
+@jax.jit
+def weighted(conditioning: Conditioning, strengths: jax.Array) -> Conditioning:
+  """Conditioning whose tokens count `strengths` [b q] times, those of 0 not at all."""
+  tokens, mask, _ = conditioning
+  return Conditioning(tokens, mask & (strengths > 0), jnp.log(jnp.where(strengths > 0, strengths, 1)))
+
+
+@jax.jit
+def replace_rows(old: Conditioning, new: Conditioning, place: jax.Array) -> Conditioning:
+  """Row i of the result is row place[i] of `new` [n q d], or of `old` [b q d] where place[i] is -1; padded alike."""
+  longest = max(old.mask.shape[1], new.mask.shape[1])
+
+  def rows(x, y):
+    x, y = (jnp.pad(z, [(0, 0), (0, longest - z.shape[1])] + [(0, 0)] * (z.ndim - 2)) for z in (x, y))
+    taken = jax.sharding.reshard(y, jax.P()).at[jnp.maximum(place, 0)].get(out_sharding=jax.typeof(x).sharding.spec)
+    return jnp.where((place >= 0).reshape(-1, *[1] * (x.ndim - 1)), taken, x)
+  return jax.tree.map(rows, old, new)

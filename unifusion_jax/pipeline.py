@@ -24,6 +24,7 @@ from PIL import Image
 
 from unifusion_jax import conditioning as states
 from unifusion_jax import flow, metadata, parts, prompting, remarks, sharding, wording
+from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
@@ -55,12 +56,6 @@ class Result:
   def arrays(self) -> list[np.ndarray]:
     """The images as uint8 [y x 3]."""
     return [np.asarray(image) for image in self.images]
-
-
-class Conditioning(NamedTuple):
-  """Condition tokens of the DiT and their mask; a pytree with the batch first in every leaf."""
-  tokens: jax.Array  # [b q d]
-  mask: jax.Array    # [b q], False on padding
 
 
 class Encoded(NamedTuple):
@@ -288,7 +283,10 @@ class UniFusionPipeline:
       part = prompts.images and sharding.shard(prompting.stacked([prompts.images[i] for i in rows_read]))
       read = self._read([laid_out[i] for i in rows_read], part)
       place = np.array([rows_read.index(i) if i in again else -1 for i in range(len(rows))])
-      conditioning = _replace(conditioning, read, sharding.shard(place))
+      conditioning = states.replace_rows(conditioning, read, sharding.shard(place))
+    if any(strength != 1 for strength in s.strengths):
+      counts = prompts.strengths(s.strengths, conditioning.mask.shape[1])
+      conditioning = states.weighted(conditioning, sharding.shard(counts))
     rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
                 for row, text, new in zip(rows, answers, written)]
     warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else cut.get(i, '')
@@ -404,14 +402,14 @@ class UniFusionPipeline:
         self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
         stop_ids=chat.stop_ids, taps=self.frozen.taps, keep=rows['cond_index'],
         temperature=s.temperature, top_p=s.top_p, key=keys)
-    conditioning = _condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_mask'])
+    conditioning = states.condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_mask'])
     return conditioning, *prompting.read_rewrites(chat, *sharding.gather((ids, lengths)))
 
   def _read(self, rows, images) -> Conditioning:
     """Conditioning of prompts with known answers, from one teacher-forced pass."""
     rows = sharding.shard(prompting.stacked(rows)) if isinstance(rows, list) else rows
-    return condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'], rows['cond_index'],
-                          rows['cond_mask'], images, taps=self.frozen.taps)
+    return states.condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'],
+                                 rows['cond_index'], rows['cond_mask'], images, taps=self.frozen.taps)
 
 
 def _mesh() -> jax.sharding.Mesh:
@@ -441,32 +439,6 @@ def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
   if stream is not None:
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
   return jax.random.wrap_key_data(sharding.shard(np.asarray(jax.random.key_data(keys))))
-
-
-@functools.partial(jax.jit, static_argnames='taps')
-def condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
-  """Conditioning of prompts with known answers, from one teacher-forced pass."""
-  hidden = vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
-  return Conditioning(model.condition(hidden, cond_mask), cond_mask)
-
-
-@jax.jit
-def _condition_written(model, prompt_hidden, hidden, lengths, cond_mask) -> Conditioning:
-  """Conditioning from the generating pass: states of the prompt's image tokens and of the generated tokens."""
-  hidden, mask = states.condition_states(prompt_hidden, hidden, lengths, cond_mask)
-  return Conditioning(model.condition(hidden, mask), mask)
-
-
-@jax.jit
-def _replace(old: Conditioning, new: Conditioning, place: jax.Array) -> Conditioning:
-  """Row i of the result is row place[i] of `new` [n q d], or of `old` [b q d] where place[i] is -1; padded alike."""
-  longest = max(old.mask.shape[1], new.mask.shape[1])
-
-  def rows(x, y):
-    x, y = (jnp.pad(z, [(0, 0), (0, longest - z.shape[1])] + [(0, 0)] * (z.ndim - 2)) for z in (x, y))
-    taken = jax.sharding.reshard(y, jax.P()).at[jnp.maximum(place, 0)].get(out_sharding=jax.typeof(x).sharding.spec)
-    return jnp.where((place >= 0).reshape(-1, *[1] * (x.ndim - 1)), taken, x)
-  return jax.tree.map(rows, old, new)
 
 
 @jax.jit

@@ -87,6 +87,13 @@ class Prompts:
     cond_length = self.image_length + (max_rewrite if most <= max_rewrite else max(max_rewrite, max_prompt))
     return [verifi.arrays(spans, self.length + max_rewrite, cond_length, kinds) for spans, kinds in rows]
 
+  def strengths(self, references: tuple[float, ...], length: int) -> np.ndarray:
+    """How often each condition token counts, f32 [b length], from the strength of each reference."""
+    rows = np.ones((len(self.requests), length), np.float32)
+    for row, counts in zip(rows, self.counts):
+      row[:sum(counts)] = np.repeat(references, counts)  # image tokens are the first
+    return rows
+
   @property
   def max_length(self) -> int:
     """Most tokens of a prompt with its answer."""
@@ -130,11 +137,14 @@ def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleC
       checked.add(text)
       try:
         f'{request.instruction}{request.rewrite}'.encode()
+        if s.strengths and len(s.strengths) != len(request.references):
+          raise UserError(f'strengths={s.strengths} are {len(s.strengths)} and its references '
+                          f'{len(request.references)}: give one for each')
         one = dataclasses.replace(prompts, requests=[request], counts=(count,))
         one.unanswered() if answer is None else one.answered([answer])
       except UnicodeEncodeError as error:
         wrong[request.place] = f'it holds a lone surrogate ({error.object[error.start]!r}), which is no text'
-      except verifi.TooLong as error:
+      except UserError as error:
         wrong[request.place] = str(error)
   if wrong:
     more = [f'and {len(wrong) - SHOWN} more'] * (len(wrong) > SHOWN)

@@ -24,6 +24,7 @@ LIMITS = dict(
     temperature=Range(0, 100), top_p=Range(most=1, above=0), tiles=Range(0, 256), num_images=Range(1, 100_000),
     batch_size=Range(1, 65_536), decode_tile=Range(0, 65_536), width=Range(0, 65_536), height=Range(0, 65_536),
     start=Range(0, 1), t=Range(0, 1), first=Range(0))
+STRENGTH = Range(0, 100)
 MAX_SIDE, MAX_PATCHES = 1024, 65_536  # latent patches along a side of an image, and in all: 4096 x 4096 at 16 pixels
 
 
@@ -48,6 +49,7 @@ class SampleConfig:
   tiles: int = 0                    # maximum tiles of a reference; 0: as in training
   image_tokens: bool = True         # False: the VLM reads the references, but their tokens do not condition the DiT
   stitch: bool = False              # show all references as one image, side by side
+  strengths: tuple[float, ...] = ()  # how often each reference counts in the DiT's attention, in order; (): once
   steps: int = 24
   guidance: float = 3.0             # 1: off
   method: str = 'euler'             # or 'heun'
@@ -73,6 +75,8 @@ class SampleConfig:
         raise UserError(f'{name}={value!r} must be {noun}')
       if isinstance(value, np.generic):
         values[name] = value.item()  # as metadata has it
+      if isinstance(value, list):
+        values[name] = tuple(value)
     return dataclasses.replace(self, **values)
 
   def problems(self, unit: int = 1, prefix: str = 'sample.') -> list[str]:
@@ -86,6 +90,9 @@ class SampleConfig:
         'euler': not (self.eta and self.method == 'heun'),
         f'{prefix}negative_prompt needs guidance, which {prefix}guidance=1 turns off: raise it, or leave the negative '
         'prompt out': not (self.negative_prompt and self.guidance == 1)}
+    checks |= {f'{prefix}strengths: {value!r} must be {STRENGTH}': value in STRENGTH for value in self.strengths}
+    checks[f'{prefix}strengths are of image tokens, each reference with its own: leave {prefix}stitch and '
+           f'{prefix}image_tokens at their defaults'] = not self.strengths or self.image_tokens and not self.stitch
     return (ranges.problems(self, prefix, **{name: LIMITS[name] for name in names})
             + [text for text, holds in checks.items() if not holds])
 
@@ -98,7 +105,8 @@ def check_ranges(**values: float) -> None:
 
 
 # Accepted type of a setting, and its name in messages, by the type of the setting's default
-_KINDS = {bool: (bool, 'True or False'), int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number')}
+_KINDS = {bool: (bool, 'True or False'), int: (numbers.Integral, 'a whole number'), float: (numbers.Real, 'a number'),
+          tuple: ((tuple, list), 'a list')}
 _PER_REQUEST = ('weights', 'loras', 'prompt', 'references', 'rewrite', 'num_images', 'seed', 'width', 'height',
                 'batch_size')
 

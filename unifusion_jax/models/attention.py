@@ -29,7 +29,7 @@ CUDNN = 'cudnn'  # implementation of jax.nn.dot_product_attention
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array | None = None,
               kv_segments: jax.Array | None = None, causal: bool = False, q_offset: jax.Array | int = 0,
-              implementation: str | None = None) -> jax.Array:
+              key_bias: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
   """Softmax attention: q [b q h k], k and v [b s g k] with g dividing h -> [b q h k]. Softmax in f32.
 
   A query attends to the keys of its own segment, with `causal` only to those up to its own position.
@@ -39,13 +39,21 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array
       padding. Padding is segment 0 and attends to padding, so that every row stays finite. Without them all tokens are
       one segment. One array for both says that queries and keys are the same tokens.
     q_offset: the position of the first query among the keys (a cache's filled slots). Used with `causal` alone.
+    key_bias: [b s] f32, added to the logits of each key: the logarithm of how often it counts. Not for cuDNN.
     implementation: None: chosen by the platform of the mesh in context and the size.
   """
   if (q_segments is None) != (kv_segments is None):
     raise ValueError('attention takes segment ids of queries and of keys, or neither')
   chosen = implementation or choice(q, k, q_segments, kv_segments, causal, q_offset)
+  if chosen == 'cudnn' and key_bias is not None:
+    chosen = 'blocks'
   if chosen in ('plain', 'blocks'):
-    return _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, whole=chosen == 'plain')
+    return _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, key_bias, whole=chosen == 'plain')
+  if key_bias is not None:  # kernels take none: values times their weights, over the weights themselves
+    factor = jnp.exp(key_bias)[:, :, None, None].astype(v.dtype)
+    v = jnp.concatenate([v * factor, factor * jnp.ones_like(v[..., :1])], axis=3)
+    y = attention(q, k, v, q_segments=q_segments, kv_segments=kv_segments, causal=causal, implementation=chosen)
+    return y[..., :-1] / y[..., -1:]
   kernel = dict(splash=_splash, cudnn=_cudnn)[chosen]
   return _on_each_device(kernel, causal, q_segments is kv_segments, q, k, v, q_segments, kv_segments)
 
@@ -72,7 +80,7 @@ def block_size(q: jax.Array, keys: int) -> int:
   return -(-queries // -(-queries // most))
 
 
-def _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, whole) -> jax.Array:
+def _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, key_bias, whole) -> jax.Array:
   b, queries, heads, dim = q.shape
   keys, groups = k.shape[1:3]
   size = queries if whole else block_size(q, keys)
@@ -87,6 +95,8 @@ def _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, whole) -> jax.A
   def block(q, segments, first, k, v):
     """Queries [b g h q k] from position `first` on -> [b g h q k]."""
     logits = jnp.einsum('bghqk,bgsk->bghqs', q * dim ** -0.5, k, preferred_element_type=jnp.float32)
+    if key_bias is not None:
+      logits += key_bias[:, None, None, None]
     seen = []
     if causal:
       seen.append((first + jnp.arange(q.shape[3]))[:, None] >= jnp.arange(keys))
@@ -158,7 +168,7 @@ def _on_each_device(kernel, causal, same, q, k, v, q_segments, kv_segments) -> j
 def _splash(q, k, v, q_segments, kv_segments, *, device, causal) -> jax.Array:
   """One device's attention by the splash kernel, one call for every key head; interpreted where there is no TPU."""
   queries, heads, dim = q.shape[1:]
-  keys, groups = k.shape[1:3]
+  keys, groups, value_dim = k.shape[1], k.shape[2], v.shape[3]
   most = BLOCKS.get(device.device_kind, BLOCK)
   block_q, block_kv = (padded_block(n, largest) for n, largest in zip((queries, keys), most))
   all_queries, all_keys = -(-queries // block_q) * block_q, -(-keys // block_kv) * block_kv
@@ -166,7 +176,7 @@ def _splash(q, k, v, q_segments, kv_segments, *, device, causal) -> jax.Array:
     q_segments, kv_segments = (jnp.ones((len(q), n), jnp.int32) for n in (queries, keys))
 
   def padded(x, count):  # [b s n k] -> [b n s k]
-    return jnp.pad(x, ((0, 0), (0, count - x.shape[1]), (0, 0), (0, -dim % LANES))).transpose(0, 2, 1, 3)
+    return jnp.pad(x, ((0, 0), (0, count - x.shape[1]), (0, 0), (0, -x.shape[3] % LANES))).transpose(0, 2, 1, 3)
 
   def ids(segments, count):  # padding to whole blocks is a segment of its own
     segments = segments.astype(jnp.int32)
@@ -188,7 +198,8 @@ def _splash(q, k, v, q_segments, kv_segments, *, device, causal) -> jax.Array:
   else:
     of_rows = splash_attention_kernel.SegmentIds(ids(q_segments, all_queries), ids(kv_segments, all_keys))
     y = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, of_rows)
-  return y.reshape(len(q), heads, all_queries, -1).transpose(0, 2, 1, 3)[:, :queries, :, :dim].astype(v.dtype)
+  y = y.reshape(len(q), heads, all_queries, -1).transpose(0, 2, 1, 3)
+  return y[:, :queries, :, :value_dim].astype(v.dtype)
 
 
 def padded_block(count: int, most: int) -> int:

@@ -71,11 +71,12 @@ class Block(nnx.Module):
     self.norm2 = constant(0.0, (c.width,))
     self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
 
-  def __call__(self, x: jax.Array, modulation: jax.Array, segments: jax.Array, angles: jax.Array) -> jax.Array:
-    """x [b s d], modulation [b m d] f32 with m of 6, segments [b s], angles [s k/2] -> [b s d]."""
+  def __call__(self, x: jax.Array, modulation: jax.Array, segments: jax.Array, angles: jax.Array,
+               key_bias: jax.Array | None = None) -> jax.Array:
+    """x [b s d], modulation [b m d] f32 with m of 6, segments and key_bias [b s], angles [s k/2] -> [b s d]."""
     slots = (modulation + self.table[...].astype(jnp.float32))[:, :, None]
     scale1, shift1, gate1, scale2, shift2, gate2 = (slots[:, m] for m in range(6))
-    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), segments, angles)
+    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), segments, angles, key_bias)
     x = x + (gate1 * y).astype(x.dtype)
     y = self.mlp(modulate(x, self.norm2, scale2, shift2, self.eps))
     return x + (gate2 * y).astype(x.dtype)
@@ -108,9 +109,11 @@ class DiT(nnx.Module):
     self.final_w = constant(0.0, (d, p), ('fsdp', None))
     self.final_b = constant(0.0, (p,))
 
-  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, tap: int | None = None):
+  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None, *,
+               tap: int | None = None):
     """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32.
 
+    bias: [b s] f32, the logarithm of how often each condition token counts in attention; None where all count once.
     With `tap`: (velocity, states [b y x d] of the image patches after `tap` blocks).
     """
     c = self.config
@@ -123,14 +126,15 @@ class DiT(nnx.Module):
     x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)
     segments = jnp.pad(mask.astype(bool), ((0, 0), (0, rows * columns)), constant_values=True)
     angles = self._angles(cond.shape[1], rows, columns)
+    key_bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, rows * columns)))
 
     time = layers.sinusoid(t * 1000, c.time_dim)
     time = jax.nn.gelu(einsum_in_place('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
     time = einsum_in_place('bf,fd->bd', time, self.time_w2) + self.time_b2[...]
     modulation = einsum_in_place('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w) + self.mod_b[...]
 
-    x, tapped, _ = layers.scan_taps(lambda x, block, *_: (block(x, modulation, segments, angles), None), x, self.blocks,
-                                    () if tap is None else (tap,), remat=c.remat, unroll=True)
+    x, tapped, _ = layers.scan_taps(lambda x, block, *_: (block(x, modulation, segments, angles, key_bias), None), x,
+                                    self.blocks, () if tap is None else (tap,), remat=c.remat, unroll=True)
     scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
     x = modulate(x[:, cond.shape[1]:], self.norm, scale, shift, c.eps)
     x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)

@@ -309,8 +309,9 @@ class GatedAttention(nnx.Module):
     self.q_norm = constant(0.0, (head_dim,))
     self.k_norm = constant(0.0, (head_dim,))
 
-  def __call__(self, x: jax.Array, segments: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-    """[b s d] -> [b s d] as `stream` has it; `segments` [b s] as in `attention`, `angles` as in `rope` (or none)."""
+  def __call__(self, x: jax.Array, segments: jax.Array | None = None, angles: jax.Array | None = None,
+               key_bias: jax.Array | None = None) -> jax.Array:
+    """[b s d] -> [b s d] as `stream` has it; segments and key_bias [b s] as in `attention`, angles as in `rope`."""
     out, x = stream(x), whole(x)
     q = rms_norm(einsum('bsd,dhk->bshk', x, self.wq), self.q_norm, self.eps, 1.0)
     k = rms_norm(einsum('bsd,dgk->bsgk', x, self.wk), self.k_norm, self.eps, 1.0)
@@ -318,7 +319,7 @@ class GatedAttention(nnx.Module):
     if angles is not None:
       q, k = rope(q, angles), rope(k, angles)
     gate = jax.nn.sigmoid(einsum('bsd,dhk->bshk', x, self.gate))
-    y = attention(q, k, v, q_segments=segments, kv_segments=segments)
+    y = attention(q, k, v, q_segments=segments, kv_segments=segments, key_bias=key_bias)
     return einsum('bshk,hkd->bsd', y * gate, self.wo, out)
 
 

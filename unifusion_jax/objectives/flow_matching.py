@@ -230,7 +230,7 @@ class FlowMatching:
     noised = flow.interpolate(z, noise, t)
     repa_term = 0.0
     if self.repa_weight:
-      velocity, states = model.velocity(noised, t, cond, mask, self.repa_depth)
+      velocity, states = model.velocity(noised, t, cond, mask, tap=self.repa_depth)
       with jax.named_scope('repa'):
         targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
         metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, n))

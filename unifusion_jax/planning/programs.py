@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import pipeline, sharding
+from unifusion_jax import conditioning, pipeline, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import transforms
 from unifusion_jax.models import text_generation
@@ -97,7 +97,7 @@ class _Sampling:
     return self._rows((jax.ShapeDtypeStruct((length,), np.int32), jax.ShapeDtypeStruct((length,), bool)))
 
   def _encode(self):
-    function = jax.jit(functools.partial(pipeline.condition_read, taps=self.frozen.taps))
+    function = jax.jit(functools.partial(conditioning.condition_read, taps=self.frozen.taps))
     return function, (self.model, self.frozen.vlm, *self._prompts(self.length + self.max_rewrite),
                       *self._prompts(self.image_length + self.max_rewrite), self.images)
 
