@@ -105,6 +105,25 @@ def test_a_reference_of_strength_two_is_its_condition_tokens_twice(pipe):
       pipe('make it blue', images=REFERENCES[:2], strengths=strengths)
 
 
+def test_a_precise_edit_changes_the_region_alone(tiny, tmp_path):
+  edit = SQUARE[0]
+  reference, mask = edit['references'][0], np.zeros((64, 64), np.uint8)
+  mask[8:40, 24:64] = 255
+  imaging.write_png(tmp_path / 'mask.png', mask)
+  imaging.write_png(tmp_path / 'all.png', mask * 0 + 255)
+  run = lambda **settings: tiny(edit['instruction'], images=reference, num_images=2, **settings).arrays
+  precise, free, white = run(precise=str(tmp_path / 'mask.png')), run(), run(precise=str(tmp_path / 'all.png'))
+  for a, b, c in zip(precise, free, white):
+    np.testing.assert_array_equal(a[mask == 0], reference[mask == 0])
+    np.testing.assert_array_equal(b, c)
+    assert np.abs(a.astype(int) - reference)[mask > 0].max() > 60 and (b != reference)[mask == 0].any()
+  for changes, problem in ((dict(precise=str(tmp_path / 'none.png')), 'is not there'),
+                           (dict(precise=str(tmp_path / 'mask.png'), images=REFERENCES[0][:48]), 'as large as it'),
+                           (dict(precise=str(tmp_path / 'mask.png'), images=None), 'there is none')):
+    with pytest.raises(UserError, match=problem):
+      tiny('make it blue', **dict(images=reference) | changes)
+
+
 def test_only_the_rows_whose_rewrite_is_no_use_fall_back(tiny):
   """With room for short rewrites alone, long ones find no end: those rows are what they are without VERIFI, alone."""
   edits = [Request(e['instruction'], tuple(e['references']), i) for i, e in enumerate(SQUARE[:8])]

@@ -61,7 +61,7 @@ def guide(cond: jax.Array, uncond: jax.Array, scale) -> jax.Array:
 
 
 def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str = 'euler', eta=0.0,
-           keys: jax.Array | None = None, first=0) -> jax.Array:
+           keys: jax.Array | None = None, first=0, settle=lambda x, t: x) -> jax.Array:
   """Integrates dx/dt = velocity from x [b ...] at times[0] along `times` [n + 1], in one `lax.scan`: x at times[n].
 
   'euler' has order 1 with one velocity a step; 'heun' has order 2 with two. With `keys` [b], one a row, every
@@ -70,6 +70,7 @@ def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str =
   same distribution in many steps; in few, with a velocity that errs, new noise lets errors of earlier steps fade.
 
   `first` is the index of the first step in the whole schedule: integrating it in parts samples the same new noise.
+  `settle` maps (x, time) after each step to the x that the next one starts from.
   """
   if method not in ('euler', 'heun'):
     raise ValueError(f"method {method!r} is not a sampler: choose 'euler' or 'heun'")
@@ -89,7 +90,7 @@ def sample(velocity: Velocity, noise: jax.Array, times: jax.Array, method: str =
       ratio = jnp.where(t > 0, t_next / jnp.where(t > 0, t, 1), 0)
       renewed = eta ** 2 * (1 - ((1 - t) / (1 - t_next) * ratio) ** 2)  # a share of the noise's variance
       x_next += t_next * (jnp.sqrt(renewed) * new_noise + (jnp.sqrt(1 - renewed) - 1) * (x + (1 - t) * v))
-    return x_next.astype(x.dtype), None
+    return settle(x_next.astype(x.dtype), t_next), None
 
   indices = first + jnp.arange(len(times) - 1)
   return jax.lax.scan(step, noise, (times[:-1], times[1:], indices))[0]

@@ -17,6 +17,7 @@ import operator
 import os
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,13 @@ class Result:
   def arrays(self) -> list[np.ndarray]:
     """The images as uint8 [y x 3]."""
     return [np.asarray(image) for image in self.images]
+
+
+class Kept(NamedTuple):
+  """Parts of images that stay: their latents and the noise on them, both [b y x c], and where they are."""
+  latents: jax.Array
+  noise: jax.Array
+  cells: jax.Array  # [b y x 1] bool
 
 
 class Encoded(NamedTuple):
@@ -171,8 +179,8 @@ class UniFusionPipeline:
         with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
       **settings: of SampleConfig: negative_prompt, steps, guidance, method, eta, shift, verifi, system, temperature,
-        top_p, tiles, image_tokens, stitch, decode_tile, batch_size. None, as for every argument here, is the
-        pipeline's own default.
+        top_p, tiles, image_tokens, stitch, strengths, precise, decode_tile, batch_size. None, as for every argument
+        here, is the pipeline's own default.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(text, str) for text in prompts):
@@ -234,14 +242,21 @@ class UniFusionPipeline:
     latents = self.noise(seeds, height, width)
     if init_images is not None:
       latents = self.add_noise(init_images, latents, start)
+    kept = None
+    if s.precise:
+      sources, changes = zip(*(imaging.region(s.precise, imaging.read(request.references[0]), width, height)
+                               for request in requests))
+      kept = self.kept(sources, changes, self.noise(seeds, height, width))
     times = self.times(height, width, steps=s.steps, shift=s.shift, start=start)
     size = 1 if callback else s.steps
     for first in range(0, s.steps, size):
       latents = self.denoise(conditioning, latents, times[first:first + size + 1], guidance=s.guidance, null=null,
-                             method=s.method, eta=s.eta, seeds=seeds, first=first)
+                             method=s.method, eta=s.eta, seeds=seeds, first=first, kept=kept)
       if callback:
         callback(first + 1, s.steps)
     images = self.decode(latents, conditioning, s.decode_tile)[:len(requests)]
+    if s.precise:
+      images = np.where(np.stack(changes)[..., None], images, np.stack(sources))
     return [Sample(*each) for each in zip(images, *texts)]
 
   def _encode_once(self, requests: list[Request], s: SampleConfig) -> Encoded:
@@ -321,6 +336,13 @@ class UniFusionPipeline:
     return _noised(self.frozen.vae, sharding.shard(np.stack(_padded(list(images)))), noise, jnp.float32(t))
 
   @_in_mesh
+  def kept(self, images, changes, noise: jax.Array) -> Kept:
+    """What of images uint8 [y x 3] stays, under the same noise at all times; changes: where it does not, bool [y x]."""
+    rows = einops.reduce(np.stack(_padded(changes)), 'b (y i) (x j) -> b y x 1', 'max', i=self.frozen.vae.downsampling,
+                         j=self.frozen.vae.downsampling)
+    return Kept(self.add_noise(images, noise, 0.0), noise, sharding.shard(~rows))
+
+  @_in_mesh
   def times(self, height: int, width: int, *, steps: int | None = None, shift: float | None = None,
             start: float = 1.0) -> jax.Array:
     """Sampling times [steps + 1] from `start` to 0 for images of a size."""
@@ -333,7 +355,8 @@ class UniFusionPipeline:
   @_in_mesh
   def denoise(self, conditioning: Conditioning, latents: jax.Array, times: jax.Array, *,
               guidance: float | None = None, null: Conditioning | None = None, method: str | None = None,
-              eta: float | None = None, seeds: Sequence[int] | None = None, first: int = 0) -> jax.Array:
+              eta: float | None = None, seeds: Sequence[int] | None = None, first: int = 0,
+              kept: Kept | None = None) -> jax.Array:
     """Integrates latents [b y x c] from times[0] to times[-1].
 
     `times` may be a part of a schedule: part after part gives the same result as the whole.
@@ -343,6 +366,7 @@ class UniFusionPipeline:
       null: null conditioning; None: that of the pipeline's negative prompt. Not used at guidance 1.
       seeds: one a request, for the noise that an eta above 0 adds.
       first: index of times[0] in the whole schedule.
+      kept: what stays, put in its place after each step.
     """
     s = self.settings
     guidance = s.guidance if guidance is None else guidance
@@ -354,7 +378,7 @@ class UniFusionPipeline:
       raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
     null = None if guidance == 1 else null or self.null(s.negative_prompt)
     return integrate(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
-                     _keys(_padded(seeds)) if eta else None, jnp.int32(first), method=method)
+                     _keys(_padded(seeds)) if eta else None, jnp.int32(first), kept, method=method)
 
   @_in_mesh
   def decode(self, latents: jax.Array, conditioning: Conditioning | None = None, tile: int | None = None
@@ -449,7 +473,7 @@ def _noised(vae, images, noise, t):
 
 
 @functools.partial(jax.jit, static_argnames='method')
-def integrate(model, conditioning, null, latents, times, guidance, eta, keys, first, *, method):
+def integrate(model, conditioning, null, latents, times, guidance, eta, keys, first, kept=None, *, method):
   """Integrates the flow, with guidance where a null conditioning [1 q d] is given."""
   if null is not None:
     b = latents.shape[0]
@@ -458,7 +482,9 @@ def integrate(model, conditioning, null, latents, times, guidance, eta, keys, fi
   def velocity(z, t):
     v = model.velocity(z, t, *conditioning)
     return v if null is None else flow.guide(v, model.velocity(z, t, *null), guidance)
-  return flow.sample(velocity, latents, times, method, eta, keys, first)
+
+  settle = lambda z, t: jnp.where(kept.cells, (1 - t) * kept.latents + t * kept.noise, z)
+  return flow.sample(velocity, latents, times, method, eta, keys, first, settle if kept else lambda z, t: z)
 
 
 @functools.partial(jax.jit, static_argnames='tile')

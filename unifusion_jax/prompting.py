@@ -140,6 +140,8 @@ def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleC
         if s.strengths and len(s.strengths) != len(request.references):
           raise UserError(f'strengths={s.strengths} are {len(s.strengths)} and its references '
                           f'{len(request.references)}: give one for each')
+        if s.precise and not request.references:
+          raise UserError('precise= keeps parts of the first reference, and there is none: give references')
         one = dataclasses.replace(prompts, requests=[request], counts=(count,))
         one.unanswered() if answer is None else one.answered([answer])
       except UnicodeEncodeError as error:

@@ -49,6 +49,7 @@ class SampleConfig:
   tiles: int = 0                    # maximum tiles of a reference; 0: as in training
   image_tokens: bool = True         # False: the VLM reads the references, but their tokens do not condition the DiT
   stitch: bool = False              # show all references as one image, side by side
+  precise: Path | None = None       # image as large as the first reference: where it is not white, that stays
   strengths: tuple[float, ...] = ()  # how often each reference counts in the DiT's attention, in order; (): once
   steps: int = 24
   guidance: float = 3.0             # 1: off

@@ -204,6 +204,21 @@ def resize_cover(image: np.ndarray, width: int, height: int) -> np.ndarray:
   return np.asarray(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.BICUBIC))
 
 
+def region(mask, image: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+  """(image uint8 [height width 3], where it may change bool [height width]): where the mask is white.
+
+  Both as `resize_cover` has them. UserError unless the mask is as large as the image and white somewhere.
+  """
+  found = read(mask)
+  if found.shape != image.shape:
+    raise UserError(f'{clipped(str(mask))} is {found.shape[1]}x{found.shape[0]} and the first reference '
+                    f'{image.shape[1]}x{image.shape[0]}: give a mask as large as it, white where it may change')
+  changes = resize_cover(found, width, height).min(axis=2) >= 128
+  if not changes.any():
+    raise UserError(f'{clipped(str(mask))} is white nowhere: nothing may change; make it white where the image may')
+  return resize_cover(image, width, height), changes
+
+
 def tile_grid(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, int]:
   """(columns, rows) of tiles for an image: the closest aspect ratio of columns * rows <= max_tiles.
 
