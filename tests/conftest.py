@@ -11,8 +11,8 @@ os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # asks Google what ki
 # Threads of the CPU client: a collective blocks one on each of eight devices, and several may be under way
 os.environ['PJRT_NPROC'] = '64'
 if importlib.metadata.version('jaxlib').startswith('0.10.'):  # compiles twice as fast; later ones know no such flag
-  os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_use_fusion_emitters=false'
-                             ' --xla_cpu_parallel_codegen_split_count=1')
+  os.environ.setdefault(
+      'XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 
 import gc
 import pathlib

@@ -153,7 +153,7 @@ def test_a_recipe_by_its_name(tmp_path, monkeypatch):
     ([EDIT, 'train'], "'train' is no flag"),
     ([EDIT, '--mode=dance'], '--mode=dance: value should be one of <train|sample>'),
     ([EDIT, '--mod=train'], 'Did you mean: mode'),
-    ([f'{EDIT}:huge'], "has the scales tiny, 8b_256, 8b_512, 8b, not 'huge'"),
+    ([f'{EDIT}:huge'], "has the scales tiny, 8b_256, 8b_512, 8b, krea2, not 'huge'"),
     (['configs/describe.py:tiny'], 'this recipe has no scales'),
     (['configs/nothere.py'], 'there is no recipe configs/nothere.py: give the path of a file, or one of describe'),
     (['configs'], 'there is no recipe configs:'),
@@ -176,7 +176,7 @@ def test_a_wrong_value_of_any_setting_names_it():
       elif not isinstance(value, (str, type(None))):
         yield prefix + name, value
   for name, value in leaves(edit()):
-    if name in ('data.aspects', 'sample.references', 'plan.programs'):
+    if name in ('data.aspects', 'sample.references', 'sample.loras', 'objective.lora.targets', 'plan.programs'):
       continue  # of texts
     with pytest.raises(UserError, match=rf'^--config\.{name}=four: '):
       edit(f'--config.{name}=four')

@@ -106,7 +106,7 @@ def test_a_file_that_does_not_fit_is_refused_and_written_anew(start, tmp_path):
   for content, text in (
       (changed(whole, jax='0.1'), "is of another compiler: jax: '0.1' there, '"),
       (changed(whole, runtime='libtpu 0'), "is of another compiler: runtime: 'libtpu 0' there, 'cpu "),
-      (changed(whole, flags=['--a']), "is of another compiler: flags: ['--a'] there, [] now"),
+      (changed(whole, flags=['--a']), "is of another compiler: flags: ['--a'] there, ["),
       (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], 'is damaged'), (whole[:-1], 'is damaged'),
       (whole[:9], 'is damaged'), (b'', 'is damaged'), (b'[]\n', 'is damaged'), (b'\xff\n', 'is damaged')):
     path.write_bytes(content)
