@@ -45,7 +45,7 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
   height, width = sample.image.shape[:2]
   encoder = pipe.prompt_encoder
   used = dict(rewrite=request.rewrite, system=settings.system or encoder.system, width=width, height=height,
-              batch_size=settings.batch_size)
+              batch_size=settings.batch_size, strengths=list(settings.strengths))
   pipeline = dict(taps=list(pipe.frozen.taps), max_prompt_tokens=encoder.max_prompt,
                   max_rewrite_tokens=encoder.max_rewrite, tiles=getattr(encoder.image_processor, 'tiles', 0),
                   size=pipe.size)

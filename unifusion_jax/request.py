@@ -91,7 +91,8 @@ class SampleConfig:
         'euler': not (self.eta and self.method == 'heun'),
         f'{prefix}negative_prompt needs guidance, which {prefix}guidance=1 turns off: raise it, or leave the negative '
         'prompt out': not (self.negative_prompt and self.guidance == 1)}
-    checks |= {f'{prefix}strengths: {value!r} must be {STRENGTH}': value in STRENGTH for value in self.strengths}
+    checks |= {f'{prefix}strengths={self.strengths}: {value!r} must be {STRENGTH}': value in STRENGTH
+               for value in self.strengths}
     checks[f'{prefix}strengths are of image tokens, each reference with its own: leave {prefix}stitch and '
            f'{prefix}image_tokens at their defaults'] = not self.strengths or self.image_tokens and not self.stitch
     return (ranges.problems(self, prefix, **{name: LIMITS[name] for name in names})
