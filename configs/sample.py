@@ -4,13 +4,16 @@
   python -m unifusion_jax.main --config=configs/sample.py:krea2_turbo --config.sample.prompt="a fox in the snow"
   python -m unifusion_jax.main --config=configs/sample.py:krea2_raw --config.sample.prompt="a fox in the snow" \
       --config.sample.negative_prompt="blurry" --config.sample.width=1280 --config.sample.height=720
-  python -m unifusion_jax.main --config=configs/sample.py:krea2_turbo --config.weights=FOLDER \
-      --config.transformer=FOLDER/turbo.safetensors --config.sample.prompt="a fox in the snow"
+  python -m unifusion_jax.main --config=configs/sample.py:unifusion_jax/assets/tiny/t2i \
+      --config.sample.prompt="a big red circle"
 
+After the colon may stand a folder with unifusion.json, or with the whole pipeline of Krea 2: it says how it is sampled.
 :tiny is the embedded editing model, for a CPU. :krea2_raw and :krea2_turbo are Krea 2 in bfloat16, with the steps and
 guidance of its model cards: 52 and 4.5 (Krea counts one less, 3.5), and 8 without guidance. 12.8B parameters of the
 transformer, 4.4B of the VLM: 36 GB of weights. docs/krea2.md.
 """
+
+import pathlib
 
 from unifusion_jax import description, parts
 from unifusion_jax.commands.sample import PipelineConfig
@@ -24,7 +27,9 @@ def get_config(scale: str = 'tiny') -> PipelineConfig:
   if scale == 'tiny':
     settings = description.read(description.ASSETS / 'edit').sample
     return PipelineConfig(dtype='float32', sample=SampleConfig().changed(**settings))
+  if (folder := pathlib.Path(scale).expanduser()).is_dir():
+    return PipelineConfig(weights=scale, sample=SampleConfig().changed(**parts.describe(folder).sample))
   if scale not in KREA2:
-    raise UserError(f'configs/sample.py has the scales tiny, {", ".join(KREA2)}, not {scale!r}')
+    raise UserError(f'configs/sample.py has the scales tiny, {", ".join(KREA2)} and folders of models, not {scale!r}')
   weights, settings = KREA2[scale]
   return PipelineConfig(weights=weights, sample=SampleConfig(**settings, batch_size=1))

@@ -153,11 +153,10 @@ def test_raw_with_guidance_is_krea2s(theirs, ours, height, width):
 
 def test_turbo_from_the_command_line_is_krea2s(theirs, ours, tmp_path):
   folder = changed(theirs[1], tmp_path / 'turbo', 'model_index.json', is_distilled=True)
-  config = command_line.read('sample:krea2_turbo', [
-      f'weights={folder}', 'dtype=float32', f'sample.prompt={LONG}', 'sample.seed=7', 'sample.width=64',
-      'sample.height=64'])
-  settings = UniFusionPipeline.load(parts.locate(folder)).settings
-  assert dataclasses.replace(settings, steps=8, batch_size=1).settings() == config.sample.settings()
+  config = command_line.read(f'sample:{folder}', [
+      'dtype=float32', f'sample.prompt={LONG}', 'sample.seed=7', 'sample.width=64', 'sample.height=64'])
+  settings = command_line.read('sample:krea2_turbo').sample.settings()
+  assert UniFusionPipeline.load(parts.locate(folder)).settings.settings() == config.sample.settings() == settings
   sample.run(config, tmp_path / 'run')
   theirs[0].register_to_config(is_distilled=True)
   wanted = their_images(theirs, ours, [LONG], 64, 64, [7], num_inference_steps=8, guidance_scale=0.0)

@@ -9,6 +9,7 @@ import importlib
 import math
 import os
 import pathlib
+import re
 import tempfile
 
 from absl import app, flags, logging
@@ -105,9 +106,9 @@ def main(argv):
 
 
 def default_workdir(recipe: str) -> pathlib.Path:
-  """The workdir of a recipe without one: runs/edit for edit, runs/edit_8b for edit:8b."""
+  """The workdir of a recipe without one: runs/edit for edit, runs/edit_8b for edit:8b, runs/sample_my_model."""
   path, scale = command_line.locate(recipe)
-  return pathlib.Path('runs') / (f'{path.stem}_{scale}' if scale else path.stem)
+  return pathlib.Path('runs') / '_'.join([path.stem, *re.findall(r'\w+', scale)])
 
 
 def _opened(name: str | pathlib.Path, writes: bool):

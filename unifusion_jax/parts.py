@@ -76,12 +76,14 @@ def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str 
   return parts
 
 
-def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
-  """The parts of a pipeline of diffusers.
+def describe(folder: pathlib.Path) -> Description:
+  """The settings of a pipeline's folder; reads no weights."""
+  return _index(folder)[0] if (folder / INDEX).exists() else description.read(folder)
 
-  part: `part(name, entry)` -> the pinned part at that entry; transformer: in the place of its own.
-  """
-  path = pinned.folder / INDEX
+
+def _index(folder: pathlib.Path) -> tuple[Description, int]:
+  """(settings, latents along the sides of a patch) of a Krea 2 pipeline, from its index."""
+  path = folder / INDEX
   index = json_file.read(path)
   if index.get('_class_name') != 'Krea2Pipeline':
     raise UserError(f"{path} is of a {index.get('_class_name')}: of diffusers' pipelines only Krea2Pipeline is read; "
@@ -89,8 +91,16 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   with json_file.named(path):
     taps, patch = tuple(index.get('text_encoder_select_layers') or TAPS), index.get('patch_size', 2)
     turbo = index.get('is_distilled', False)
-  described = Description('./text_encoder', './vae', taps, 1024, 1024, 512, 'faithful', 2,
-                          KREA2_TURBO if turbo else KREA2_RAW, 'krea2')
+  return Description('./text_encoder', './vae', taps, 1024, 1024, 512, 'faithful', 2,
+                     KREA2_TURBO if turbo else KREA2_RAW, 'krea2'), patch
+
+
+def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
+  """The parts of a pipeline of diffusers.
+
+  part: `part(name, entry)` -> the pinned part at that entry; transformer: in the place of its own.
+  """
+  described, patch = _index(pinned.folder)
   vlm = part('vlm', described.vlm)
   _check_vlm(vlm, described)
   weights = _weights(transformer) if transformer else part('transformer', './transformer')

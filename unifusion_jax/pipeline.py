@@ -24,9 +24,10 @@ import numpy as np
 from PIL import Image
 
 from unifusion_jax import conditioning as states
-from unifusion_jax import flow, metadata, parts, prompting, remarks, sharding, wording
+from unifusion_jax import denoising, flow, metadata, parts, prompting, remarks, sharding, wording
 from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
+from unifusion_jax.denoising import Kept
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation, unifusion
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
@@ -57,13 +58,6 @@ class Result:
   def arrays(self) -> list[np.ndarray]:
     """The images as uint8 [y x 3]."""
     return [np.asarray(image) for image in self.images]
-
-
-class Kept(NamedTuple):
-  """Parts of images that stay: their latents and the noise on them, both [b y x c], and where they are."""
-  latents: jax.Array
-  noise: jax.Array
-  cells: jax.Array  # [b y x 1] bool
 
 
 class Encoded(NamedTuple):
@@ -239,14 +233,13 @@ class UniFusionPipeline:
     conditioning, *texts = self._encode_once(requests, s)
     null = None if s.guidance == 1 else self.null(s.negative_prompt)
     seeds = [request.seed for request in requests]
-    latents = self.noise(seeds, height, width)
-    if init_images is not None:
-      latents = self.add_noise(init_images, latents, start)
-    kept = None
+    noise, kept = self.noise(seeds, height, width), None
+    latents = noise if init_images is None else self.add_noise(init_images, noise, start)
     if s.precise:
-      sources, changes = zip(*(imaging.region(s.precise, imaging.read(request.references[0]), width, height)
-                               for request in requests))
-      kept = self.kept(sources, changes, self.noise(seeds, height, width))
+      shown = {id(request.references): request.references[0] for request in requests}  # one for all those of a call
+      shown = {key: imaging.region(s.precise, imaging.read(image), width, height) for key, image in shown.items()}
+      sources, changes = zip(*(shown[id(request.references)] for request in requests))
+      kept = self.kept(sources, changes, noise)
     times = self.times(height, width, steps=s.steps, shift=s.shift, start=start)
     size = 1 if callback else s.steps
     for first in range(0, s.steps, size):
@@ -333,7 +326,7 @@ class UniFusionPipeline:
   def add_noise(self, images, noise: jax.Array, t: float) -> jax.Array:
     """Latents [b y x c] of images uint8 [y x 3], noised to the time t (1 is noise)."""
     check_ranges(t=t)
-    return _noised(self.frozen.vae, sharding.shard(np.stack(_padded(list(images)))), noise, jnp.float32(t))
+    return denoising.noised(self.frozen.vae, sharding.shard(np.stack(_padded(list(images)))), noise, jnp.float32(t))
 
   @_in_mesh
   def kept(self, images, changes, noise: jax.Array) -> Kept:
@@ -377,7 +370,7 @@ class UniFusionPipeline:
     if eta and seeds is None:
       raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
     null = None if guidance == 1 else null or self.null(s.negative_prompt)
-    return integrate(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
+    return denoising.integrate(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
                      _keys(_padded(seeds)) if eta else None, jnp.int32(first), kept, method=method)
 
   @_in_mesh
@@ -389,9 +382,9 @@ class UniFusionPipeline:
     tile: `SampleConfig.decode_tile`; None: the pipeline's.
     """
     tile = self.settings.decode_tile if tile is None else tile
-    images, finite = sharding.gather(decode_latents(self.frozen.vae, latents, tile=tile))
+    images, finite = sharding.gather(denoising.decode_latents(self.frozen.vae, latents, tile=tile))
     if conditioning is not None:
-      finite['conditioning'] = sharding.gather(_finite(conditioning))
+      finite['conditioning'] = sharding.gather(denoising.finite(conditioning))
     wrong = next((name for name in ('conditioning', 'latents', 'pixels') if not np.all(finite.get(name, True))), None)
     if wrong:
       vlm, model, vae = (self.origin.get(part, {}).get('name', 'in use') for part in ('vlm', 'model', 'vae'))
@@ -463,39 +456,3 @@ def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
   if stream is not None:
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
   return jax.random.wrap_key_data(sharding.shard(np.asarray(jax.random.key_data(keys))))
-
-
-@jax.jit
-def _noised(vae, images, noise, t):
-  """Latents of images uint8 [b y x 3], noised to the time t."""
-  z = vae.encode(imaging.to_float(images)).astype(jnp.float32)
-  return (1 - t) * z + t * noise
-
-
-@functools.partial(jax.jit, static_argnames='method')
-def integrate(model, conditioning, null, latents, times, guidance, eta, keys, first, kept=None, *, method):
-  """Integrates the flow, with guidance where a null conditioning [1 q d] is given."""
-  if null is not None:
-    b = latents.shape[0]
-    null = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape[1:]), out_sharding=jax.P(sharding.BATCH)), null)
-
-  def velocity(z, t):
-    v = model.velocity(z, t, *conditioning)
-    return v if null is None else flow.guide(v, model.velocity(z, t, *null), guidance)
-
-  settle = lambda z, t: jnp.where(kept.cells, (1 - t) * kept.latents + t * kept.noise, z)
-  return flow.sample(velocity, latents, times, method, eta, keys, first, settle if kept else lambda z, t: z)
-
-
-@functools.partial(jax.jit, static_argnames='tile')
-def decode_latents(vae, latents, *, tile):
-  """Latents [b y x c] -> uint8 [b y x 3], and {name: [b] bool} whether the latents and the pixels are finite."""
-  pixels = vae.decode(latents, tile)
-  return imaging.to_uint8(pixels), {name: jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
-                                    for name, x in (('latents', latents), ('pixels', pixels))}
-
-
-@jax.jit
-def _finite(conditioning) -> jax.Array:
-  """Whether the condition tokens of each row are finite, [b] bool."""
-  return jnp.all(jnp.isfinite(conditioning.tokens) | ~conditioning.mask[..., None], axis=(1, 2))

@@ -142,6 +142,9 @@ def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleC
                           f'{len(request.references)}: give one for each')
         if s.precise and not request.references:
           raise UserError('precise= keeps parts of the first reference, and there is none: give references')
+        if s.precise:
+          image = imaging.read(request.references[0])
+          imaging.region(s.precise, image, image.shape[1], image.shape[0])
         one = dataclasses.replace(prompts, requests=[request], counts=(count,))
         one.unanswered() if answer is None else one.answered([answer])
       except UnicodeEncodeError as error:

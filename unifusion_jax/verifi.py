@@ -75,7 +75,7 @@ COND_RAW = ('image', 'instruction', 'stop')  # without VERIFI, of a prompt with 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The prompt that a model was trained with without VERIFI, and what of it conditions the DiT.
+  """Prompt of requests without VERIFI, as a model was trained: its template, and the spans that condition the DiT.
 
   Attributes:
     kinds: kinds of span that condition the DiT.

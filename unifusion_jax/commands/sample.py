@@ -23,7 +23,7 @@ PAGE = 64   # requests in a grid
 @dataclasses.dataclass
 class PipelineConfig:
   """A whole pipeline to sample with (configs/sample.py)."""
-  weights: Path = 'tiny'            # folder or hub id, as of `UniFusionPipeline.from_pretrained`
+  weights: Path = 'tiny'            # folder or hub id, sampled as the recipe's scale says
   transformer: Path | None = None   # folder, hub id or .safetensors file instead of the pipeline's own
   vlm: Path | None = None           # folder or hub id instead of the pipeline's own
   vae: Path | None = None

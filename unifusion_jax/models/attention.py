@@ -39,7 +39,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, q_segments: jax.Array
       padding. Padding is segment 0 and attends to padding, so that every row stays finite. Without them all tokens are
       one segment. One array for both says that queries and keys are the same tokens.
     q_offset: the position of the first query among the keys (a cache's filled slots). Used with `causal` alone.
-    key_bias: [b s] f32, added to the logits of each key: the logarithm of how often it counts. Not for cuDNN.
+    key_bias: [b s] f32, added to the logits of each key: the logarithm of how often it counts. cuDNN
+      takes none, and leaves such to `blocks`.
     implementation: None: chosen by the platform of the mesh in context and the size.
   """
   if (q_segments is None) != (kv_segments is None):

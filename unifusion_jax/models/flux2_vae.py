@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import json_file, ranges
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import layers, vae
+from unifusion_jax.models import dit, layers, vae
 from unifusion_jax.ranges import Range
 from unifusion_jax.weights import convert, safetensors_io
 
@@ -102,19 +102,15 @@ class Autoencoder(nnx.Module):
     if x.shape[1] % step or x.shape[2] % step:
       raise UserError(f'the autoencoder takes images of multiples of {step} pixels, got {x.shape[1]} x {x.shape[2]}')
     z, _ = self.unscaled.moments(x)
-    b, y, x_, c = z.shape
-    rows = layers.rows_of(z)
-    z = jnp.reshape(z, (b, y // PATCH, PATCH, x_ // PATCH, PATCH, c), out_sharding=rows).transpose(0, 1, 3, 5, 2, 4)
-    z = jnp.reshape(z, (b, y // PATCH, x_ // PATCH, c * PATCH ** 2), out_sharding=rows)
+    y, x_ = z.shape[1] // PATCH, z.shape[2] // PATCH
+    z = dit.patchify(z, PATCH).reshape(len(z), y, x_, -1, out_sharding=layers.RESIDUAL)
     return (z - self.mean[...]) / self._std
 
   def decode(self, z: jax.Array, tile: int = 0) -> jax.Array:
     """The inverse of encode: patches [b y x c] -> images [b 16y 16x 3] f32; `tile` as in vae.Autoencoder.decode."""
     z = z * self._std + self.mean[...]
     b, y, x, c = z.shape
-    rows = layers.rows_of(z)
-    z = jnp.reshape(z, (b, y, x, c // PATCH ** 2, PATCH, PATCH), out_sharding=rows).transpose(0, 1, 4, 2, 5, 3)
-    z = jnp.reshape(z, (b, y * PATCH, x * PATCH, c // PATCH ** 2), out_sharding=rows)
+    z = dit.unpatchify(z.reshape(b, y * x, c, out_sharding=layers.RESIDUAL), PATCH, y, x)
     return self.unscaled.decode(z, tile)
 
   @property

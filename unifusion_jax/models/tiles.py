@@ -90,13 +90,18 @@ def decode(decoder, z: jax.Array, most: int, factor: int) -> jax.Array:
   return over_tiles(blend, jnp.full(shape, 0.0, jnp.float32, out_sharding=layers.rows_of(x)))
 
 
+def channel_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(mean, variance) [b c] of x [b y x c]. The gradient through the variance's centre is 0, hence the stop_gradient."""
+  mean = jnp.mean(x, axis=(1, 2))
+  return mean, jnp.mean((x - jax.lax.stop_gradient(mean)[:, None, None]) ** 2, axis=(1, 2))
+
+
 def _moments(decoder, x, axes, over_tiles):
   """[(mean, variance) [b c] of each norm of `decoder.fine`] over the whole x [b y x c]; a row by itself."""
   first = []
 
   def own(y):
-    mean = jnp.mean(y, axis=(1, 2))
-    first.append((mean, jnp.mean((y - mean[:, None, None]) ** 2, axis=(1, 2))))
+    first.append(channel_moments(y))
     return first[-1]
   small = x[:, :, np.linspace(0, x.shape[2] - 1, axes[1].size).round().astype(int)]
   decoder.fine(small[:, np.linspace(0, x.shape[1] - 1, axes[0].size).round().astype(int)], own)

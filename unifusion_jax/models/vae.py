@@ -148,7 +148,7 @@ class GroupNorm(nnx.Module):
     """x [b y x c] normalised by group, from the moments of its channels and with one multiply-add: a tenth of the
     time of reshaping to groups on CPU. `moments` as in `Decoder.fine`."""
     z = x.astype(jnp.float32)
-    mean, variance = (moments or channel_moments)(z)
+    mean, variance = (moments or tiles.channel_moments)(z)
     group_mean = self._per_group(mean)
     group_variance = self._per_group(variance + (mean - group_mean) ** 2)
     gain = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(group_variance + EPS)
@@ -159,12 +159,6 @@ class GroupNorm(nnx.Module):
     """[b c] -> [b c]: every channel's group mean."""
     b, c = channels.shape
     return jnp.repeat(jnp.mean(channels.reshape(b, self.groups, -1), axis=-1), c // self.groups, axis=1)
-
-
-def channel_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(mean, variance) [b c] of x [b y x c]. The gradient through the variance's centre is 0, hence the stop_gradient."""
-  mean = jnp.mean(x, axis=(1, 2))
-  return mean, jnp.mean((x - jax.lax.stop_gradient(mean)[:, None, None]) ** 2, axis=(1, 2))
 
 
 class ResBlock(nnx.Module):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import conditioning, pipeline, sharding
+from unifusion_jax import conditioning, denoising, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import transforms
 from unifusion_jax.models import text_generation
@@ -124,12 +124,12 @@ class _Sampling:
     if self.settings.eta:
       keys = self._rows(jax.eval_shape(lambda: jax.random.key(0)))
     times = jax.ShapeDtypeStruct((self.settings.steps + 1,), np.float32)
-    function = jax.jit(functools.partial(pipeline.integrate, method=self.settings.method))
+    function = jax.jit(functools.partial(denoising.integrate, method=self.settings.method))
     return function, (self.model, conditioning, null, self._latents(), times, number, number, keys,
                       jax.ShapeDtypeStruct((), jnp.int32))
 
   def _decode(self):
-    function = jax.jit(functools.partial(pipeline.decode_latents, tile=self.settings.decode_tile))
+    function = jax.jit(functools.partial(denoising.decode_latents, tile=self.settings.decode_tile))
     return function, (self.frozen.vae, self._latents())
 
 
