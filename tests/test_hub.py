@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from unifusion_jax.weights import hub, safetensors_io
+from unifusion_jax.errors import UserError
+from unifusion_jax.weights import hub, lora_files, safetensors_io
 
 COMMIT, OLDER = 'a' * 40, 'b' * 40
 
@@ -116,6 +117,25 @@ def test_subfolder(cache, tmp_path):
     hub.resolve('owner/pipeline')
 
 
+def test_one_file_by_its_name(cache, tmp_path):
+  """Of a hub or here, where files are wanted; variants of weights count as files of their own."""
+  names = ('style.safetensors', 'style_v1.0.safetensors', 'more/other.safetensors')
+  snapshot = cache('owner/styles', {name: weights(tmp_path, 1.0) for name in names})
+  for name in names:
+    assert hub.pin(f'owner/styles/{name}', files=True) == hub.Pinned(
+        f'owner/styles/{name}@{COMMIT}', snapshot / name, COMMIT)
+    assert hub.pin(snapshot / name, files=True).folder == snapshot / name
+  assert hub.pin(f'owner/styles/{names[0]}@main', files=True).folder == snapshot / names[0]
+  for name, text in (('owner/styles/none.safetensors', 'has no file none.safetensors'),
+                     ('none.safetensors', 'no such folder or file')):
+    with pytest.raises(UserError, match=text):
+      hub.pin(name, files=True)
+  with pytest.raises(UserError, match='is a file: give the folder'):
+    hub.pin(snapshot / names[0])
+  with pytest.raises(UserError, match='owner/styles holds 2 files'):
+    lora_files.read('owner/styles', None)
+
+
 def test_pickles_are_refused_with_the_reason(cache):
   snapshot = cache('owner/pickled', {'config.json': b'{}', 'pytorch_model.bin': b'\x80'})
   with pytest.raises(ValueError, match='owner/pickled has no .safetensors file .it holds pytorch_model.bin.*any code'):
@@ -145,7 +165,12 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
   hub.resolve('owner/model', weights=False)
   hub.resolve('owner/model/vae')
   hub.resolve('owner/model/only')
-  assert fetched == [files[:7], [f for f in files[:7] if not f.endswith('.safetensors')],
+  hub.pin('owner/model/model.fp16.safetensors', files=True)
+  hub.pin('owner/model', variants=())
+  texts = [f for f in files[:7] if not f.endswith('.safetensors')]
+  assert fetched.pop() == files[:7] + [f for f in files if '.fp16' in f and '/' not in f] + ['consolidated.safetensors']
+  assert sorted(fetched.pop()) == sorted([*texts, 'model.fp16.safetensors'])
+  assert fetched == [files[:7], texts,
                      ['vae/config.json', 'vae/model.safetensors'], [], ['only/model.fp16.safetensors']]
 
 

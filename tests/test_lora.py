@@ -144,7 +144,7 @@ def test_files_that_do_not_fit_say_why(torch_weights, tmp_path):
           diffusion_model__blocks__0__attn__wq__dora_scale=np.ones(2, np.float32))
   refused('do not make its matrix', **part | {first: np.ones((3, 5), np.float32)})
   refused('of its factors there are only b', **part | {first: None})
-  with pytest.raises(UserError, match='no such file'):
+  with pytest.raises(UserError, match='no such folder or file'):
     lora_files.read(tmp_path / 'no.safetensors', model)
   assert lora_files.split('a/b.safetensors:0.8') == ('a/b.safetensors', 0.8)
   assert lora_files.split('gs://a/b') == ('gs://a/b', 1.0)

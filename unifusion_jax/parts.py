@@ -64,7 +64,7 @@ def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str 
   if (pinned.folder / INDEX).exists():
     return _krea2(pinned, part, transformer)
   described = description.read(pinned.folder)
-  weights = _weights(transformer) if transformer else hub.pin(pinned.name)
+  weights = hub.pin(transformer, files=True) if transformer else hub.pin(pinned.name)
   config = unifusion.read_config(pinned.folder)
   vlm, vae = part('vlm', described.vlm), part('vae', described.vae)
   _check_vlm(vlm, described)
@@ -103,7 +103,7 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   described, patch = _index(pinned.folder)
   vlm = part('vlm', described.vlm)
   _check_vlm(vlm, described)
-  weights = _weights(transformer) if transformer else part('transformer', './transformer')
+  weights = hub.pin(transformer, files=True) if transformer else part('transformer', './transformer')
   own = pinned.folder / 'transformer'  # has the sizes of a file
   config = unifusion.read_config(own if weights.folder.is_file() and own.is_dir() else weights.folder, patch)
   vae = part('vae', described.vae)
@@ -120,12 +120,6 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
                 _resolution_shift(scheduler.folder / 'scheduler_config.json'))
   _check(parts)
   return parts
-
-
-def _weights(name: str) -> hub.Pinned:
-  """A transformer by its folder, hub id or address, or by a .safetensors file."""
-  path = pathlib.Path(name).expanduser()
-  return hub.Pinned(name, path, '') if path.is_file() and path.suffix == '.safetensors' else hub.pin(name)
 
 
 def _check_vlm(vlm: hub.Pinned, described: Description) -> None:

@@ -7,6 +7,7 @@ Offline mode, the cache's place and access tokens are `huggingface_hub`'s own: H
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import os
 import pathlib
@@ -32,21 +33,27 @@ _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
 class Pinned:
   """A resolved checkpoint name."""
   name: str             # a hub id at its commit, the same at all times and places; or the local folder, or the address
-  folder: pathlib.Path  # on this host
+  folder: pathlib.Path  # on this host; or the file
   commit: str           # '' for a folder, here or in a bucket, which has a `fingerprint` instead
 
 
-def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
+def pin(name: str | os.PathLike, weights: bool = True, *, files: bool = False,
+        variants: tuple[str, ...] = VARIANTS) -> Pinned:
   """Resolves a name to one commit on all processes, which call this together, once for each name.
 
   Arguments and errors as of `resolve`. When one process fails all of them do.
+
+  Args:
+    files: whether the name may be that of one .safetensors file, here or as owner/name/FILE.safetensors.
+    variants: patterns of weights that are left out where there are others.
   """
+  look_up = functools.partial(_pinned, weights=weights, files=files, variants=variants)
   if jax.process_count() == 1:
-    return _pinned(name, weights)
+    return look_up(name)
   # The first process looks the name up and the others take its commit: a branch may move between two look-ups
   first, pinned, error = sharding.is_main_process(), None, None
   try:
-    pinned = _pinned(name, weights) if first else None
+    pinned = look_up(name) if first else None
   except UserError as problem:
     error = problem
   commit = bytes.fromhex(pinned.commit) if pinned and pinned.commit else bytes(20)
@@ -54,7 +61,7 @@ def pin(name: str | os.PathLike, weights: bool = True) -> Pinned:
   facts = np.asarray(multihost_utils.broadcast_one_to_all(facts))
   if facts[0] and not first:
     try:
-      pinned = _pinned(f'{str(name).partition("@")[0]}@{facts[2:].tobytes().hex()}' if facts[1] else name, weights)
+      pinned = look_up(f'{str(name).partition("@")[0]}@{facts[2:].tobytes().hex()}' if facts[1] else name)
       if bool(pinned.commit) != bool(facts[1]):
         raise UserError(f'{name} is a local folder on some hosts and a hub id on others: make it the same on all')
     except UserError as problem:
@@ -79,20 +86,26 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
   return _pinned(name, weights).folder
 
 
-def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
+def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variants: tuple[str, ...] = VARIANTS
+            ) -> Pinned:
   if str(name).startswith(bucket.SCHEMES):
     return Pinned(str(name), _of_bucket(str(name), weights), '')
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return Pinned(str(name), path, '')
   if path.is_file():
-    raise UserError(f'{path} is a file: give the folder that holds it, with its config.json')
+    if files and path.suffix == '.safetensors':
+      return Pinned(str(name), path, '')
+    raise UserError(f'{path} is a file: give {"a .safetensors file, or " * files}the folder that holds it, with its '
+                    'config.json')
   parts = _ID.fullmatch(str(name))
   if parts is None or str(name).startswith('.'):
-    raise UserError(f'{name}: no such folder, and no hub id either, which is owner/name, owner/name/subfolder, or '
-                     'one of these with @revision')
+    raise UserError(f'{name}: no such folder{" or file" * files}, and no hub id either, which is owner/name, '
+                    f'owner/name/subfolder, {"owner/name/FILE.safetensors, " * files}or one of these with @revision')
   repository, subfolder, revision = parts[1], parts[2].strip('/'), parts[3]
-  for left_out in (VARIANTS, ()):
+  if files and subfolder.endswith('.safetensors'):
+    return _file_of(repository, subfolder, revision)
+  for left_out in (variants, ()):
     snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights, left_out)
     folder = snapshot / subfolder
     if not weights or any(folder.glob('*.safetensors')):
@@ -104,6 +117,15 @@ def _pinned(name: str | os.PathLike, weights: bool) -> Pinned:
   if weights:
     _check_weights(label, [file.name for file in folder.iterdir()])
   return Pinned(f'{place}@{snapshot.name}', folder, snapshot.name)  # huggingface_hub names a snapshot by its commit
+
+
+def _file_of(repository: str, path: str, revision: str | None) -> Pinned:
+  """One file of a repository, with the settings beside it."""
+  folder, _, file = path.rpartition('/')
+  snapshot = _download(repository, folder, revision, (*TEXTS, file), ())
+  if not (snapshot / path).is_file():
+    raise UserError(f'{repository}: that repository has no file {path}')
+  return Pinned(f'{repository}/{path}@{snapshot.name}', snapshot / path, snapshot.name)
 
 
 def _of_bucket(address: str, weights: bool) -> pathlib.Path:

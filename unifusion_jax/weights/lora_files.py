@@ -166,17 +166,9 @@ def factors(adapter: Adapter, like: dict[str, lora.Factors], config: lora.LoRACo
 
 def _file(name: str) -> pathlib.Path:
   """The safetensors file of a name: itself, the one in a folder, of a hub id, or OWNER/NAME/FILE.safetensors there."""
-  path = pathlib.Path(name).expanduser()
-  if path.is_file():
-    return path
-  if path.suffix == '.safetensors' and not path.is_absolute() and not path.parent.is_dir() and name.count('/') > 1:
-    folder, file = hub.pin(str(path.parent)).folder, path.name
-    if not (folder / file).exists():
-      raise UserError(f'{path.parent} has no {file}: it has {", ".join(f.name for f in folder.glob("*.safetensors"))}')
-    return folder / file
-  if path.suffix == '.safetensors':
-    raise UserError(f'{name}: there is no such file: give a LoRA file, a folder or hub id with one, or OWNER/NAME/FILE')
-  folder = hub.pin(name).folder
+  folder = hub.pin(name, files=True, variants=()).folder
+  if folder.is_file():
+    return folder
   files = sorted(folder.glob('*.safetensors'))
   known = [file for file in files if file.name in (FILE, 'adapter_model.safetensors')]
   if len(known or files) != 1:
