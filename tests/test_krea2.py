@@ -106,10 +106,11 @@ def ours(theirs):
 
 
 def changed(folder, tmp_path, part, **values):
-  """A copy of a folder with other values in one JSON file."""
+  """A copy of a folder with other values in one JSON file, without those of None."""
   shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
   path = tmp_path / part
-  path.write_text(json.dumps(json.loads(path.read_text()) | values))
+  there = json.loads(path.read_text()) | values
+  path.write_text(json.dumps({name: value for name, value in there.items() if value is not None}))
   return tmp_path
 
 
@@ -256,6 +257,26 @@ def test_steered_the_vlm_reads_references(ours):
     ours('x', negative_prompt='y', guidance=1.0)
 
 
+def test_the_vlm_writes_freely(ours, monkeypatch):
+  """Where what it writes is usable that conditions, with the image tokens; else the request does."""
+  reference, chat = np.full((32, 32, 3), 90, np.uint8), ours.prompt_encoder.chat
+  settings = ours.settings.changed(verifi=True, temperature=1.0)
+  encoder = dataclasses.replace(ours.prompt_encoder, max_rewrite=24)
+  monkeypatch.setattr(ours, 'prompt_encoder', encoder)
+  monkeypatch.setattr(chat, 'stop_ids', (*chat.stop_ids, *range(300, 340)))  # random weights seldom end by themselves
+  requests = [Request('make it blue', (reference,), seed) for seed in range(8)]
+  written = ours.encode(requests, settings)
+  done = [i for i, warning in enumerate(written.warnings) if not warning]
+  assert 2 <= len(done) and all(written.rewrites[i] not in ('', 'make it blue') for i in done)
+  assert all('no end within 24 tokens' in warning or 'wrote' in warning for warning in written.warnings if warning)
+  mask = np.asarray(written.conditioning.mask)
+  assert all(4 + 1 < mask[i].sum() <= 4 + 24 for i in done)
+  assert np.isfinite(np.asarray(written.conditioning.tokens)).all()
+  again = ours.encode(requests, settings)
+  assert again.rewrites == written.rewrites
+  assert all(written.rewrites[i] == 'make it blue' for i in set(range(8)) - {*done})
+
+
 # Files
 
 
@@ -283,9 +304,9 @@ def test_native_files_are_read(theirs, ours, tmp_path):
 
 
 @pytest.mark.parametrize('part, values, message', [
-    ('text_encoder/config.json', dict(model_type='qwen3', **{name: 32 for name in (
+    ('text_encoder/config.json', dict(model_type='qwen3', text_config=None, **{name: 32 for name in (
         'hidden_size', 'intermediate_size', 'vocab_size')}, num_hidden_layers=4, num_attention_heads=2),
-     "of type 'qwen3', and Krea 2 was trained with the states of Qwen3-VL-4B-Instruct"),
+     'is no Qwen3-VL, and Krea 2 was trained with the states of Qwen3-VL-4B-Instruct'),
     ('model_index.json', dict(text_encoder_select_layers=[2, 5, 35]), 'layers of width 32, but .*: give Qwen3-VL-4B'),
     ('model_index.json', dict(text_encoder_select_layers=[2, 3]), 'must be 3 increasing layer numbers'),
     ('model_index.json', dict(_class_name='FluxPipeline'), 'is of a FluxPipeline: .* only Krea2Pipeline'),
@@ -294,6 +315,12 @@ def test_native_files_are_read(theirs, ours, tmp_path):
 def test_parts_that_are_not_krea2s(theirs, tmp_path, part, values, message):
   with pytest.raises(UserError, match=message):
     parts.locate(changed(theirs[1], tmp_path, part, **values))
+
+
+def test_training_refuses_another_encoder():
+  config = command_line.read('configs/edit_lora.py:krea2', ['vlm=unifusion_jax/assets/tiny/vlm'])
+  with pytest.raises(UserError, match='assets/tiny/vlm is no Qwen3-VL, and Krea 2 was trained'):
+    conditioning.Frozen.load(config)
 
 
 def test_the_shift_is_the_schedulers(theirs, ours, tmp_path):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unifusion_jax import parts
 from unifusion_jax.data import transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import unifusion
@@ -42,9 +43,9 @@ class Frozen:
   def load(cls, config) -> 'Frozen':
     """Loads both models of a config.Config; UserError where they do not fit `config.model`."""
     dtype = jnp.dtype(config.frozen_dtype)
+    _check_fit(config, encoders.config(config.vlm), autoencoders.config(config.vae))
     vlm = encoders.load(config.vlm, dtype, quantized=config.vlm_quantized, cache=config.vlm_cache)
     vae = autoencoders.load(config.vae, dtype)
-    _check_fit(config, vlm.config, vae.config)
     return cls(vlm, vae, config.taps, **_token_ids(config))
 
   @classmethod
@@ -71,6 +72,7 @@ def _token_ids(config) -> dict:
 
 
 def _check_fit(config, vlm, vae) -> None:
+  parts.check_vlm(config.vlm, vlm, config.layout)
   if config.taps[-1] > vlm.text.depth or vlm.text.width != config.model.lap.width:
     raise UserError(f'{config.vlm} has {vlm.text.depth} layers of width {vlm.text.width}, but taps={config.taps} and '
                     f'model.lap.width={config.model.lap.width} do not match it: change these or the VLM')

@@ -12,7 +12,7 @@ from unifusion_jax import description, flow, json_file, verifi
 from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.description import ASSETS, Description
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import unifusion
+from unifusion_jax.models import qwen3_vl, unifusion
 from unifusion_jax.weights import autoencoders, encoders, hub
 
 INDEX = 'model_index.json'
@@ -67,7 +67,6 @@ def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str 
   weights = hub.pin(transformer, files=True) if transformer else hub.pin(pinned.name)
   config = unifusion.read_config(pinned.folder)
   vlm, vae = part('vlm', described.vlm), part('vae', described.vae)
-  _check_vlm(vlm, described)
   prompt_encoder = transforms.PromptEncoder.load(
       vlm.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system,
       layout=described.layout)
@@ -102,14 +101,14 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   """
   described, patch = _index(pinned.folder)
   vlm = part('vlm', described.vlm)
-  _check_vlm(vlm, described)
+  vlm_config = encoders.config(vlm.folder)
+  check_vlm(vlm.name, vlm_config, described.layout)
   weights = hub.pin(transformer, files=True) if transformer else part('transformer', './transformer')
   own = pinned.folder / 'transformer'  # has the sizes of a file
   config = unifusion.read_config(own if weights.folder.is_file() and own.is_dir() else weights.folder, patch)
   vae = part('vae', described.vae)
   tokenizer, scheduler = (hub.pin(description.part_of(name, f'./{name}', pinned.name, pinned.folder), weights=False)
                           for name in ('tokenizer', 'scheduler'))
-  vlm_config = encoders.config(vlm.folder)
   prompt_encoder = transforms.PromptEncoder.load(
       tokenizer.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens,
       system=described.system, vlm=vlm_config, layout='krea2')
@@ -122,13 +121,12 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   return parts
 
 
-def _check_vlm(vlm: hub.Pinned, described: Description) -> None:
+def check_vlm(name: str, config: encoders.Config, layout: str) -> None:
   """UserError unless Krea 2's encoder is a Qwen3-VL: the language model of the same size loads, and gives rubbish."""
-  wanted, path = verifi.LAYOUTS[described.layout].vlm, vlm.folder / 'config.json'
-  there = json_file.read(path).get('model_type') if wanted and path.exists() else 'qwen3_vl'
-  if there != 'qwen3_vl':
-    raise UserError(f'{vlm.name} is a model of type {there!r}, and Krea 2 was trained with the states of {wanted} '
-                    "(type 'qwen3_vl'), which no other model has: give its folder (vlm=)")
+  wanted = verifi.LAYOUTS[layout].vlm
+  if wanted and not isinstance(config, qwen3_vl.Qwen3VLConfig):
+    raise UserError(f'{name} is no Qwen3-VL, and Krea 2 was trained with the states of {wanted}, which no other model '
+                    'has: give its folder (vlm=)')
 
 
 def _resolution_shift(path: pathlib.Path) -> flow.Points:
@@ -149,7 +147,9 @@ def _resolution_shift(path: pathlib.Path) -> flow.Points:
 
 def _check(parts: Parts) -> None:
   """UserError where the parts do not fit each other."""
-  taps, lap, text = parts.described.taps, parts.config.lap, encoders.config(parts.vlm.folder).text
+  vlm = encoders.config(parts.vlm.folder)
+  check_vlm(parts.vlm.name, vlm, parts.described.layout)
+  taps, lap, text = parts.described.taps, parts.config.lap, vlm.text
   if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
     raise UserError(f'{parts.name}: taps={list(taps)} must be {lap.taps} increasing layer numbers, as many as the '
                     'model pools')
