@@ -222,6 +222,13 @@ def test_each_generation(small, topology, program, tmp_path, capsys):
   assert f'verdict: {program} fits' in capsys.readouterr().out
 
 
+def test_the_stand_in_of_a_gpu_keeps_no_weights_in_float32():
+  layers, x = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 512, 512), (16, 512)))
+  lowered = jax.jit(lambda w, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).lower(layers, x)
+  used = compiler.compile(lowered, chips.topology('h100:1')).memory_analysis().temp_size_in_bytes
+  assert used < 2 * 512 * 512 * 4
+
+
 def test_a_program_that_the_compiler_refuses():
   topology = chips.topology('v5e:1x1')
   mesh = compiler.mesh(MeshConfig(), topology)

@@ -19,6 +19,8 @@ from unifusion_jax.planning import executables
 from unifusion_jax.planning.chips import Topology
 
 EVERY = 30  # seconds between lines of progress where stderr is no terminal
+# CPUs in the place of GPUs: they multiply no bfloat16, and would keep every stack of weights in float32 beside a loop
+STAND_IN = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion'}
 _UNITS = {'': 1, 'B': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
 # 'total memory required for HLO temporaries (24.75G) exceeds available HBM (15.75G)', 'Used 98.4G of 95.7G hbm'
 _NEEDS = (r'\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)',
@@ -82,10 +84,11 @@ def _quiet():
       os.close(kept)
 
 
-def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | Refused:
+def compile(lowered: jax.stages.Lowered, topology: Topology | None = None) -> jax.stages.Compiled | Refused:
   """The compiled program, or why it is refused; any error but a lack of memory is raised."""
+  stands_in = topology is not None and topology.chip.platform == 'gpu'
   try:
-    return executables.compile_program(lowered)
+    return executables.compile_program(lowered, STAND_IN if stands_in else None)
   except jax.errors.JaxRuntimeError as error:
     if (refused := refusal(str(error))) is None:
       raise

@@ -79,8 +79,8 @@ def path(folder: str | pathlib.Path, name: str, lowered: jax.stages.Lowered) -> 
   return pathlib.Path(folder).expanduser() / f'{name}-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.bin'
 
 
-def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles a program past jax's compilation cache.
+def compile_program(lowered: jax.stages.Lowered, options: dict | None = None) -> jax.stages.Compiled:
+  """Compiles a program past jax's compilation cache; options: of XLA.
 
   A program for a CPU that came from that cache cannot be serialised again: it lacks functions and ends the process that
   runs it. And devices that are not here can be compiled for, but load nothing from the cache.
@@ -89,7 +89,7 @@ def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   try:
     jax.config.update('jax_enable_compilation_cache', False)
     compilation_cache.reset_cache()  # or the setting is not looked at again
-    return lowered.compile()
+    return lowered.compile(options)
   finally:
     jax.config.update('jax_enable_compilation_cache', enabled)
     compilation_cache.reset_cache()

@@ -34,7 +34,7 @@ def plan(config, topology: Topology, name: str = 'train', requests: int = 0, ref
     program = programs.of(name, config, requests, references)
     traced = program.trace()
     lowered = traced.lower()
-    compiled = compiler.compile(lowered)
+    compiled = compiler.compile(lowered, topology)
     saved = None
     if save and name == 'train' and not isinstance(compiled, compiler.Refused):
       saved = str(executables.save_program(save, program.function.__name__, lowered, compiled))
