@@ -272,15 +272,18 @@ def test_on_a_tpu_it_is_the_kernel_forward_and_backward(mesh):
   assert program.memory_analysis().temp_size_in_bytes < 4 * 1000 ** 2 * 4 / 2
 
 
-def test_gradient_of_one_example_on_one_device(mesh):
-  """Of which the mask alone is sharded over the batch's axes."""
+@pytest.mark.parametrize('path', ['plain', 'blocks'])
+@pytest.mark.parametrize('spec', [P(), P(BATCH, None, 'tp')])
+def test_gradient_of_one_example_on_one_device(mesh, spec, path, monkeypatch):
+  """Whether or not more than the mask is sharded over the batch's axes, which have one device."""
   q, k, v = (np.asarray(x)[:1] for x in qkv(13, 13))
   segments = segments_of(4, 13)[:1]
+  monkeypatch.setattr(module, 'LOGITS', 4 * 13 * q.shape[2] * 4)  # four queries
 
   def gradients():
     held = jax.device_put(segments, P(BATCH))
-    run = lambda *x: jnp.sum(jnp.sin(attention(*x, q_segments=held, kv_segments=held)))
-    return jax.jit(jax.grad(run, (0, 1, 2)))(q, k, v)
+    run = lambda *x: jnp.sum(jnp.sin(attention(*x, q_segments=held, kv_segments=held, implementation=path)))
+    return jax.jit(jax.grad(run, (0, 1, 2)))(*(jax.device_put(x, spec) for x in (q, k, v)))
   with jax.set_mesh(jax.make_mesh((1, 1, 1), mesh.axis_names, devices=mesh.devices.flat[:1])):
     found = gradients()
   ours = lambda *x: jnp.sum(jnp.sin(reference(*x, segments, segments, False, 0)))

@@ -85,9 +85,11 @@ def _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, key_bias, whole
   b, queries, heads, dim = q.shape
   keys, groups = k.shape[1:3]
   size = queries if whole else block_size(q, keys)
-  if q_segments is not None:  # one example on one device: its ids alone may be sharded
-    q_segments, kv_segments = (jax.sharding.reshard(ids, jax.P(*jax.typeof(x).sharding.spec[:2]))
-                               for ids, x in ((q_segments, q), (kv_segments, k)))
+  spec = jax.typeof(q).sharding.spec
+  if b == 1:  # of an axis of size 1 some operations forget the sharding, which says nothing there
+    q, k, v, q_segments, kv_segments, key_bias = (
+        x if x is None else jax.sharding.reshard(x, P(None, *jax.typeof(x).sharding.spec[1:]))
+        for x in (q, k, v, q_segments, kv_segments, key_bias))
   # Heads before tokens at once, and normalisation after the product with v: on CPU that is twice as fast as
   # jax.nn.dot_product_attention, gradient included.
   q = q.reshape(b, queries, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4)
@@ -113,7 +115,8 @@ def _unfused(q, k, v, q_segments, kv_segments, causal, q_offset, key_bias, whole
     y = block(q, q_segments, q_offset, k, v)
   else:
     y = _in_blocks(block, size, q, q_segments, q_offset, k, v)
-  return y.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads, dim)
+  y = y.transpose(0, 3, 1, 2, 4).reshape(b, queries, heads, dim)
+  return jax.sharding.reshard(y, P(*spec[:1], *jax.typeof(y).sharding.spec[1:])) if b == 1 else y
 
 
 def _in_blocks(block, size, q, segments, offset, k, v):
