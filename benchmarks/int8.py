@@ -1,10 +1,14 @@
-"""What int8 costs in accuracy: relative error of tapped states, on random models without and with outliers.
+"""What int8 costs in accuracy: error of an encoder's tapped states, or of a transformer's velocity and its images.
 
-  python -m benchmarks.int8                                         # random models
+  python -m benchmarks.int8                                         # random models without and with outliers
   python -m benchmarks.int8 --model=HuggingFaceTB/SmolLM2-135M      # any encoder of docs/encoders.md, on README.md
+  python -m benchmarks.int8 --pipeline=unifusion_jax/assets/tiny/t2i --baseline=float32
+  python -m benchmarks.int8 --pipeline=krea/Krea-2-Turbo            # its transformer three times after another
 
-Each line is a model and a kind of rounding: Frobenius norm of the difference over that of the states, per tap, without
-the first token, whose states are far larger than the others in trained models. Both are in f32.
+Of an encoder each line is a model and a kind of rounding: Frobenius norm of the difference over that of the states, per
+tap, without the first token, whose states are far larger than the others in trained models. Both are in f32. Of a
+pipeline a line has the same norm for velocities of noised images at three times, and the mean difference of finished
+images from the same noise, in levels of 255. Encoder and autoencoder stay in the dtype of the baseline.
 """
 
 import pathlib
@@ -17,9 +21,16 @@ import numpy as np
 
 from unifusion_jax import sharding
 from unifusion_jax.models import causal_lm, decoder
+from unifusion_jax.pipeline import UniFusionPipeline
+from unifusion_jax.request import Request
 from unifusion_jax.weights import encoders, hub, quantize, tokenizers
 
 _MODEL = flags.DEFINE_string('model', None, 'A folder or hub id, in place of the random models.')
+_PIPELINE = flags.DEFINE_string('pipeline', None, 'A folder or hub id of a whole pipeline, whose transformer is meant.')
+_BASELINE = flags.DEFINE_enum('baseline', 'bfloat16', ('bfloat16', 'float32'), 'Dtype of what a pipeline is beside.')
+PROMPTS = ('a big red circle on a white background', 'a small green star to the left of a blue square',
+           'a yellow triangle above a purple ring', 'three small black circles')
+TIMES = (0.2, 0.5, 0.8)
 VOCAB = 512
 MARKS = (0, 1, 2)  # ids of tokens with massive activations; the first of them opens every prompt
 
@@ -32,6 +43,9 @@ def main(argv):
       ids = tokenizers.load(folder).encode(pathlib.Path('README.md').read_text())
       report(_MODEL.value, lambda: encoders.load(folder, jnp.float32), np.array(ids[:8 * 128]).reshape(8, 128))
       return
+    if _PIPELINE.value:
+      report_pipeline(_PIPELINE.value)
+      return
     report('random', random_model, random_tokens())
     report('random with outliers', lambda: with_outliers(random_model()), random_tokens())
 
@@ -41,6 +55,35 @@ def report(name: str, make, tokens: np.ndarray) -> None:
   for kind in ('int8', 'w8a8'):
     error = relative(states(quantize.quantize(make(), kind == 'w8a8'), tokens), exact)
     print(f'{name:22} {kind}  {" ".join(f"{100 * e:.2f}" for e in error)} %', flush=True)
+
+
+def report_pipeline(name: str) -> None:
+  dtype = _BASELINE.value
+  load = lambda dtype, kind='': UniFusionPipeline.from_pretrained(name, dtype=dtype, transformer_quantized=kind)
+  exact = generated(load(dtype))
+  for label, kind in [('bfloat16', '')] * (dtype == 'float32') + [('int8', 'int8'), ('w8a8', 'w8a8')]:
+    found = generated(load(dtype if kind else 'bfloat16', kind), exact[0])
+    errors = [np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) for ours, theirs in zip(found[1], exact[1])]
+    levels = np.abs(found[2].astype(int) - exact[2]).mean((1, 2, 3))
+    print(f'{label:9} velocity at {TIMES}: {" ".join(f"{100 * error:.2f}" for error in errors)} %; images: '
+          f'{" ".join(f"{level:.2f}" for level in levels)} of 255', flush=True)
+
+
+def generated(pipe: UniFusionPipeline, latents: np.ndarray | None = None):
+  """(latents of finished images, velocities of these noised to TIMES, images uint8); latents: the baseline's."""
+  requests = [Request(prompt, seed=seed, rewrite=prompt) for seed, prompt in enumerate(PROMPTS)]
+  conditioning, *_ = pipe.encode(requests)
+  noise = pipe.noise(range(len(PROMPTS)), pipe.size, pipe.size)
+  made = pipe.denoise(conditioning, noise, pipe.times(pipe.size, pipe.size), eta=0.0)
+  images, made = pipe.decode(made)[:len(PROMPTS)], np.asarray(made)
+  velocity = jax.jit(lambda model, z, t, conditioning: model.velocity(z, t, *conditioning))
+  velocities = []
+  with jax.set_mesh(pipe.mesh):
+    for t in TIMES:
+      z = sharding.shard((1 - t) * (made if latents is None else latents) + t * np.asarray(noise))
+      times = sharding.shard(np.full(len(z), t, np.float32))
+      velocities.append(np.asarray(velocity(pipe.model, z, times, conditioning), np.float32))
+  return made, velocities, images
 
 
 def states(model, tokens: np.ndarray) -> np.ndarray:
