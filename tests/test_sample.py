@@ -257,12 +257,16 @@ class Painter:
   made: list = dataclasses.field(default_factory=list)
   most: int = 0  # images that were alive at once
 
-  def generate(self, requests, height, width, settings):
+  def generate(self, requests):
     gc.collect()
     self.most = max(self.most, sum(image() is not None for image in self.made))
     images = [np.full((self.size, self.size, 3), request.seed % 256, np.uint8) for request in requests]
     self.made += [weakref.ref(image) for image in images]
     return [pipeline.Sample(image, request.instruction) for image, request in zip(images, requests)]
+
+  def batches(self, requests, height, width, settings):
+    for part, _ in sharding.batched(requests, settings.batch_size):
+      yield part, self.generate(part)
 
   def metadata(self, request, sample, settings):
     return dict(seed=request.seed)

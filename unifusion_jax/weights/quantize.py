@@ -91,8 +91,11 @@ def quantize(model, activations: bool = False):
 
 
 def load(read, activations: bool = False):
-  """A model with each matrix quantised as soon as it is loaded; `read(on_leaf)` loads it, as `convert.load` does."""
-  return read(functools.partial(_quantized, activations=activations))
+  """A model with each matrix quantised as soon as it is loaded, those of layers one by one.
+
+  `read(on_leaf)` loads it, as `convert.load` does.
+  """
+  return read(lambda param, path, layer: _quantized(param, activations))
 
 
 def size(model) -> int:
