@@ -122,16 +122,16 @@ def test_any_whole_number_is_a_seed(pipe):
     ('vae', r'pixels .* the autoencoder \(in use\)')])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_weights_that_are_no_numbers_make_no_image(pipe, part, message, value):
-  broken = with_settings(pipe)
-  broken.origin = dict(vlm=dict(name='reader'), model=dict(name='painter'))
-
   def damaged(tree, part=''):
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * np.float32(value) if part in jax.tree_util.keystr(path) else x, tree)
+  model, frozen = pipe.model, pipe.frozen
   if part == 'model':
-    broken.model = damaged(pipe.model, 'dit')
+    model = damaged(model, 'dit')
   else:
-    broken.frozen = dataclasses.replace(pipe.frozen, **{part: damaged(getattr(pipe.frozen, part))})
+    frozen = dataclasses.replace(frozen, **{part: damaged(getattr(frozen, part))})
+  broken = UniFusionPipeline(model, frozen, pipe.prompt_encoder, pipe.settings,
+                             origin=dict(vlm=dict(name='reader'), model=dict(name='painter')))
   with pytest.raises(UserError, match=message):
     broken.generate(requests(1, rewrite='x'), 64, 64)
 
