@@ -112,7 +112,7 @@ def test_int8_never_holds_two_dense_matrices(folders, kind, quantized):
       return leaf
     return module.load(folders[kind], on_leaf=watched)
 
-  quantize.load(read, quantized == 'w8a8')
+  quantize.load(read, quantized)
   assert paths == ROUNDED[kind] and len(dense_matrices) > len(paths) > 5  # of stacked ones, a layer at a time
   small = encoders.load(folders[kind], quantized=quantized)
   assert_equal(small, quantize.quantize(module.load(folders[kind]), quantized == 'w8a8'))

@@ -80,10 +80,10 @@ def test_each_phase_loads_what_it_needs(theirs, monkeypatch):  # noqa: F811
 
 def test_written_texts_and_references_are_the_same():
   """The embedded models in float32, several batches."""
-  edits = [e for e in (examples.example('edit', 'test', i) for i in range(40)) if e['target'].shape == (64, 64, 3)][:3]
+  edits = [e for e in (examples.example('edit', 'test', i) for i in range(40)) if e['target'].shape == (64, 64, 3)][:2]
   requests = [Request(e['instruction'], tuple(e['references']), i) for i, e in enumerate(edits)]
   held, in_turn = (UniFusionPipeline.from_pretrained('tiny', in_turn=in_turn) for in_turn in (False, True))
-  settings = held.settings.changed(steps=2, batch_size=2, strengths=(2.0,))
+  settings = held.settings.changed(steps=1, guidance=1.0, batch_size=1, strengths=(2.0,))
   for (part, a), (_, b) in zip(held.batches(requests, 64, 64, settings=settings),
                                in_turn.batches(requests, 64, 64, settings=settings), strict=True):
     assert len(a) == len(b) == len(part)

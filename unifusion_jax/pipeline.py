@@ -465,4 +465,4 @@ def _load_model(folder, config: unifusion.UniFusionConfig, dtype, quantized: str
     def merged(param, path, layer):
       return on_leaf(lora_files.merge(param, path, layer, adapters), path, layer)
     return unifusion.load(folder, config, dtype, merged)
-  return quantize.load(read, quantized == 'w8a8') if quantized else read()
+  return quantize.load(read, quantized)

@@ -137,8 +137,9 @@ class FlowMatching:
     frozen = conditioning.Frozen.load(config)
     if not self.lora.rank:
       return frozen
-    base = unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype))
-    return dataclasses.replace(frozen, base=quantize.quantize(base) if self.lora.quantized else base)
+    def read(on_leaf=None):
+      return unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype), on_leaf)
+    return dataclasses.replace(frozen, base=quantize.load(read, self.lora.quantized))
 
   def abstract_frozen(self, config) -> conditioning.Frozen:
     """The shapes of `frozen` on the abstract mesh in context; reads no weights."""
