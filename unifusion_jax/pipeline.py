@@ -32,9 +32,9 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import unifusion
 from unifusion_jax.reading import Read
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
-from unifusion_jax.weights import autoencoders, encoders, lora_files, quantize
+from unifusion_jax.weights import autoencoders, encoders, lora_files
 
-AHEAD = 64  # requests that the VLM reads before it leaves: 4 to 60 MB of the host's memory each for Krea 2
+AHEAD = 64  # requests that the VLM reads before it leaves: for Krea 2, 4 to 60 MB of the host's memory each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class UniFusionPipeline:
       cache: a folder that keeps the converted VLM for the next start.
       loras: as in `add_loras`; merged before the transformer is quantised.
       in_turn: for memory that does not hold VLM and transformer beside each other: each is loaded when it is needed,
-        and leaves when the other one is. Autoencoder stays.
+        and leaves when the other one is. The autoencoder stays.
 
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
@@ -461,8 +461,4 @@ def _mesh() -> jax.sharding.Mesh:
 
 def _load_model(folder, config: unifusion.UniFusionConfig, dtype, quantized: str, *adapters) -> unifusion.UniFusion:
   """A transformer, each of its matrices merged with (adapter, scale)s and quantised as soon as it is read."""
-  def read(on_leaf=lambda param, path, layer: param):
-    def merged(param, path, layer):
-      return on_leaf(lora_files.merge(param, path, layer, adapters), path, layer)
-    return unifusion.load(folder, config, dtype, merged)
-  return quantize.load(read, quantized)
+  return unifusion.load(folder, config, dtype, quantized, functools.partial(lora_files.merge, adapters))

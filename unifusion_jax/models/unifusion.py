@@ -18,7 +18,7 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap
 from unifusion_jax.models.dit import DiT, DiTConfig
 from unifusion_jax.models.lap import LAP, LAPConfig
-from unifusion_jax.weights import convert, safetensors_io
+from unifusion_jax.weights import convert, quantize, safetensors_io
 
 
 @dataclasses.dataclass
@@ -146,16 +146,21 @@ def read_config(folder, patch: int = 2) -> UniFusionConfig:
     return config
 
 
-def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32, on_leaf=None) -> UniFusion:
+def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32, quantized: str = '', change=None
+         ) -> UniFusion:
   """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
 
   folder: in diffusers' layout, or a .safetensors file: Krea's own, whose keys may begin with `model.diffusion_model.`
     as ComfyUI writes them, or one with diffusers' keys.
   config: chooses dtype and remat; UserError where its sizes are not those of config.json. A file has the sizes of
     `config`.
-  on_leaf: as of `convert.load`.
+  quantized: as of `quantize.load`.
+  change: `change(param, path, layer) -> param`, before it is quantised; the arguments as of `convert.load`'s on_leaf.
   """
-  return convert.load(*_checkpoint(folder, config), dtype=dtype, ignore=UNUSED, on_leaf=on_leaf)
+  def read(on_leaf=lambda param, path, layer: param):
+    changed = lambda param, *place: on_leaf(change(param, *place) if change else param, *place)
+    return convert.load(*_checkpoint(folder, config), dtype=dtype, ignore=UNUSED, on_leaf=changed)
+  return quantize.load(read, quantized)
 
 
 def shapes(folder, config: UniFusionConfig | None = None) -> UniFusion:

@@ -137,9 +137,8 @@ class FlowMatching:
     frozen = conditioning.Frozen.load(config)
     if not self.lora.rank:
       return frozen
-    def read(on_leaf=None):
-      return unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype), on_leaf)
-    return dataclasses.replace(frozen, base=quantize.load(read, self.lora.quantized))
+    base = unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype), self.lora.quantized)
+    return dataclasses.replace(frozen, base=base)
 
   def abstract_frozen(self, config) -> conditioning.Frozen:
     """The shapes of `frozen` on the abstract mesh in context; reads no weights."""

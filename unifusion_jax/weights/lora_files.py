@@ -15,6 +15,7 @@ The torch matrix [out in] of a module is known from the model's rules: B's rows 
 pattern, so that Krea's heads, and their reordered query and key channels, come out as those of the weight do.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import json
@@ -126,7 +127,7 @@ def apply(model, adapters: list[tuple[Adapter, float]], live: bool = False):
   return jax.tree.unflatten(structure, list(leaves.values()))
 
 
-def merge(param: nnx.Param, path: str, layer: int | None, adapters: list[tuple[Adapter, float]]) -> nnx.Param:
+def merge(adapters: Sequence[tuple[Adapter, float]], param: nnx.Param, path: str, layer: int | None) -> nnx.Param:
   """A Param at a path, or one layer of it, with adapters times their scales merged into it."""
   for adapter, scale in adapters:
     if (change := adapter.get(path, {}).get(layer)) is not None:
