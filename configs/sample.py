@@ -7,10 +7,13 @@
   python -m unifusion_jax.main --config=configs/sample.py:unifusion_jax/assets/tiny/t2i \
       --config.sample.prompt="a big red circle"
 
+  python -m unifusion_jax.main --config=configs/sample.py:krea2_turbo_int8 --config.sample.prompt="a fox in the snow"
+
 After the colon may stand a folder with unifusion.json, or with the whole pipeline of Krea 2: it says how it is sampled.
 :tiny is the embedded editing model, for a CPU. :krea2_raw and :krea2_turbo are Krea 2 in bfloat16, with the steps and
 guidance of its model cards: 52 and 4.5 (Krea counts one less, 3.5), and 8 without guidance. 12.8B parameters of the
-transformer, 4.4B of the VLM: 36 GB of weights. docs/krea2.md.
+transformer, 4.4B of the VLM: 36 GB of weights. :krea2_raw_int8 and :krea2_turbo_int8 hold transformer and VLM in int8,
+and one of the two at a time, for a chip of 16 GB. docs/krea2.md.
 """
 
 import pathlib
@@ -28,8 +31,16 @@ def get_config(scale: str = 'tiny') -> PipelineConfig:
     settings = description.read(description.ASSETS / 'edit').sample
     return PipelineConfig(dtype='float32', sample=SampleConfig().changed(**settings))
   if (folder := pathlib.Path(scale).expanduser()).is_dir():
-    return PipelineConfig(weights=scale, sample=SampleConfig().changed(**parts.describe(folder).sample))
-  if scale not in KREA2:
-    raise UserError(f'configs/sample.py has the scales tiny, {", ".join(KREA2)} and folders of models, not {scale!r}')
-  weights, settings = KREA2[scale]
-  return PipelineConfig(weights=weights, sample=SampleConfig(**settings, batch_size=1))
+    described = parts.describe(folder)
+    defaults = SampleConfig(batch_size=1) if described.layout == 'krea2' else SampleConfig()
+    return PipelineConfig(weights=scale, sample=defaults.changed(**described.sample))
+  name = scale.removesuffix('_int8')
+  if name not in KREA2:
+    scales = ', '.join(f'{name}{kind}' for name in KREA2 for kind in ('', '_int8'))
+    raise UserError(f'configs/sample.py has the scales tiny, {scales} and folders of models, not {scale!r}')
+  weights, settings = KREA2[name]
+  config = PipelineConfig(weights=weights, sample=SampleConfig(**settings, batch_size=1))
+  if scale.endswith('_int8'):
+    config.vlm_quantized = config.transformer_quantized = 'int8'
+    config.in_turn, config.sample.decode_tile = True, 512
+  return config

@@ -98,21 +98,22 @@ def test_every_matrix_of_every_kind_is_quantised(folders, kind):
 @pytest.mark.parametrize('quantized', ['int8', 'w8a8'])
 @pytest.mark.parametrize('kind', MADE)
 def test_int8_never_holds_two_dense_matrices(folders, kind, quantized):
-  """While a model is read, each matrix is gone before the next one is filled."""
+  """While a model is read, each layer of a matrix is gone before the next one is filled."""
   module, _, _ = MADE[kind]
-  dense_matrices = []
+  dense_matrices, paths = [], set()
 
   def read(on_leaf):
-    def watched(param):
+    def watched(param, path, layer):
       assert not any(earlier() is not None for earlier in dense_matrices)
-      leaf = on_leaf(param)
+      leaf = on_leaf(param, path, layer)
       if is_int8(leaf):
         dense_matrices.append(weakref.ref(jax.tree.leaves(param)[0]))
+        paths.add(path)
       return leaf
     return module.load(folders[kind], on_leaf=watched)
 
-  quantize.load(read, quantized == 'w8a8')
-  assert len(dense_matrices) == len(ROUNDED[kind]) > 5
+  quantize.load(read, quantized)
+  assert paths == ROUNDED[kind] and len(dense_matrices) > len(paths) > 5  # of stacked ones, a layer at a time
   small = encoders.load(folders[kind], quantized=quantized)
   assert_equal(small, quantize.quantize(module.load(folders[kind]), quantized == 'w8a8'))
 

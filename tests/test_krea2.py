@@ -176,8 +176,8 @@ def test_each_row_is_what_it_is_alone(ours):
 
 def test_seeds_share_the_conditions(ours, monkeypatch):
   """One reading of the prompt and one of the empty text for three batches."""
-  read, calls = conditioning.condition_read, []
-  monkeypatch.setattr(conditioning, 'condition_read', lambda *args, **kwargs: calls.append(1) or read(*args, **kwargs))
+  read, calls = conditioning.read, []
+  monkeypatch.setattr(conditioning, 'read', lambda *args, **kwargs: calls.append(1) or read(*args, **kwargs))
   several = ours('a star, of its own', num_images=3, batch_size=1, steps=4, height=64, width=64)
   assert len(calls) <= 2 and len({image.tobytes() for image in several.arrays}) == 3
   ours('a star, of its own', seed=2, batch_size=1, steps=4, height=64, width=64)

@@ -122,16 +122,16 @@ def test_any_whole_number_is_a_seed(pipe):
     ('vae', r'pixels .* the autoencoder \(in use\)')])
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_weights_that_are_no_numbers_make_no_image(pipe, part, message, value):
-  broken = with_settings(pipe)
-  broken.origin = dict(vlm=dict(name='reader'), model=dict(name='painter'))
-
   def damaged(tree, part=''):
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * np.float32(value) if part in jax.tree_util.keystr(path) else x, tree)
+  model, frozen = pipe.model, pipe.frozen
   if part == 'model':
-    broken.model = damaged(pipe.model, 'dit')
+    model = damaged(model, 'dit')
   else:
-    broken.frozen = dataclasses.replace(pipe.frozen, **{part: damaged(getattr(pipe.frozen, part))})
+    frozen = dataclasses.replace(frozen, **{part: damaged(getattr(frozen, part))})
+  broken = UniFusionPipeline(model, frozen, pipe.prompt_encoder, pipe.settings,
+                             origin=dict(vlm=dict(name='reader'), model=dict(name='painter')))
   with pytest.raises(UserError, match=message):
     broken.generate(requests(1, rewrite='x'), 64, 64)
 
@@ -257,12 +257,16 @@ class Painter:
   made: list = dataclasses.field(default_factory=list)
   most: int = 0  # images that were alive at once
 
-  def generate(self, requests, height, width, settings):
+  def generate(self, requests):
     gc.collect()
     self.most = max(self.most, sum(image() is not None for image in self.made))
     images = [np.full((self.size, self.size, 3), request.seed % 256, np.uint8) for request in requests]
     self.made += [weakref.ref(image) for image in images]
     return [pipeline.Sample(image, request.instruction) for image, request in zip(images, requests)]
+
+  def batches(self, requests, height, width, settings):
+    for part, _ in sharding.batched(requests, settings.batch_size):
+      yield part, self.generate(part)
 
   def metadata(self, request, sample, settings):
     return dict(seed=request.seed)

@@ -116,18 +116,28 @@ class Conditioning(NamedTuple):
   bias: jax.Array | None = None  # [b q] f32, the logarithm of how often each token counts in attention; None: once
 
 
+class States(NamedTuple):
+  """VLM states of the tokens that condition, for LAP, and the mask of these tokens; the batch is first in both."""
+  hidden: jax.Array  # [b q l e]
+  mask: jax.Array    # [b q], False on padding
+
+
 @functools.partial(jax.jit, static_argnames='taps')
-def condition_read(model, vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> Conditioning:
-  """Conditioning of prompts with known answers, from one teacher-forced pass."""
-  hidden = vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
-  return Conditioning(model.condition(hidden, cond_mask), cond_mask)
+def read(vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> States:
+  """States of prompts with known answers, from one teacher-forced pass."""
+  return States(vlm.hidden(input_ids, attention_mask, taps, images, cond_index), cond_mask)
 
 
 @jax.jit
-def condition_written(model, prompt_hidden, hidden, lengths, cond_mask) -> Conditioning:
-  """Conditioning from the generating pass: states of the prompt's image tokens and of the generated tokens."""
-  hidden, mask = condition_states(prompt_hidden, hidden, lengths, cond_mask)
-  return Conditioning(model.condition(hidden, mask), mask)
+def written(prompt_hidden, hidden, lengths, cond_mask) -> States:
+  """States of the generating pass: those of the prompt's image tokens and of the generated tokens."""
+  return States(*condition_states(prompt_hidden, hidden, lengths, cond_mask))
+
+
+@jax.jit
+def condition(model, states: States) -> Conditioning:
+  """Conditioning from the VLM's states."""
+  return Conditioning(model.condition(*states), states.mask)
 
 
 @jax.jit
@@ -138,8 +148,8 @@ def weighted(conditioning: Conditioning, strengths: jax.Array) -> Conditioning:
 
 
 @jax.jit
-def replace_rows(old: Conditioning, new: Conditioning, place: jax.Array) -> Conditioning:
-  """Row i of the result is row place[i] of `new` [n q d], or of `old` [b q d] where place[i] is -1; padded alike."""
+def replace_rows(old: States, new: States, place: jax.Array) -> States:
+  """Row i of the result is row place[i] of `new` [n q l e], or of `old` [b q l e] where that is -1; padded alike."""
   longest = max(old.mask.shape[1], new.mask.shape[1])
 
   def rows(x, y):

@@ -46,7 +46,7 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
   encoder = pipe.prompt_encoder
   used = dict(rewrite=request.rewrite, system=settings.system or encoder.system, width=width, height=height,
               batch_size=settings.batch_size, strengths=list(settings.strengths))
-  pipeline = dict(taps=list(pipe.frozen.taps), max_prompt_tokens=encoder.max_prompt,
+  pipeline = dict(taps=list(pipe.taps), max_prompt_tokens=encoder.max_prompt,
                   max_rewrite_tokens=encoder.max_rewrite, tiles=getattr(encoder.image_processor, 'tiles', 0),
                   size=pipe.size)
   software = dict(unifusion_jax=unifusion_jax.__version__, jax=jax.__version__,

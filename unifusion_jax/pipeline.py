@@ -9,7 +9,7 @@ image tokens and written tokens into condition tokens. `denoise` integrates the 
 images. `Conditioning` may be edited between these phases.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import difflib
 import functools
@@ -24,16 +24,17 @@ import numpy as np
 from PIL import Image
 
 from unifusion_jax import conditioning as states
-from unifusion_jax import denoising, flow, metadata, parts, prompting, remarks, sharding, wording
+from unifusion_jax import denoising, flow, metadata, parts, prompting, randomness, reading, sharding, turns, wording
 from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.denoising import Kept
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import text_generation, unifusion
+from unifusion_jax.models import unifusion
+from unifusion_jax.reading import Read
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
-from unifusion_jax.weights import autoencoders, encoders, lora_files, quantize
+from unifusion_jax.weights import autoencoders, encoders, lora_files
 
-TEXT_STREAM = 2 ** 32 - 1  # folded into a request's key to sample text; sampling steps fold in 0, 1, ...
+AHEAD = 64  # requests that the VLM reads before it leaves: for Krea 2, 4 to 60 MB of the host's memory each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +87,25 @@ class UniFusionPipeline:
 
   def __init__(self, model: unifusion.UniFusion, frozen: states.Frozen, prompt_encoder: transforms.PromptEncoder,
                settings: SampleConfig | None = None, size: int = 512, origin: dict | None = None,
-               resolution_shift: flow.Points = flow.KREA2_SHIFT):
+               resolution_shift: flow.Points = flow.KREA2_SHIFT, in_turn: turns.Turns | None = None):
     """`frozen` has vlm, vae and taps; `settings` are the defaults of every call; `size` as in Description.
 
     origin: the names of the weights, for metadata and messages (`metadata.origin`).
     resolution_shift: of `flow.shift_for`, where the setting `shift` is 0.
+    in_turn: loads 'vlm' and 'model' when they are needed; `model` and `frozen.vlm` are then shapes alone.
     """
-    self.mesh = jax.tree.leaves(model)[0].sharding.mesh
-    self.model, self.frozen, self.prompt_encoder = model, frozen, prompt_encoder
-    self.settings, self.size, self.origin = settings or SampleConfig(), size, origin or {}
+    self.vae, self.taps, self.mesh = frozen.vae, frozen.taps, jax.tree.leaves(frozen.vae)[0].sharding.mesh
+    self._model, self._vlm, self._in_turn = model, frozen.vlm, in_turn
+    self.prompt_encoder, self.settings, self.size = prompt_encoder, settings or SampleConfig(), size
+    self.origin, self.resolution_shift = origin or {}, resolution_shift
     self.vocabulary = wording.Vocabulary.of(prompt_encoder.folder)
-    self.resolution_shift = resolution_shift
-    self._encoded = self._null = None  # what each was made of, and the last result
+    self._reads, self._conditioned, self._null = [], None, None  # the last results, with what they were made of
 
   @classmethod
   def from_pretrained(cls, name: str | os.PathLike = 'tiny', *, transformer: str | None = None,
                       vlm: str | None = None, vae: str | None = None, dtype: str = 'float32', quantized: str = '',
-                      transformer_quantized: str = '', cache: str | None = None,
-                      loras: Sequence[str] = ()) -> 'UniFusionPipeline':
+                      transformer_quantized: str = '', cache: str | None = None, loras: Sequence[str] = (),
+                      in_turn: bool = False) -> 'UniFusionPipeline':
     """Loads a pipeline from a folder or hub id, onto the mesh in context or else one over all devices.
 
     Args:
@@ -116,17 +118,20 @@ class UniFusionPipeline:
       transformer_quantized: the same for LAP, refiner and DiT.
       cache: a folder that keeps the converted VLM for the next start.
       loras: as in `add_loras`; merged before the transformer is quantised.
+      in_turn: for memory that does not hold VLM and transformer beside each other: each is loaded when it is needed,
+        and leaves when the other one is. The autoencoder stays.
 
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
     """
     with jax.set_mesh(_mesh()):
       return cls.load(parts.locate(name, transformer=transformer, vlm=vlm, vae=vae), dtype=dtype, quantized=quantized,
-                      transformer_quantized=transformer_quantized, cache=cache, loras=loras)
+                      transformer_quantized=transformer_quantized, cache=cache, loras=loras, in_turn=in_turn)
 
   @classmethod
   def load(cls, located: parts.Parts, *, dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
-           cache: str | None = None, settings: SampleConfig | None = None, loras: Sequence[str] = ()):
+           cache: str | None = None, settings: SampleConfig | None = None, loras: Sequence[str] = (),
+           in_turn: bool = False):
     """Reads the weights of located parts; the mesh must be in context. `settings`: in the place of the parts' own."""
     if dtype not in ('float32', 'bfloat16'):
       raise UserError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
@@ -137,27 +142,53 @@ class UniFusionPipeline:
     origin = metadata.origin(located.name, vlm.name, vae.name, dtype, dtype, quantized, transformer_quantized)
     if transformer.name != located.name:
       origin['transformer'] = metadata.weights(transformer.name)
-    frozen = states.Frozen(encoders.load(vlm.folder, jnp.dtype(dtype), quantized=quantized, cache=cache),
-                           autoencoders.load(vae.folder, jnp.dtype(dtype)), described.taps)
-    model = unifusion.load(transformer.folder, dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype))
-    model = lora_files.load(model, loras)
     origin |= dict(loras=list(loras)) if loras else {}
-    if transformer_quantized:
-      model = quantize.quantize(model, activations=transformer_quantized == 'w8a8')
-    return cls(model, frozen, located.prompt_encoder, settings or SampleConfig().changed(**described.sample),
-               described.size, origin, located.resolution_shift)
+    config, dtype = dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype)
+    model = unifusion.shapes(transformer.folder, config)  # the files are whole, which is seen before anything slow
+    load_model = functools.partial(_load_model, transformer.folder, config, dtype, transformer_quantized,
+                                   *lora_files.read_all(loras, model))
+    load_vlm = functools.partial(encoders.load, vlm.folder, dtype, quantized=quantized, cache=cache)
+    if in_turn:
+      vlm = encoders.abstract(encoders.config(vlm.folder), dtype, quantized)
+    else:
+      model, vlm = load_model(), load_vlm()
+    return cls(model, states.Frozen(vlm, autoencoders.load(vae.folder, dtype), described.taps), located.prompt_encoder,
+               settings or SampleConfig().changed(**described.sample), described.size, origin,
+               located.resolution_shift, turns.Turns(dict(vlm=load_vlm, model=load_model)) if in_turn else None)
+
+  @property
+  @_in_mesh
+  def model(self) -> unifusion.UniFusion:
+    """The transformer; where models take turns, the VLM leaves for it."""
+    return self._in_turn.take('model') if self._in_turn else self._model
+
+  @property
+  @_in_mesh
+  def vlm(self) -> encoders.Encoder:
+    """The VLM; where models take turns, the transformer leaves for it."""
+    return self._in_turn.take('vlm') if self._in_turn else self._vlm
+
+  @property
+  @_in_mesh
+  def frozen(self) -> states.Frozen:
+    """VLM, autoencoder and taps."""
+    return states.Frozen(self.vlm, self.vae, self.taps)
 
   @_in_mesh
   def add_loras(self, loras: Sequence[str], live: bool = False) -> None:
     """Merges LoRAs into the transformer: files, folders or hub ids; 'FILE:0.8' counts 0.8 times.
 
-    With `live`, and where the weights are int8, they stay beside these. UserError as of `lora_files.read`.
+    With `live`, and where the weights are int8, they stay beside these; where models take turns, all are merged as the
+    weights are read. UserError as of `lora_files.read`.
     """
     if loras:
-      adapters = [(lora_files.read(name, self.model), scale) for name, scale in map(lora_files.split, loras)]
-      self.model = lora_files.apply(self.__dict__.pop('model'), adapters, live)  # which alone refers to it then
+      adapters = lora_files.read_all(loras, self._model)
+      if self._in_turn:
+        self._in_turn.give('model', *adapters)
+      else:
+        self._model = lora_files.apply(self.__dict__.pop('_model'), adapters, live)  # which alone refers to it then
       self.origin = self.origin | dict(loras=[*self.origin.get('loras', []), *loras])
-      self._encoded = self._null = None
+      self._conditioned = self._null = None
 
   def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,
@@ -201,13 +232,29 @@ class UniFusionPipeline:
     requests = requests_for(prompts, references, s.num_images, s.seed, rewrite, files)
     prompting.check(self.prompt_encoder, requests, s, self._max_positions)
     s = s.changed(batch_size=min(s.batch_size, len(requests)))
-    batches, samples = -(-len(requests) // s.batch_size), []
-    for number, (part, rows) in enumerate(sharding.batched(requests, s.batch_size)):
-      report = callback and (lambda done, steps, number=number: callback(number * steps + done, batches * steps))
-      samples += self.generate(rows, height, width, settings=s, callback=report)[:len(part)]
+    samples = []
+    for _, batch in self.batches(requests, height, width, settings=s, callback=callback):
+      samples += batch
     return Result([Image.fromarray(sample.image) for sample in samples], [sample.rewrite for sample in samples],
                   [sample.warning for sample in samples], [sample.remark for sample in samples],
                   [self.metadata(request, sample, s) for request, sample in zip(requests, samples)])
+
+  def batches(self, requests: list[Request], height: int, width: int, *, settings: SampleConfig | None = None,
+              callback: Callable[[int, int], None] | None = None) -> Iterator[tuple[list[Request], list[Sample]]]:
+    """(requests, samples) of each batch of `batch_size` rows, as soon as it is there; arguments as of `generate`.
+
+    Where models take turns, the VLM reads AHEAD requests, whose states wait on the host, before the transformer comes.
+    callback: counts the steps of all batches.
+    """
+    s = settings or self.settings
+    batches = list(sharding.batched(requests, s.batch_size))
+    together = max(1, AHEAD // s.batch_size) if self._in_turn else 1
+    for number, (part, rows) in enumerate(batches):
+      if number % together == 0 and self._in_turn:
+        for _, later in batches[number:number + together]:
+          self._read_once(later, s)
+      report = callback and (lambda done, steps, number=number: callback(number * steps + done, len(batches) * steps))
+      yield part, self.generate(rows, height, width, settings=s, callback=report)[:len(part)]
 
   @_in_mesh
   def generate(self, requests: list[Request], height: int, width: int, *, settings: SampleConfig | None = None,
@@ -230,8 +277,9 @@ class UniFusionPipeline:
     self._check_size(height, width)
     if init_images is not None and [np.shape(x) for x in init_images] != [(height, width, 3)] * len(requests):
       raise UserError(f'init_images must be {len(requests)} images of shape {(height, width, 3)}, one for each request')
-    conditioning, *texts = self._encode_once(requests, s)
-    null = None if s.guidance == 1 else self.null(s.negative_prompt)
+    read = self._read_once(requests, s)
+    null = None if s.guidance == 1 else self.null(s.negative_prompt)  # the VLM is still there
+    conditioning = self._condition_once(read)
     seeds = [request.seed for request in requests]
     noise, kept = self.noise(seeds, height, width), None
     latents = noise if init_images is None else self.add_noise(init_images, noise, start)
@@ -250,17 +298,7 @@ class UniFusionPipeline:
     images = self.decode(latents, conditioning, s.decode_tile)[:len(requests)]
     if s.precise:
       images = np.where(np.stack(changes)[..., None], images, np.stack(sources))
-    return [Sample(*each) for each in zip(images, *texts)]
-
-  def _encode_once(self, requests: list[Request], s: SampleConfig) -> Encoded:
-    """`encode`, or its last result: requests that differ in their seeds alone share it, one batch after another."""
-    key = s.settings(), self.prompt_encoder, [
-        (request.instruction, request.rewrite, request.seed if s.temperature else 0) for request in requests]
-    objects = self.model, self.frozen, *(request.references for request in requests)
-    same = self._encoded and self._encoded[0] == key and all(map(operator.is_, self._encoded[1], objects))
-    if not same:
-      self._encoded = key, objects, self.encode(requests, s)
-    return self._encoded[2]
+    return [Sample(*each) for each in zip(images, read.rewrites, read.warnings, read.remarks)]
 
   @_in_mesh
   def encode(self, requests: list[Request], settings: SampleConfig | None = None) -> Encoded:
@@ -269,70 +307,68 @@ class UniFusionPipeline:
     An unusable rewrite (`prompting.read_rewrites`) is replaced by the request itself, with a warning. What the VLM
     wrote and did not keep of the request is a remark.
     """
-    s = settings or self.settings
-    rows = _padded(requests)
-    prompts = prompting.Prompts.of(self.prompt_encoder, rows, s, self._max_positions)
-    images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
-    answers = prompts.known(s.verifi)
-    cut = prompts.cut(answers)
-    written, failures = [None] * len(rows), {}
-    conditioning = None
-    if None in answers:
-      conditioning, written, failures = self._write(prompts, images, s)
-      failures = {i: reason for i, reason in failures.items() if answers[i] is None}
-      answers = [prompting.RAW if i in failures else text for i, text in enumerate(answers)]
-    if conditioning is None:
-      conditioning = self._read(prompts.answered(answers), images)
-    elif again := [i for i, text in enumerate(answers) if text is not None]:
-      # Those rows alone, filled up to a power of two of what the devices share, so that few shapes are ever compiled
-      least = sharding.padded_batch(1)
-      _, rows_read = next(sharding.batched(again, min(len(rows), least << (-(-len(again) // least) - 1).bit_length())))
-      laid_out = prompts.answered(answers)
-      part = prompts.images and sharding.shard(prompting.stacked([prompts.images[i] for i in rows_read]))
-      read = self._read([laid_out[i] for i in rows_read], part)
-      place = np.array([rows_read.index(i) if i in again else -1 for i in range(len(rows))])
-      conditioning = states.replace_rows(conditioning, read, sharding.shard(place))
-    if any(strength != 1 for strength in s.strengths):
-      counts = prompts.strengths(s.strengths, conditioning.mask.shape[1])
-      conditioning = states.weighted(conditioning, sharding.shard(counts))
-    rewrites = [row.instruction if text is prompting.RAW else new if text is None else text
-                for row, text, new in zip(rows, answers, written)]
-    warnings = [f'{failures[i]}: conditioned on the request itself' if i in failures else cut.get(i, '')
-                for i in range(len(rows))]
-    notes = [remarks.remark(row.instruction, new, len(row.references), self.vocabulary) if text is None else ''
-             for row, text, new in zip(rows, answers, written)]
-    return Encoded(conditioning, *(texts[:len(requests)] for texts in (rewrites, warnings, notes)))
+    read = self._read_requests(requests, settings or self.settings)
+    return Encoded(self._condition(read), *(texts[:len(requests)] for texts in (
+        read.rewrites, read.warnings, read.remarks)))
+
+  @_in_mesh
+  def _read_once(self, requests: list[Request], s: SampleConfig) -> Read:
+    """`_read_requests`, or its result of before: requests that differ in their seeds alone share it."""
+    key = s.settings(), self.prompt_encoder, [
+        (request.instruction, request.rewrite, request.seed if s.temperature else 0) for request in requests]
+    references = [request.references for request in requests]
+    entry = next((entry for entry in self._reads if entry[0] == key and all(map(operator.is_, entry[1], references))),
+                 None) or (key, references, self._read_requests(requests, s))
+    most = max(1, AHEAD // len(requests)) if self._in_turn else 1
+    self._reads = [*(other for other in self._reads if other is not entry), entry][-most:]
+    return entry[2]
+
+  def _condition_once(self, read: Read) -> Conditioning:
+    """`_condition`, or its last result."""
+    if self._conditioned is None or self._conditioned[0] is not read:
+      self._conditioned = read, self._condition(read)
+    return self._conditioned[1]
+
+  def _condition(self, read: Read) -> Conditioning:
+    conditioning = states.condition(self.model, sharding.shard(read.states))
+    return conditioning if read.strengths is None else states.weighted(conditioning, sharding.shard(read.strengths))
+
+  def _read_requests(self, requests: list[Request], s: SampleConfig) -> Read:
+    """The VLM's half of `encode`; where models take turns, the states wait on the host."""
+    prompts = prompting.Prompts.of(self.prompt_encoder, sharding.padded(requests), s, self._max_positions)
+    read = reading.read(self.vlm, self.taps, prompts, s, self.vocabulary)
+    return read._replace(states=sharding.gather(read.states)) if self._in_turn else read
 
   @_in_mesh
   def null(self, negative_prompt: str = '') -> Conditioning:
     """Null conditioning, for guidance: a text without images, one row on every device; computed once."""
-    made_of = self.model, self.frozen, negative_prompt
-    if self._null is None or not all(map(operator.is_, self._null[0], made_of)):
-      row = prompting.null(self.prompt_encoder, negative_prompt)
-      rows = sharding.shard(prompting.stacked([row] * sharding.padded_batch(1)))
-      first = jax.tree.map(lambda x: x[:1], sharding.gather(self._read(rows, None)))
-      self._null = made_of, jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
+    if self._null is None or self._null[0] != negative_prompt:
+      rows = [prompting.null(self.prompt_encoder, negative_prompt)] * sharding.padded_batch(1)
+      read = reading.states_of(self.vlm, self.taps, rows, None)
+      first = jax.tree.map(lambda x: x[:1], sharding.gather(states.condition(self.model, read)))
+      self._null = negative_prompt, jax.device_put(first, jax.NamedSharding(self.mesh, jax.P()))
     return self._null[1]
 
   @_in_mesh
   def noise(self, seeds: Sequence[int], height: int, width: int) -> jax.Array:
     """Noise latents [b y x c], each from its own seed alone, which may be any whole number."""
     self._check_size(height, width)
-    vae = self.frozen.vae
+    vae = self.vae
     shape = height // vae.downsampling, width // vae.downsampling, vae.channels
-    return sharding.shard(np.stack([_rng(seed).standard_normal(shape, np.float32) for seed in _padded(seeds)]))
+    rows = [randomness.generator(seed).standard_normal(shape, np.float32) for seed in sharding.padded(seeds)]
+    return sharding.shard(np.stack(rows))
 
   @_in_mesh
   def add_noise(self, images, noise: jax.Array, t: float) -> jax.Array:
     """Latents [b y x c] of images uint8 [y x 3], noised to the time t (1 is noise)."""
     check_ranges(t=t)
-    return denoising.noised(self.frozen.vae, sharding.shard(np.stack(_padded(list(images)))), noise, jnp.float32(t))
+    return denoising.noised(self.vae, sharding.shard(np.stack(sharding.padded(list(images)))), noise, jnp.float32(t))
 
   @_in_mesh
   def kept(self, images, changes, noise: jax.Array) -> Kept:
     """What of images uint8 [y x 3] stays, under the same noise at all times; changes: where it does not, bool [y x]."""
-    rows = einops.reduce(np.stack(_padded(changes)), 'b (y i) (x j) -> b y x 1', 'max', i=self.frozen.vae.downsampling,
-                         j=self.frozen.vae.downsampling)
+    rows = einops.reduce(np.stack(sharding.padded(changes)), 'b (y i) (x j) -> b y x 1', 'max', i=self.vae.downsampling,
+                         j=self.vae.downsampling)
     return Kept(self.add_noise(images, noise, 0.0), noise, sharding.shard(~rows))
 
   @_in_mesh
@@ -371,7 +407,7 @@ class UniFusionPipeline:
       raise UserError(f'eta={eta} renews noise between steps: give seeds=, one for each request, or eta=0')
     null = None if guidance == 1 else null or self.null(s.negative_prompt)
     return denoising.integrate(self.model, conditioning, null, latents, times, jnp.float32(guidance), jnp.float32(eta),
-                     _keys(_padded(seeds)) if eta else None, jnp.int32(first), kept, method=method)
+                     randomness.keys(sharding.padded(seeds)) if eta else None, jnp.int32(first), kept, method=method)
 
   @_in_mesh
   def decode(self, latents: jax.Array, conditioning: Conditioning | None = None, tile: int | None = None
@@ -382,7 +418,7 @@ class UniFusionPipeline:
     tile: `SampleConfig.decode_tile`; None: the pipeline's.
     """
     tile = self.settings.decode_tile if tile is None else tile
-    images, finite = sharding.gather(denoising.decode_latents(self.frozen.vae, latents, tile=tile))
+    images, finite = sharding.gather(denoising.decode_latents(self.vae, latents, tile=tile))
     if conditioning is not None:
       finite['conditioning'] = sharding.gather(denoising.finite(conditioning))
     wrong = next((name for name in ('conditioning', 'latents', 'pixels') if not np.all(finite.get(name, True))), None)
@@ -397,7 +433,7 @@ class UniFusionPipeline:
   @property
   def unit(self) -> int:
     """Pixels that both sides of an image must be multiples of: one patch of latents."""
-    return self.frozen.vae.downsampling * self.model.config.dit.patch
+    return self.vae.downsampling * self._model.config.dit.patch
 
   def metadata(self, request: Request, sample: Sample, settings: SampleConfig) -> dict:
     """All that made an image, enough to make it again: `metadata.of`."""
@@ -409,24 +445,7 @@ class UniFusionPipeline:
 
   @property
   def _max_positions(self) -> int:
-    return self.frozen.vlm.decoder.config.max_positions
-
-  def _write(self, prompts: prompting.Prompts, images, s: SampleConfig):
-    """Text generation: (conditioning from the states of that pass, texts, {row: why its text is unusable})."""
-    chat, rows = prompts.encoder.chat, sharding.shard(prompting.stacked(prompts.unanswered()))
-    keys = _keys([request.seed for request in prompts.requests], TEXT_STREAM) if s.temperature else None
-    ids, lengths, _, prompt_hidden, hidden = text_generation.generate(
-        self.frozen.vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
-        stop_ids=chat.stop_ids, taps=self.frozen.taps, keep=rows['cond_index'],
-        temperature=s.temperature, top_p=s.top_p, key=keys)
-    conditioning = states.condition_written(self.model, prompt_hidden, hidden, lengths, rows['cond_mask'])
-    return conditioning, *prompting.read_rewrites(chat, *sharding.gather((ids, lengths)))
-
-  def _read(self, rows, images) -> Conditioning:
-    """Conditioning of prompts with known answers, from one teacher-forced pass."""
-    rows = sharding.shard(prompting.stacked(rows)) if isinstance(rows, list) else rows
-    return states.condition_read(self.model, self.frozen.vlm, rows['input_ids'], rows['attention_mask'],
-                                 rows['cond_index'], rows['cond_mask'], images, taps=self.frozen.taps)
+    return self._vlm.decoder.config.max_positions
 
 
 def _mesh() -> jax.sharding.Mesh:
@@ -440,19 +459,6 @@ def _mesh() -> jax.sharding.Mesh:
   return mesh
 
 
-def _padded(items: Sequence) -> list:
-  """Items, repeated up to a number that the devices share evenly."""
-  return next(sharding.batched(items, sharding.padded_batch(len(items))))[1]
-
-
-def _rng(seed: int) -> np.random.Generator:
-  """The random numbers of any whole number, also below 0 or of more than 64 bits."""
-  return np.random.default_rng(np.random.SeedSequence(abs(seed), spawn_key=(1,) if seed < 0 else ()))
-
-
-def _keys(seeds: Sequence[int], stream: int | None = None) -> jax.Array:
-  """Random keys [b], one for each seed (modulo 2^32); each `stream` is an independent set of them."""
-  keys = jax.vmap(jax.random.key)(np.array([seed % 2 ** 32 for seed in seeds], np.uint32))
-  if stream is not None:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
-  return jax.random.wrap_key_data(sharding.shard(np.asarray(jax.random.key_data(keys))))
+def _load_model(folder, config: unifusion.UniFusionConfig, dtype, quantized: str, *adapters) -> unifusion.UniFusion:
+  """A transformer, each of its matrices merged with (adapter, scale)s and quantised as soon as it is read."""
+  return unifusion.load(folder, config, dtype, quantized, functools.partial(lora_files.merge, adapters))

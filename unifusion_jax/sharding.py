@@ -65,6 +65,11 @@ def batched(items: Sequence, size: int) -> Iterator[tuple[list, list]]:
     yield part, [part[i % len(part)] for i in range(size)]
 
 
+def padded(items: Sequence) -> list:
+  """Items, repeated up to a number that the devices share evenly."""
+  return next(batched(items, padded_batch(len(items))))[1]
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """The mesh over the devices of all processes, or over others that may not be here, such as those of a topology.
 

@@ -13,7 +13,7 @@ by that order. Their image tokens all condition the DiT, in the same order and w
 instead (`SampleConfig.stitch`) they stand side by side, by `imaging.stitch`.
 
 The procedure itself: models/text_generation.py generates the text and keeps the hidden states of that pass;
-conditioning.py selects those of the marked tokens; pipeline.py runs both for sampling and falls back on the instruction
+conditioning.py selects those of the marked tokens; reading.py runs both for sampling and falls back on the instruction
 where the text is unusable; commands/rewrite.py generates for a whole data set, objectives/flow_matching.py during
 training.
 

@@ -31,6 +31,7 @@ class PipelineConfig:
   vlm_quantized: str = ''           # 'int8': int8 weights; 'w8a8': int8 activations as well
   transformer_quantized: str = ''   # the same for LAP, refiner and DiT
   vlm_cache: Path | None = None     # folder that keeps the converted VLM for the next start
+  in_turn: bool = False             # VLM and transformer are loaded in turn, where memory does not hold both
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
@@ -59,7 +60,7 @@ def run(config, workdir: pathlib.Path) -> None:
     pipe = pipeline.UniFusionPipeline.load(
         located, dtype=config.dtype, quantized=config.vlm_quantized,
         transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample,
-        loras=config.sample.loras)
+        loras=config.sample.loras, in_turn=config.in_turn)
     run_requests(pipe, wanted, height, width, workdir / 'images')
     return
   if not hasattr(config.objective, 'pipeline'):
@@ -118,8 +119,8 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
   settings = pipe.settings.changed(batch_size=min(pipe.settings.batch_size, len(requests)))
   page, first, done = [], '', 0  # what a grid shows, the number of its first image, and all images so far
   try:
-    for part, padded in sharding.batched(requests, settings.batch_size):
-      samples, problem = pipe.generate(padded, height, width, settings=settings), None
+    for part, samples in pipe.batches(requests, height, width, settings=settings):
+      problem = None
       try:
         for request, sample in zip(part, samples if sharding.is_main_process() else ()):
           text = metadata.as_text(pipe.metadata(request, sample, settings))

@@ -18,7 +18,7 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, lap
 from unifusion_jax.models.dit import DiT, DiTConfig
 from unifusion_jax.models.lap import LAP, LAPConfig
-from unifusion_jax.weights import convert, safetensors_io
+from unifusion_jax.weights import convert, quantize, safetensors_io
 
 
 @dataclasses.dataclass
@@ -146,14 +146,30 @@ def read_config(folder, patch: int = 2) -> UniFusionConfig:
     return config
 
 
-def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> UniFusion:
+def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32, quantized: str = '', change=None
+         ) -> UniFusion:
   """The checkpoint in `folder` with parameters in `dtype`, sharded over the mesh in context.
 
   folder: in diffusers' layout, or a .safetensors file: Krea's own, whose keys may begin with `model.diffusion_model.`
     as ComfyUI writes them, or one with diffusers' keys.
   config: chooses dtype and remat; UserError where its sizes are not those of config.json. A file has the sizes of
     `config`.
+  quantized: as of `quantize.load`.
+  change: `change(param, path, layer) -> param`, before it is quantised; the arguments as of `convert.load`'s on_leaf.
   """
+  def read(on_leaf=lambda param, path, layer: param):
+    changed = lambda param, *place: on_leaf(change(param, *place) if change else param, *place)
+    return convert.load(*_checkpoint(folder, config), dtype=dtype, ignore=UNUSED, on_leaf=changed)
+  return quantize.load(read, quantized)
+
+
+def shapes(folder, config: UniFusionConfig | None = None) -> UniFusion:
+  """The shapes of what `load` reads; UserError as there, but for the numbers in the files."""
+  return convert.shapes(*_checkpoint(folder, config), ignore=UNUSED)
+
+
+def _checkpoint(folder, config: UniFusionConfig | None):
+  """(function that makes the model, tensors, their rules, sizes of axes), as `convert.load` takes them."""
   is_file = pathlib.Path(folder).is_file()
   stored = config if config and is_file else read_config(folder, config.dit.patch if config else 2)
   config = config or stored
@@ -167,8 +183,7 @@ def load(folder, config: UniFusionConfig | None = None, dtype=jnp.float32) -> Un
   if any(name.startswith(PREFIX) for name in tensors):  # other models may lie beside it in the same file
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
   native = any(name.startswith('txtfusion.') for name in tensors)
-  return convert.load(lambda: UniFusion(config, rngs=nnx.Rngs(0)), tensors, NATIVE_RULES if native else RULES,
-                      AXIS_SIZES, dtype, ignore=UNUSED if native else ())
+  return lambda: UniFusion(config, rngs=nnx.Rngs(0)), tensors, NATIVE_RULES if native else RULES, AXIS_SIZES
 
 
 def save(model: UniFusion, folder) -> None:

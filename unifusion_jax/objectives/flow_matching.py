@@ -137,8 +137,8 @@ class FlowMatching:
     frozen = conditioning.Frozen.load(config)
     if not self.lora.rank:
       return frozen
-    base = unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype))
-    return dataclasses.replace(frozen, base=quantize.quantize(base) if self.lora.quantized else base)
+    base = unifusion.load(config.init, config.model, jnp.dtype(config.frozen_dtype), self.lora.quantized)
+    return dataclasses.replace(frozen, base=base)
 
   def abstract_frozen(self, config) -> conditioning.Frozen:
     """The shapes of `frozen` on the abstract mesh in context; reads no weights."""

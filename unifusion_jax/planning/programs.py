@@ -97,9 +97,10 @@ class _Sampling:
     return self._rows((jax.ShapeDtypeStruct((length,), np.int32), jax.ShapeDtypeStruct((length,), bool)))
 
   def _encode(self):
-    function = jax.jit(functools.partial(conditioning.condition_read, taps=self.frozen.taps))
-    return function, (self.model, self.frozen.vlm, *self._prompts(self.length + self.max_rewrite),
-                      *self._prompts(self.image_length + self.max_rewrite), self.images)
+    def encode(model, *arguments):
+      return conditioning.condition(model, conditioning.read(*arguments, taps=self.frozen.taps))
+    return jax.jit(encode), (self.model, self.frozen.vlm, *self._prompts(self.length + self.max_rewrite),
+                             *self._prompts(self.image_length + self.max_rewrite), self.images)
 
   def _rewrite(self):
     def rewrite(vlm, input_ids, attention_mask, images, keep):

@@ -35,12 +35,52 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
     tensors: torch name -> anything with shape, dtype and slicing.
     dtype: of floating leaves; None: the one that `make` gives them.
     ignore: regexes of torch names that are skipped.
-    on_leaf: `on_leaf(param) -> leaf` replaces a Param as soon as it is filled (`quantize.load`).
+    on_leaf: `on_leaf(param, path, layer) -> leaf` replaces a Param as soon as it is filled (`quantize.load`). A stacked
+      one is replaced layer by layer; for others `layer` is None.
 
   Raises:
     UserError: lists every missing, unused, misshapen or doubly used tensor, before any leaf is filled; names the
       tensors that hold NaN or infinite numbers.
   """
+  params, structure, leaves, sources = _checked(make, tensors, rules, axis_sizes, ignore)
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    raise UserError('convert.load needs to know the devices: call it under `with jax.set_mesh(mesh)`')
+
+  def fill(path, param, leaf):
+    spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
+    kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+    alone = sources[path][0].layer is None
+    shape, where = (leaf.shape, spec) if alone else (leaf.shape[1:], jax.P(*spec[1:]))
+    stacked, buffers = None, {}
+    for source in sources[path]:
+      array = _array(source, tensors, shape, kind, jax.NamedSharding(mesh, where), buffers, infinite).astype(kind)
+      new = on_leaf(jax.tree.unflatten(jax.tree.structure(param), [array]), path, source.layer)
+      del array
+      if alone:
+        return new
+      if stacked is None:
+        stacked = jax.tree.map(lambda x: jnp.zeros((leaf.shape[0], *x.shape), x.dtype, device=jax.NamedSharding(
+            mesh, jax.P((*spec, None)[0], *x.sharding.spec))), new)
+      stacked = jax.block_until_ready(jax.tree.map(lambda x, y: _set_layer(x, y, source.layer), stacked, new))
+    return stacked
+
+  infinite = set()  # names of tensors
+  on_leaf = on_leaf or (lambda param, path, layer: param)
+  filled = [fill(path, param, leaves[path]) for path, param in params.items()]
+  names = sorted({source.name for path in sources for source in sources[path]})
+  _check_finite(names, infinite, tensors, dtype)
+  return jax.tree.unflatten(structure, filled)
+
+
+def shapes(make, tensors, rules, axis_sizes: dict[str, int], ignore: tuple[str, ...] = ()):
+  """The module of `make()` in shapes alone, when a checkpoint fits it; UserError as of `load`, but for its numbers."""
+  _checked(make, tensors, rules, axis_sizes, ignore)
+  return jax.eval_shape(make)
+
+
+def _checked(make, tensors, rules, axis_sizes, ignore):
+  """(params by path, structure of the module, shapes by path, sources by path); reads the tensors' shapes alone."""
   params, structure = _flatten(jax.eval_shape(make))
   leaves = {path: _value(param) for path, param in params.items()}
   sources, problems = engine.sources(leaves, rules, axis_sizes)
@@ -54,29 +94,7 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
         problems += source.problems(tensors[source.name], path, leaves[path])
   if problems:
     raise UserError(_listed('the checkpoint does not fit the model', problems))
-  mesh = jax.sharding.get_mesh()
-  if mesh.empty:
-    raise UserError('convert.load needs to know the devices: call it under `with jax.set_mesh(mesh)`')
-
-  def fill(path, leaf):
-    spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
-    kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-    if sources[path][0].layer is None:
-      array = _array(sources[path][0], tensors, leaf.shape, kind, jax.NamedSharding(mesh, spec), {}, infinite)
-      return array.astype(kind)
-    stacked = jnp.zeros(leaf.shape, kind, device=jax.NamedSharding(mesh, spec))
-    layer, buffers = jax.NamedSharding(mesh, jax.P(*spec[1:])), {}
-    for source in sources[path]:
-      new = _array(source, tensors, leaf.shape[1:], kind, layer, buffers, infinite)
-      stacked = jax.block_until_ready(_set_layer(stacked, new, source.layer))
-    return stacked
-
-  infinite = set()  # names of tensors
-  on_leaf = on_leaf or (lambda param: param)
-  filled = [on_leaf(jax.tree.unflatten(jax.tree.structure(param), [fill(path, leaves[path])]))
-            for path, param in params.items()]
-  _check_finite(sorted(wanted), infinite, tensors, dtype)
-  return jax.tree.unflatten(structure, filled)
+  return params, structure, leaves, sources
 
 
 def export(module, rules, axis_sizes: dict[str, int]) -> Iterator[tuple[str, np.ndarray | None]]:

@@ -167,7 +167,7 @@ def _read(folder: pathlib.Path, dtype, quantized: str) -> Encoder:
       case t5.T5Config():
         return t5.load(folder, dtype, on_leaf)
 
-  return quantize.load(read, activations=quantized == 'w8a8') if quantized else read()
+  return quantize.load(read, quantized)
 
 
 def _fingerprint(folder: pathlib.Path, dtype, quantized: str) -> str:

@@ -15,6 +15,7 @@ The torch matrix [out in] of a module is known from the model's rules: B's rows 
 pattern, so that Krea's heads, and their reordered query and key channels, come out as those of the weight do.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import json
@@ -66,12 +67,17 @@ def split(text: str) -> tuple[str, float]:
 
 def load(model, texts, live: bool = False):
   """The model with the adapters of 'FILE:SCALE' texts; as `apply`. Prints how many keys of each match."""
-  adapters = [(read(name, model), scale) for name, scale in map(split, texts)]
+  adapters = read_all(texts, model)
   return apply(model, adapters, live) if adapters else model
 
 
+def read_all(texts, model) -> list[tuple[Adapter, float]]:
+  """The adapters of 'FILE:SCALE' texts with their scales; as `read`."""
+  return [(read(name, model), scale) for name, scale in map(split, texts)]
+
+
 def read(name, model) -> Adapter:
-  """The adapter in a file, a folder or a hub id, for a UniFusion; prints how many of its keys match.
+  """The adapter in a file, a folder or a hub id, for a UniFusion or its shapes; prints how many of its keys match.
 
   Raises:
     UserError: when none of its keys or only a part of them belongs to this model, and for factors that do not fit.
@@ -119,6 +125,14 @@ def apply(model, adapters: list[tuple[Adapter, float]], live: bool = False):
       if path in adapter:
         leaves[path] = _changed(leaves[path], adapter[path], scale, live)
   return jax.tree.unflatten(structure, list(leaves.values()))
+
+
+def merge(adapters: Sequence[tuple[Adapter, float]], param: nnx.Param, path: str, layer: int | None) -> nnx.Param:
+  """A Param at a path, or one layer of it, with adapters times their scales merged into it."""
+  for adapter, scale in adapters:
+    if (change := adapter.get(path, {}).get(layer)) is not None:
+      param = _merged(param, {None: change}, scale)
+  return param
 
 
 def save(adapters: dict[str, lora.Factors], config: lora.LoRAConfig, model, folder) -> None:

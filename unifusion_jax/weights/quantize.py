@@ -90,9 +90,13 @@ def quantize(model, activations: bool = False):
   return jax.tree.unflatten(structure, leaves)
 
 
-def load(read, activations: bool = False):
-  """A model with each matrix quantised as soon as it is loaded; `read(on_leaf)` loads it, as `convert.load` does."""
-  return read(functools.partial(_quantized, activations=activations))
+def load(read, quantized: str):
+  """A model with each matrix quantised as soon as it is read, each layer of a stacked one.
+
+  read: `read(on_leaf=None)` loads it, as `convert.load` does.
+  quantized: '' for none, 'int8' for int8 weights, 'w8a8' for int8 activations as well.
+  """
+  return read(lambda param, path, layer: _quantized(param, quantized == 'w8a8')) if quantized else read()
 
 
 def size(model) -> int:
