@@ -81,7 +81,8 @@ HEAD = '''# Plans
 What the 8B recipes need on TPU slices, by the TPU compiler on a machine without one. Written by
 `python -m benchmarks.plans`; each row is a command of `--mode=plan`, which stands with all its numbers in
 docs/plans/NAME.json. Nothing here has run on a TPU. A train step is that of the largest batch: of t2i:8b the one that
-reconstructs a reference, in up to 10 tiles.
+reconstructs a reference, in up to 10 tiles. Krea 2 is planned the same way ([krea2.md](krea2.md#memory)), whole
+pipelines of configs/sample.py too.
 
 - **a chip**: GiB of one device's HBM (tpu7x: of a core, half a chip): arguments that the program reads (weights,
   optimizer state, batch); by its shapes, what lies beside them: in sampling the other models of a pipeline (not in
