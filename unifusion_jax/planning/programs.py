@@ -1,8 +1,7 @@
 """The programs of a recipe with the shapes of their arguments: the train step and the phases of sampling.
 
-A recipe of configs/sample.py has the phases alone.
-
-No weights and no tokenizer are read. A mesh, of devices or abstract, must be in context.
+A recipe of configs/sample.py has the phases alone. No weights are read. A mesh, of devices or abstract, must be in
+context.
 """
 
 from collections.abc import Callable
@@ -110,8 +109,6 @@ class _Sampling:
     elif tokens:
       raise UserError(f'plan.tokens={tokens} are of a request in the prompt of Krea 2 itself, and here VERIFI lays '
                       'prompts out, to the budget of rewrites: leave it at 0, or set sample.verifi=false')
-    # Models that take turns (of a pipeline alone): the VLM comes before the transformer
-    self.in_turn = getattr(config, 'in_turn', False)
 
   def program(self, name: str) -> Program:
     function, arguments, sizes = getattr(self, f'_{name}')()
@@ -123,7 +120,7 @@ class _Sampling:
   def _held(self, name: str) -> list[nnx.Module]:
     """The models on the devices while a program runs."""
     models = self.models
-    if not self.in_turn:
+    if not models.in_turn:
       return [models.transformer, models.vlm, models.vae]
     return [models.vlm if name in ('encode', 'rewrite') else models.transformer, models.vae]
 
@@ -144,7 +141,7 @@ class _Sampling:
 
   def _encode(self):
     (states, arguments), sizes = self._states(), {'prompt tokens': self.length, 'condition tokens': self.kept}
-    if self.in_turn:
+    if self.models.in_turn:
       return jax.jit(states), arguments, sizes
 
     def encode(model, cond_mask, vlm, *prompts):

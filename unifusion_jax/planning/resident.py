@@ -25,6 +25,7 @@ class Resident:
     taps: layers of the VLM that LAP pools.
     size: default image size: the side of a square, in pixels.
     prompt_encoder: for its lengths; it may have no tokenizer.
+    in_turn: whether VLM and transformer lie there one after the other.
   """
   transformer: unifusion.UniFusion
   vlm: encoders.Encoder
@@ -32,6 +33,7 @@ class Resident:
   taps: tuple[int, ...]
   size: int
   prompt_encoder: transforms.PromptEncoder
+  in_turn: bool = False
 
   @property
   def unit(self) -> int:
@@ -57,7 +59,7 @@ def _sampled(config: PipelineConfig) -> Resident:
   vlm = encoders.abstract(encoders.config(located.vlm.folder), dtype, config.vlm_quantized)
   vae = autoencoders.abstract(autoencoders.config(located.vae.folder), dtype)
   return Resident(*on_mesh((transformer, vlm, vae)), located.described.taps, located.described.size,
-                  located.prompt_encoder)
+                  located.prompt_encoder, getattr(config, 'in_turn', False))
 
 
 def _trained(config) -> Resident:
