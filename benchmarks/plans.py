@@ -81,10 +81,13 @@ HEAD = '''# Plans
 What the 8B recipes need on TPU slices, by the TPU compiler on a machine without one. Written by
 `python -m benchmarks.plans`; each row is a command of `--mode=plan`, which stands with all its numbers in
 docs/plans/NAME.json. Nothing here has run on a TPU. A train step is that of the largest batch: of t2i:8b the one that
-reconstructs a reference, in up to 10 tiles.
+reconstructs a reference, in up to 10 tiles. Krea 2 is planned the same way ([krea2.md](krea2.md#memory)), whole
+pipelines of configs/sample.py too.
 
-- **a chip**: GiB of one device's HBM (tpu7x: of a core, half a chip): arguments (weights, optimizer state, batch) and
-  temporaries; the total, with outputs and code; what the compiler lets a program use.
+- **a chip**: GiB of one device's HBM (tpu7x: of a core, half a chip): arguments that the program reads (weights,
+  optimizer state, batch); by its shapes, what lies beside them: in sampling the other models of a pipeline (not in
+  --mode=rewrite, which holds the VLM alone), and of all models what the program does not read; temporaries; the total,
+  with outputs and code; what the compiler lets a program use.
 - **compiled / model**: operations of the optimised program over those of the model, whose backward pass is reckoned
   without remat. All pairs of an attention are counted on both sides, those that causality hides too.
 - **gathers**: bytes that the collectives of one call move, and the largest of those, if any, that move more than one
@@ -130,7 +133,8 @@ def page(results: dict[str, dict]) -> str:
 
 def row(case: Case, program: dict) -> str:
   memory, gib = program['memory'], 2 ** 30
-  held = ' + '.join(f'{memory[part] / gib:.2f}' for part in ('arguments', 'temporaries') if memory[part] is not None)
+  held = ' + '.join(f'{memory[part] / gib:.2f}' for part in ('arguments', 'beside', 'temporaries')
+                    if memory[part] is not None)
   total = '' if memory['total'] is None else f' = {memory["total"] / gib:.2f}'
   cells = [case.what, case.topology, *([program['program']] if case.programs != 'train' else []),
            f'{held}{total} of {memory["usable"] / gib:.2f}', report.verdict(program)]

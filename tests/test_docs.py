@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*(ROOT / folder / 'README.md' for folder in ('', 'benchmarks', 'launch')),
          *sorted((ROOT / 'docs').glob('*.md'))]
 RECIPES = sorted((ROOT / 'configs').glob('[a-z]*.py'))
-GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model')
+GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan')
 
 
 def names(path: pathlib.Path) -> str:
@@ -123,7 +123,7 @@ def settings(config, prefix: str = '') -> set[str]:
 def test_settings_exist(path):
   there = set().union(*(settings(parsed([f'--config=configs/{recipe.name}'])) for recipe in RECIPES))
   named = re.findall(rf'`((?:{"|".join(GROUPS)})\.[a-z_.]+)', path.read_text())
-  assert set(named) <= there | {'config.json', 'eval.json', 'train.lock'}, sorted(set(named) - there)
+  assert set(named) <= there | {'config.json', 'eval.json', 'plan.json', 'train.lock'}, sorted(set(named) - there)
 
 
 def test_new_names_of_settings_exist():

@@ -21,6 +21,7 @@ from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import unifusion
 from unifusion_jax.pipeline import UniFusionPipeline
+from unifusion_jax.planning import programs
 from unifusion_jax.request import Request
 from unifusion_jax.weights import convert, safetensors_io
 
@@ -361,3 +362,20 @@ def test_gradients_are_the_transformers(theirs, ours):
     close(x, wanted[name].grad.numpy())
   close(z_grad, inputs[0].grad.numpy())
   close(hidden_grad, inputs[1].grad.numpy())
+
+
+def test_plans_read_no_weights_and_lay_prompts_out_alike(theirs, ours, tmp_path):
+  """From a folder that holds configurations and a tokenizer alone."""
+  folder = shutil.copytree(theirs[1], tmp_path / 'krea', ignore=shutil.ignore_patterns('*.safetensors'))
+  config = sample.PipelineConfig(weights=str(folder), dtype='float32', sample=ours.settings)
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(config.mesh, 2)):
+    program = programs.of('encode', config, requests=2)
+  requests = [Request('red ' * 600, place='prompt')] * 2
+  prompts = prompting.Prompts.of(ours.prompt_encoder, requests, ours.settings, 2048)
+  rows = prompting.stacked(prompts.answered([prompting.RAW] * 2))
+  model, cond_mask, vlm, input_ids, attention_mask, cond_index, images = program.arguments
+  planned = dict(input_ids=input_ids, attention_mask=attention_mask, cond_index=cond_index, cond_mask=cond_mask)
+  assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
+      name: (rows[name].shape, rows[name].dtype) for name in planned} and images is None
+  facts = lambda tree: [(x.shape, x.dtype, x.sharding.spec) for x in jax.tree.leaves(tree)]
+  assert facts((model, vlm, *program.beside)) == facts((ours.model, ours.frozen.vlm, ours.frozen.vae))

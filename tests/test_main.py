@@ -159,11 +159,15 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
   assert ended.value.code == 130 and capsys.readouterr().err == 'interrupted\n'
 
 
-@pytest.mark.parametrize('flag, said', [
-    ((), '--topology=v6e:8x8'), (('--topology=v6e:3x3',), "the shape '3x3' must be one of"),
-    (('--topology=v6e:2x2', '--programs=draw'), "there is no program 'draw'")])
-def test_plans_want_devices_and_programs(run, tmp_path, monkeypatch, flag, said):
+@pytest.mark.parametrize('recipe, flag, said', [
+    ('edit.py', [], '--topology=v6e:8x8'), ('edit.py', ['--topology=v6e:3x3'], "the shape '3x3' must be one of"),
+    ('edit.py', ['--topology=v6e:2x2', '--programs=draw'], "there is no program 'draw'"),
+    ('sample.py:krea2_turbo', ['--topology=v5e:1x1', '--programs=train'], 'samples with a pipeline and trains nothing'),
+    ('sample.py', ['--topology=v5e:1x1', '--save'], '--save writes a train step'),
+    ('sample.py', ['--topology=v5e:1x1', '--config.plan.requests=-1'], 'plan.requests=-1'),
+    ('describe.py', ['--topology=v5e:1x1'], '--mode=plan does not go with')])
+def test_plans_want_devices_and_programs(run, tmp_path, monkeypatch, recipe, flag, said):
   monkeypatch.setattr(compiler, 'prepare', lambda topology: None)  # settings of a process that only plans
   with pytest.raises(UserError) as error:
-    run('--config=configs/edit.py', '--mode=plan', f'--workdir={tmp_path}', *flag)
+    run(f'--config=configs/{recipe}', '--mode=plan', f'--workdir={tmp_path}', *flag)
   assert said in str(error.value) and not list(tmp_path.iterdir())

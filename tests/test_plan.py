@@ -124,7 +124,7 @@ def test_every_program_has_its_numbers(planned):
   assert [result['program'] for result in written['programs']] == list(settings.PROGRAMS)
   assert written['mesh'] == dict(data=1, fsdp=8, tp=1) and written['programs'] == results
   assert all(result['fits'] and result['memory']['arguments'] > 0 and result['rows'] == 8 for result in results)
-  train, _, denoise, *_ = results
+  train, _, _, denoise, *_ = results
   assert 0.9 < train['compiled_flops'] / train['model_flops']['total'] < 1.1  # without remat
   assert train['collectives'] and not plans.larger_than_a_layer(train)
   assert train['model_flops']['backward'] > train['model_flops']['forward'] and not denoise['model_flops']['backward']
@@ -190,7 +190,7 @@ def test_where_nothing_fits(small, planned, monkeypatch, tmp_path, capsys):
 def test_candidates_change_the_least_first(small):
   topology = chips.topology('v6e:2x4')
   config = small('v6e:2x4', data__batch_size=32, mesh__tp=2)
-  memory_of = lambda arguments: dict(arguments=arguments, temporaries=10 ** 9, usable=10 ** 9)
+  memory_of = lambda arguments: dict(arguments=arguments, beside=0, temporaries=10 ** 9, usable=10 ** 9)
   names = [list(changes) for changes in search.candidates(config, topology, memory_of(0))]
   assert names[0] == ['optim__accumulate'] and any(name.endswith('remat') for name in names[-3])
   assert ['vlm_quantized' in each for each in names[-2:]] == [True, True] and 'data__batch_size' in names[-1]

@@ -46,8 +46,8 @@ _HEARTBEAT = flags.DEFINE_integer('heartbeat_timeout', 30, 'Seconds without a si
                                   'taken for lost, and the others end.', lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices that --mode=plan compiles for, as v6e:8x8, v5p:4x4x8 or '
                                 'h100:8; none need be here.')
-_PROGRAMS = flags.DEFINE_list('programs', None, 'What --mode=plan compiles, of train (the default), encode, denoise, '
-                              'decode, rewrite.')
+_PROGRAMS = flags.DEFINE_list('programs', None, 'What --mode=plan compiles, of train, encode, condition, denoise, '
+                              'decode, rewrite; default train, of a recipe that samples what it needs of the rest.')
 _SAVE = flags.DEFINE_bool('save', False, 'Write the train step that --mode=plan compiles, so that a start on that '
                           'topology loads it.')
 _CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathlib.Path('.cache') / 'jax'),
@@ -86,7 +86,7 @@ def main(argv):
     config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
     trains = isinstance(config, configuration.Config)
     mode = _MODE.value or ('train' if trains else config.mode)
-    if mode == 'describe' if trains else mode != config.mode:
+    if mode == 'describe' if trains else mode != config.mode and not (mode == 'plan' and hasattr(config, 'plan')):
       wanted = 'configs/describe.py' if mode == 'describe' else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     if mode == 'plan':

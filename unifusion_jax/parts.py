@@ -21,6 +21,7 @@ TURBO_MU = 1.15  # log of the shift of Krea 2 Turbo, at every size (Krea2Pipelin
 # Steps and guidance of Krea's model cards; our guidance is theirs + 1
 KREA2_RAW = dict(verifi=False, steps=52, guidance=4.5, shift=0.0)
 KREA2_TURBO = dict(verifi=False, steps=8, guidance=1.0, shift=math.exp(TURBO_MU))
+KREA2 = {'krea/Krea-2-Raw': KREA2_RAW, 'krea/Krea-2-Turbo': KREA2_TURBO}  # whose sizes are known without a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +54,30 @@ class Parts:
 
 
 def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str | None = None,
-           vae: str | None = None) -> Parts:
+           vae: str | None = None, weights: bool = True) -> Parts:
   """The parts of a pipeline, downloaded where they are behind a hub id, and fitting each other.
 
   Arguments and errors as of `UniFusionPipeline.from_pretrained`. The mesh must be in context.
+
+  weights: False: for sizes alone. Of other hub ids configurations and tokenizers are downloaded then; of a name in
+    KREA2 nothing is, so its folders do not exist and its prompt encoder has no tokenizer.
   """
   given = {part: ASSETS / part if value == 'tiny' else value for part, value in (('vlm', vlm), ('vae', vae))}
+  if not weights and str(name) in KREA2 and not pathlib.Path(name).is_dir():
+    return _known(str(name), given, transformer)
   pinned = hub.pin(ASSETS / 'edit' if name == 'tiny' else name, weights=False)
-  part = lambda part, entry: hub.pin(given.get(part) or description.part_of(part, entry, pinned.name, pinned.folder))
+  part = lambda part, entry: hub.pin(
+      given.get(part) or description.part_of(part, entry, pinned.name, pinned.folder), weights)
   if (pinned.folder / INDEX).exists():
-    return _krea2(pinned, part, transformer)
+    return _krea2(pinned, part, transformer, weights)
   described = description.read(pinned.folder)
-  weights = hub.pin(transformer, files=True) if transformer else hub.pin(pinned.name)
+  model = hub.pin(transformer, weights, files=True) if transformer else hub.pin(pinned.name, weights)
   config = unifusion.read_config(pinned.folder)
   vlm, vae = part('vlm', described.vlm), part('vae', described.vae)
   prompt_encoder = transforms.PromptEncoder.load(
       vlm.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system,
       layout=described.layout)
-  parts = Parts(weights.name, described, weights, vlm, vae, config, prompt_encoder)
+  parts = Parts(model.name, described, model, vlm, vae, config, prompt_encoder)
   _check(parts)
   return parts
 
@@ -90,11 +97,31 @@ def _index(folder: pathlib.Path) -> tuple[Description, int]:
   with json_file.named(path):
     taps, patch = tuple(index.get('text_encoder_select_layers') or TAPS), index.get('patch_size', 2)
     turbo = index.get('is_distilled', False)
-  return Description('./text_encoder', './vae', taps, 1024, 1024, 512, 'faithful', 2,
-                     KREA2_TURBO if turbo else KREA2_RAW, 'krea2'), patch
+  return _described(taps, KREA2_TURBO if turbo else KREA2_RAW), patch
 
 
-def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
+def _described(taps: tuple[int, ...], sample: dict) -> Description:
+  return Description('./text_encoder', './vae', taps, 1024, 1024, 512, 'faithful', 2, sample, 'krea2')
+
+
+def _known(name: str, given: dict[str, str | None], transformer: str | None) -> Parts:
+  """The parts of a name in KREA2 by the sizes that are known of it; those that are given, by their configurations."""
+  known = dict(vlm=f'Qwen/{verifi.LAYOUTS["krea2"].vlm}', vae=f'{name}/vae')
+  vlm, vae = (hub.pin(given[part], weights=False) if given[part] else
+              hub.Pinned(known[part], pathlib.Path(known[part]), '') for part in ('vlm', 'vae'))
+  described, model = _described(TAPS, KREA2[name]), transformer and hub.pin(transformer, False, files=True)
+  config = unifusion.read_config(model.folder) if model else unifusion.from_json({})
+  processor = vlm.folder if (vlm.folder / 'preprocessor_config.json').exists() else None
+  images = vision_inputs.for_model(encoders.config(vlm.folder), described.tiles, processor)
+  prompt_encoder = transforms.PromptEncoder(
+      '', images, images.markers, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system,
+      layout=verifi.LAYOUTS[described.layout])
+  parts = Parts(name, described, model or hub.Pinned(name, pathlib.Path(name), ''), vlm, vae, config, prompt_encoder)
+  _check(parts)
+  return parts
+
+
+def _krea2(pinned: hub.Pinned, part, transformer: str | None, weights: bool) -> Parts:
   """The parts of a pipeline of diffusers.
 
   part: `part(name, entry)` -> the pinned part at that entry; transformer: in the place of its own.
@@ -103,9 +130,9 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   vlm = part('vlm', described.vlm)
   vlm_config = encoders.config(vlm.folder)
   check_vlm(vlm.name, vlm_config, described.layout)
-  weights = hub.pin(transformer, files=True) if transformer else part('transformer', './transformer')
+  model = hub.pin(transformer, weights, files=True) if transformer else part('transformer', './transformer')
   own = pinned.folder / 'transformer'  # has the sizes of a file
-  config = unifusion.read_config(own if weights.folder.is_file() and own.is_dir() else weights.folder, patch)
+  config = unifusion.read_config(own if model.folder.suffix == '.safetensors' and own.is_dir() else model.folder, patch)
   vae = part('vae', described.vae)
   tokenizer, scheduler = (hub.pin(description.part_of(name, f'./{name}', pinned.name, pinned.folder), weights=False)
                           for name in ('tokenizer', 'scheduler'))
@@ -115,7 +142,7 @@ def _krea2(pinned: hub.Pinned, part, transformer: str | None) -> Parts:
   if (vlm.folder / 'preprocessor_config.json').exists():  # Krea's own has none, for it is shown no images
     prompt_encoder = dataclasses.replace(
         prompt_encoder, image_processor=vision_inputs.for_model(vlm_config, described.tiles, vlm.folder))
-  parts = Parts(pinned.name, described, weights, vlm, vae, config, prompt_encoder,
+  parts = Parts(pinned.name, described, model, vlm, vae, config, prompt_encoder,
                 _resolution_shift(scheduler.folder / 'scheduler_config.json'))
   _check(parts)
   return parts

@@ -168,10 +168,15 @@ def null(encoder: transforms.PromptEncoder, negative: str = '') -> dict[str, np.
   return verifi.arrays(spans, length + cond_length, cond_length) if negative else verifi.arrays(spans, length, 1)
 
 
+def own_length(layout: verifi.Layout, tokens: int) -> int:
+  """Condition tokens that a prompt in a layout with a prefix is padded to, of which `tokens` are valid."""
+  return min(max(COND_BUCKET, 1 << (tokens - 1).bit_length()), layout.max_sequence_length)
+
+
 def _alone(prompts: list[list[verifi.Span]], layout: verifi.Layout) -> list[dict[str, np.ndarray]]:
   """Prompts in a layout with a prefix as arrays of one shape."""
-  most = max(sum(len(span.ids) for span in spans if span.kind in layout.kinds) for spans in prompts)
-  cond_length = min(max(COND_BUCKET, 1 << (most - 1).bit_length()), layout.max_sequence_length)
+  cond_length = own_length(layout, max(
+      sum(len(span.ids) for span in spans if span.kind in layout.kinds) for spans in prompts))
   return [verifi.arrays(spans, layout.dropped + cond_length, cond_length, layout.kinds) for spans in prompts]
 
 

@@ -4,14 +4,17 @@
   python -m unifusion_jax.main --config=configs/edit.py:8b --mode=plan --topology=v6e:2x4 \
       --programs=encode,denoise,decode,rewrite
   python -m unifusion_jax.main --config=configs/edit.py:8b --mode=plan --topology=v6e:8x8 --save
+  python -m unifusion_jax.main --config=configs/sample.py:krea2_turbo --mode=plan --topology=v5e:1x1 \
+      --config.vlm_quantized=int8 --config.transformer_quantized=int8
 """
 
 import json
 import pathlib
 
 from unifusion_jax import bucket
+from unifusion_jax.commands.sample import PipelineConfig
 from unifusion_jax.errors import UserError
-from unifusion_jax.planning import plans, replication, report, search
+from unifusion_jax.planning import plans, programs, replication, report, search
 
 
 def run(config, workdir: pathlib.Path) -> list[dict]:
@@ -19,8 +22,11 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
   topology, settings = config.plan.chosen(), config.plan
   examine = lambda config, name, save=None: plans.plan(
       config, topology, name, settings.requests, settings.references, save)
-  folder = None
+  folder, samples = None, isinstance(config, PipelineConfig)
   if settings.save:
+    if samples:
+      raise UserError('--save writes a train step, and this recipe has none: leave it out, or plan one that trains, '
+                      'such as configs/edit.py')
     if topology.chip.platform != 'tpu':
       raise UserError(f'--save: the plan of {topology.name} is compiled for CPUs in their place, and is no program to '
                       'keep; plan a TPU')
@@ -29,8 +35,9 @@ def run(config, workdir: pathlib.Path) -> list[dict]:
                       'FOLDER beside a --workdir in a bucket')
     folder = config.train.executables or str(workdir / 'executables')
   results, summary = [], plans.summary(config, topology)
-  print('\n'.join([report.heading(summary, topology), *replication.repeated(config, topology.devices)]))
-  for name in settings.programs:
+  repeated = [] if samples else replication.repeated(config, topology.devices)
+  print('\n'.join([report.heading(summary, topology), *repeated]))
+  for name in settings.programs or programs.default(config):
     results.append(examine(config, name, folder))
     print(f'\n{report.program(results[-1], topology)}', flush=True)
   record = dict(summary, programs=results)

@@ -11,6 +11,7 @@ from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import sheet
 from unifusion_jax.fields import Path
+from unifusion_jax.planning.settings import PlanConfig
 from unifusion_jax.request import prompt_lines, Request, requests_for, requests_of, SampleConfig, shape_like
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training import checkpoint, record
@@ -34,13 +35,14 @@ class PipelineConfig:
   in_turn: bool = False             # VLM and transformer are loaded in turn, where memory does not hold both
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+  plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
 
   mode = 'sample'
 
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del devices
-    wrong = self.mesh.problems() + self.sample.problems()
+    wrong = self.mesh.problems() + self.sample.problems() + self.plan.problems()
     if self.dtype not in ('float32', 'bfloat16'):
       wrong.append(f"dtype={self.dtype!r} must be 'bfloat16' or 'float32'")
     return wrong + [f'{name}={getattr(self, name)!r} must be one of {", ".join(map(repr, encoders.QUANTIZED))}'

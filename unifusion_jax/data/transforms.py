@@ -99,7 +99,7 @@ def abstract_prompt_encoder(config) -> PromptEncoder:
   """A prompt encoder without a tokenizer, from a public name or config.json alone: for `lengths` and `budget`."""
   image_processor = vision_inputs.for_model(encoders.config(config.vlm), max(config.data.tiles))
   return PromptEncoder('', image_processor, image_processor.markers, *config.data.budget, config.data.budgets,
-                       config.system)
+                       config.system, verifi.LAYOUTS[config.layout])
 
 
 @functools.cache

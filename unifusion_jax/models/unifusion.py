@@ -133,7 +133,7 @@ def read_config(folder, patch: int = 2) -> UniFusionConfig:
 
   patch: the size of patches where config.json does not say, as Krea's own does not.
   """
-  if pathlib.Path(folder).is_file():
+  if pathlib.Path(folder).suffix == '.safetensors':  # which need not be there to plan
     return from_json({'patch_size': patch})
   path = pathlib.Path(folder) / 'config.json'
   if not path.exists():

@@ -1,6 +1,7 @@
 """The programs of a recipe with the shapes of their arguments: the train step and the phases of sampling.
 
-No weights and no tokenizer are read. A mesh, of devices or abstract, must be in context.
+A recipe of configs/sample.py has the phases alone. No weights are read. A mesh, of devices or abstract, must be in
+context.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import conditioning, denoising, sharding
+from unifusion_jax import denoising, prompting, sharding
 from unifusion_jax.commands import train
-from unifusion_jax.data import transforms
+from unifusion_jax.commands.sample import PipelineConfig
+from unifusion_jax.conditioning import Conditioning
+from unifusion_jax.errors import UserError
 from unifusion_jax.models import text_generation
 from unifusion_jax.objectives.flow_matching import FlowMatching
+from unifusion_jax.planning import resident
+from unifusion_jax.planning.resident import on_mesh
 from unifusion_jax.request import shape_like
 from unifusion_jax.training import step
 
@@ -31,6 +36,8 @@ class Program:
     trained: how many of these arguments, the first ones, are parameters in training.
     weights: parameters and frozen models among the arguments.
     rows: examples of one call.
+    beside: models that lie on the devices while it runs, besides the arguments.
+    sizes: what else the shapes follow from, in words: {noun: number}.
   """
   name: str
   function: Callable
@@ -40,9 +47,19 @@ class Program:
   trained: int
   weights: object
   rows: int
+  beside: list = dataclasses.field(default_factory=list)
+  sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def trace(self):
     return self.function.trace(*self.arguments)
+
+
+def default(config) -> tuple[str, ...]:
+  """The programs of a recipe that names none in `plan.programs`."""
+  if not isinstance(config, PipelineConfig):
+    return ('train',)
+  in_turn = config.in_turn
+  return ('encode', *['condition'] * in_turn, 'denoise', 'decode', *['rewrite'] * config.sample.verifi)
 
 
 def of(name: str, config, requests: int = 0, references: int = 1) -> Program:
@@ -60,7 +77,7 @@ def _train(config, references: int) -> Program:
   state, frozen, batch = train.abstract(config)
   if isinstance(objective, FlowMatching):
     batch = objective.batch_spec(config, references)
-  state, frozen, batch, key = _on_mesh((state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))))
+  state, frozen, batch, key = on_mesh((state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))))
   progress = (jax.ShapeDtypeStruct((), np.float32),) if config.train.minutes else ()  # a number of the host
   train_step = step.make_train_step(objective.loss, step.optimizer(config.optim, config.train.steps), config.optim)
   return Program('train', train_step, (state, frozen, batch, key, *progress), objective.loss,
@@ -68,26 +85,44 @@ def _train(config, references: int) -> Program:
 
 
 class _Sampling:
-  """The phases of sampling, as `UniFusionPipeline` calls them, at the sizes of `config.data` and `config.sample`."""
+  """The phases of sampling, as `UniFusionPipeline` calls them, at the sizes of `config.sample` and of the models."""
 
   def __init__(self, config, requests: int, references: int):
-    self.config, self.settings = config, config.sample
+    self.settings, self.models = config.sample, resident.of(config)
     mesh = jax.sharding.get_abstract_mesh().shape
     shards = math.prod(mesh[axis] for axis in sharding.BATCH)
     self.rows = -(-max(requests, 1) // shards) * shards
-    objective, self.frozen = config.objective, _on_mesh(config.objective.abstract_frozen(config))
-    self.model = _on_mesh(jax.eval_shape(lambda frozen: objective.model(objective.random(config), frozen), self.frozen))
-    encoder = transforms.abstract_prompt_encoder(config).with_tiles(self.settings.tiles)
+    encoder, layout = self.models.prompt_encoder.with_tiles(self.settings.tiles), self.models.prompt_encoder.layout
     count = 1 << (references - 1).bit_length() if references else 0  # as `prompting.Prompts` has them
-    self.max_rewrite = encoder.max_rewrite
-    self.length, self.image_length = encoder.lengths(count)[0], count * encoder.image_processor.max_tokens
     self.images = self._rows(encoder.image_processor.spec(count)) if count else None
+    self.max_rewrite, self.image_length = encoder.max_rewrite, count * encoder.image_processor.max_tokens
+    self.unwritten = encoder.lengths(count)[0]  # of a prompt without its answer
+    self.length, self.kept = self.unwritten + self.max_rewrite, self.image_length + self.max_rewrite
+    self.shown = self.images  # beside a prompt with its answer
+    self.null_length = encoder.lengths(0)[1] if self.settings.negative_prompt else 1
+    if layout.prefix:
+      self.null_length = prompting.own_length(layout, layout.max_sequence_length * bool(self.settings.negative_prompt))
+    own, tokens = layout.prefix and not self.settings.verifi, config.plan.tokens
+    if own:  # of the request alone
+      self.kept, self.shown = prompting.own_length(layout, tokens or layout.max_sequence_length), None
+      self.length = layout.dropped + self.kept
+    elif tokens:
+      raise UserError(f'plan.tokens={tokens} are of a request in the prompt of Krea 2 itself, and here VERIFI lays '
+                      'prompts out, to the budget of rewrites: leave it at 0, or set sample.verifi=false')
 
   def program(self, name: str) -> Program:
-    function, arguments = getattr(self, f'_{name}')()
-    arguments = _on_mesh(arguments)
+    function, arguments, sizes = getattr(self, f'_{name}')()
+    beside = [model for model in self._held(name) if all(model is not argument for argument in arguments)]
+    arguments = on_mesh(arguments)
     weights = [argument for argument in arguments if isinstance(argument, nnx.Module)]
-    return Program(name, function, arguments, function, arguments, 0, weights, self.rows)
+    return Program(name, function, arguments, function, arguments, 0, weights, self.rows, beside, sizes)
+
+  def _held(self, name: str) -> list[nnx.Module]:
+    """The models on the devices while a program runs."""
+    models = self.models
+    if not models.in_turn:
+      return [models.transformer, models.vlm, models.vae]
+    return [models.vlm if name in ('encode', 'rewrite') else models.transformer, models.vae]
 
   def _rows(self, example):
     return sharding.batch_spec(example, self.rows)
@@ -96,45 +131,63 @@ class _Sampling:
     """(input ids, attention mask) of prompts."""
     return self._rows((jax.ShapeDtypeStruct((length,), np.int32), jax.ShapeDtypeStruct((length,), bool)))
 
+  def _states(self):
+    """(the VLM's part of encoding, its arguments)."""
+    taps = self.models.taps
+
+    def states(vlm, input_ids, attention_mask, cond_index, images):
+      return vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
+    return states, (self.models.vlm, *self._prompts(self.length), self._prompts(self.kept)[0], self.shown)
+
   def _encode(self):
-    def encode(model, *arguments):
-      return conditioning.condition(model, conditioning.read(*arguments, taps=self.frozen.taps))
-    return jax.jit(encode), (self.model, self.frozen.vlm, *self._prompts(self.length + self.max_rewrite),
-                             *self._prompts(self.image_length + self.max_rewrite), self.images)
+    (states, arguments), sizes = self._states(), {'prompt tokens': self.length, 'condition tokens': self.kept}
+    if self.models.in_turn:
+      return jax.jit(states), arguments, sizes
+
+    def encode(model, cond_mask, vlm, *prompts):
+      return model.condition(states(vlm, *prompts), cond_mask)
+    return jax.jit(encode), (self.models.transformer, self._prompts(self.kept)[1], *arguments), sizes
+
+  def _condition(self):
+    states, arguments = self._states()
+    function = jax.jit(lambda model, hidden, mask: model.condition(hidden, mask))
+    return function, (self.models.transformer, jax.eval_shape(states, *on_mesh(arguments)),
+                      self._prompts(self.kept)[1]), {'condition tokens': self.kept}
 
   def _rewrite(self):
     def rewrite(vlm, input_ids, attention_mask, images, keep):
       return text_generation.generate(vlm, input_ids, attention_mask, images, max_new=self.max_rewrite, stop_ids=(0,),
-                                      taps=self.frozen.taps, keep=keep)
-    return jax.jit(rewrite), (self.frozen.vlm, *self._prompts(self.length), self.images,
-                              self._prompts(self.image_length)[0])
+                                      taps=self.models.taps, keep=keep)
+    arguments = self.models.vlm, *self._prompts(self.unwritten), self.images, self._prompts(self.image_length)[0]
+    return jax.jit(rewrite), arguments, {'prompt tokens': self.unwritten, 'new tokens': self.max_rewrite}
 
   def _latents(self):
-    config, vae, settings = self.config, self.frozen.vae, self.settings
-    height, width = shape_like(None, config.data.size, config.objective.unit(config), settings.height, settings.width)
+    """(latents, {noun: pixels} of their images)."""
+    vae, settings = self.models.vae, self.settings
+    height, width = shape_like(None, self.models.size, self.models.unit, settings.height, settings.width)
     shape = height // vae.downsampling, width // vae.downsampling, vae.channels
-    return self._rows(jax.ShapeDtypeStruct(shape, np.float32))
+    return self._rows(jax.ShapeDtypeStruct(shape, np.float32)), {'pixels high': height, 'pixels wide': width}
 
   def _denoise(self):
-    function, arguments = self._encode()
-    conditioning = jax.eval_shape(function, *_on_mesh(arguments))
+    function, arguments, sizes = self._condition()
+    (latents, pixels), mask = self._latents(), arguments[2]
+    bias = jax.ShapeDtypeStruct(mask.shape, np.float32, sharding=mask.sharding)
+    conditioning = Conditioning(jax.eval_shape(function, *on_mesh(arguments)), mask,
+                                bias if any(strength != 1 for strength in self.settings.strengths) else None)
     number = jax.ShapeDtypeStruct((), np.float32)
     null, keys = None, None
     if self.settings.guidance != 1:
-      null = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, *x.shape[2:]), x.dtype), conditioning)
+      shape = 1, self.null_length, conditioning.tokens.shape[2]
+      null = Conditioning(jax.ShapeDtypeStruct(shape, conditioning.tokens.dtype),
+                          jax.ShapeDtypeStruct(shape[:2], bool))
     if self.settings.eta:
       keys = self._rows(jax.eval_shape(lambda: jax.random.key(0)))
     times = jax.ShapeDtypeStruct((self.settings.steps + 1,), np.float32)
     function = jax.jit(functools.partial(denoising.integrate, method=self.settings.method))
-    return function, (self.model, conditioning, null, self._latents(), times, number, number, keys,
-                      jax.ShapeDtypeStruct((), jnp.int32))
+    return function, (self.models.transformer, conditioning, null, latents, times, number, number, keys,
+                      jax.ShapeDtypeStruct((), jnp.int32)), pixels | sizes | {'steps': self.settings.steps}
 
   def _decode(self):
+    latents, pixels = self._latents()
     function = jax.jit(functools.partial(denoising.decode_latents, tile=self.settings.decode_tile))
-    return function, (self.frozen.vae, self._latents())
-
-
-def _on_mesh(tree):
-  """Shapes with shardings on the mesh in context, of its devices where it has any."""
-  mesh = jax.sharding.get_mesh()
-  return sharding.abstract(tree, jax.sharding.get_abstract_mesh() if mesh.empty else mesh)
+    return function, (self.models.vae, latents), pixels

@@ -18,6 +18,10 @@ def heading(summary: dict, topology: Topology) -> str:
   mesh = ' x '.join(f'{axis} {size}' for axis, size in summary['mesh'].items())
   devices = f'{topology.chips} {"GPUs" if topology.chip.platform == "gpu" else "chips"}'
   devices += f' of {topology.chip.cores} cores, which are the devices' if topology.chip.cores > 1 else ''
+  if 'weights' in summary:
+    models = [f'{name} in {summary[f"{name}_quantized"] or summary["dtype"]}' for name in ('transformer', 'vlm')]
+    return (f'{topology.name}: {devices}, mesh {mesh}; {summary["weights"]}, {" and ".join(models)}, '
+            f'{"one after the other" if summary["in_turn"] else "all models at once"}')
   remat = [name for name, on in summary['remat'].items() if on]
   return (f'{topology.name}: {devices}, mesh {mesh}; batch {summary["batch_size"]}, accumulate '
           f'{summary["accumulate"]}, {summary["size"]} px, remat of {" and ".join(remat) or "nothing"}, '
@@ -26,13 +30,15 @@ def heading(summary: dict, topology: Topology) -> str:
 
 def program(result: dict, topology: Topology) -> str:
   """The report of a plan (`plans.plan`)."""
-  rows = [('memory', _memory(result, topology)), ('', verdict(result)), *_tensors(result),
+  rows = [('memory', _memory(result, topology)), ('', _room(result)), *_tensors(result),
           *zip(('operations', ''), _flops(result))]
   if 'time' in result:
     rows += [*_collectives(result), ('', _layer(result)), ('time', _time(result))]
   rows.append(('host', f'{size(result["host"]["bytes"])} while it loads: twice the largest tensor of the weights, '
                f'{result["host"]["tensor"]}'))
-  return '\n'.join([f'{result["program"]}: {result["rows"]} examples, compiled in {seconds(result["compile_seconds"])}',
+  sizes = ''.join(f', {number} {noun}' for noun, number in result['sizes'].items())
+  return '\n'.join([f'{result["program"]}: {result["rows"]} examples{sizes}; compiled in '
+                    f'{seconds(result["compile_seconds"])}',
                     *(f'  {label:<{_LABEL}}{text}' for label, text in rows if text)])
 
 
@@ -64,10 +70,15 @@ def verdict(result: dict) -> str:
 
 def _memory(result: dict, topology: Topology) -> str:
   memory = result['memory']
-  parts = [f'{name} {size(memory[name])}' for name in ('arguments', 'temporaries', 'outputs', 'code') if memory[name]]
+  parts = [f'{name} {size(memory[name])}' for name in ('arguments', 'beside', 'temporaries', 'outputs', 'code')
+           if memory[name]]
   total = '' if memory['total'] is None else f' = {size(memory["total"])}'
-  return (f'a {topology.noun}: {" + ".join(parts)}{total}, of {size(memory["usable"])} usable '
-          f'({size(memory["hbm"])} HBM)')
+  return f'a {topology.noun}: {" + ".join(parts)}{total}'
+
+
+def _room(result: dict) -> str:
+  memory = result['memory']
+  return f'{verdict(result)}; {size(memory["usable"])} usable of {size(memory["hbm"])} HBM'
 
 
 def _tensors(result: dict) -> list[tuple[str, str]]:

@@ -25,9 +25,9 @@ def candidates(config, topology: Topology, memory: dict) -> Iterator[dict]:
   data, fsdp, tp = mesh
   changes = {}
   rows = config.data.batch_size // (data * fsdp)
-  if memory['arguments'] <= memory['usable']:  # else less work at a time does not help
+  room = memory['usable'] - memory['arguments'] - memory['beside']
+  if room >= 0:  # else less work at a time does not help
     if rows > config.optim.accumulate:
-      room = memory['usable'] - memory['arguments']
       accumulate = 2 * config.optim.accumulate
       while (rows % accumulate == 0 and accumulate < rows and memory['temporaries'] is not None
              and memory['temporaries'] * config.optim.accumulate / accumulate > room):

@@ -104,7 +104,7 @@ def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variant
                     f'owner/name/subfolder, {"owner/name/FILE.safetensors, " * files}or one of these with @revision')
   repository, subfolder, revision = parts[1], parts[2].strip('/'), parts[3]
   if files and subfolder.endswith('.safetensors'):
-    return _file_of(repository, subfolder, revision)
+    return _file_of(repository, subfolder, revision, weights)
   for left_out in (variants, ()):
     snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights, left_out)
     folder = snapshot / subfolder
@@ -119,11 +119,11 @@ def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variant
   return Pinned(f'{place}@{snapshot.name}', folder, snapshot.name)  # huggingface_hub names a snapshot by its commit
 
 
-def _file_of(repository: str, path: str, revision: str | None) -> Pinned:
-  """One file of a repository, with the settings beside it."""
+def _file_of(repository: str, path: str, revision: str | None, weights: bool) -> Pinned:
+  """One file of a repository, with the settings beside it; without weights these alone."""
   folder, _, file = path.rpartition('/')
-  snapshot = _download(repository, folder, revision, (*TEXTS, file), ())
-  if not (snapshot / path).is_file():
+  snapshot = _download(repository, folder, revision, (*TEXTS, *[file] * weights), ())
+  if weights and not (snapshot / path).is_file():
     raise UserError(f'{repository}: that repository has no file {path}')
   return Pinned(f'{repository}/{path}@{snapshot.name}', snapshot / path, snapshot.name)
 
