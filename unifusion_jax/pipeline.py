@@ -29,7 +29,7 @@ from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.denoising import Kept
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import text_generation, unifusion
+from unifusion_jax.models import dit, text_generation, unifusion
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
 from unifusion_jax.weights import autoencoders, encoders, lora_files, quantize
 
@@ -173,8 +173,8 @@ class UniFusionPipeline:
         with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
       **settings: of SampleConfig: negative_prompt, steps, guidance, method, eta, shift, verifi, system, temperature,
-        top_p, tiles, image_tokens, stitch, strengths, precise, decode_tile, batch_size. None, as for every argument
-        here, is the pipeline's own default.
+        top_p, tiles, image_tokens, reference_latents, stitch, strengths, precise, decode_tile, batch_size. None, as for
+        every argument here, is the pipeline's own default.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(text, str) for text in prompts):
@@ -230,7 +230,7 @@ class UniFusionPipeline:
     self._check_size(height, width)
     if init_images is not None and [np.shape(x) for x in init_images] != [(height, width, 3)] * len(requests):
       raise UserError(f'init_images must be {len(requests)} images of shape {(height, width, 3)}, one for each request')
-    conditioning, *texts = self._encode_once(requests, s)
+    conditioning, *texts = self._encode_once(requests, s, height, width)
     null = None if s.guidance == 1 else self.null(s.negative_prompt)
     seeds = [request.seed for request in requests]
     noise, kept = self.noise(seeds, height, width), None
@@ -252,14 +252,16 @@ class UniFusionPipeline:
       images = np.where(np.stack(changes)[..., None], images, np.stack(sources))
     return [Sample(*each) for each in zip(images, *texts)]
 
-  def _encode_once(self, requests: list[Request], s: SampleConfig) -> Encoded:
-    """`encode`, or its last result: requests that differ in their seeds alone share it, one batch after another."""
-    key = s.settings(), self.prompt_encoder, [
+  def _encode_once(self, requests: list[Request], s: SampleConfig, height: int, width: int) -> Encoded:
+    """`encode` with `references`, or the last result: requests that differ in their seeds alone share it."""
+    key = s.settings(), self.prompt_encoder, s.reference_latents and (height, width), [
         (request.instruction, request.rewrite, request.seed if s.temperature else 0) for request in requests]
     objects = self.model, self.frozen, *(request.references for request in requests)
     same = self._encoded and self._encoded[0] == key and all(map(operator.is_, self._encoded[1], objects))
     if not same:
-      self._encoded = key, objects, self.encode(requests, s)
+      encoded, references = self.encode(requests, s), self.references(requests, height, width, s)
+      conditioning = encoded.conditioning._replace(references=references)
+      self._encoded = key, objects, encoded._replace(conditioning=conditioning)
     return self._encoded[2]
 
   @_in_mesh
@@ -302,6 +304,28 @@ class UniFusionPipeline:
     notes = [remarks.remark(row.instruction, new, len(row.references), self.vocabulary) if text is None else ''
              for row, text, new in zip(rows, answers, written)]
     return Encoded(conditioning, *(texts[:len(requests)] for texts in (rewrites, warnings, notes)))
+
+  @_in_mesh
+  def references(self, requests: list[Request], height: int, width: int, settings: SampleConfig | None = None
+                 ) -> dit.References | None:
+    """Clean latents of the references for images of a size: `references` of a Conditioning, which `encode` leaves None.
+
+    None where the setting `reference_latents` is off or no request has any.
+    """
+    s, rows = settings or self.settings, _padded(requests)
+    most = max(len(row.references) for row in rows)
+    if not (s.reference_latents and most):
+      return None
+    # Requests that share their references, as those of one call do, share what is made of them
+    shown = {id(row.references): row.references for row in rows}
+    shown = {key: imaging.canvases([imaging.read(image) for image in images], most, height, width, self.unit)
+             for key, images in shown.items()}
+    images, mask = zip(*(shown[id(row.references)] for row in rows))
+    strengths = None
+    if any(strength != 1 for strength in s.strengths):
+      strengths = sharding.shard(np.tile(np.array(s.strengths, np.float32), (len(rows), 1)))
+    batch = dict(references=np.stack(images), reference_mask=np.stack(mask))
+    return states.clean_references(self.frozen.vae, sharding.shard(batch), strengths)
 
   @_in_mesh
   def null(self, negative_prompt: str = '') -> Conditioning:
@@ -393,6 +417,11 @@ class UniFusionPipeline:
       raise UserError(f'no image: its {wrong} came out as NaN or infinity, so the weights of {weights} hold such '
                       'numbers, or some too large for their dtype: take others, or float32')
     return images
+
+  @property
+  def reference_unit(self) -> int:
+    """`transforms.GenerationExample.reference_unit` of the pipeline's settings."""
+    return self.unit if self.settings.reference_latents else 0
 
   @property
   def unit(self) -> int:

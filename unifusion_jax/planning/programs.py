@@ -16,7 +16,7 @@ import numpy as np
 from unifusion_jax import conditioning, denoising, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import transforms
-from unifusion_jax.models import text_generation
+from unifusion_jax.models import dit, text_generation
 from unifusion_jax.objectives.flow_matching import FlowMatching
 from unifusion_jax.request import shape_like
 from unifusion_jax.training import step
@@ -82,6 +82,7 @@ class _Sampling:
     self.max_rewrite = encoder.max_rewrite
     self.length, self.image_length = encoder.lengths(count)[0], count * encoder.image_processor.max_tokens
     self.images = self._rows(encoder.image_processor.spec(count)) if count else None
+    self.references = references if objective.sample_settings(config).reference_latents else 0
 
   def program(self, name: str) -> Program:
     function, arguments = getattr(self, f'_{name}')()
@@ -123,6 +124,11 @@ class _Sampling:
       null = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 1, *x.shape[2:]), x.dtype), conditioning)
     if self.settings.eta:
       keys = self._rows(jax.eval_shape(lambda: jax.random.key(0)))
+    if n := self.references:
+      (height, width, channels), patch = self._latents().shape[1:], self.config.model.dit.patch
+      conditioning = conditioning._replace(references=dit.References(*self._rows((
+          jax.ShapeDtypeStruct((n, height, width, channels), np.float32),
+          jax.ShapeDtypeStruct((n, height // patch, width // patch), bool)))))
     times = jax.ShapeDtypeStruct((self.settings.steps + 1,), np.float32)
     function = jax.jit(functools.partial(denoising.integrate, method=self.settings.method))
     return function, (self.model, conditioning, null, self._latents(), times, number, number, keys,

@@ -1,0 +1,310 @@
+"""Clean latents of references: geometry, the DiT against a plain formula, training, sampling."""
+
+import copy
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_dit import build, example, put
+from test_pipeline import random_pipe, requests, same
+
+from unifusion_jax import conditioning, description, flow, sharding
+from unifusion_jax.commands import train
+from unifusion_jax.data import imaging, transforms
+from unifusion_jax.data.config import Task
+from unifusion_jax.errors import UserError
+from unifusion_jax.models import unifusion
+from unifusion_jax.models.dit import References
+from unifusion_jax.objectives.flow_matching import FlowMatching
+from unifusion_jax.planning import programs
+from unifusion_jax.request import MAX_REFERENCES, Request
+from unifusion_jax.scenes import examples
+from unifusion_jax.weights.lora import LoRAConfig
+
+NOISE = np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8)
+WIDE, TALL = NOISE[:24], NOISE[:, :40]
+
+
+# Geometry
+
+
+@pytest.mark.parametrize('shape, rows, columns', [
+    ((64, 96), 8, 12), ((32, 48), 8, 12), ((640, 962), 8, 12),  # the canvas's own proportions, whatever the size
+    ((64, 64), 8, 8), ((40, 96), 5, 12), ((3, 96), 1, 12), ((10, 1), 8, 1)])
+def test_a_reference_fits_the_canvas_in_its_own_proportions(shape, rows, columns):
+  image = np.resize(NOISE, (*shape, 3))
+  (canvas, absent), (mask, nowhere) = imaging.canvases([image], 2, 64, 96, 8)
+  assert canvas.shape == (64, 96, 3) and not absent.any() and not nowhere.any() and mask.shape == (8, 12)
+  top, left = (8 - rows) // 2, (12 - columns) // 2
+  covered = np.zeros((8, 12), bool)
+  covered[top:top + rows, left:left + columns] = True
+  np.testing.assert_array_equal(mask, covered)
+  inside = np.s_[8 * top:8 * (top + rows), 8 * left:8 * (left + columns)]
+  np.testing.assert_array_equal(canvas[inside], imaging.resize_cover(image, 8 * columns, 8 * rows))
+  np.testing.assert_array_equal(canvas[:8 * top], np.repeat(canvas[8 * top][None], 8 * top, 0))
+
+
+# The DiT
+
+
+def references(b=4, n=2, height=6, width=4, seed=1):
+  """Numbers [b n y x 4] and masks [b n y/2 x/2] of all sizes, in numpy."""
+  rng = np.random.default_rng(seed)
+  mask = rng.random((b, n, height // 2, width // 2)) < 0.5
+  mask[0, 0], mask[1] = True, False
+  return References(rng.standard_normal((b, n, height, width, 4), np.float32), mask,
+                    rng.standard_normal((b, n), np.float32))
+
+
+def formula(model, z, t, cond, mask, references):
+  """One row's velocity [y x 4]: tokens that are there alone, each with its position, its time and its weight."""
+  w = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model.dit)))
+  c = model.config.dit
+  rows, columns = z.shape[0] // 2, z.shape[1] // 2
+  tokens = [(token, (0, 0, 0), t, 1.0) for token, there in zip(cond, mask) if there]
+  frames = [(z, np.ones((rows, columns), bool), t, 1.0)] + [
+      (latents, there, 0.0, np.exp(bias)) for latents, there, bias in zip(*references)]
+  for frame, (latents, there, time, weight) in enumerate(frames):
+    for y, x in np.argwhere(there):
+      patch = latents[2 * y:2 * y + 2, 2 * x:2 * x + 2].transpose(2, 0, 1).reshape(-1)
+      tokens.append((patch @ w['image_w'] + w['image_b'], (frame, y, x), time, weight))
+  x, positions, times, weights = (np.array(values, np.float64) for values in zip(*tokens))
+
+  gelu = lambda x: np.asarray(jax.nn.gelu(x, approximate=True), np.float64)
+  rms = lambda x: x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.eps)
+  sigmoid = lambda x: 1 / (1 + np.exp(-x))
+  frequencies = 1e4 ** (-np.arange(c.time_dim // 2) / (c.time_dim // 2))
+  phases = 1000 * times[:, None] * frequencies
+  time = gelu(np.concatenate([np.cos(phases), np.sin(phases)], -1) @ w['time_w1'] + w['time_b1'])
+  time = time @ w['time_w2'] + w['time_b2']
+  modulation = np.einsum('sd,dmf->msf', gelu(time), w['mod_w']) + w['mod_b'][:, None]
+  angles = np.concatenate([positions[:, i, None] * c.rope_theta ** (-np.arange(0, size, 2) / size)
+                           for i, size in enumerate(c.rope_axes)], axis=-1)
+  turn = np.exp(1j * angles)[:, None]
+
+  def rotated(x):
+    turned = (x[..., :c.head_dim // 2] + 1j * x[..., c.head_dim // 2:]) * turn
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+  for i in range(c.depth):
+    block = jax.tree.map(lambda leaf: leaf[i], w['blocks'])
+    scale1, shift1, gate1, scale2, shift2, gate2 = modulation + block['table'][:, None]
+    y, a = (1 + scale1) * (1 + block['norm1']) * rms(x) + shift1, block['attn']
+    q, k = (rotated(rms(np.einsum('sd,dhk->shk', y, a[name])) * (1 + a[f'{norm}_norm']))
+            for name, norm in (('wq', 'q'), ('wk', 'k')))
+    k, v = (np.repeat(each, c.heads // c.kv_heads, axis=1) for each in (k, np.einsum('sd,dhk->shk', y, a['wv'])))
+    shares = np.exp(np.einsum('qhk,shk->hqs', q, k) / np.sqrt(c.head_dim)) * weights
+    attended = np.einsum('hqs,shk->qhk', shares / shares.sum(-1, keepdims=True), v)
+    x = x + gate1 * np.einsum('shk,hkd->sd', attended * sigmoid(np.einsum('sd,dhk->shk', y, a['gate'])), a['wo'])
+    y, mlp = (1 + scale2) * (1 + block['norm2']) * rms(x) + shift2, block['mlp']
+    gate = y @ mlp['gate']
+    x = x + gate2 * ((gate * sigmoid(gate) * (y @ mlp['up'])) @ mlp['down'])
+  first, image = mask.sum(), slice(mask.sum(), mask.sum() + rows * columns)
+  scale, shift = time[first] + w['table'][:, None][0], time[first] + w['table'][:, None][1]
+  x = ((1 + scale) * (1 + w['norm']) * rms(x[image]) + shift) @ w['final_w'] + w['final_b']
+  return x.reshape(rows, columns, 4, 2, 2).transpose(0, 3, 1, 4, 2).reshape(z.shape)
+
+
+@jax.jit
+def velocity(model, z, t, cond, mask, references=None):
+  return model.velocity(z, t, cond, mask, references=references)
+
+
+def inputs(tokens=5):
+  hidden, mask, z, noise, t = example(tokens=tokens)
+  return build(), z, t, np.random.default_rng(4).standard_normal((4, tokens, 64), np.float32), mask
+
+
+@pytest.mark.parametrize('tokens', [5, 6])  # with 6, tp shares out the sequence
+def test_the_velocity_is_the_plain_formulas(tokens):
+  model, *rows = inputs(tokens)
+  known = references()
+  v = np.asarray(velocity(model, *put(*rows), jax.tree.map(lambda x: put(x)[0], known)))
+  for i in range(4):
+    wanted = formula(model, *(x[i] for x in rows), [x[i] for x in known])
+    np.testing.assert_allclose(v[i], wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_what_is_not_covered_changes_nothing():
+  """Patches beside a reference, and references that are not there; and each row is what it is alone."""
+  model, *rows = inputs()
+  known = references()._replace(bias=None)
+  ask = lambda known: np.asarray(velocity(model, *put(*rows), known and jax.tree.map(lambda x: put(x)[0], known)))
+  v, without = ask(known), ask(None)
+  cells = known.mask.repeat(2, axis=2).repeat(2, axis=3)[..., None]
+  np.testing.assert_array_equal(ask(known._replace(latents=np.where(cells, known.latents, 7.0))), v)
+  one_more = References(*(np.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2)) for x in known[:2]))
+  np.testing.assert_allclose(ask(one_more), v, atol=1e-5)
+  np.testing.assert_allclose(v[1], without[1], atol=1e-5)  # the row without any
+  assert np.abs(v - without)[[0, 2, 3]].max(axis=(1, 2, 3)).min() > 1e-3
+  alone = [np.repeat(x[2:3], 4, axis=0) for x in (*rows, *known[:2])]
+  row = np.asarray(velocity(model, *put(*alone[:4]), References(*put(*alone[4:]))))[0]
+  np.testing.assert_allclose(row, v[2], atol=1e-5)
+
+
+def test_every_parameter_gets_a_finite_gradient_through_references():
+  model, *rows = inputs()
+  known = jax.tree.map(lambda x: put(x)[0], references())
+  model.dit.config.remat = True
+  gradients = jax.jit(jax.grad(lambda model, *rows: jnp.sum(velocity(model, *rows) ** 2)))(model, *put(*rows), known)
+  for (path, g), x in zip(jax.tree_util.tree_leaves_with_path(gradients.dit), jax.tree.leaves(model.dit)):
+    assert jax.typeof(g) == jax.typeof(x) and np.isfinite(g).all() and np.abs(g).max() > 0, jax.tree_util.keystr(path)
+
+
+# Training
+
+
+@pytest.fixture
+def taught(recipe, tmp_path):
+  """A recipe that teaches adapters of a random model to edit by clean latents."""
+  made = recipe(objective=FlowMatching(reference_latents=True, lora=LoRAConfig(rank=4, targets=('all',))))
+  made.data = dataclasses.replace(made.data, tasks=(Task('edit'),))
+  made.train = dataclasses.replace(made.train, steps=2, save_every=1, preview_every=0)
+  rng = np.random.default_rng(0)
+  model = jax.jit(lambda: unifusion.UniFusion(made.model, rngs=nnx.Rngs(5)))()
+  model = jax.tree.map(lambda x: x + jax.device_put(rng.normal(0, 0.1, x.shape).astype(np.float32), x.sharding), model)
+  unifusion.save(model, tmp_path / 'base')
+  return dataclasses.replace(made, init=str(tmp_path / 'base'))
+
+
+def test_examples_have_them_where_the_switch_is_on(taught):
+  record = examples.example('edit', 'train', 3)
+  encoder = transforms.prompt_encoder(taught)
+  make = lambda record, unit=8, **drops: transforms.GenerationExample(
+      encoder, reference_unit=unit, **dict(cond_dropout=0.0, image_dropout=0.0) | drops)(
+          record, np.random.default_rng(0))
+  whole, height, width = make(record), *record['target'].shape[:2]
+  images, mask = imaging.canvases(record['references'], 1, height, width, 8)
+  np.testing.assert_array_equal(whole['references'], images)
+  np.testing.assert_array_equal(whole['reference_mask'], mask)
+  assert mask.any()
+  spec = transforms.GenerationExample(encoder, reference_unit=8).spec(height, width, 1, record['task'])
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
+  assert not make(record, image_dropout=1.0)['reference_mask'].any()
+  for drops in (dict(cond_dropout=1.0), dict(text_dropout=1.0), dict(instruction_prob=1.0)):
+    np.testing.assert_array_equal(make(record, **drops)['reference_mask'], mask)
+  assert 'references' not in make(record, unit=0) and 'references' not in make(dict(record, references=[]))
+
+
+def test_a_memorised_edit_and_a_run_that_goes_on(taught, mesh, tmp_path):
+  """One step changes the output and the loss falls; two runs of one step are one of two, bit for bit."""
+  objective, frozen = taught.objective, taught.objective.frozen(taught)
+  batch = sharding.shard_batch(next(train.batches(taught)), mesh)
+  params, tx = objective.init(taught), optax.adam(2e-2)
+  loss = lambda params, batch: objective.loss(params, frozen, batch, jax.random.key(0))[0]
+
+  @jax.jit
+  def update(params, state, batch):
+    value, gradients = jax.value_and_grad(loss)(params, batch)
+    updates, state = tx.update(gradients, state)
+    return optax.apply_updates(params, updates), state, value
+
+  state, losses = tx.init(params), []
+  for _ in range(20):
+    params, state, value = update(params, state, batch)
+    losses.append(float(value))
+  assert losses[1] != losses[0] and losses[-1] < 0.8 * losses[0] and np.isfinite(losses).all()
+  hidden = batch | dict(reference_mask=jnp.zeros_like(batch['reference_mask']))
+  assert float(update(params, state, hidden)[2]) > losses[-1]  # it looks at the references
+
+  whole = train.run(copy.deepcopy(taught), tmp_path / 'whole')
+  train.run(copy.deepcopy(taught), tmp_path / 'run', stop_at=1)
+  parts = train.run(copy.deepcopy(taught), tmp_path / 'run')
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_tokens_and_plans_count_them(taught, recipe):
+  """A reference is as many tokens as the image; an export samples as it was trained."""
+  plain = dataclasses.replace(taught, objective=dataclasses.replace(taught.objective, reference_latents=False))
+  more = [config.objective.tokens(config, config.objective.batch_spec(config, 2)) for config in (plain, taught)]
+  assert more[1] - more[0] == 8 * 2 * 64
+  traced = [programs.of('denoise', config, 4, 2).trace().jaxpr for config in (plain, taught)]
+  assert len(traced[1].jaxpr.invars) == len(traced[0].jaxpr.invars) + 2
+  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(taught.mesh, 8)):
+    assert {'references', 'reference_mask'} == taught.objective.batch_spec(taught).keys() - plain.objective.batch_spec(
+        plain).keys()
+
+
+def test_an_export_samples_as_it_was_trained(recipe, tmp_path):
+  config = recipe(objective=FlowMatching(reference_latents=True))
+  config.objective.export(config, config.objective.init(config), tmp_path)
+  assert description.read(tmp_path).sample['reference_latents'] and not config.sample.reference_latents
+
+
+# Sampling
+
+
+@pytest.fixture(scope='module')
+def pipe(recipe):
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
+    made = random_pipe(recipe())
+    made.settings = made.settings.changed(reference_latents=True)
+    return made
+
+
+def test_guidance_leaves_references_in_the_null(pipe, mesh):
+  asked = [Request('make it blue', (WIDE, TALL), i, 'a blue circle') for i in range(4)]
+  known, noise = pipe.references(asked, 48, 80), pipe.noise(range(4), 48, 80)
+  np.testing.assert_array_equal(np.asarray(known.mask)[0], imaging.canvases((WIDE, TALL), 2, 48, 80, 8)[1])
+  assert pipe.references(asked, 48, 80, pipe.settings.changed(reference_latents=False)) is None
+  cond = pipe.encode(asked).conditioning
+  null = jax.tree.map(lambda x: sharding.shard(np.repeat(np.asarray(x), 4, axis=0)), pipe.null())
+  v, uncond = (velocity(pipe.model, noise, sharding.shard(np.ones(4, np.float32)), c.tokens, c.mask, known)
+               for c in (cond, null))
+  z = pipe.denoise(cond._replace(references=known), noise, jnp.array([1.0, 0.75]), guidance=3.0)
+  wanted = noise - 0.25 * flow.guide(v, uncond, 3.0)
+  np.testing.assert_allclose(z, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_reference_of_strength_zero_is_absent(pipe):
+  two = [dataclasses.replace(request, references=(WIDE, TALL), rewrite='x') for request in requests()]
+  one = [dataclasses.replace(request, references=(WIDE,)) for request in two]
+  cond = pipe.encode(one).conditioning
+  noise, times = pipe.noise(range(4), 64, 64), pipe.times(64, 64, steps=1)
+  run = lambda asked, strengths: np.asarray(pipe.denoise(cond._replace(references=pipe.references(
+      asked, 64, 64, pipe.settings.changed(strengths=strengths))), noise, times, guidance=1.0))
+  absent, alone, both, half = run(two, (1.0, 0.0)), run(one, ()), run(two, ()), run(two, (1.0, 0.5))
+  np.testing.assert_allclose(absent, alone, atol=1e-4 * np.abs(alone).max())
+  assert min(np.abs(both - alone).max(), np.abs(half - both).max()) > 1e-3 * np.abs(both).max()
+
+
+def test_rows_with_unlike_references_are_what_they_are_alone(pipe, tmp_path):
+  """One, two and none in a batch, of several shapes; with a region, from an image, over several seeds."""
+  shown = (WIDE,), (TALL, NOISE), ()
+  mixture = [Request('make it blue', images, i, 'x') for i, images in enumerate(shown)]
+  s = pipe.settings.changed(guidance=2.0, eta=0.5)
+  together = pipe.generate(mixture, 64, 64, settings=s)
+  for i, request in enumerate(mixture):
+    same(pipe.generate([request], 64, 64, settings=s)[0].image, together[i].image)
+  off = pipe.generate(mixture, 64, 64, settings=s.changed(reference_latents=False))
+  differs = [(a.image != b.image).any() for a, b in zip(off, together)]
+  assert differs == [True, True, False] or np.abs(off[2].image.astype(int) - together[2].image).max() <= 1
+  from_image = pipe.generate(mixture[:1], 64, 64, settings=s, init_images=[NOISE], start=0.5)[0].image
+  assert (from_image != together[0].image).any()
+  mask = np.zeros((64, 64), np.uint8)
+  mask[16:48, 16:48] = 255
+  imaging.write_png(tmp_path / 'mask.png', mask)
+  result = pipe('make it blue', images=[NOISE, WIDE], rewrite='x', num_images=2, precise=str(tmp_path / 'mask.png'),
+                height=64, width=64, batch_size=8)
+  np.testing.assert_array_equal(result.arrays[1][mask == 0], NOISE[mask == 0])
+  assert result.metadata[0]['settings']['reference_latents']
+
+
+def test_references_are_encoded_once_for_all_seeds(pipe, monkeypatch):
+  encode, calls = conditioning.clean_references, []
+  monkeypatch.setattr(conditioning, 'clean_references', lambda *args: calls.append(1) or encode(*args))
+  images = (WIDE.copy(),)
+  ask = lambda height, seed: pipe.generate([Request('make it blue', images, seed, 'x')], height, 64)
+  for height, seed, count in ((64, 0, 1), (64, 1, 1), (48, 0, 2)):
+    ask(height, seed)
+    assert len(calls) == count
+
+
+def test_too_many_references_are_refused(pipe):
+  with pytest.raises(UserError, match=f'{MAX_REFERENCES + 1} references, and with reference_latents'):
+    pipe('all of them', images=[NOISE] * (MAX_REFERENCES + 1), tiles=1)
