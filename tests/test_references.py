@@ -14,7 +14,7 @@ from test_dit import build, example, put
 from test_pipeline import random_pipe, same
 
 from unifusion_jax import conditioning, description, flow, sharding
-from unifusion_jax.commands import train
+from unifusion_jax.commands import sample, train
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import unifusion
@@ -301,6 +301,13 @@ def test_a_precise_edit_with_references(pipe, tmp_path):
   assert result.metadata[0]['settings']['reference_latents']
 
 
-def test_too_many_references_are_refused(pipe):
-  with pytest.raises(UserError, match=f'{MAX_REFERENCES + 1} references, and with reference_latents'):
-    pipe('all of them', images=[NOISE] * (MAX_REFERENCES + 1), tiles=1)
+def test_too_many_references_are_refused(pipe, recipe, tmp_path):
+  """In a call, and in a run that learned to read them before anything is loaded."""
+  imaging.write_png(tmp_path / 'one.png', NOISE)
+  many = (str(tmp_path / 'one.png'),) * (MAX_REFERENCES + 1)
+  with pytest.raises(UserError, match=f'{len(many)} references, and with reference_latents'):
+    pipe('all of them', images=list(many))
+  config = recipe(objective=FlowMatching(reference_latents=True))
+  config.sample = config.sample.changed(prompt='all of them', references=many)
+  with pytest.raises(UserError, match=f'{len(many)} references, and with reference_latents'):
+    sample.run(config, tmp_path)
