@@ -23,7 +23,7 @@ from unifusion_jax.objectives.flow_matching import FlowMatching
 from unifusion_jax.planning import estimate, programs
 from unifusion_jax.request import MAX_REFERENCES, Request
 from unifusion_jax.scenes import examples
-from unifusion_jax.training import step
+from unifusion_jax.training import record, step
 from unifusion_jax.weights.lora import LoRAConfig
 
 NOISE = np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8)
@@ -171,22 +171,22 @@ def taught(recipe, tmp_path):
 
 
 def test_examples_have_them_where_the_switch_is_on(taught):
-  record = examples.example('edit', 'train', 3)
+  edit = examples.example('edit', 'train', 3)
   encoder = transforms.prompt_encoder(taught)
-  make = lambda record, unit=8, **drops: transforms.GenerationExample(
+  make = lambda edit, unit=8, **drops: transforms.GenerationExample(
       encoder, reference_unit=unit, **dict(cond_dropout=0.0, image_dropout=0.0) | drops)(
-          record, np.random.default_rng(0))
-  whole, height, width = make(record), *record['target'].shape[:2]
-  images, mask = imaging.canvases(record['references'], 1, height, width, 8)
+          edit, np.random.default_rng(0))
+  whole, height, width = make(edit), *edit['target'].shape[:2]
+  images, mask = imaging.canvases(edit['references'], 1, height, width, 8)
   np.testing.assert_array_equal(whole['references'], images)
   np.testing.assert_array_equal(whole['reference_mask'], mask)
   assert mask.any()
-  spec = transforms.GenerationExample(encoder, reference_unit=8).spec(height, width, 1, record['task'])
+  spec = transforms.GenerationExample(encoder, reference_unit=8).spec(height, width, 1, edit['task'])
   assert jax.tree.map(lambda x: (x.shape, x.dtype), whole) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
-  assert not make(record, image_dropout=1.0)['reference_mask'].any()
+  assert not make(edit, image_dropout=1.0)['reference_mask'].any()
   for drops in (dict(cond_dropout=1.0), dict(text_dropout=1.0), dict(instruction_prob=1.0)):
-    np.testing.assert_array_equal(make(record, **drops)['reference_mask'], mask)
-  assert 'references' not in make(record, unit=0) and 'references' not in make(dict(record, references=[]))
+    np.testing.assert_array_equal(make(edit, **drops)['reference_mask'], mask)
+  assert 'references' not in make(edit, unit=0) and 'references' not in make(dict(edit, references=[]))
 
 
 def test_a_memorised_edit(taught, mesh, tmp_path):
@@ -235,6 +235,15 @@ def test_an_export_samples_as_it_was_trained(recipe, tmp_path):
   config = recipe(objective=FlowMatching(reference_latents=True))
   config.objective.export(config, config.objective.init(config), tmp_path)
   assert description.read(tmp_path).sample['reference_latents'] and not config.sample.reference_latents
+
+
+def test_a_run_that_reads_them_samples_with_them(recipe, tmp_path):
+  config = recipe(objective=FlowMatching(reference_latents=True))
+  record.claim(config, tmp_path)
+  (tmp_path / 'checkpoints' / '2').mkdir(parents=True)
+  record.check_same_model(config, tmp_path)
+  with pytest.raises(UserError, match='objective.reference_latents: True there, False now'):
+    record.check_same_model(recipe(), tmp_path)
 
 
 # Sampling
