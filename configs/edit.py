@@ -24,6 +24,7 @@ not been trained. In this order, each in a workdir of its own:
 :krea2 tunes all of Krea 2 (Raw, 12.8B parameters with open weights) to edit at 1024 px, its references read by
 Qwen3-VL-4B alone; for a TPU v6e:8x8 or v5e:16x16. It has not been trained. configs/edit_lora.py:krea2 takes one GPU.
   python -m unifusion_jax.main --config=configs/edit.py:krea2 --config.data.path=FOLDER/edits.jsonl
+With --config.objective.reference_latents=true the DiT reads clean latents of the references too (docs/krea2.md).
 """
 
 import dataclasses

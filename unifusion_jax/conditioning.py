@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unifusion_jax import parts
-from unifusion_jax.data import transforms
+from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import unifusion
+from unifusion_jax.models import dit, unifusion
+from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import autoencoders, encoders
 
 _static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
@@ -110,10 +111,11 @@ def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int,
 
 
 class Conditioning(NamedTuple):
-  """Condition tokens of the DiT and their mask; a pytree with the batch first in every leaf."""
+  """Condition tokens of the DiT with their mask, and clean references; a pytree with the batch first in every leaf."""
   tokens: jax.Array  # [b q d]
   mask: jax.Array    # [b q], False on padding
   bias: jax.Array | None = None  # [b q] f32, the logarithm of how often each token counts in attention; None: once
+  references: dit.References | None = None  # clean latents of reference images, where the model reads them
 
 
 class States(NamedTuple):
@@ -143,8 +145,25 @@ def condition(model, states: States) -> Conditioning:
 @jax.jit
 def weighted(conditioning: Conditioning, strengths: jax.Array) -> Conditioning:
   """Conditioning whose tokens count `strengths` [b q] times, those of 0 not at all."""
-  tokens, mask, _ = conditioning
-  return Conditioning(tokens, mask & (strengths > 0), jnp.log(jnp.where(strengths > 0, strengths, 1)))
+  mask, bias = conditioning.mask & (strengths > 0), jnp.log(jnp.where(strengths > 0, strengths, 1))
+  return conditioning._replace(mask=mask, bias=bias)
+
+
+@jax.jit
+def clean_references(vae, batch, strengths: jax.Array | None = None) -> dit.References | None:
+  """Clean latents of a batch's references, which count `strengths` [b n] times, those of 0 not at all.
+
+  batch: references uint8 [b n y x 3] and reference_mask [b n rows columns] as of `imaging.canvases`; without them None.
+  """
+  if 'references' not in batch:
+    return None
+  images, mask, bias = batch['references'], batch['reference_mask'], None
+  b, n = images.shape[:2]
+  images = jnp.reshape(images, (b * n, *images.shape[2:]), out_sharding=jax.P(BATCH))
+  latents = vae.encode(imaging.to_float(images)).astype(jnp.float32)
+  if strengths is not None:
+    mask, bias = mask & (strengths > 0)[:, :, None, None], jnp.log(jnp.where(strengths > 0, strengths, 1))
+  return dit.References(jnp.reshape(latents, (b, n, *latents.shape[1:]), out_sharding=jax.P(BATCH)), mask, bias)
 
 
 @jax.jit

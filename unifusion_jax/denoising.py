@@ -27,11 +27,13 @@ def noised(vae, images, noise, t):
 def integrate(model, conditioning, null, latents, times, guidance, eta, keys, first, kept=None, *, method):
   """Integrates the flow, with guidance where a null conditioning [1 q d] is given.
 
+  Clean references condition the null too, as in training: guidance leads along what was asked.
   kept: parts that are put in their place after each step.
   """
   if null is not None:
     b = latents.shape[0]
     null = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, *x.shape[1:]), out_sharding=jax.P(sharding.BATCH)), null)
+    null = null._replace(references=conditioning.references)
 
   def velocity(z, t):
     v = model.velocity(z, t, *conditioning)

@@ -29,7 +29,7 @@ from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.denoising import Kept
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import unifusion
+from unifusion_jax.models import dit, unifusion
 from unifusion_jax.reading import Read
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
 from unifusion_jax.weights import autoencoders, encoders, lora_files
@@ -204,8 +204,8 @@ class UniFusionPipeline:
         with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
       **settings: of SampleConfig: negative_prompt, steps, guidance, method, eta, shift, verifi, system, temperature,
-        top_p, tiles, image_tokens, stitch, strengths, precise, decode_tile, batch_size. None, as for every argument
-        here, is the pipeline's own default.
+        top_p, tiles, image_tokens, reference_latents, stitch, strengths, precise, decode_tile, batch_size. None, as for
+        every argument here, is the pipeline's own default.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(text, str) for text in prompts):
@@ -279,7 +279,7 @@ class UniFusionPipeline:
       raise UserError(f'init_images must be {len(requests)} images of shape {(height, width, 3)}, one for each request')
     read = self._read_once(requests, s)
     null = None if s.guidance == 1 else self.null(s.negative_prompt)  # the VLM is still there
-    conditioning = self._condition_once(read)
+    conditioning = self._condition_once(read, requests, height, width, s)
     seeds = [request.seed for request in requests]
     noise, kept = self.noise(seeds, height, width), None
     latents = noise if init_images is None else self.add_noise(init_images, noise, start)
@@ -323,10 +323,13 @@ class UniFusionPipeline:
     self._reads = [*(other for other in self._reads if other is not entry), entry][-most:]
     return entry[2]
 
-  def _condition_once(self, read: Read) -> Conditioning:
-    """`_condition`, or its last result."""
-    if self._conditioned is None or self._conditioned[0] is not read:
-      self._conditioned = read, self._condition(read)
+  def _condition_once(self, read: Read, requests: list[Request], height: int, width: int, s: SampleConfig
+                      ) -> Conditioning:
+    """`_condition` with `references`, or the last result."""
+    key = read, s.reference_latents and (height, width)
+    if self._conditioned is None or self._conditioned[0][0] is not read or self._conditioned[0][1] != key[1]:
+      conditioning = self._condition(read)
+      self._conditioned = key, conditioning._replace(references=self.references(requests, height, width, s))
     return self._conditioned[1]
 
   def _condition(self, read: Read) -> Conditioning:
@@ -338,6 +341,28 @@ class UniFusionPipeline:
     prompts = prompting.Prompts.of(self.prompt_encoder, sharding.padded(requests), s, self._max_positions)
     read = reading.read(self.vlm, self.taps, prompts, s, self.vocabulary)
     return read._replace(states=sharding.gather(read.states)) if self._in_turn else read
+
+  @_in_mesh
+  def references(self, requests: list[Request], height: int, width: int, settings: SampleConfig | None = None
+                 ) -> dit.References | None:
+    """Clean latents of the references for images of a size: `references` of a Conditioning, which `encode` leaves None.
+
+    None where the setting `reference_latents` is off or no request has any.
+    """
+    s, rows = settings or self.settings, sharding.padded(requests)
+    most = max(len(row.references) for row in rows)
+    if not (s.reference_latents and most):
+      return None
+    # Requests that share their references, as those of one call do, share what is made of them
+    shown = {id(row.references): row.references for row in rows}
+    shown = {key: imaging.canvases([imaging.read(image) for image in images], most, height, width, self.unit)
+             for key, images in shown.items()}
+    images, mask = zip(*(shown[id(row.references)] for row in rows))
+    strengths = None
+    if any(strength != 1 for strength in s.strengths):
+      strengths = sharding.shard(np.tile(np.array(s.strengths, np.float32), (len(rows), 1)))
+    batch = dict(references=np.stack(images), reference_mask=np.stack(mask))
+    return states.clean_references(self.vae, sharding.shard(batch), strengths)
 
   @_in_mesh
   def null(self, negative_prompt: str = '') -> Conditioning:
@@ -429,6 +454,11 @@ class UniFusionPipeline:
       raise UserError(f'no image: its {wrong} came out as NaN or infinity, so the weights of {weights} hold such '
                       'numbers, or some too large for their dtype: take others, or float32')
     return images
+
+  @property
+  def reference_unit(self) -> int:
+    """`transforms.GenerationExample.reference_unit` of the pipeline's settings."""
+    return self.unit if self.settings.reference_latents else 0
 
   @property
   def unit(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from unifusion_jax import verifi
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
-from unifusion_jax.request import Request, SampleConfig
+from unifusion_jax.request import MAX_REFERENCES, Request, SampleConfig
 
 COND_BUCKET = 64  # condition tokens of a layout with a prefix: this many, or the next power of 2
 SYSTEM_BUCKET = 64  # extra tokens for a system prompt longer than training's: this many, or the next power of 2
@@ -140,6 +140,9 @@ def check(encoder: transforms.PromptEncoder, requests: list[Request], s: SampleC
         if s.strengths and len(s.strengths) != len(request.references):
           raise UserError(f'strengths={s.strengths} are {len(s.strengths)} and its references '
                           f'{len(request.references)}: give one for each')
+        if s.reference_latents and len(request.references) > MAX_REFERENCES:
+          raise UserError(f'it has {len(request.references)} references, and with reference_latents, where each is as '
+                          f'many tokens as the image, there may be {MAX_REFERENCES}: give fewer')
         if s.precise and not request.references:
           raise UserError('precise= keeps parts of the first reference, and there is none: give references')
         if s.precise:

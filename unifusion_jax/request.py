@@ -25,6 +25,7 @@ LIMITS = dict(
     batch_size=Range(1, 65_536), decode_tile=Range(0, 65_536), width=Range(0, 65_536), height=Range(0, 65_536),
     start=Range(0, 1), t=Range(0, 1), first=Range(0))
 STRENGTH = Range(0, 100)
+MAX_REFERENCES = 10  # of an image, where their clean latents are tokens of the DiT: each is as many as the image
 MAX_SIDE, MAX_PATCHES = 1024, 65_536  # latent patches along a side of an image, and in all: 4096 x 4096 at 16 pixels
 
 
@@ -48,6 +49,7 @@ class SampleConfig:
   top_p: float = 1.0                # of rewrites: share of probability that tokens are sampled from
   tiles: int = 0                    # maximum tiles of a reference; 0: as in training
   image_tokens: bool = True         # False: the VLM reads the references, but their tokens do not condition the DiT
+  reference_latents: bool = False   # clean latents of the references are tokens of the DiT too, as it learned
   stitch: bool = False              # show all references as one image, side by side
   precise: Path | None = None       # image as large as the first reference: where it is not white, that stays
   strengths: tuple[float, ...] = ()  # how often each reference counts in the DiT's attention, in order; (): once

@@ -71,8 +71,8 @@ def run(config, workdir: pathlib.Path) -> None:
   record.check_same_model(config, workdir)
   # All requests are checked before anything slow is loaded
   wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
-  _check(transforms.prompt_encoder(config), wanted, config.sample, encoders.config(config.vlm).text.max_positions,
-         workdir)
+  _check(transforms.prompt_encoder(config), wanted, config.objective.sample_settings(config),
+         encoders.config(config.vlm).text.max_positions, workdir)
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))

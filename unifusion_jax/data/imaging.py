@@ -204,6 +204,25 @@ def resize_cover(image: np.ndarray, width: int, height: int) -> np.ndarray:
   return np.asarray(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.BICUBIC))
 
 
+def canvases(references, count: int, height: int, width: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
+  """References on canvases of the size of a target, for clean latents: (uint8 [count height width 3], mask).
+
+  Each is scaled to the largest size that fits, to the nearest whole patches of `unit` pixels, cut at the centre where
+  these have other proportions and never stretched. It lies in the centre, and its edge goes on around it. The mask
+  [count height/unit width/unit] marks the patches that it covers, and none of the canvases without a reference.
+  """
+  images, mask = np.zeros((count, height, width, 3), np.uint8), np.zeros((count, height // unit, width // unit), bool)
+  for canvas, covered, image in zip(images, mask, references):
+    scale = min(height / image.shape[0], width / image.shape[1])
+    rows, columns = (max(1, round(side * scale / unit)) for side in image.shape[:2])
+    top, left = (covered.shape[0] - rows) // 2, (covered.shape[1] - columns) // 2
+    covered[top:top + rows, left:left + columns] = True
+    below, right = (height // unit - top - rows) * unit, (width // unit - left - columns) * unit
+    canvas[:] = np.pad(resize_cover(image, columns * unit, rows * unit),
+                       ((top * unit, below), (left * unit, right), (0, 0)), mode='edge')
+  return images, mask
+
+
 def region(mask, image: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
   """(image uint8 [height width 3], where it may change bool [height width]): where the mask is white.
 

@@ -126,6 +126,8 @@ class GenerationExample:
     text_dropout: share of examples with references whose text is left empty, a stop token alone.
     instruction_prob: share of examples conditioned on the request itself instead of a rewrite, as in sampling without
       VERIFI; a request longer than the rewrite budget stays rewritten.
+    reference_unit: pixels of a patch of latents, for examples whose references reach the DiT as clean latents too, on
+      canvases of the target's size; 0: they do not. Image dropout takes these as well, condition dropout leaves them.
     rewrite_online: the VLM writes in the train step. `needs_rewrite` marks the examples to be rewritten;
       `fallback_index`, `fallback_mask` index the request, which conditions the DiT where the rewrite is invalid.
   """
@@ -135,6 +137,7 @@ class GenerationExample:
   text_dropout: float = 0.0
   instruction_prob: float = 0.0
   rewrite_online: bool = False
+  reference_unit: int = 0
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
     prompts, task = self.prompts.with_tiles(record.get('tiles', 0)), record.get('task', '')
@@ -159,6 +162,7 @@ class GenerationExample:
         written, kept = '', verifi.COND_RAW
       elif unwritten:
         written = record['caption']
+    clean = 'image' in kept
     needs_rewrite = self.rewrite_online and len(written) > 0
     if needs_rewrite:
       written = None
@@ -172,9 +176,13 @@ class GenerationExample:
       fallback = verifi.arrays(spans, len(example['input_ids']), prompts.budget(task)[0], ('instruction',))
       example |= dict(needs_rewrite=np.array(needs_rewrite), fallback_index=fallback['cond_index'],
                       fallback_mask=fallback['cond_mask'])
-    example['target'] = imaging.read(record['target'])
+    target = example['target'] = imaging.read(record['target'])
     if counts:
       example['tiles'] = tiles
+    if self.reference_unit and references:
+      images, mask = imaging.canvases([imaging.read(image) for image in references], len(references),
+                                      *target.shape[:2], self.reference_unit)
+      example |= dict(references=images, reference_mask=mask & clean)
     return example
 
   def spec(self, height: int, width: int, references: int = 1, task: str = '', tiles: int = 0) -> dict:
@@ -186,6 +194,10 @@ class GenerationExample:
       n = prompts.budget(task)[0]
       spec |= dict(needs_rewrite=_bools(), fallback_index=_ints(n), fallback_mask=_bools(n))
     spec |= TargetOnly().spec(height, width, references)
+    if references and self.reference_unit:
+      unit = self.reference_unit
+      spec |= dict(references=jax.ShapeDtypeStruct((references, height, width, 3), np.uint8),
+                   reference_mask=_bools(references, height // unit, width // unit))
     return spec | dict(tiles=prompts.image_processor.spec(references)) if references else spec
 
 

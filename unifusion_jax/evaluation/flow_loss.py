@@ -26,9 +26,14 @@ class Batch(NamedTuple):
   rows: int
 
 
-def batches(source, encoder: transforms.PromptEncoder, count: int, size: int) -> Iterator[Batch]:
-  """The usable ones of the first `count` records of a source, `size` at a time; UserError when there are none."""
-  transform = transforms.GenerationExample(encoder, cond_dropout=0.0, image_dropout=0.0)  # so nothing is random
+def batches(source, encoder: transforms.PromptEncoder, count: int, size: int, reference_unit: int = 0
+            ) -> Iterator[Batch]:
+  """The usable ones of the first `count` records of a source, `size` at a time; UserError when there are none.
+
+  reference_unit: of `transforms.GenerationExample`.
+  """
+  transform = transforms.GenerationExample(encoder, cond_dropout=0.0, image_dropout=0.0,  # so nothing is random
+                                           reference_unit=reference_unit)
   arrays = lambda record: (record, transform(record, np.random.default_rng(0)))
   empty = True
   for part, rows in loader.first_records(source, count, size, arrays):
@@ -55,10 +60,12 @@ def _losses(model, frozen: conditioning.Frozen, batch, noise, times):
                              batch['cond_index'])
   mask = batch['cond_mask']
   cond = model.condition(hidden, mask)
+  references = conditioning.clean_references(frozen.vae, batch)
 
   def at(t):
     t = jnp.full_like(z[:, 0, 0, 0], t)
-    return flow.loss(model.velocity(flow.interpolate(z, noise, t), t, cond, mask), z, noise)
+    velocity = model.velocity(flow.interpolate(z, noise, t), t, cond, mask, references=references)
+    return flow.loss(velocity, z, noise)
   return jax.lax.map(at, times).T
 
 

@@ -74,7 +74,8 @@ def origin(source, trained: bool, examples: int, wanted: int) -> dict:
 def _measure(pipe: pipeline.UniFusionPipeline, source, settings) -> tuple[dict, list[dict], list[pipeline.Sample]]:
   """(figures, records with small references, their samples)."""
   losses, records, samples = [], [], []
-  for batch in flow_loss.batches(source, pipe.prompt_encoder, settings.examples, settings.batch_size):
+  for batch in flow_loss.batches(source, pipe.prompt_encoder, settings.examples, settings.batch_size,
+                                 pipe.reference_unit):
     losses.append(flow_loss.losses(pipe, batch))
     requests = [dataclasses.replace(request, seed=number)
                 for number, request in zip(batch.numbers, requests_of(batch.records))]

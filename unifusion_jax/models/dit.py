@@ -3,11 +3,15 @@
 Condition tokens and image patches are one sequence [cond | image]. The time is projected once into six modulation
 vectors that all blocks share; each block adds a table of its own. Rotary positions are (frame, y, x): all zero for
 condition tokens, frame zero for images.
+
+Clean latents of reference images may follow, [cond | image | references], as the community's editing LoRAs have them
+(ostris/ComfyUI-Krea2-Ostris-Edit): frames 1, 2, ..., modulated from time 0 (data), and never read out.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import einops
 from flax import nnx
@@ -59,6 +63,13 @@ class DiTConfig:
     return sizes.undivided(self, prefix, mesh, fsdp=('width', 'time_dim'), tp=('heads', 'kv_heads', 'mlp'))
 
 
+class References(NamedTuple):
+  """Clean latents of n reference images, each on a canvas as large as the image; a pytree with the batch first."""
+  latents: jax.Array  # [b n y x c]
+  mask: jax.Array     # [b n rows columns] bool, the patches that a reference covers
+  bias: jax.Array | None = None  # [b n] f32, the logarithm of how often each counts in attention; None: once
+
+
 class Block(nnx.Module):
   """x += gate * attention(modulate(norm(x))); the same with SwiGLU."""
 
@@ -72,10 +83,17 @@ class Block(nnx.Module):
     self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
 
   def __call__(self, x: jax.Array, modulation: jax.Array, segments: jax.Array, angles: jax.Array,
-               key_bias: jax.Array | None = None) -> jax.Array:
-    """x [b s d], modulation [b m d] f32 with m of 6, segments and key_bias [b s], angles [s k/2] -> [b s d]."""
+               key_bias: jax.Array | None = None, clean: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    """x [b s d], modulation [b m d] f32 with m of 6, segments and key_bias [b s], angles [s k/2] -> [b s d].
+
+    clean: (modulation, which tokens take it [s 1] bool) of the tokens at time 0.
+    """
     slots = (modulation + self.table[...].astype(jnp.float32))[:, :, None]
-    scale1, shift1, gate1, scale2, shift2, gate2 = (slots[:, m] for m in range(6))
+    slots = [slots[:, m] for m in range(6)]
+    if clean is not None:  # chosen where they are used, so [b s d] of them need not be in memory
+      others = (clean[0] + self.table[...].astype(jnp.float32))[:, :, None]
+      slots = [jnp.where(clean[1], others[:, m], slot) for m, slot in enumerate(slots)]
+    scale1, shift1, gate1, scale2, shift2, gate2 = slots
     y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), segments, angles, key_bias)
     x = x + (gate1 * y).astype(x.dtype)
     y = self.mlp(modulate(x, self.norm2, scale2, shift2, self.eps))
@@ -109,11 +127,12 @@ class DiT(nnx.Module):
     self.final_w = constant(0.0, (d, p), ('fsdp', None))
     self.final_b = constant(0.0, (p,))
 
-  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None, *,
-               tap: int | None = None):
+  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None,
+               references: References | None = None, *, tap: int | None = None):
     """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32.
 
     bias: [b s] f32, the logarithm of how often each condition token counts in attention; None where all count once.
+    references: patches that they do not cover change nothing.
     With `tap`: (velocity, states [b y x d] of the image patches after `tap` blocks).
     """
     c = self.config
@@ -122,38 +141,57 @@ class DiT(nnx.Module):
       raise UserError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
                       f'multiples of the patch {c.patch}')
     rows, columns = height // c.patch, width // c.patch
+    frames, end = 1, cond.shape[1] + rows * columns
+    if references is not None:  # canvas under canvas, whose patches follow one another
+      frames += references.latents.shape[1]
+      z = jnp.concatenate([z[:, None], references.latents], axis=1).reshape(b, frames * height, width, channels)
     image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)
     x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)
     segments = jnp.pad(mask.astype(bool), ((0, 0), (0, rows * columns)), constant_values=True)
-    angles = self._angles(cond.shape[1], rows, columns)
+    angles = self._angles(cond.shape[1], rows, columns, frames)
     key_bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, rows * columns)))
+    time, modulation = self._time(t)
+    clean = None
+    if references is not None:
+      clean = self._time(jnp.zeros_like(t))[1], (jnp.arange(x.shape[1]) >= end)[:, None]
+      if key_bias is not None or references.bias is not None:
+        before = jnp.zeros_like(segments, jnp.float32) if key_bias is None else key_bias
+        each = 0.0 if references.bias is None else references.bias[:, :, None, None]
+        each = jnp.where(references.mask, each, 0.0)
+        key_bias = jnp.concatenate([before, each.reshape(b, -1)], axis=1)
+      segments = jnp.concatenate([segments, references.mask.reshape(b, -1)], axis=1)
 
-    time = layers.sinusoid(t * 1000, c.time_dim)
-    time = jax.nn.gelu(einsum_in_place('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
-    time = einsum_in_place('bf,fd->bd', time, self.time_w2) + self.time_b2[...]
-    modulation = einsum_in_place('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w) + self.mod_b[...]
-
-    x, tapped, _ = layers.scan_taps(lambda x, block, *_: (block(x, modulation, segments, angles, key_bias), None), x,
-                                    self.blocks, () if tap is None else (tap,), remat=c.remat, unroll=True)
+    block = lambda x, block, *_: (block(x, modulation, segments, angles, key_bias, clean), None)
+    x, tapped, _ = layers.scan_taps(block, x, self.blocks, () if tap is None else (tap,), remat=c.remat, unroll=True)
     scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
-    x = modulate(x[:, cond.shape[1]:], self.norm, scale, shift, c.eps)
+    x = modulate(x[:, cond.shape[1]:end], self.norm, scale, shift, c.eps)
     x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)
     velocity = unpatchify(x, c.patch, rows, columns)
     if tap is None:
       return velocity
-    return velocity, tapped[:, cond.shape[1]:, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
+    return velocity, tapped[:, cond.shape[1]:end, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
 
-  def _angles(self, text: int, rows: int, columns: int) -> jax.Array:
-    """Rotation angles [s k/2] of `text` condition tokens at 0, then of the image's patches row by row."""
+  def _time(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Embeddings [b d] of times [b], and the modulation [b m d] that all blocks share; f32."""
+    time = layers.sinusoid(t * 1000, self.config.time_dim)
+    time = jax.nn.gelu(einsum_in_place('bd,df->bf', time, self.time_w1) + self.time_b1[...], approximate=True)
+    time = einsum_in_place('bf,fd->bd', time, self.time_w2) + self.time_b2[...]
+    return time, einsum_in_place('bd,dmf->bmf', jax.nn.gelu(time, approximate=True), self.mod_w) + self.mod_b[...]
+
+  def _angles(self, text: int, rows: int, columns: int, frames: int) -> jax.Array:
+    """Rotation angles [s k/2] of `text` condition tokens at 0, then of the patches of each frame row by row."""
     c = self.config
     y, x = jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)
-    axes = [layers.rope_angles(position, dim, c.rope_theta)
-            for position, dim in zip((jnp.zeros_like(y), y, x), c.rope_axes)]
-    return jnp.pad(jnp.concatenate(axes, axis=-1), ((text, 0), (0, 0)))
+    angles = [jnp.concatenate([layers.rope_angles(position, dim, c.rope_theta) for position, dim in zip(
+        (jnp.full_like(y, frame), y, x), c.rope_axes)], axis=-1) for frame in range(frames)]
+    return jnp.pad(jnp.concatenate(angles), ((text, 0), (0, 0)))
 
 
 def modulate(x: jax.Array, norm: nnx.Param, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
-  """(1 + scale) (1 + norm) x / rms(x) + shift for x [b s d], norm [d], scale and shift [b 1 d]; f32 within."""
+  """(1 + scale) (1 + norm) x / rms(x) + shift; f32 within.
+
+  x [b s d], norm [d]; scale and shift [b 1 d], or [b s d] where tokens differ in their times.
+  """
   factor = (1 + scale) * (1 + norm[...].astype(jnp.float32))  # one factor, one sum over tokens in its gradient
   return (factor * rms_norm(x.astype(jnp.float32), eps=eps) + shift).astype(x.dtype)
 

@@ -72,13 +72,13 @@ class UniFusion(nnx.Module):
     return self.lap(hidden.astype(self.dtype), mask)
 
   @jax.named_scope('dit')
-  def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None, *,
-               tap: int | None = None):
+  def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None,
+               references: dit.References | None = None, *, tap: int | None = None):
     """Latents [b y x c] at time t [b] (1 is noise), condition [b s d] and its mask [b s] -> velocity [b y x c] f32.
 
-    `bias` and `tap` as in `DiT`.
+    `bias`, `references` and `tap` as in `DiT`.
     """
-    return self.dit(z, t, cond.astype(self.dtype), mask, bias, tap=tap)
+    return self.dit(z, t, cond.astype(self.dtype), mask, bias, references, tap=tap)
 
 
 def to_json(config: UniFusionConfig) -> dict:

@@ -5,6 +5,7 @@ their frozen base.
 """
 
 import dataclasses
+import math
 import pathlib
 
 from absl import logging
@@ -21,6 +22,7 @@ from unifusion_jax.evaluation import flow_loss
 from unifusion_jax.models import internvl, layers, text_generation, unifusion
 from unifusion_jax.objectives import repa
 from unifusion_jax.ranges import Range
+from unifusion_jax.request import SampleConfig
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import autoencoders, encoders, lora, lora_files, quantize
 from unifusion_jax.weights.lora import LoRAConfig
@@ -37,12 +39,13 @@ class FlowMatching:
   shift: float = 1.0             # resolution shift of the times: 2, 3, 4 at 256, 512, 1024 px (Iris-3B)
   noises_per_example: int = 1    # (time, noise) pairs of an example, which share all work before the DiT
   cond_dropout: float = 0.1      # share of examples with the null condition
-  image_dropout: float = 0.05    # share of examples with references whose image tokens are masked
+  image_dropout: float = 0.05    # share of examples with references whose image tokens, and clean ones, are masked
   text_dropout: float = 0.05     # share of examples with references whose text is left empty
   instruction_prob: float = 0.0  # share of examples conditioned on the instruction instead of a rewrite
   rewrite_online: bool = False   # the VLM rewrites during training (slow) instead of captions or --mode=rewrite
   repa_weight: float = 0.0       # weight of the REPA term (objectives/repa.py); 0: none, and no head
   repa_depth: int = 0            # DiT blocks before the states that REPA aligns
+  reference_latents: bool = False  # clean latents of the references are tokens of the DiT too
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)  # adapters in the place of the whole model
 
   tasks = ('t2i', 'edit', 'reconstruct')
@@ -130,7 +133,7 @@ class FlowMatching:
       return
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.model(params, None))
     unifusion.save(model, folder)
-    description.save(folder, config)
+    description.save(folder, dataclasses.replace(config, sample=self.sample_settings(config)))
 
   def frozen(self, config) -> conditioning.Frozen:
     """VLM and autoencoder, and the base of adapters; UserError where they do not fit the model."""
@@ -159,18 +162,27 @@ class FlowMatching:
     """Record -> arrays of one example."""
     return transforms.GenerationExample(
         transforms.prompt_encoder(config), self.cond_dropout, self.image_dropout, self.text_dropout,
-        self.instruction_prob, self.rewrite_online)
+        self.instruction_prob, self.rewrite_online, self._reference_unit(config))
+
+  def _reference_unit(self, config) -> int:
+    return self.unit(config) if self.reference_latents else 0
 
   def batch_spec(self, config, references: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of the largest batch of the train step, of examples with that many references."""
     encoder = transforms.abstract_prompt_encoder(config)
-    transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online)
+    transform = transforms.GenerationExample(encoder, rewrite_online=self.rewrite_online,
+                                             reference_unit=self._reference_unit(config))
     return loader.batch_spec(transform.spec(config.data.size, config.data.size, references), config.data.batch_size)
 
   def tokens(self, config, batch) -> int:
-    """Tokens that the DiT reads of a batch: image patches and condition tokens, padding too, once for each noise."""
+    """Tokens that the DiT reads of a batch, padding too, once for each noise.
+
+    Image patches and condition tokens, and the patches of clean references.
+    """
     rows, height, width, _ = batch['target'].shape
     condition = batch['cond_index'].shape[1]
+    if 'reference_mask' in batch:
+      condition += math.prod(batch['reference_mask'].shape[1:])
     if self.rewrite_online:
       condition += config.data.budget[1] + batch['fallback_index'].shape[1]
     return rows * self.noises_per_example * (height * width // self.unit(config) ** 2 + condition)
@@ -178,7 +190,11 @@ class FlowMatching:
   def pipeline(self, config, params, frozen) -> pipeline.UniFusionPipeline:
     """Pipeline around parameters in training or just loaded."""
     return pipeline.UniFusionPipeline(self.model(params, frozen), frozen, transforms.prompt_encoder(config),
-                                     config.sample, config.data.size)
+                                     self.sample_settings(config), config.data.size)
+
+  def sample_settings(self, config) -> SampleConfig:
+    """Those of the configuration, with clean references where the model learns to read them."""
+    return config.sample.changed(reference_latents=self.reference_latents or config.sample.reference_latents)
 
   def preview(self, config):
     """`preview(params, frozen)` -> uint8 grid of test requests: references, request, rewrite, result, target."""
@@ -193,7 +209,7 @@ class FlowMatching:
     named, _ = loader.held_out(config.data)
     (source,) = named.values()
     batches = [batch._replace(records=()) for batch in flow_loss.batches(  # which may be large photographs
-        source, transforms.prompt_encoder(config), MEASURED, config.data.batch_size)]
+        source, transforms.prompt_encoder(config), MEASURED, config.data.batch_size, self._reference_unit(config))]
 
     def measure(params, frozen):
       pipe = self.pipeline(config, params, frozen)
@@ -208,8 +224,9 @@ class FlowMatching:
       params: a UniFusion; with `repa_weight` a WithREPA.
       frozen: VLM and autoencoder, and the taps and stop ids that go with them.
       batch: number uint32 [b]; target uint8 [b y x 3]; input_ids, attention_mask [b s]; cond_index, cond_mask [b q];
-        tiles if any; with `rewrite_online` needs_rewrite [b], and fallback_index, fallback_mask [b n] of the
-        instruction, which conditions where the rewrite is invalid.
+        tiles if any; references and reference_mask as of `conditioning.clean_references`; with `rewrite_online`
+        needs_rewrite [b], and fallback_index, fallback_mask [b n] of the instruction, which conditions where the
+        rewrite is invalid.
       key: random key of times and noise, with an example's number.
 
     A metric is a scalar, or a pair (sum, count) whose ratio over many steps is the mean.
@@ -217,26 +234,27 @@ class FlowMatching:
     time_key, noise_key = jax.random.split(key)
     with jax.named_scope('autoencoder'):
       z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
+      references = jax.lax.stop_gradient(conditioning.clean_references(frozen.vae, batch))
     with jax.named_scope('vlm'):
       hidden, mask, metrics = self._hidden(frozen, batch)
     dropout_key = jax.random.fold_in(key, jnp.sum(batch['number']))  # of the examples: micro-batches differ
     model = self.model(params, frozen, dropout_key)
     cond = model.condition(jax.lax.stop_gradient(hidden), mask)
     n = self.noises_per_example
-    z, cond, mask = (_repeat(x, n) for x in (z, cond, mask))
+    z, cond, mask, references = jax.tree.map(lambda x: _repeat(x, n), (z, cond, mask, references))
     numbers = _numbers(batch['number'], n)
     t = flow.sample_time(time_key, numbers, self.mean, self.std, self.shift)
     noise = flow.noise(noise_key, numbers, z.shape[1:])
     noised = flow.interpolate(z, noise, t)
     repa_term = 0.0
     if self.repa_weight:
-      velocity, states = model.velocity(noised, t, cond, mask, tap=self.repa_depth)
+      velocity, states = model.velocity(noised, t, cond, mask, references=references, tap=self.repa_depth)
       with jax.named_scope('repa'):
         targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
         metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, n))
       repa_term = self.repa_weight * metrics['repa']
     else:
-      velocity = model.velocity(noised, t, cond, mask)
+      velocity = model.velocity(noised, t, cond, mask, references=references)
     errors = flow.loss(velocity, z, noise)
     noisy = t > 0.5
     for name, part in (('noisy', noisy), ('clean', ~noisy)):

@@ -120,7 +120,8 @@ class _Step:
     if config.objective.rewrite_online:
       self._kept += config.data.budget[1] + batch['fallback_index'].shape[1]
     unit = config.objective.unit(config)
-    self._image = (self._height // unit) * (self._width // unit)
+    self._references = batch['references'].shape[1] if 'references' in batch else 0  # as clean latents
+    self._image = (1 + self._references) * (self._height // unit) * (self._width // unit)
     self._dtype = jnp.dtype(config.model.dtype).itemsize
     self._frozen_dtype = jnp.dtype(config.frozen_dtype).itemsize
 
@@ -200,5 +201,5 @@ class _Step:
 
   def autoencoder(self) -> dict[str, int]:
     """Forward of the encoder at its widest: the first level, in f32 where it is normalised."""
-    widest = self._spread * self._height * self._width * self._frozen.vae.config.first_width
+    widest = max(1, self._references) * self._spread * self._height * self._width * self._frozen.vae.config.first_width
     return {'first level of the autoencoder (models/vae.py)': widest * (2 * F32 + 2 * self._frozen_dtype)}

@@ -19,7 +19,7 @@ from unifusion_jax.commands import train
 from unifusion_jax.commands.sample import PipelineConfig
 from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import text_generation
+from unifusion_jax.models import dit, text_generation
 from unifusion_jax.objectives.flow_matching import FlowMatching
 from unifusion_jax.planning import resident
 from unifusion_jax.planning.resident import on_mesh
@@ -109,6 +109,8 @@ class _Sampling:
     elif tokens:
       raise UserError(f'plan.tokens={tokens} are of a request in the prompt of Krea 2 itself, and here VERIFI lays '
                       'prompts out, to the budget of rewrites: leave it at 0, or set sample.verifi=false')
+    clean = config.sample if isinstance(config, PipelineConfig) else config.objective.sample_settings(config)
+    self.references = 0 if own else references * clean.reference_latents
 
   def program(self, name: str) -> Program:
     function, arguments, sizes = getattr(self, f'_{name}')()
@@ -182,6 +184,11 @@ class _Sampling:
                           jax.ShapeDtypeStruct(shape[:2], bool))
     if self.settings.eta:
       keys = self._rows(jax.eval_shape(lambda: jax.random.key(0)))
+    if n := self.references:
+      (height, width, channels), patch = latents.shape[1:], self.models.transformer.config.dit.patch
+      conditioning = conditioning._replace(references=dit.References(*self._rows((
+          jax.ShapeDtypeStruct((n, height, width, channels), np.float32),
+          jax.ShapeDtypeStruct((n, height // patch, width // patch), bool)))))
     times = jax.ShapeDtypeStruct((self.settings.steps + 1,), np.float32)
     function = jax.jit(functools.partial(denoising.integrate, method=self.settings.method))
     return function, (self.models.transformer, conditioning, null, latents, times, number, number, keys,

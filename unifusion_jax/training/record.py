@@ -88,7 +88,7 @@ def check_same_model(config, workdir: pathlib.Path) -> None:
   def matters(name):
     model = name.split('.')[0] in ('model', 'taps') and name.split('.')[-1] not in COMPUTING
     adapters = name.startswith('objective.lora.') and name.split('.')[-1] in ('rank', 'alpha', 'targets')
-    return model or adapters or name == 'objective.repa_weight'
+    return model or adapters or name in ('objective.repa_weight', 'objective.reference_latents')
   with sharding.together('compare the model with that of the run'):
     before = _read(workdir)
     if before is not None and _reached(workdir) is not None:
