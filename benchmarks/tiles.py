@@ -11,7 +11,7 @@ from unifusion_jax import sharding
 from unifusion_jax.weights import autoencoders
 
 NAMES = 'black-forest-labs/FLUX.1-dev/vae', 'krea/Krea-2-Turbo/vae'
-SIZES = (1024, 0), (2048, 1024), (4096, 1024)  # pixels of an image's sides, and of its tiles'
+SIZES = (1024, 0), (1024, 512), (2048, 1024), (4096, 1024)  # pixels of an image's sides, and of its tiles'
 
 
 def main(_):
