@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import tempfile
 
 from absl import app, flags, logging
@@ -115,7 +116,9 @@ def _info(checkpoints: list[str]) -> None:
   if len(checkpoints) != 1 or flags.FLAGS.config or flags.FLAGS.setting:
     raise UserError('--mode=info takes one checkpoint, after the flags, and no recipe: --mode=info runs/edit, or '
                     'another folder, .safetensors file or hub id')
-  importlib.import_module('unifusion_jax.commands.info').run(checkpoints[0])
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools end where `| head` has read enough
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
+    importlib.import_module('unifusion_jax.commands.info').run(checkpoints[0])
 
 
 def default_workdir(recipe: str) -> pathlib.Path:

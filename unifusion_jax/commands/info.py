@@ -18,7 +18,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from unifusion_jax import bucket, description, json_file, parts, sharding
+from unifusion_jax import bucket, description, json_file, parts
 from unifusion_jax.errors import clipped, UserError
 from unifusion_jax.models import causal_lm, internvl, qwen3_vl, t5, unifusion
 from unifusion_jax.planning.memory import size
@@ -38,7 +38,7 @@ TRANSFORMER_CLASS = 'Krea2Transformer2DModel'
 
 
 def run(name: str) -> None:
-  """Prints what there is to say about a folder, a file or a hub id."""
+  """Prints what there is to say about a folder, a file or a hub id; the mesh must be in context."""
   print('\n'.join(lines(facts(name))))
 
 
@@ -215,9 +215,7 @@ def _history(folder: pathlib.Path) -> Facts:
 # ----------------------------------------------------------------------------------------------------------- adapters
 def _lora(path: pathlib.Path, tensors: dict[str, safetensors_io.Tensor]) -> Facts:
   """A file of adapters, beside the names and sizes of Krea 2's transformer."""
-  with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(sharding.MeshConfig(), 1)):
-    krea2 = jax.eval_shape(lambda: unifusion.UniFusion(unifusion.krea2(), rngs=nnx.Rngs(0)))
-    matrices = lora_files.matrices(krea2)
+  matrices = lora_files.matrices(jax.eval_shape(lambda: unifusion.UniFusion(unifusion.krea2(), rngs=nnx.Rngs(0))))
   found, unknown = lora_files.matched(tensors, matrices)
   namings = sorted(filter(None, set(map(lora_files.naming, tensors))))
   settings, alphas, ranks, misfits, keys = lora_files.settings_of(path), set(), set(), [], {}
@@ -236,7 +234,7 @@ def _lora(path: pathlib.Path, tensors: dict[str, safetensors_io.Tensor]) -> Fact
   if not found:
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if re.search(r'\.lora(_A|_down|\.down)\b', name)}
   others = f'{len(unknown)} others, such as {", ".join(unknown[:2])}' if unknown else ''
-  counted = [f'{target} {number}' for target, number in keys.items()]
+  counted = [f'{target} {keys[target]}' for target in (*lora.TARGETS, 'others') if target in keys]
   if not found:
     fits = 'no: none of its keys is of this transformer'
   elif unknown:
