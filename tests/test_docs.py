@@ -16,7 +16,7 @@ from unifusion_jax import command_line, main
 from unifusion_jax import config as configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [*(ROOT / folder / 'README.md' for folder in ('', 'benchmarks', 'launch')),
+PAGES = [*(ROOT / folder / 'README.md' for folder in ('', 'benchmarks', 'launch')), ROOT / 'CONTRIBUTING.md',
          *sorted((ROOT / 'docs').glob('*.md'))]
 RECIPES = sorted((ROOT / 'configs').glob('[a-z]*.py'))
 GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan')

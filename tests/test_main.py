@@ -39,7 +39,8 @@ def test_from_training_to_images(run, tmp_path):
   assert again.returncode == 0, again.stderr[-3000:]
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert steps == [1, 2]
-  assert json.loads((workdir / 'config.json').read_text())['train']['steps'] == 2
+  settings = json.loads((workdir / 'config.json').read_text())
+  assert settings['train']['steps'] == 2 and settings['recipe'] == 'configs/edit.py'
   assert (workdir / 'config_eval.json').exists() and list(workdir.glob('events.*'))
   assert (workdir / 'samples' / '0000002.png').exists() and (workdir / 'checkpoints' / '2').is_dir()
   assert {'test_edit_1-4', 'heldout_edit_1-4'} <= json.loads((workdir / 'eval.json').read_text()).keys()

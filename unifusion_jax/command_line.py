@@ -45,12 +45,17 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Parses argv into flags, with settings `--config.a.b=value` as --setting; UserError for what is no flag."""
+  """Parses argv into flags, with settings `--config.a.b=value` as --setting; returns argv without them.
+
+  UserError for what is no flag, but for the checkpoint of --mode=info.
+  """
   try:
     rest = values(_with_settings(argv))
   except flags.Error as error:
     raise UserError(str(error).strip().removeprefix('flag ') + _HINT) from error
-  if len(rest) > 1:
+  except SystemExit:  # absl ends with 1 after --help, too
+    raise SystemExit(0) from None
+  if len(rest) > 1 and not ('mode' in values and values.mode == 'info'):
     raise UserError(f'{rest[1]!r} is no flag: settings are given as --config.a.b=value{_HINT}')
   return rest
 

@@ -38,6 +38,7 @@ class Config:
   taps: tuple[int, ...] = ()      # VLM layers that LAP pools, as indices of `hidden_states` (0: embeddings)
   frozen_dtype: str = 'bfloat16'  # of VLM and autoencoder
   seed: Seed = 0
+  recipe: str = ''                # of --config, for the record of the run; main sets it
   # {setting: hub id at its commit, or address}; `record.pin` puts the local folder into the setting itself.
   hub: dict[str, str] = dataclasses.field(default_factory=dict)
   devices: int = 0                # devices that the recipe is for, to check it on another machine; 0: those present

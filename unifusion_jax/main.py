@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import tempfile
 
 from absl import app, flags, logging
@@ -23,13 +24,13 @@ from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe', 'plan': 'plan'}
+            'describe': 'describe', 'plan': 'plan', 'info': 'info'}
 
 GRACE = 60  # seconds for the devices of all processes, once these have found each other
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
-                          'configs/sample.py sample.')
+                          'configs/sample.py sample. --mode=info CHECKPOINT needs no recipe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')
@@ -56,6 +57,10 @@ _CACHE = flags.DEFINE(command_line.PathParser(), 'compilation_cache', str(pathli
 
 def start(argv):
   """Sets up the process (devices, compilation cache, the other processes), then runs main."""
+  if _MODE.value == 'info':
+    jax.config.update('jax_platforms', 'cpu')  # a run beside it may have the accelerators
+    _info(argv[1:])
+    return
   if 'JAX_NUM_CPU_DEVICES' not in os.environ:
     # Where the CPU is the device, one a core is up to 1.3 times as fast as one for all cores (docs/training.md).
     jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
@@ -100,9 +105,20 @@ def main(argv):
       command.run(config, workdir)
       return
     if trains:
+      config.recipe = flags.FLAGS.config
       record.pin(config, workdir, *config.objective.pretrained)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
       command.run(config, workdir)
+
+
+def _info(checkpoints: list[str]) -> None:
+  """Runs --mode=info, which takes one checkpoint and nothing else."""
+  if len(checkpoints) != 1 or flags.FLAGS.config or flags.FLAGS.setting:
+    raise UserError('--mode=info takes one checkpoint, after the flags, and no recipe: --mode=info runs/edit, or '
+                    'another folder, .safetensors file or hub id')
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools end where `| head` has read enough
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
+    importlib.import_module('unifusion_jax.commands.info').run(checkpoints[0])
 
 
 def default_workdir(recipe: str) -> pathlib.Path:

@@ -194,6 +194,13 @@ class Checkpoints:
       self._writer.reload()
 
 
+def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+  """{path: shape and dtype} of a step's folder, as in 'params/...', 'opt/...', 'ema/...'; no value is read."""
+  items = {'': 'state', 'ema/': 'ema'}
+  return {prefix + path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for prefix, item in items.items()
+          for path, leaf in ocp.metadata(folder, item).metadata.items()}
+
+
 def trained(config, workdir: pathlib.Path):
   """Parameters to sample, measure or export, and their origin in words; the mesh must be in context.
 

@@ -21,8 +21,8 @@ from unifusion_jax.weights import hub
 
 # Groups and settings that do not change what is trained: how a run computes, keeps its books, samples and measures.
 # `step.rescheduled` follows a change of train.steps and train.minutes.
-BOOKKEEPING = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'plan', 'eval', 'data.workers',
-               'data.skipped', 'data.held_out', 'optim.accumulate')
+BOOKKEEPING = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'plan', 'eval', 'recipe',
+               'data.workers', 'data.skipped', 'data.held_out', 'optim.accumulate')
 COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
 PATHS = ('vlm', 'vae', 'init', 'data.path', 'data.rewrites')  # compared by fingerprint
 TOKENIZER = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja')
@@ -121,6 +121,16 @@ def differences(there: dict, now: dict, matters=lambda name: True) -> list[str]:
   return [f'{name}: {old!r} there, {new!r} now' for name, old, new in _different(there, now) if matters(name)]
 
 
+def steps(workdir: pathlib.Path) -> list[int]:
+  """The steps of a workdir's checkpoints, in order."""
+  folder = bucket.address(workdir / 'checkpoints')
+  with bucket.sentences(folder):
+    folders = [step for step in folder.glob('*') if step.name.isdigit()]
+    if bucket.is_address(folder):  # where no folder is renamed, orbax marks one that is whole
+      folders = [step for step in folders if (step / 'commit_success.txt').exists()]
+    return sorted(int(step.name) for step in folders)
+
+
 def _read(workdir: pathlib.Path) -> dict | None:
   """config.json of a workdir, None where there is none; UserError for a damaged one."""
   path = workdir / 'config.json'
@@ -138,12 +148,7 @@ def _read(workdir: pathlib.Path) -> dict | None:
 
 def _reached(workdir: pathlib.Path) -> int | None:
   """The step of the newest checkpoint."""
-  folder = bucket.address(workdir / 'checkpoints')
-  with bucket.sentences(folder):
-    steps = [step for step in folder.glob('*') if step.name.isdigit()]
-    if bucket.is_address(folder):  # where no folder is renamed, orbax marks one that is whole
-      steps = [step for step in steps if (step / 'commit_success.txt').exists()]
-    return max((int(step.name) for step in steps), default=None)
+  return max(steps(workdir), default=None)
 
 
 def _planned(before: dict, reached: int) -> dict:

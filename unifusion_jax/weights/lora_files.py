@@ -82,16 +82,9 @@ def read(name, model) -> Adapter:
   Raises:
     UserError: when none of its keys or only a part of them belongs to this model, and for factors that do not fit.
   """
-  path = _file(str(name))
-  tensors, modules = safetensors_io.read(path), _modules(model)
-  parts, unknown = {}, []
-  for key in tensors:
-    match = _KEY.fullmatch(key)
-    module = match and _module(match[1], modules)
-    if module:
-      parts.setdefault(module, {})[_PARTS.get(match[2], match[2])] = np.asarray(tensors[key][...], np.float32)
-    else:
-      unknown.append(key)
+  path, modules = locate(str(name)), matrices(model)
+  tensors = safetensors_io.read(path)
+  parts, unknown = matched(tensors, modules)
   if not parts:
     diffusers = next(iter(modules))
     raise UserError(f'{path}: none of its {len(tensors)} keys is of this model: it has {", ".join(list(tensors)[:2])}; '
@@ -100,8 +93,9 @@ def read(name, model) -> Adapter:
   if unknown:
     raise UserError(f'{path}: only {len(tensors) - len(unknown)} of its {len(tensors)} keys are of this model; the '
                     f'first of the others are {", ".join(unknown[:3])}: take a LoRA of this transformer alone')
-  settings, adapter = _settings(path), {}
-  for module, found in parts.items():
+  adapter, settings = {}, settings_of(path)
+  for module, tensors_of in parts.items():
+    found = {part: np.asarray(tensor[...], np.float32) for part, tensor in tensors_of.items()}
     path_of_ours, source = modules[module]
     adapter.setdefault(path_of_ours, {})[source.layer] = _change(f'{path}: {module}', module, found, source, settings)
   if sharding.is_main_process():
@@ -138,7 +132,7 @@ def merge(adapters: Sequence[tuple[Adapter, float]], param: nnx.Param, path: str
 def save(adapters: dict[str, lora.Factors], config: lora.LoRAConfig, model, folder) -> None:
   """Writes adapters of a model (or of its shapes) as diffusers' file FILE; all processes call it together."""
   whole, tensors, targets = sharding.gather(adapters), {}, []
-  for module, (path, source) in _modules(model).items():
+  for module, (path, source) in matrices(model).items():
     if path in whole:
       layer = ... if source.layer is None else source.layer
       a, b = (np.asarray(factor[...])[layer] for factor in (whole[path].a, whole[path].b))
@@ -178,7 +172,33 @@ def factors(adapter: Adapter, like: dict[str, lora.Factors], config: lora.LoRACo
   return made
 
 
-def _file(name: str) -> pathlib.Path:
+def matched(tensors: dict, modules: dict) -> tuple[dict[str, dict], list[str]]:
+  """({diffusers' name of a matrix: {'a', 'b', 'alpha' or 'lokr_...': tensor}}, the keys of no matrix of `modules`)."""
+  parts, unknown = {}, []
+  for key, tensor in tensors.items():
+    match = _KEY.fullmatch(key)
+    module = match and _module(match[1], modules)
+    if module:
+      parts.setdefault(module, {})[_PARTS.get(match[2], match[2])] = tensor
+    else:
+      unknown.append(key)
+  return parts, unknown
+
+
+def naming(key: str) -> str | None:
+  """The naming of a key, as the table above calls it, for any model; None for a key that is no adapter's."""
+  match = _KEY.fullmatch(key)
+  if match is None:
+    return None
+  name, lokr = match[1], ', LoKr' * match[2].startswith('lokr')
+  if name.startswith(('lora_', 'lycoris_')):
+    return 'kohya' + lokr
+  if name.startswith('base_model.model.'):
+    return 'PEFT' + lokr
+  return ('diffusers' if 'transformer' in name else 'native') + lokr
+
+
+def locate(name: str) -> pathlib.Path:
   """The safetensors file of a name: itself, the one in a folder, of a hub id, or OWNER/NAME/FILE.safetensors there."""
   folder = hub.pin(name, files=True, variants=()).folder
   if folder.is_file():
@@ -191,7 +211,7 @@ def _file(name: str) -> pathlib.Path:
   return (known or files)[0]
 
 
-def _modules(model) -> dict[str, tuple[str, rules.Source]]:
+def matrices(model) -> dict[str, tuple[str, rules.Source]]:
   """{diffusers' name of a matrix: (our path, its source)}."""
   shapes = {path: np.broadcast_to(False, leaf.shape) for path, leaf in lora.flatten(model)[0].items()}
   found, problems = rules.sources(shapes, unifusion.RULES, unifusion.AXIS_SIZES)
@@ -223,7 +243,7 @@ def _names(modules: tuple[str, ...]) -> dict[str, str]:
   return names | {name.replace('.', '_'): module for name, module in names.items()}
 
 
-def _settings(path: pathlib.Path) -> dict:
+def settings_of(path: pathlib.Path) -> dict:
   """lora_alpha, alpha_pattern and use_rslora of a file, from its head or from PEFT's adapter_config.json beside it."""
   head = safetensors_io.metadata(path)
   if HEAD in head:
@@ -245,7 +265,7 @@ def _change(place: str, module: str, parts: dict, source: rules.Source, settings
     rank = a.shape[0]
     a = _rearranged(a, f'rank {torch_in}', f'{ours_in} rank', source.layout)
     b = _rearranged(b, f'{torch_out} rank', f'rank {ours_out}', source.layout)
-    alpha = _alpha(module, settings, rank) if alpha is None else float(alpha)
+    alpha = alpha_of(module, settings, rank) if alpha is None else float(alpha)
     return Product(a, b, alpha / (rank ** 0.5 if settings.get('use_rslora') else rank))
   left, right = (parts[name] if (name := f'lokr_w{i}') in parts else parts[f'{name}_a'] @ parts[f'{name}_b']
                  if {f'{name}_a', f'{name}_b'} <= parts.keys() else None for i in (1, 2))
@@ -260,7 +280,7 @@ def _change(place: str, module: str, parts: dict, source: rules.Source, settings
   return scale * _rearranged(dense, f'{torch_out} {torch_in}', f'{ours_in} {ours_out}', source.layout)
 
 
-def _alpha(module: str, settings: dict, rank: int) -> float:
+def alpha_of(module: str, settings: dict, rank: int) -> float:
   """alpha from a file's settings, in which a module may have its own; the rank without any."""
   for name, alpha in (settings.get('alpha_pattern') or {}).items():
     if any(re.fullmatch(rf'(.*\.)?({name.removeprefix("transformer.")})', each) for each in (module, _native(module))):

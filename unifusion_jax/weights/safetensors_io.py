@@ -65,8 +65,13 @@ class Scaled:
     return self._matrix[index].astype(np.float32) * scale
 
 
-def read(path) -> dict[str, Tensor]:
+def read(path) -> dict[str, Tensor | Scaled]:
   """The tensors of a .safetensors file, or of a folder that holds one or an index of several. Reads headers only."""
+  return _scaled(stored(path))
+
+
+def stored(path) -> dict[str, Tensor]:
+  """As `read`, with fp8 matrices and their scales as they lie in the files."""
   path = pathlib.Path(path)
   if not path.exists():
     raise UserError(f'{path}: no such file or folder; download the checkpoint first and give its local path')
@@ -88,7 +93,7 @@ def read(path) -> dict[str, Tensor]:
     raise UserError(f'{path}: several checkpoints in one folder ({", ".join(names)}), and none is called '
                      f'{STEMS[0]}.safetensors: rename the one that is meant, or move the others elsewhere')
   if not indexes:
-    return _scaled(_read_file(singles[0]))
+    return _read_file(singles[0])
   folder = indexes[0].parent
   places = json_file.read(indexes[0]).get('weight_map')
   if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -107,7 +112,7 @@ def read(path) -> dict[str, Tensor]:
   if problems:
     raise UserError(f'{indexes[0]} does not match its files; download the checkpoint again:\n  '
                      + '\n  '.join(problems))
-  return _scaled(tensors)
+  return tensors
 
 
 def _read_file(path: pathlib.Path) -> dict[str, Tensor]:
