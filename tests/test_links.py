@@ -74,5 +74,5 @@ def test_the_reference_names_what_there_is():
   for name, members in blocks:
     entry = pkgutil.resolve_name(name)
     assert entry.__doc__, f'{name} has no docstring'
-    for member in filter(None, members.split(', ')):
+    for member in filter(None, members.replace("'", '').split(', ')):
       assert getattr(entry, member).__doc__, f'{name}.{member} has no docstring'
