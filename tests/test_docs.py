@@ -1,4 +1,6 @@
-"""What the documents tell a reader to type: commands parse against their recipe, settings, files and links exist."""
+"""What the documents tell a reader to type: commands parse against their recipe, settings and files exist.
+
+Links: test_links.py."""
 
 import copy
 import dataclasses
@@ -135,12 +137,6 @@ def test_new_names_of_settings_exist():
   assert before & there <= {'data.tasks', 'eval.study'}  # of which only the values changed
 
 
-@pytest.mark.parametrize('path', PAGES, ids=names)
-def test_links_lead_somewhere(path):
-  for target in re.findall(r'\]\(([^)#]+)[^)]*\)', path.read_text()):
-    assert '://' in target or (path.parent / target).exists(), f'{names(path)}: {target}'
-
-
 def test_readmes_python_is_importable_python():
   (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
   compile(code, 'README.md', 'exec')
@@ -150,8 +146,9 @@ def test_readmes_python_is_importable_python():
 
 def test_extras_are_the_requirement_files():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  lines = [line.partition('#')[0].strip() for line in (ROOT / 'requirements-test.txt').read_text().splitlines()]
-  assert project['optional-dependencies']['test'] == [line for line in lines if line]
+  for extra in ('test', 'docs'):
+    lines = [line.partition('#')[0].strip() for line in (ROOT / f'requirements-{extra}.txt').read_text().splitlines()]
+    assert project['optional-dependencies'][extra] == [line for line in lines if line]
   assert project['license'] == 'Apache-2.0' and 'Apache License' in (ROOT / 'LICENSE').read_text()
   module, _, function = project['scripts']['unifusion'].partition(':')
   assert callable(getattr(importlib.import_module(module), function))
