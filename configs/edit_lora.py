@@ -5,10 +5,11 @@
   python -m unifusion_jax.main --config=configs/edit_lora.py:krea2 --config.data.path=FOLDER/edits.jsonl
 
 :tiny trains adapters of the shipped text-to-image base for minutes on two CPU cores.
-:krea2 trains those of Krea 2 (Raw) at 1024 px, rank 32, on a list of edits (docs/data.md); for one GPU of 80 GB or a
-TPU v6e:2x4. It has not been trained. The export, pytorch_lora_weights.safetensors, is a file for diffusers and others;
-sampled here with --config.sample.loras=FILE, from Raw or Turbo. docs/krea2.md. References are read by the VLM alone;
-with --config.objective.reference_latents=true the DiT reads their clean latents too.
+:krea2 trains those of Krea 2 (Raw) at 1024 px, rank 32, on a list of edits (docs/data.md); for a TPU
+v6e:2x4, or with --config.optim.accumulate=8 for one GPU of 80 GB. It has not been trained. The export,
+pytorch_lora_weights.safetensors, is a file for diffusers and others; sampled here with --config.sample.loras=FILE, from
+Raw or Turbo. docs/krea2.md. References are read by the VLM alone; with --config.objective.reference_latents=true the
+DiT reads their clean latents too.
 """
 
 from configs import edit

@@ -8,7 +8,8 @@
 A folder holds about 20 images, each with a .txt of the same name beside it that describes it; the second command makes
 records of it.
 :tiny trains adapters of the shipped base on scenes for minutes on two CPU cores.
-:krea2 trains those of Krea 2 (Raw) at 1024 px, rank 32; for one GPU of 80 GB or a TPU v6e:2x4. It has not been trained.
+:krea2 trains those of Krea 2 (Raw) at 1024 px, rank 32; for a TPU v6e:2x4, or with --config.optim.accumulate=8 for one
+GPU of 80 GB. It has not been trained.
 Sampled here with --config.sample.loras=FILE, from Raw or Turbo, and by diffusers. docs/krea2.md.
 """
 

@@ -16,6 +16,7 @@ import setuptools
 
 from unifusion_jax import command_line, main
 from unifusion_jax import config as configuration
+from unifusion_jax.planning import chips
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*(ROOT / folder / 'README.md' for folder in ('', 'benchmarks', 'launch')), ROOT / 'CONTRIBUTING.md',
@@ -38,7 +39,8 @@ def parsed(arguments: list[str]):
   command_line.parse(argv, values)
   config = command_line.read(values.config, values.setting)
   if isinstance(config, configuration.Config):
-    configuration.check(config, config.devices or 1)
+    devices = chips.topology(values.topology).devices if values.topology else config.devices or 1
+    configuration.check(config, devices)
   return config
 
 
