@@ -218,3 +218,12 @@ def test_a_recipe_may_end_in_a_sentence_of_its_own(tmp_path):
   path.write_text('def get_config():\n  return {}\n')
   with pytest.raises(UserError, match='returned a dict, and must return a config.Config'):
     parsed(f'--config={path}')
+
+
+def test_help_tells_of_recipes_and_their_settings():
+  text = command_line.explained('head', '  --flag', [])
+  assert text.startswith('head') and text.endswith('  --flag')
+  assert all(f'\n  {path.stem} ' in text for path in command_line.PACKAGED.glob('[a-z]*.py'))
+  text = command_line.explained('head', '  --flag', ['--help', '--config=edit:8b'])
+  assert text.startswith('Edits: ') and "\n--config.data.tasks=(Task(name='edit'" in text
+  assert '\n--config.objective.lora.rank=0\n' in text and '\n--config.data.size=1024\n' in text

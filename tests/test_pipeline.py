@@ -486,7 +486,7 @@ def folder(tmp_path, **changes):
     (dict(taps=[2, 4]), 'must be 3 increasing layer'), (dict(taps=[2, 6, 4]), 'must be 3 increasing layer'),
     (dict(taps=[2, 4, 60]), 'has 6 layers of width 160'), (dict(taps=7), 'taps=7 must be a list'),
     (dict(sample=dict(stepps=3)), "did you mean 'steps'"), (dict(sample=dict(steps=0)), 'steps=0 must be'),
-    (dict(vlm='../nowhere'), 'says that the vlm is in ../nowhere, which is not there')])
+    (dict(vlm='../nowhere'), 'has its vlm in ../nowhere, which is not there')])
 def test_descriptions_that_cannot_be(tmp_path, changes, message):
   with pytest.raises(UserError, match=re.escape(message)):
     UniFusionPipeline.from_pretrained(folder(tmp_path, **changes))

@@ -23,7 +23,7 @@ from unifusion_jax.errors import UserError
 flags.disclaim_key_flags()  # they are the flags of the module that defines them
 
 PACKAGED = pathlib.Path(__file__).parent.parent / 'configs'  # the recipes that come with the package
-_HINT = ('\nSettings are --config.a.b=value; configs/ and unifusion_jax/config.py list them, --help the flags. '
+_HINT = ('\nSettings are --config.a.b=value; --help lists the flags, --config=RECIPE --help the settings of a recipe. '
          'UNIFUSION_TRACEBACK=1 shows where this was raised.')
 _SETTING = re.compile(r'--?(no)?config\.([^=]*)(?:=(.*))?', re.DOTALL)
 _NOUNS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
@@ -58,6 +58,32 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   if len(rest) > 1 and not ('mode' in values and values.mode == 'info'):
     raise UserError(f'{rest[1]!r} is no flag: settings are given as --config.a.b=value{_HINT}')
   return rest
+
+
+def explained(head: str, listed: str, argv: Sequence[str]) -> str:
+  """Text of --help: the command, the recipes and the flags; with --config=RECIPE that recipe and its settings.
+
+  head: of the command; listed: its flags.
+  """
+  given = next((argument.partition('=')[2] for argument in argv if argument.startswith('--config=')), None)
+  if given:
+    path, _ = locate(given)
+    lines = [f'--config.{name}={value!r}' for name, value in _values(read(given))]
+    return '\n'.join([ast.get_docstring(ast.parse(path.read_text())) or path.name, '', 'settings:', *lines])
+  recipes = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in sorted(PACKAGED.glob('[a-z]*.py'))}
+  lines = [f'  {name:9} {text.splitlines()[0]}' for name, text in recipes.items()]
+  return '\n'.join([head.strip(), '', 'recipes (of one, --config=RECIPE --help tells more):', *lines, '', 'flags:',
+                    listed])
+
+
+def _values(config, prefix: str = ''):
+  """(dotted name, value) of each setting."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _values(value, f'{prefix}{field.name}.')
+    else:
+      yield f'{prefix}{field.name}', value
 
 
 def _with_settings(argv: list[str]) -> list[str]:

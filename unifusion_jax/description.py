@@ -113,8 +113,8 @@ def part_of(part: str, entry: str, name, folder: pathlib.Path) -> pathlib.Path |
   if not entry.startswith('.'):
     return entry
   if local:
-    raise UserError(f'{folder / FILE} says that the {part} is in {entry}, which is not there: put it there, or '
-                    f'give {part}=FOLDER')
+    index = folder / FILE if (folder / FILE).exists() else folder
+    raise UserError(f'{index} has its {part} in {entry}, which is not there: put it there, or give {part}=FOLDER')
   repository, at, revision = str(name).partition('@')
   scheme, mark, repository = repository.rpartition('://')
   return scheme + mark + posixpath.normpath(posixpath.join(repository, entry)) + at + revision

@@ -1,7 +1,8 @@
-"""Entry: flags, configuration, mesh, one command.
+"""UniFusion from the command line: a recipe, its settings, one command.
 
   python -m unifusion_jax.main --config=configs/edit.py --mode=train --workdir=runs/edit
-  unifusion --config=edit --workdir=runs/edit
+  unifusion --config=edit --workdir=runs/edit --config.train.steps=1000
+  unifusion --mode=info runs/edit
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import pathlib
 import re
 import signal
+import sys
 import tempfile
 
 from absl import app, flags, logging
@@ -167,6 +169,9 @@ def run():
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   with errors.at_the_terminal():
+    if {'--help', '-help', '-h'} & {*sys.argv[1:]}:
+      print(command_line.explained(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sys.argv[1:]))
+      return
     app.run(start, flags_parser=command_line.parse)
 
 

@@ -247,10 +247,12 @@ def settings_of(path: pathlib.Path) -> dict:
   """lora_alpha, alpha_pattern and use_rslora of a file, from its head or from PEFT's adapter_config.json beside it."""
   head = safetensors_io.metadata(path)
   if HEAD in head:
-    return {name.removeprefix('transformer.'): value for name, value in json.loads(head[HEAD]).items()}
+    with json_file.named(path):
+      return {name.removeprefix('transformer.'): value for name, value in json.loads(head[HEAD]).items()}
   if (path.parent / PEFT).exists() and path.name == 'adapter_model.safetensors':
     return json_file.read(path.parent / PEFT)
-  return {'lora_alpha': float(head['lora_alpha'])} if 'lora_alpha' in head else {}
+  with json_file.named(path):
+    return {'lora_alpha': float(head['lora_alpha'])} if 'lora_alpha' in head else {}
 
 
 def _change(place: str, module: str, parts: dict, source: rules.Source, settings: dict) -> Product | np.ndarray:
