@@ -6,7 +6,6 @@
       --config.sample.negative_prompt="blurry" --config.sample.width=1280 --config.sample.height=720
   python -m unifusion_jax.main --config=configs/sample.py:unifusion_jax/assets/tiny/t2i \
       --config.sample.prompt="a big red circle"
-
   python -m unifusion_jax.main --config=configs/sample.py:krea2_turbo_int8 --config.sample.prompt="a fox in the snow"
 
 After the colon may stand a folder with unifusion.json, or with the whole pipeline of Krea 2: it says how it is sampled.
@@ -23,7 +22,7 @@ from unifusion_jax.commands.sample import PipelineConfig
 from unifusion_jax.errors import UserError
 from unifusion_jax.request import SampleConfig
 
-KREA2 = {'krea2_raw': ('krea/Krea-2-Raw', parts.KREA2_RAW), 'krea2_turbo': ('krea/Krea-2-Turbo', parts.KREA2_TURBO)}
+KREA2 = {'krea2_raw': 'krea/Krea-2-Raw', 'krea2_turbo': 'krea/Krea-2-Turbo'}
 
 
 def get_config(scale: str = 'tiny') -> PipelineConfig:
@@ -38,8 +37,8 @@ def get_config(scale: str = 'tiny') -> PipelineConfig:
   if name not in KREA2:
     scales = ', '.join(f'{name}{kind}' for name in KREA2 for kind in ('', '_int8'))
     raise UserError(f'configs/sample.py has the scales tiny, {scales} and folders of models, not {scale!r}')
-  weights, settings = KREA2[name]
-  config = PipelineConfig(weights=weights, sample=SampleConfig(**settings, batch_size=1))
+  weights = KREA2[name]
+  config = PipelineConfig(weights=weights, sample=SampleConfig(**parts.KREA2[weights], batch_size=1))
   if scale.endswith('_int8'):
     config.vlm_quantized = config.transformer_quantized = 'int8'
     config.in_turn, config.sample.decode_tile = True, 512

@@ -118,7 +118,7 @@ def _dtype(config) -> str:
 def _memory(stats, beside: int, topology: Topology) -> dict:
   """Bytes on one device. Outputs are those that take no place of a donated argument.
 
-  beside: of the models that lie there too while the program runs, and of what it does not read of its arguments.
+  beside: bytes of the other models on the device, and of arguments that the program does not read.
   """
   parts = dict(arguments=stats.argument_size_in_bytes, beside=beside, temporaries=stats.temp_size_in_bytes,
                outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
