@@ -1,29 +1,46 @@
 """Training of all embedded models within a wall-clock budget: autoencoder, vision tower, VLM, text to image, edits.
 
   python -m unifusion_jax.scenes.retrain --minutes=9                 # a GPU; launch/embedded.sh makes the environment
+  python -m unifusion_jax.scenes.retrain --minutes=9 --from_shipped  # on from the shipped weights
   python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR    # run again, it resumes
 
 All stages train on the wider world (`data.path=scenes/wide`). Each gets a share of the budget, decays its learning rate
-by the clock, and exports to FOLDER/STAGE/export, which later stages start from or read.
+by the clock, and exports to FOLDER/STAGE/export, which later stages start from or read. With many cores the programs of
+later stages are compiled while the first one trains, by processes of their own, into jax's cache.
 """
 
+from concurrent import futures
 import dataclasses
 import math
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 from absl import app, flags, logging
 import jax
+import numpy as np
 
 from configs import edit, t2i, vae, vlm
 from unifusion_jax import command_line, errors, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.commands import export, train
+from unifusion_jax.data import loader
+from unifusion_jax.data.config import Task
+from unifusion_jax.training import step
 
-SHARES = {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16}
+# Of the budget, by where the weights start. The shipped tower is part of the shipped VLM.
+SHARES = {False: {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16},
+          True: {'vae': 0.06, 'vlm': 0.34, 't2i': 0.34, 'edit': 0.26}}
 RESERVE = 0.12  # share of the budget for starts, checkpoints and exports
 PROMPT, REWRITE = 150, 52  # one token budget for all tasks: few shapes, so little to compile
+MANY_CORES = 8  # from here on processes beside the training compile ahead
+# Weights of the tasks for models that begin with the shipped weights: more of what these are weak in.
+MORE = {
+    'vlm': {'edit/1-2': 0.10, 'edit/3-4': 0.22, 'caption/1-2': 0.02, 'caption/3-4': 0.03, 'question/1-2': 0.07,
+            'question/3-4': 0.15, 'rewrite/1-2': 0.08, 'rewrite/3-4': 0.16, 'multi': 0.17},
+    't2i': {'t2i/1-2': 0.45, 't2i/3-4': 0.45, 'reconstruct': 0.10}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,66 +57,133 @@ class Scale:
 
 
 def scale_of(platform: str, cores: int) -> Scale:
-  """The recipes' own sizes on a CPU; elsewhere large batches in bfloat16, with a loader process for each core."""
+  """The recipes' own sizes on a CPU; elsewhere larger batches in bfloat16, with a loader process for each core."""
   if platform == 'cpu':
     return Scale(32, 32, 16, noises=4, workers=0, tiles=(1,), dtype='float32', rate=1.0)
-  return Scale(512, 512, 512, noises=8, workers=max(1, cores - 1), tiles=(1, 4, 9), dtype='bfloat16', rate=2.0)
+  return Scale(256, 256, 256, noises=8, workers=max(1, cores - 1), tiles=(1,), dtype='bfloat16', rate=1.5)
 
 
-def stages(folder: pathlib.Path, minutes: float, scale: Scale) -> dict[str, configuration.Config]:
+def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool) -> dict[str, configuration.Config]:
   """The configuration of each stage, in order."""
-  exports = {name: str(folder / name / 'export') for name in SHARES}
+  shares = SHARES[from_shipped]
+  exports = {name: str(folder / name / 'export') for name in shares}
   configs = dict(vae=vae.get_config(), tower=vlm.get_config('tower'), vlm=vlm.get_config(), t2i=t2i.get_config(),
                  edit=edit.get_config())
-  configs['vae'].init = str(configuration.ASSETS / 'vae')
-  configs['vlm'].init, configs['edit'].init = exports['tower'], exports['t2i']
+  configs = {name: configs[name] for name in shares}
+  for name in ('vae', 'vlm', 't2i') if from_shipped else ('vae',):
+    configs[name].init = str(configuration.ASSETS / name)
+  if not from_shipped:
+    configs['vlm'].init = exports['tower']
+  configs['edit'].init = exports['t2i']
   batches = dict(vae=scale.vae_batch, tower=scale.vlm_batch, vlm=scale.vlm_batch, t2i=scale.dit_batch,
                  edit=scale.dit_batch)
   for name, config in configs.items():
     config.train = dataclasses.replace(
-        config.train, minutes=minutes * (1 - RESERVE) * SHARES[name], log_every=50, save_every=500, preview_every=0)
+        config.train, minutes=minutes * (1 - RESERVE) * shares[name], log_every=50, save_every=500, preview_every=0)
     config.optim = dataclasses.replace(
-        config.optim, learning_rate=config.optim.learning_rate * scale.rate, warmup=100, decay=0.4)
+        config.optim, learning_rate=config.optim.learning_rate * scale.rate, warmup=100, decay=0.5)
     tasks = tuple(dataclasses.replace(task, prompt=None, rewrite=None) for task in config.data.tasks)
+    if from_shipped and name in MORE:
+      tasks = tuple(Task(task, weight) for task, weight in MORE[name].items())
     config.data = dataclasses.replace(
         config.data, path='scenes/wide', tasks=tasks, max_prompt_tokens=PROMPT, max_rewrite_tokens=REWRITE,
         batch_size=batches[name], workers=scale.workers, tiles=scale.tiles if name in ('tower', 'vlm') else (1,))
-    if name in ('vae', 'tower', 'vlm'):
+    if name in ('tower', 'vlm'):
       config.objective.dtype = scale.dtype
     if name in ('t2i', 'edit'):
       config.vlm, config.vae = exports['vlm'], exports['vae']
       config.model.dtype = config.frozen_dtype = scale.dtype
       config.objective.noises_per_example = scale.noises
+      config.objective.repa_weight = 0.0 if from_shipped else config.objective.repa_weight
   return configs
 
 
-def run(folder: pathlib.Path, minutes: float, scale: Scale) -> None:
-  """Trains and exports every stage that is not exported yet; after an interruption the next call goes on."""
-  for name, config in stages(folder, minutes, scale).items():
+def compile_ahead(config: configuration.Config) -> int:
+  """Compiles the train step of every shape of batch, so that jax's cache has it for the training: their number.
+
+  The mesh must be in context. In the place of weights that earlier stages have yet to write are the shipped ones, of
+  the same shapes.
+  """
+  objective, tx = config.objective, step.optimizer(config.optim, config.train.steps)
+  frozen = objective.frozen(config)
+  state = jax.jit(lambda params: step.init(params, tx), donate_argnums=0)(objective.init(config))
+  train_step = step.make_train_step(objective.loss, tx, config.optim)
+  with futures.ThreadPoolExecutor() as pool:
+    compiled = [pool.submit(train_step.lower(state, frozen, sharding.shard_batch(batch, jax.sharding.get_mesh()),
+                                             jax.random.key(config.seed), np.float32(0)).compile)
+                for batch in shapes(config)]
+    for program in compiled:
+      program.result()
+  return len(compiled)
+
+
+def shapes(config: configuration.Config) -> list[dict[str, np.ndarray]]:
+  """A batch of each shape that the training meets: copies of one example."""
+  transform, found = config.objective.transform(config), {}
+  for source, _ in loader.mix(config.data, seed=config.seed):
+    for bucket, (_, indices) in source.buckets().items():
+      example = dict(transform(source[int(indices[0])], np.random.default_rng(0)), number=np.uint32(0))
+      batch = {key: np.stack([value] * config.data.batch_size) for key, value in example.items()}
+      found.setdefault(tuple((key, value.shape, value.dtype) for key, value in sorted(batch.items())), batch)
+  return list(found.values())
+
+
+def run(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool, compilers: dict) -> None:
+  """Trains and exports every stage that is not exported yet; after an interruption the next call goes on.
+
+  compilers: processes that compile a stage's programs; the stage begins when its own has ended.
+  """
+  for name, config in stages(folder, minutes, scale, from_shipped).items():
     workdir, start = folder / name, time.monotonic()
     if (workdir / 'config_export.json').exists():  # what an export writes last
       continue
     configuration.check(config, jax.device_count())
+    if name in compilers:
+      compilers[name].wait()
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
+      began = time.monotonic()
       state = train.run(config, workdir)
       export.run(config, workdir)
     if sharding.is_main_process():
-      print(f'{name}: {int(state.step)} steps of {config.data.batch_size} examples in '
-            f'{time.monotonic() - start:.0f} s, of them {60 * config.train.minutes:.0f} s of training')
+      print(f'{name}: {int(state.step)} steps of {config.data.batch_size} examples, '
+            f'{60 * config.train.minutes:.0f} s of {time.monotonic() - began:.0f} s being training, after '
+            f'{began - start:.0f} s of waiting for the compiler', flush=True)
 
 
 def main(argv):
   del argv
-  jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(len(os.sched_getaffinity(0)), 8))))
+  cores = len(os.sched_getaffinity(0))
+  jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(cores, 8))))
   jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.join('.cache', 'jax')))
-  platform, cores = jax.devices()[0].platform, len(os.sched_getaffinity(0))
-  run(pathlib.Path(flags.FLAGS.folder), flags.FLAGS.minutes, scale_of(platform, cores))
+  folder, from_shipped, only = pathlib.Path(flags.FLAGS.folder), flags.FLAGS.from_shipped, flags.FLAGS.compile
+  scale = scale_of(jax.devices()[0].platform, cores)
+  configs = stages(folder, flags.FLAGS.minutes, scale, from_shipped)
+  if only:
+    config = configs[only]
+    config.init = config.init and str(configuration.ASSETS / {'edit': 't2i'}.get(only, only))
+    config.vlm, config.vae = str(configuration.ASSETS / 'vlm'), str(configuration.ASSETS / 'vae')
+    start = time.monotonic()
+    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+      print(f'{only}: {compile_ahead(config)} programs compiled in {time.monotonic() - start:.0f} s', flush=True)
+    return
+  _, *later = [name for name in configs if not (folder / name / 'config_export.json').exists()] or ['']
+  compilers = {name: subprocess.Popen(
+      [sys.executable, '-m', 'unifusion_jax.scenes.retrain', *sys.argv[1:], f'--compile={name}'],
+      env=dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE='false'))
+               for name in (later if cores >= MANY_CORES else ())}
+  try:
+    run(folder, flags.FLAGS.minutes, scale, from_shipped, compilers)
+  finally:
+    for process in compilers.values():
+      process.terminate()
 
 
 if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module
   flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together, in minutes.', lower_bound=0.1)
   flags.DEFINE(command_line.PathParser(), 'folder', 'runs/embedded', 'Folder of all stages.')
+  flags.DEFINE_bool('from_shipped', False, 'Start from the shipped weights instead of random ones.')
+  flags.DEFINE_string('compile', '', 'Compile the programs of this stage and end; for the processes that do so.')
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   with errors.at_the_terminal():
