@@ -1,58 +1,54 @@
-"""The embedded models within a budget of time: the stages hang together, the clock ends them, interruptions go on."""
+"""Training of all embedded models: stages that follow from each other, and programs compiled before they are needed."""
 
 import dataclasses
 import itertools
-import json
+import pathlib
 
+import jax
 import pytest
 
 from unifusion_jax import config as configuration
+from unifusion_jax import sharding
 from unifusion_jax.commands import train
 from unifusion_jax.scenes import retrain
 
-CPU, GPU = retrain.scale_of('cpu', 2), retrain.scale_of('gpu', 16)
+SCALE = retrain.Scale(2, 2, 2, noises=2, workers=0, tiles=(1,), dtype='bfloat16', rate=1.5)
 
 
-@pytest.mark.parametrize('scale', [CPU, GPU])
-def test_stages_start_from_what_earlier_ones_export(scale, tmp_path):
-  stages = retrain.stages(tmp_path, 9.0, scale)
-  assert list(stages) == ['vae', 'tower', 'vlm', 't2i', 'edit']
-  assert stages['vlm'].init.endswith('tower/export') and stages['edit'].init.endswith('t2i/export')
-  for name in ('t2i', 'edit'):
-    assert stages[name].vlm.endswith('vlm/export') and stages[name].vae.endswith('vae/export')
-  assert sum(stage.train.minutes for stage in stages.values()) == pytest.approx(9.0 * (1 - retrain.RESERVE))
-  for stage in stages.values():
-    assert stage.data.path == 'scenes/wide' and len({budget[1:] for budget in stage.data.budgets}) == 1
-    stage.vae = str(configuration.ASSETS / 'vae')  # the export is not there yet
-    configuration.check(stage, 1)
+@pytest.mark.parametrize('from_shipped', (False, True))
+def test_stages_start_from_the_exports_of_those_before_them(tmp_path, from_shipped):
+  stages, shipped = retrain.stages(tmp_path, 9, SCALE, from_shipped), configuration.ASSETS
+  assert sum(config.train.minutes for config in stages.values()) == pytest.approx(9 * (1 - retrain.RESERVE))
+  assert stages['edit'].init == str(tmp_path / 't2i' / 'export')
+  assert stages['edit'].vlm == stages['t2i'].vlm == str(tmp_path / 'vlm' / 'export')
+  assert stages['vlm'].init == str(shipped / 'vlm' if from_shipped else tmp_path / 'tower' / 'export')
+  # Weights that know the latents of the shipped autoencoder go on with it
+  vae = shipped / 'vae' if from_shipped else tmp_path / 'vae' / 'export'
+  assert stages['edit'].vae == stages['t2i'].vae == str(vae)
+  for config in stages.values():
+    assert sum(task.weight for task in config.data.tasks) == pytest.approx(1)
 
 
-def test_the_clock_ends_a_run_and_its_learning_rate(recipe, tmp_path, monkeypatch):
-  """Progress by the clock: the run stops when it is used up, is not begun again, and one that was cut goes on."""
-  seconds, clock = itertools.count(0, 5), train.Clock
-  monkeypatch.setattr(train, 'Clock', lambda minutes, progress: clock(minutes, progress, lambda: next(seconds)))
-  config = recipe()
-  config.train = train.TrainConfig(minutes=1.0, log_every=1, save_every=1, preview_every=0)
-  config.optim.decay = 1.0
-  state = train.run(config, tmp_path, stop_at=2)
-  assert int(state.step) == 2 and 0 < float(state.progress) < 1
-  state = train.run(config, tmp_path)
-  # Twelve of five seconds, and the first of each start, which begins with the clock
-  assert float(state.progress) == 1 and int(state.step) == 14
-  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['step'] for line in lines] == list(range(1, int(state.step) + 1))
-  assert int(train.run(config, tmp_path).step) == int(state.step)
+@pytest.mark.parametrize('name', ('vlm', 'edit'))
+def test_every_batch_has_a_shape_that_is_compiled_ahead(tmp_path, name):
+  config = retrain.stages(tmp_path, 9, SCALE, from_shipped=True)[name]
+  config = dataclasses.replace(config, vlm=str(configuration.ASSETS / 'vlm'), vae=str(configuration.ASSETS / 'vae'))
+  shapes = lambda batch: tuple((key, value.shape, value.dtype) for key, value in sorted(batch.items()))
+  with jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])):
+    ahead = set(map(shapes, retrain.shapes(config)))
+    met = set(map(shapes, itertools.islice(train.batches(config), 60)))
+  assert met <= ahead
+  assert len(met) > 1
 
 
-def test_interrupted_stages_go_on(recipe, tmp_path, monkeypatch):
-  """A stage that was exported whole is done; the others train and export in order."""
-  config = recipe()
-  config.train = dataclasses.replace(config.train, steps=1, save_every=1, preview_every=0)
-  configs = {name: dataclasses.replace(config) for name in ('one', 'two')}
-  monkeypatch.setattr(retrain, 'stages', lambda *_: configs)
-  (tmp_path / 'one').mkdir()
-  (tmp_path / 'one' / 'config_export.json').touch()
-  (tmp_path / 'two' / 'export').mkdir(parents=True)  # an export that was cut short
-  retrain.run(tmp_path, 1.0, CPU)
-  assert not (tmp_path / 'one' / 'export').exists()
-  assert (tmp_path / 'two' / 'export' / 'unifusion.json').exists()
+def test_programs_with_an_autoencoder_that_is_not_there_yet_are_not_compiled(tmp_path, monkeypatch):
+  started = []
+  monkeypatch.setattr(retrain.subprocess, 'Popen', lambda command, **_: started.append(command[-1]))
+  stages, compilers = retrain.stages(tmp_path, 9, SCALE, from_shipped=False), retrain.Compilers()
+  for name in ('vlm', 't2i'):
+    compilers.start(name, stages[name])
+  pathlib.Path(stages['t2i'].vae).mkdir(parents=True)
+  pathlib.Path(stages['t2i'].vae, 'config.json').touch()
+  for name in ('vlm', 't2i'):
+    compilers.start(name, stages[name])
+  assert started == ['--compile=vlm', '--compile=t2i']

@@ -6,10 +6,11 @@
 
 All stages train on the wider world (`data.path=scenes/wide`). Each gets a share of the budget, decays its learning rate
 by the clock, and exports to FOLDER/STAGE/export, which later stages start from or read. With many cores the programs of
-later stages are compiled while the first one trains, by processes of their own, into jax's cache.
+later stages are compiled while an earlier one trains, by processes of their own, into jax's cache.
 """
 
 from concurrent import futures
+import contextlib
 import dataclasses
 import math
 import os
@@ -30,9 +31,9 @@ from unifusion_jax.data import loader
 from unifusion_jax.data.config import Task
 from unifusion_jax.training import step
 
-# Of the budget, by where the weights start. The shipped tower is part of the shipped VLM.
+# Of the budget; from the shipped weights the autoencoder stays, whose latents the DiT knows, and the VLM has its tower.
 SHARES = {False: {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16},
-          True: {'vae': 0.06, 'vlm': 0.34, 't2i': 0.34, 'edit': 0.26}}
+          True: {'vlm': 0.28, 't2i': 0.42, 'edit': 0.30}}
 RESERVE = 0.12  # share of the budget for starts, checkpoints and exports
 PROMPT, REWRITE = 150, 52  # one token budget for all tasks: few shapes, so little to compile
 MANY_CORES = 8  # from here on processes beside the training compile ahead
@@ -66,11 +67,11 @@ def scale_of(platform: str, cores: int) -> Scale:
 def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool) -> dict[str, configuration.Config]:
   """The configuration of each stage, in order."""
   shares = SHARES[from_shipped]
-  exports = {name: str(folder / name / 'export') for name in shares}
+  exports = {'vae': str(configuration.ASSETS / 'vae')} | {name: str(folder / name / 'export') for name in shares}
   configs = dict(vae=vae.get_config(), tower=vlm.get_config('tower'), vlm=vlm.get_config(), t2i=t2i.get_config(),
                  edit=edit.get_config())
   configs = {name: configs[name] for name in shares}
-  for name in ('vae', 'vlm', 't2i') if from_shipped else ('vae',):
+  for name in ('vlm', 't2i') if from_shipped else ('vae',):
     configs[name].init = str(configuration.ASSETS / name)
   if not from_shipped:
     configs['vlm'].init = exports['tower']
@@ -128,26 +129,47 @@ def shapes(config: configuration.Config) -> list[dict[str, np.ndarray]]:
   return list(found.values())
 
 
-def run(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool, compilers: dict) -> None:
-  """Trains and exports every stage that is not exported yet; after an interruption the next call goes on.
+class Compilers:
+  """Processes that compile the programs of stages to come."""
 
-  compilers: processes that compile a stage's programs; the stage begins when its own has ended.
-  """
-  for name, config in stages(folder, minutes, scale, from_shipped).items():
-    workdir, start = folder / name, time.monotonic()
-    if (workdir / 'config_export.json').exists():  # what an export writes last
-      continue
-    configuration.check(config, jax.device_count())
-    if name in compilers:
-      compilers[name].wait()
-    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+  def __init__(self):
+    self._processes: dict[str, subprocess.Popen] = {}
+
+  def start(self, name: str, config: configuration.Config) -> None:
+    """Starts the stage's process, once its autoencoder is there: the scale of latents is a constant of the programs."""
+    if name not in self._processes and pathlib.Path(config.vae, 'config.json').exists():
+      self._processes[name] = subprocess.Popen(
+          [sys.executable, '-m', 'unifusion_jax.scenes.retrain', *sys.argv[1:], f'--compile={name}'],
+          env=dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE='false'))
+
+  def wait(self, name: str) -> None:
+    if name in self._processes:
+      self._processes[name].wait()
+
+  def close(self) -> None:
+    for process in self._processes.values():
+      process.terminate()
+
+
+def run(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool) -> None:
+  """Trains and exports every stage that is not exported yet; after an interruption the next call goes on."""
+  left = {name: config for name, config in stages(folder, minutes, scale, from_shipped).items()
+          if not (folder / name / 'config_export.json').exists()}  # what an export writes last
+  with contextlib.closing(Compilers()) as compilers:
+    for name, config in left.items():
+      configuration.check(config, jax.device_count())
+      start = time.monotonic()
+      compilers.wait(name)
+      for later in list(left)[list(left).index(name) + 1:] if len(os.sched_getaffinity(0)) >= MANY_CORES else ():
+        compilers.start(later, left[later])
       began = time.monotonic()
-      state = train.run(config, workdir)
-      export.run(config, workdir)
-    if sharding.is_main_process():
-      print(f'{name}: {int(state.step)} steps of {config.data.batch_size} examples, '
-            f'{60 * config.train.minutes:.0f} s of {time.monotonic() - began:.0f} s being training, after '
-            f'{began - start:.0f} s of waiting for the compiler', flush=True)
+      with jax.set_mesh(sharding.make_mesh(config.mesh)):
+        state = train.run(config, folder / name)
+        export.run(config, folder / name)
+      if sharding.is_main_process():
+        print(f'{name}: {int(state.step)} steps of {config.data.batch_size} examples, '
+              f'{60 * config.train.minutes:.0f} s of {time.monotonic() - began:.0f} s being training, after '
+              f'{began - start:.0f} s of waiting for the compiler', flush=True)
 
 
 def main(argv):
@@ -157,25 +179,13 @@ def main(argv):
   jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.join('.cache', 'jax')))
   folder, from_shipped, only = pathlib.Path(flags.FLAGS.folder), flags.FLAGS.from_shipped, flags.FLAGS.compile
   scale = scale_of(jax.devices()[0].platform, cores)
-  configs = stages(folder, flags.FLAGS.minutes, scale, from_shipped)
-  if only:
-    config = configs[only]
-    config.init = config.init and str(configuration.ASSETS / {'edit': 't2i'}.get(only, only))
-    config.vlm, config.vae = str(configuration.ASSETS / 'vlm'), str(configuration.ASSETS / 'vae')
-    start = time.monotonic()
-    with jax.set_mesh(sharding.make_mesh(config.mesh)):
-      print(f'{only}: {compile_ahead(config)} programs compiled in {time.monotonic() - start:.0f} s', flush=True)
-    return
-  _, *later = [name for name in configs if not (folder / name / 'config_export.json').exists()] or ['']
-  compilers = {name: subprocess.Popen(
-      [sys.executable, '-m', 'unifusion_jax.scenes.retrain', *sys.argv[1:], f'--compile={name}'],
-      env=dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE='false'))
-               for name in (later if cores >= MANY_CORES else ())}
-  try:
-    run(folder, flags.FLAGS.minutes, scale, from_shipped, compilers)
-  finally:
-    for process in compilers.values():
-      process.terminate()
+  if not only:
+    return run(folder, flags.FLAGS.minutes, scale, from_shipped)
+  config, start = stages(folder, flags.FLAGS.minutes, scale, from_shipped)[only], time.monotonic()
+  config.init = config.init and str(configuration.ASSETS / {'edit': 't2i'}.get(only, only))
+  config.vlm = str(configuration.ASSETS / 'vlm')
+  with jax.set_mesh(sharding.make_mesh(config.mesh)):
+    print(f'{only}: {compile_ahead(config)} programs compiled in {time.monotonic() - start:.0f} s', flush=True)
 
 
 if __name__ == '__main__':
