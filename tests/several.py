@@ -1,6 +1,7 @@
 """Programs that tests run in several processes, with four devices in all."""
 
 from concurrent import futures
+import pathlib
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ port, here, count, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4 // count)
 jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_compilation_cache_dir', PROGRAMS)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 if count > 1:
   jax.distributed.initialize(f'localhost:{port}', count, here, heartbeat_timeout_seconds=8, shutdown_timeout_seconds=8)
 import numpy as np
@@ -62,7 +65,7 @@ def train(data, steps):
     seen.append(sharding.shard_batch(x, mesh))
     total = step(total, seen[-1])
   return [sharding.gather(x).tolist() for x in seen], float(total)
-'''
+'''.replace('PROGRAMS', repr(str(pathlib.Path(__file__).parent.parent / '.cache' / 'jax')))  # as conftest.py
 
 
 class Numbers:

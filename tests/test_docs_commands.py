@@ -38,7 +38,7 @@ EXECUTED = {
 }
 CLOUD = {'gcloud', 'docker', 'kubectl', 'gcluster', 'sbatch'}
 # A comment in a block of commands that names what they need
-HARDWARE = re.compile(r'#.*\b(GPU|TPU|v5e|v6e)\b')
+HARDWARE = re.compile(r'(^|\s)# .*\b(GPU|TPU|v5e|v6e)\b')
 
 
 def names(path: pathlib.Path) -> str:
@@ -109,7 +109,8 @@ def check_python(module: str, arguments: list[str]) -> None:
   elif module != 'pytest':
     values, takes_recipe = flags_of(ROOT / (module.replace('.', '/') + '.py'))
     settings = [each for each in arguments if takes_recipe and re.match('--config[.=]', each)]
-    values(['module', *(each for each in arguments if each not in settings)])
+    rest = values(['module', *(each for each in arguments if each not in settings)])
+    assert len(rest) == 1, f'{rest[1]!r} is no flag'
     if settings:
       parsed(settings)
 

@@ -19,6 +19,8 @@ COMMANDS = """
 import pathlib
 from absl import flags
 from unifusion_jax import command_line, main
+from unifusion_jax.models import layers
+layers.UNROLL = False  # compiles faster
 folder = pathlib.Path(folder)
 for arguments in COMMANDS:
   sys.argv = ['main', f'--config={folder.parent}/recipe.py', f'--workdir={folder}', *arguments]
@@ -30,7 +32,7 @@ print('done')
 MODES = COMMANDS.replace('COMMANDS', repr([
     ['--mode=train'], ['--mode=sample', '--config.sample.prompt=a red circle', '--config.sample.steps=2'],
     ['--mode=eval'], ['--mode=export'], ['--mode=rewrite']]))
-LONGER = ['--mode=train', '--config.train.steps=4']
+LONGER = ['--mode=train', '--config.train.steps=4', '--config.train.preview_every=0']  # shown on the mesh before
 
 
 def test_every_mode_on_two_processes_as_on_one(recipe, tmp_path):
