@@ -13,7 +13,7 @@ from unifusion_jax.training import step
 
 made = config.Config(
     objective=autoencoder.AutoencoderObjective(kl=1.0), mesh=sharding.MeshConfig(data=2, fsdp=2),
-    model=vae.VAEConfig(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    model=vae.VAEConfig(block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=4,
                         mid_block_add_attention=False, scaling_factor=1.0),
     data=config.DataConfig(tasks=(Task('t2i/1-2'),), batch_size=8))
 tx = step.optimizer(made.optim, 10)
