@@ -13,4 +13,4 @@ environment "${requirements[@]}"
 .venv/bin/ruff check
 .venv/bin/pyrefly check --summary=none
 cores=$(nproc)
-.venv/bin/python -m pytest -q -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
+.venv/bin/python -m pytest -q -n "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder "$@"
