@@ -80,7 +80,8 @@ def parsed(arguments: list[str]):
   command_line.parse(argv, values)
   if values.mode == 'info':
     return None
-  config = command_line.read(values.config, values.setting)
+  default = 'sample' if values.mode == 'demo' else None
+  config = command_line.read(values.config or default, values.setting)
   if isinstance(config, configuration.Config):
     devices = chips.topology(values.topology).devices if values.topology else config.devices or 1
     configuration.check(config, devices)
