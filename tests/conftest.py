@@ -30,6 +30,15 @@ from unifusion_jax.models import layers
 
 layers.UNROLL = False  # compiles faster, too
 
+# The files that take longest: workers begin with them, for a long one at the end is waited for by one alone
+LONG = ('test_processes_modes.py', 'test_pipeline.py', 'test_colab.py', 'test_vlm_objective.py', 'test_train.py',
+        'test_processes.py', 'test_main.py', 'test_bucket.py', 'test_references.py', 'test_lora_run.py')
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture
 def unrolled(monkeypatch):

@@ -216,9 +216,15 @@ def test_a_living_owner_elsewhere_keeps_it_and_one_that_was_taken_over_ends(lock
   owner.join()
 
 
-def test_of_two_that_start_at_the_same_moment_one_goes_on(locked):
-  path, results = locked[0], []
-  start, done = threading.Barrier(2), threading.Barrier(2)
+@pytest.mark.parametrize('place, takers', [('bucket', 2), ('disk', 8)])
+def test_of_several_that_start_at_the_same_moment_one_goes_on(request, tmp_path, place, takers):
+  """On a disk also where a dead owner has left its lock."""
+  path = request.getfixturevalue('locked')[0] if place == 'bucket' else tmp_path / 'train.lock'
+  if place == 'disk':
+    with lock.held(path):
+      dead = path.read_text()
+    path.write_text(dead)
+  start, done, results = threading.Barrier(takers), threading.Barrier(takers), []
 
   def take():
     start.wait()
@@ -230,12 +236,12 @@ def test_of_two_that_start_at_the_same_moment_one_goes_on(locked):
         results.append('refused')
       done.wait()
 
-  threads = [threading.Thread(target=take) for _ in range(2)]
+  threads = [threading.Thread(target=take) for _ in range(takers)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert sorted(results) == ['held', 'refused']
+  assert sorted(results) == ['held'] + ['refused'] * (takers - 1)
 
 
 RECIPE = '''

@@ -1,4 +1,7 @@
-"""One run at a time writes a folder; a dead one is followed, a living one or one out of sight is not disturbed."""
+"""One run at a time writes a folder; a dead one is followed, a living one or one out of sight is not disturbed.
+
+Of several that start at once, here and in a bucket: test_bucket.py.
+"""
 
 import errno
 import json
@@ -52,31 +55,6 @@ def test_a_killed_owner_is_followed_and_that_is_said(tmp_path, caplog):
   assert owner_of(path)['pid'] == owner.pid
   with lock.held(path):
     assert f'process {owner.pid} on' in caplog.text and 'ended without a word' in caplog.text
-
-
-def test_of_many_takers_of_a_dead_owners_lock_one_gets_it(tmp_path):
-  path = tmp_path / 'train.lock'
-  with lock.held(path):
-    dead = path.read_text()
-  path.write_text(dead)
-  start, done, results = threading.Barrier(8), threading.Barrier(8), []
-
-  def take():
-    start.wait()
-    try:
-      with lock.held(path):
-        results.append('held')
-        done.wait()
-    except UserError:
-      results.append('refused')
-      done.wait()
-
-  threads = [threading.Thread(target=take) for _ in range(8)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert sorted(results) == ['held'] + ['refused'] * 7
 
 
 @pytest.fixture

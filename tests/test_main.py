@@ -1,6 +1,8 @@
 """The command line: from training to images, and what cannot run ends in one sentence that says how to mend it."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
@@ -35,7 +37,7 @@ def test_from_training_to_images(run, tmp_path):
             f'--config.sample.references={tmp_path}/my photo, white.png']
   for mode in (['--mode=train'], sample, ['--mode=eval'], ['--mode=export']):
     run(*small, *mode)
-  again = started(*small, *sample, JAX_DISABLE_MOST_OPTIMIZATIONS='1')
+  again = started(*small, *sample, JAX_DISABLE_MOST_OPTIMIZATIONS='1', JAX_NUM_CPU_DEVICES='1')
   assert again.returncode == 0, again.stderr[-3000:]
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert steps == [1, 2]
@@ -131,6 +133,13 @@ with errors.at_the_terminal():
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False,
                         env=os.environ | dict(PYTHONIOENCODING='ascii'))
   assert (done.stdout, done.stderr, done.returncode) == ('caf\\xe9\n', 'error: \\xe9\n', 1)
+
+
+def test_output_goes_where_python_sends_it():
+  """As in a notebook, whose streams have no encoding."""
+  with contextlib.redirect_stdout(io.StringIO()) as out, errors.at_the_terminal():
+    print('caf\xe9')
+  assert out.getvalue() == 'caf\xe9\n'
 
 
 WRONG = ['--config=configs/edit.py', '--config.optim.learning_rat=1']

@@ -1,10 +1,10 @@
-"""Several processes: arrays of all are put together, they train as one would, and all end at once."""
+"""Several processes: arrays of all are put together, they read as one would, and all end at once.
 
-import dataclasses
-import json
+Their training and all commands: test_processes_train.py and test_processes_modes.py.
+"""
+
 import os
 import pathlib
-import pickle
 import signal
 import socket
 import subprocess
@@ -14,111 +14,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
-import safetensors.numpy
+from several import ended, Numbers, run, start
 
-from unifusion_jax import config, processes
-from unifusion_jax.commands import rewrite
-from unifusion_jax.data import imaging, loader
-from unifusion_jax.data.config import Task
-from unifusion_jax.evaluation import records
-from unifusion_jax.training import checkpoint, step
-
-START = '''
-import sys
-import jax
-port, here, count, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4 // count)
-jax.config.update('jax_disable_most_optimizations', True)
-if count > 1:
-  jax.distributed.initialize(f'localhost:{port}', count, here, heartbeat_timeout_seconds=8, shutdown_timeout_seconds=8)
-import numpy as np
-from unifusion_jax import sharding
+from unifusion_jax import processes
 from unifusion_jax.data import loader
-from unifusion_jax.errors import BrokenRecord
-
-mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2))
-
-
-class Numbers:
-  """Example i is i, but where it is one of the broken or of the faulty."""
-  name = 'numbers'
-
-  def __init__(self, broken=(), faulty=()):
-    self.broken, self.faulty = set(broken), set(faulty)
-
-  def __len__(self):
-    return 40
-
-  def bucket(self, i):
-    return 8, 8, 0
-
-  def __getitem__(self, i):
-    if i in self.faulty:
-      raise OSError(f'{i} on process {here}')
-    if i in self.broken:
-      raise BrokenRecord(f'{i} on process {here}')
-    return dict(x=np.float32(i))
-
-
-def feed(source, share=1.0):
-  batches = loader.batches([(source, 1.0)], lambda record, rng: record, 4, 0, sharding.rows(4))
-  return loader.Feed(batches, share)
-
-
-@jax.jit
-def step(total, x):
-  return total + x.sum()  # of all processes: one that stops alone leaves the others waiting
-
-
-def train(data, steps):
-  total, seen = np.float32(0), []
-  for _ in range(steps):
-    x = next(data)['x']
-    seen.append(sharding.shard_batch(x, mesh))
-    total = step(total, seen[-1])
-  return [sharding.gather(x).tolist() for x in seen], float(total)
-'''
-
-
-class Numbers:
-  """The source of the same name above."""
-  name = 'numbers'
-
-  def __len__(self):
-    return 40
-
-  def bucket(self, i):
-    return 8, 8, 0
-
-  def __getitem__(self, i):
-    return dict(x=np.float32(i))
-
-
-def start(program: str, count: int = 2, folder: str = '') -> list[subprocess.Popen]:
-  """The program in processes that have four devices in all."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  return [subprocess.Popen([sys.executable, '-c', START + program, str(port), str(i), str(count), folder],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(count)]
-
-
-def ended(running: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-  """(return code, last line of output, errors) of processes when all are over."""
-  try:
-    outputs = [process.communicate(timeout=900) for process in running]
-  finally:
-    for process in running:
-      process.kill()
-  return [(process.returncode, (out.splitlines() or [''])[-1], error)
-          for process, (out, error) in zip(running, outputs)]
-
-
-def run(program: str, count: int = 2, folder: str = '') -> list[tuple[int, str, str]]:
-  return ended(start(program, count, folder))
+from unifusion_jax.training import checkpoint, step
 
 
 def test_two_processes_put_and_fetch():
@@ -167,79 +68,6 @@ with jax.set_mesh(mesh):
   print('same')
 ''')
   assert [(code, out) for code, out, _ in results] == [(0, 'same')] * 2, results
-
-
-TRAINING = '''
-import json, pathlib
-from unifusion_jax import config
-from unifusion_jax.data.config import Task
-from unifusion_jax.commands import train
-from unifusion_jax.models import vae
-from unifusion_jax.scenes import autoencoder
-from unifusion_jax.training import step
-
-made = config.Config(
-    objective=autoencoder.AutoencoderObjective(kl=1.0), mesh=sharding.MeshConfig(data=2, fsdp=2),
-    model=vae.VAEConfig(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-                        mid_block_add_attention=False, scaling_factor=1.0),
-    data=config.DataConfig(tasks=(Task('t2i/1-2'),), batch_size=8))
-tx = step.optimizer(made.optim, 10)
-train_step = step.make_train_step(made.objective.loss, tx, made.optim)
-
-
-def steps(state, data, count):
-  """The state after some steps, and the rows and the loss of each."""
-  seen = []
-  for _ in range(count):
-    batch = sharding.shard_batch(next(data), mesh)
-    state, scalars = train_step(state, None, batch, jax.random.key(0))
-    rows = sharding.gather(batch)
-    seen.append([rows['number'].tolist(), int(rows['target'].sum()), float(scalars['loss'])])
-  return state, seen
-
-
-def leaves(state):
-  return [np.asarray(sharding.gather(x)) for x in jax.tree.leaves(state)]
-
-
-saved = pathlib.Path(folder)
-with jax.set_mesh(mesh):
-  fresh = jax.jit(lambda: step.init(made.objective.random(made), tx))()
-  data = train.batches(made)
-'''
-
-
-def test_one_process_trains_as_two_and_goes_on_where_they_stopped(tmp_path):
-  """The same rows in the same noise; the sums over devices are added in another order, so the last bits differ."""
-  two = run(TRAINING + '''
-  state, first = steps(fresh, data, 3)
-  middle, position = leaves(state), data.get_state()
-  state, rest = steps(state, data, 3)
-  end = leaves(state)
-  if here == 0:
-    np.savez(saved / 'middle.npz', *middle)
-    np.savez(saved / 'end.npz', *end)
-    (saved / 'seen.json').write_text(json.dumps([first + rest, position]))
-  print('saved')
-''', folder=str(tmp_path))
-  assert [(code, out) for code, out, _ in two] == [(0, 'saved')] * 2, two
-  one = run(TRAINING + '''
-  seen, position = json.loads((saved / 'seen.json').read_text())
-  places = [x.sharding for x in jax.tree.leaves(fresh)]
-  tree = jax.tree.structure(fresh)
-  whole, alone = steps(fresh, data, 6)
-  middle = [jax.device_put(x, place) for x, place in zip(np.load(saved / 'middle.npz').values(), places)]
-  data.set_state(position)
-  resumed, rest = steps(jax.tree.unflatten(tree, middle), data, 3)
-  shown = [row[:2] for row in seen]
-  assert [row[:2] for row in alone] == shown and [row[:2] for row in rest] == shown[3:]
-  np.testing.assert_allclose([row[2] for row in alone + rest], [row[2] for row in seen + seen[3:]], rtol=1e-6)
-  for state in (whole, resumed):
-    for a, b in zip(leaves(state), np.load(saved / 'end.npz').values(), strict=True):
-      np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
-  print('same')
-''', count=1, folder=str(tmp_path))
-  assert [(code, out) for code, out, _ in one] == [(0, 'same')], one
 
 
 def test_they_load_the_program_that_the_first_one_wrote(tmp_path):
@@ -356,73 +184,6 @@ except Exception as error:
   assert [(code, out) for code, out, _ in results] == [
       (0, "IsADirectoryError [Errno 21] Is a directory: '/'"),
       (0, 'UserError process 0 of 2 could not write the file and says why: all stop')], results
-
-
-COMMANDS = """
-import pathlib
-from absl import flags
-from unifusion_jax import command_line, main
-folder = pathlib.Path(folder)
-for arguments in COMMANDS:
-  sys.argv = ['main', f'--config={folder.parent}/recipe.py', f'--workdir={folder}', *arguments]
-  main.main(command_line.parse(sys.argv))
-  flags.FLAGS.unparse_flags()
-  flags.FLAGS.setting = []
-print('done')
-"""
-MODES = COMMANDS.replace('COMMANDS', repr([
-    ['--mode=train'], ['--mode=sample', '--config.sample.prompt=a red circle', '--config.sample.steps=2'],
-    ['--mode=eval'], ['--mode=export'], ['--mode=rewrite']]))
-LONGER = ['--mode=train', '--config.train.steps=4']
-
-
-def test_every_mode_on_two_processes_as_on_one(recipe, tmp_path):
-  """One writes what there is one of; the numbers are those of one process, to the order of sums over devices."""
-  for i in range(2):
-    noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    imaging.write_png(tmp_path / f'{i}.png', noise)
-  rows = [dict(references=['0.png'], instruction=f'make it {color}', target='1.png', caption=f'a {color} circle')
-          for color in ('red', 'green', 'blue', 'black', 'white', 'yellow', 'gray', 'orange', 'pink')]
-  (tmp_path / 'list.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  made = recipe(mesh=config.MeshConfig(data=2, fsdp=2), eval=records.RecordsEvaluation(examples=4, batch_size=4),
-                train=config.TrainConfig(steps=2, log_every=1, save_every=1, preview_every=2, held_out_every=0),
-                rewrite=rewrite.RewriteConfig(batch_size=4))
-  made.data = dataclasses.replace(made.data, path=str(tmp_path / 'list.jsonl'), tasks=(Task('edit'),))
-  (tmp_path / 'recipe.pickle').write_bytes(pickle.dumps(made))
-  (tmp_path / 'recipe.py').write_text('import pathlib, pickle\n\n\ndef get_config():\n  return pickle.loads('
-                                      "pathlib.Path(__file__).with_suffix('.pickle').read_bytes())\n")
-  two, one = tmp_path / 'two', tmp_path / 'one'
-  results = run(MODES, folder=str(two)), run(MODES, count=1, folder=str(one))
-  assert [(code, out) for each in results for code, out, _ in each] == [(0, 'done')] * 3, results
-  names = [sorted(str(path.relative_to(folder)) for path in folder.rglob('*')
-                  if path.is_file() and not {'checkpoints'} & {*path.relative_to(folder).parts}
-                  and not path.name.startswith(('events', 'rewrites-'))) for folder in (two, one)]
-  assert names[0] == names[1] and {'config.json', 'metrics.jsonl', 'eval.json', 'export/config.json',
-                                   'images/000.png', 'samples/0000002.png'} <= set(names[0])
-  steps = [[json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-           for folder in (two, one)]
-  assert steps == [[1, 2]] * 2
-  weights = [safetensors.numpy.load_file(next((folder / 'export').glob('*.safetensors'))) for folder in (two, one)]
-  for name, value in weights[1].items():
-    np.testing.assert_allclose(weights[0][name].astype(np.float32), value.astype(np.float32), rtol=0, atol=1e-4)
-  images = [np.asarray(Image.open(folder / 'images' / '000.png'), np.int32) for folder in (two, one)]
-  assert np.abs(images[0] - images[1]).max() <= 2
-  written = [{line['key']: line for path in sorted((folder / 'rewrites').glob('rewrites-*.jsonl'))
-              for line in map(json.loads, path.read_text().splitlines())} for folder in (two, one)]
-  assert written[0] == written[1] and len(written[0]) == len(rows)
-  assert len(list((two / 'rewrites').glob('rewrites-*.jsonl'))) == 2
-  # Each goes on as the other was, on another mesh
-  results = [run(COMMANDS.replace('COMMANDS', repr([[*LONGER, *mesh], ['--mode=export']])), count, str(folder))
-             for folder, count, mesh in ((two, 1, ['--config.mesh.data=1', '--config.mesh.fsdp=4']),
-                                         (one, 2, ['--config.mesh.data=1', '--config.mesh.tp=2']))]
-  assert [(code, out) for each in results for code, out, _ in each] == [(0, 'done')] * 3, results
-  for folder in (two, one):
-    lines = (folder / 'metrics.jsonl').read_text().splitlines()
-    assert [json.loads(line)['step'] for line in lines] == [1, 2, 3, 4]
-  later = [safetensors.numpy.load_file(next((folder / 'export').glob('*.safetensors'))) for folder in (two, one)]
-  for name, value in later[1].items():
-    np.testing.assert_allclose(later[0][name].astype(np.float32), value.astype(np.float32), rtol=0, atol=2e-4)
-  assert any(np.abs(weights[0][name].astype(np.float32) - value).max() > 1e-3 for name, value in later[0].items())
 
 
 def test_four_find_each_other_and_one_line_says_who(tmp_path):

@@ -70,7 +70,8 @@ def explained(head: str, listed: str, argv: Sequence[str]) -> str:
     path, _ = locate(given)
     lines = [f'--config.{name}={value!r}' for name, value in _values(read(given))]
     return '\n'.join([ast.get_docstring(ast.parse(path.read_text())) or path.name, '', 'settings:', *lines])
-  recipes = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in sorted(PACKAGED.glob('[a-z]*.py'))}
+  recipes = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or ''
+             for path in sorted(PACKAGED.glob('[a-z]*.py'))}
   lines = [f'  {name:9} {text.splitlines()[0]}' for name, text in recipes.items()]
   return '\n'.join([head.strip(), '', 'recipes (of one, --config=RECIPE --help tells more):', *lines, '', 'flags:',
                     listed])

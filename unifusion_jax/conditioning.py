@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from unifusion_jax.models import dit, unifusion
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import autoencoders, encoders
 
-_static = lambda: dataclasses.field(default=None, metadata=dict(static=True))
+_static: Any = lambda: dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ start. `objective` is what is trained and `eval` how it is measured. Both hold s
 """
 
 import dataclasses
+from typing import Any
 
 from unifusion_jax import bucket, ranges, verifi
 from unifusion_jax.commands.rewrite import RewriteConfig
@@ -24,8 +25,8 @@ from unifusion_jax.training.step import OptimConfig
 
 @dataclasses.dataclass
 class Config:
-  objective: object               # what is trained: a dataclass of objectives/ or scenes/
-  model: object                   # sizes of the model in training
+  objective: Any                  # what is trained: a dataclass of objectives/ or scenes/
+  model: Any                      # sizes of the model in training
   # Folder, hub id or gs:// address: of the frozen VLM, or when a VLM is trained, of its tokenizer
   vlm: Path = str(ASSETS / 'vlm')
   vlm_quantized: str = ''         # 'int8': weights in int8; 'w8a8': activations too
@@ -49,7 +50,7 @@ class Config:
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
   plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
-  eval: object = dataclasses.field(default_factory=RecordsEvaluation)  # how --mode=eval measures
+  eval: Any = dataclasses.field(default_factory=RecordsEvaluation)  # how --mode=eval measures
 
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work together on a number of devices, one sentence each."""

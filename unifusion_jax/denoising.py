@@ -39,8 +39,10 @@ def integrate(model, conditioning, null, latents, times, guidance, eta, keys, fi
     v = model.velocity(z, t, *conditioning)
     return v if null is None else flow.guide(v, model.velocity(z, t, *null), guidance)
 
-  settle = lambda z, t: jnp.where(kept.cells, flow.interpolate(kept.latents, kept.noise, t), z)
-  return flow.sample(velocity, latents, times, method, eta, keys, first, settle if kept else lambda z, t: z)
+  def settle(z, t):
+    return z if kept is None else jnp.where(kept.cells, flow.interpolate(kept.latents, kept.noise, t), z)
+
+  return flow.sample(velocity, latents, times, method, eta, keys, first, settle)
 
 
 @functools.partial(jax.jit, static_argnames='tile')

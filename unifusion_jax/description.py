@@ -73,7 +73,7 @@ def read(folder: pathlib.Path) -> Description:
       wrong.append(f'layout={described.layout!r} must be one of {", ".join(map(repr, verifi.LAYOUTS))}')
   if wrong:
     raise UserError(f'{path}: {"; ".join(wrong)}')
-  return described
+  return described  # pyrefly: ignore[unbound-name]
 
 
 def save(folder: str | os.PathLike, config) -> None:

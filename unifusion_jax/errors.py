@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import sys
@@ -53,7 +54,8 @@ def at_the_terminal():
   UNIFUSION_TRACEBACK=1 keeps all tracebacks. Output goes to a terminal of any encoding.
   """
   for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(errors='backslashreplace')
+    if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+      stream.reconfigure(errors='backslashreplace')
   try:
     yield
   except KeyboardInterrupt:

@@ -50,7 +50,7 @@ class Parts:
   @property
   def max_positions(self) -> int:
     """Positions of the VLM."""
-    return encoders.config(self.vlm.folder).text.max_positions
+    return encoders.config(self.vlm.folder).text.max_positions  # pyrefly: ignore[missing-attribute]
 
 
 def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str | None = None,
@@ -66,18 +66,18 @@ def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str 
   if not weights and str(name) in KREA2 and not pathlib.Path(name).is_dir():
     return _known(str(name), given, transformer)
   pinned = hub.pin(ASSETS / 'edit' if name == 'tiny' else name, weights=False)
-  part = lambda part, entry: hub.pin(
-      given.get(part) or description.part_of(part, entry, pinned.name, pinned.folder), weights)
+  part = lambda name, entry: hub.pin(
+      given.get(name) or description.part_of(name, entry, pinned.name, pinned.folder), weights)
   if (pinned.folder / INDEX).exists():
     return _krea2(pinned, part, transformer, weights)
   described = description.read(pinned.folder)
   model = hub.pin(transformer, weights, files=True) if transformer else hub.pin(pinned.name, weights)
   config = unifusion.read_config(pinned.folder)
-  vlm, vae = part('vlm', described.vlm), part('vae', described.vae)
+  pinned_vlm, pinned_vae = part('vlm', described.vlm), part('vae', described.vae)
   prompt_encoder = transforms.PromptEncoder.load(
-      vlm.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens, system=described.system,
-      layout=described.layout)
-  parts = Parts(model.name, described, model, vlm, vae, config, prompt_encoder)
+      pinned_vlm.folder, described.tiles, described.max_prompt_tokens, described.max_rewrite_tokens,
+      system=described.system, layout=described.layout)
+  parts = Parts(model.name, described, model, pinned_vlm, pinned_vae, config, prompt_encoder)
   _check(parts)
   return parts
 
@@ -168,15 +168,16 @@ def _resolution_shift(path: pathlib.Path) -> flow.Points:
     raise UserError(f'{path}: {", ".join(wrong)} is no schedule of Krea 2, which is the exponential shift by '
                     'resolution: take the scheduler of its pipeline')
   with json_file.named(path):
-    return tuple((float(scheduler.get(f'{end}_image_seq_len', tokens)), float(scheduler.get(f'{end}_shift', mu)))
+    low, high = ((float(scheduler.get(f'{end}_image_seq_len', tokens)), float(scheduler.get(f'{end}_shift', mu)))
                  for end, (tokens, mu) in zip(('base', 'max'), flow.KREA2_SHIFT))
+    return low, high
 
 
 def _check(parts: Parts) -> None:
   """UserError where the parts do not fit each other."""
   vlm = encoders.config(parts.vlm.folder)
   check_vlm(parts.vlm.name, vlm, parts.described.layout)
-  taps, lap, text = parts.described.taps, parts.config.lap, vlm.text
+  taps, lap, text = parts.described.taps, parts.config.lap, vlm.text  # pyrefly: ignore[missing-attribute]
   if len(taps) != lap.taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
     raise UserError(f'{parts.name}: taps={list(taps)} must be {lap.taps} increasing layer numbers, as many as the '
                     'model pools')

@@ -15,7 +15,7 @@ import difflib
 import functools
 import operator
 import os
-from typing import NamedTuple
+from typing import cast, NamedTuple, TypeVar
 
 import einops
 import jax
@@ -69,13 +69,16 @@ class Encoded(NamedTuple):
   remarks: list[str]
 
 
-def _in_mesh(method):
+_Method = TypeVar('_Method', bound=Callable)
+
+
+def _in_mesh(method: _Method) -> _Method:
   """Runs a method of the pipeline with its mesh in context."""
   @functools.wraps(method)
   def run(self, *args, **kwargs):
     with jax.set_mesh(self.mesh):
       return method(self, *args, **kwargs)
-  return run
+  return cast(_Method, run)
 
 
 class UniFusionPipeline:
@@ -281,7 +284,7 @@ class UniFusionPipeline:
     null = None if s.guidance == 1 else self.null(s.negative_prompt)  # the VLM is still there
     conditioning = self._condition_once(read, requests, height, width, s)
     seeds = [request.seed for request in requests]
-    noise, kept = self.noise(seeds, height, width), None
+    noise, kept, sources, changes = self.noise(seeds, height, width), None, (), ()
     latents = noise if init_images is None else self.add_noise(init_images, noise, start)
     if s.precise:
       shown = {id(request.references): request.references[0] for request in requests}  # one for all those of a call
@@ -475,7 +478,7 @@ class UniFusionPipeline:
 
   @property
   def _max_positions(self) -> int:
-    return self._vlm.decoder.config.max_positions
+    return self._vlm.decoder.config.max_positions  # pyrefly: ignore[missing-attribute]
 
 
 def _mesh() -> jax.sharding.Mesh:

@@ -136,7 +136,7 @@ def _singular(word: str) -> str:
   return word[:-1] if word.endswith('s') and not word.endswith(('ss', 'us', 'is')) and len(word) > 3 else word
 
 
-def _counted(items: list[Item]) -> Iterator[tuple[int, str, str]]:
+def _counted(items: list[Item]) -> Iterator[tuple[int | None, str, str]]:
   """(count, noun in the singular, phrase) for each count with a plural at most four words after it."""
   for i, item in enumerate(items):
     part = [other.text for other in items[max(0, i - 2):i]] == ['of', 'the']  # 'one of the three'

@@ -40,7 +40,8 @@ class MeshConfig:
     if any(s < 1 for s in sizes) or int(np.prod(sizes)) != devices:
       raise UserError(f'mesh.data={self.data} x mesh.fsdp={self.fsdp} x mesh.tp={self.tp} does not fit {devices} '
                        'devices: the product must equal the number of devices, and one axis at most may be -1')
-    return tuple(sizes)
+    data, fsdp, tp = sizes
+    return data, fsdp, tp
 
   def problems(self) -> list[str]:
     """Sizes out of range, a sentence each."""

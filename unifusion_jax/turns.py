@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -16,7 +17,7 @@ class Turns:
   def __init__(self, loaders: dict[str, Callable[[], nnx.Module]]):
     self._loaders, self._there = dict(loaders), {}
 
-  def take(self, name: str) -> nnx.Module:
+  def take(self, name: str) -> Any:
     """A model, which is loaded unless it was taken last; the arrays of the one before are deleted first."""
     if name not in self._there:
       self.leave()

@@ -221,7 +221,7 @@ class Chat:
 
   def alone(self, text: str, layout: Layout) -> tuple[list[Span], int]:
     """(spans of a request in a layout with a prefix, number of its tokens that were cut off)."""
-    template, plain = layout.prefix
+    template, plain = layout.prefix  # pyrefly: ignore[not-iterable]
     ids = (*self._template_ids(template), *self.text_ids(plain + text))
     suffix = self._template_ids(layout.suffix)
     most = layout.dropped + layout.max_sequence_length - len(suffix)

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from unifusion_jax.errors import UserError
 
@@ -306,7 +307,7 @@ class Clause:
 
   def _placed(self, wanted: list[Thing]) -> list[Thing]:
     """The things with their places, where all places follow their things or all precede them."""
-    order = sorted([(thing.end, thing) for thing in wanted] + [
+    order: list[tuple[int, Any]] = sorted([(thing.end, thing) for thing in wanted] + [
         (i, item) for i, item in enumerate(self.items) if item.kind == 'place'], key=lambda pair: pair[0])
     parts = [part for _, part in order]
     firsts, seconds = parts[::2], parts[1::2]

@@ -81,7 +81,7 @@ def describe(config: DescribeConfig) -> str:
   spans = layout(chat, config.prompt or 'describe the picture', counts, config.system)
   length = sum(len(span.ids) for span in spans)
   padded = max(SHORTEST, 1 << (length - 1).bit_length())
-  padded = max(length, min(padded, vlm_config.text.max_positions - config.max_tokens))
+  padded = max(length, min(padded, vlm_config.text.max_positions - config.max_tokens))  # pyrefly: ignore[missing-attribute]
   row = verifi.arrays(spans, padded, padded)
   vlm = encoders.load(folder, config.dtype, config.quantized, config.cache)
   out = text_generation.generate(

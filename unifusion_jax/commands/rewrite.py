@@ -114,10 +114,10 @@ def write(config, mixture: list, folder: pathlib.Path, generate: Callable[..., t
               file.write(json.dumps(dict(key=key, ids=ids, texts=texts)) + '\n')
               tally.update(written=len(ids), failed=config.rewrite.count - len(ids))
             file.flush()
-  seconds, folder = time.monotonic() - start, bucket.address(folder)
-  print(f'{folder}: {tally["written"]} rewrites in {seconds:.0f} s ({tally["written"] / seconds:.1f}/s), '
+  seconds, place = time.monotonic() - start, bucket.address(folder)
+  print(f'{place}: {tally["written"]} rewrites in {seconds:.0f} s ({tally["written"] / seconds:.1f}/s), '
         f'{tally["failed"]} left out that were empty, had no end or did not fit, {tally["broken"]} broken records '
-        f'passed over; train with --config.data.rewrites={folder}')
+        f'passed over; train with --config.data.rewrites={place}')
 
 
 def check(config) -> None:

@@ -72,7 +72,7 @@ def run(config, workdir: pathlib.Path) -> None:
   # All requests are checked before anything slow is loaded
   wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
   _check(transforms.prompt_encoder(config), wanted, config.objective.sample_settings(config),
-         encoders.config(config.vlm).text.max_positions, workdir)
+         encoders.config(config.vlm).text.max_positions, workdir)  # pyrefly: ignore[missing-attribute]
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))

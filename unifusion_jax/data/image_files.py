@@ -39,7 +39,7 @@ def orientation(exif: bytes, xmp: bytes = b'') -> int:
   found = _of_exif(exif)
   if found is None and (match := re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)):
     found = int(match[1])
-  return found if found in range(1, 9) else 1
+  return found if found and found in range(1, 9) else 1
 
 
 def _of_exif(exif: bytes) -> int | None:

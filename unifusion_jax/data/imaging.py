@@ -15,7 +15,7 @@ import secrets
 import stat
 
 import numpy as np
-from PIL import features, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import features, Image, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin
 
 from unifusion_jax.data import image_files, storage
 from unifusion_jax.errors import clipped, UserError
@@ -145,7 +145,7 @@ def _orientation(pil_image: Image.Image) -> int:
     orientation = pil_image.getexif().get(image_files.ORIENTATION)
   except Exception:
     return image_files.orientation(pil_image.info.get('exif', b''))
-  return orientation if orientation in range(1, 9) else 1
+  return int(orientation) if orientation in range(1, 9) else 1
 
 
 def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -155,7 +155,7 @@ def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
   return np.ascontiguousarray(across[flips.get(orientation, ...)])
 
 
-def _scale_transparency(pil_image: Image.Image) -> None:
+def _scale_transparency(pil_image: ImageFile.ImageFile) -> None:
   """The transparent colour of a PNG in 8 bits, as its pixels; Pillow keeps it in those of the file."""
   if 'transparency' not in pil_image.info or not pil_image.tile:
     return
@@ -311,10 +311,8 @@ def write_new_png(folder: pathlib.Path, number: int, image: np.ndarray,
   Nothing is overwritten, whoever else writes into the folder.
   """
   with _partial(folder / f'{number:03d}.png', png_bytes(image, metadata)) as partial:
-    for i in itertools.count(number):
-      path = folder / f'{i:03d}.png'
-      if _put_if_free(partial, path):
-        return path
+    paths = (folder / f'{i:03d}.png' for i in itertools.count(number))
+    return next(path for path in paths if _put_if_free(partial, path))
 
 
 def check_writable(folder: pathlib.Path) -> None:

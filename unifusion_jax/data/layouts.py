@@ -162,7 +162,7 @@ def _object(text: bytes) -> dict | UserError:
 def _read_tar(piece: Piece, wanted: set[str]) -> Iterator[tuple[str, dict | UserError]]:
   try:
     with storage.open_file(piece.path) as raw, tarfile.open(fileobj=raw, mode='r|*') as file:
-      members = ((*_stem(member.name), file.extractfile(member).read()) for member in file if member.isfile())
+      members = ((*_stem(member.name), file.extractfile(member).read()) for member in file if member.isfile())  # pyrefly: ignore[missing-attribute]
       for stem, group in itertools.groupby(members, lambda member: member[0]):
         if not os.path.basename(stem).startswith('.') and not stem.startswith('__MACOSX'):
           yield f'{piece.path} sample {stem}', _sample({extension: data for _, extension, data in group})

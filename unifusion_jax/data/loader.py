@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import pathlib
 import signal
+from typing import Any
 import weakref
 
 from absl import flags, logging
@@ -37,7 +38,7 @@ GRACE = 60  # seconds that a worker goes on after SIGTERM
 THREADS = 2  # batches prepared at a time in a process without workers
 
 
-def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[object, float]]:
+def mix(data: DataConfig, split: str = 'train', seed: int = 0) -> list[tuple[Any, float]]:
   """(source, weight) pairs for `batches`.
 
   Scenes and prepared folders have a source for each task. A user's own images are one source for all tasks but
@@ -89,7 +90,7 @@ def _own_images(data: DataConfig) -> sources.FolderSource:
 _IN_USE: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
-def batches(mixture: Sequence[tuple[object, float]], transform: Transform, batch_size: int, seed: int = 0,
+def batches(mixture: Sequence[tuple[Any, float]], transform: Transform, batch_size: int, seed: int = 0,
             rows: Sequence[int] | None = None, workers: int = 0) -> 'Batches':
   """Endless batches of a weighted mix of sources.
 
@@ -136,7 +137,7 @@ def batch_spec(example: dict, batch_size: int) -> dict:
   return sharding.batch_spec(example | dict(number=jax.ShapeDtypeStruct((), np.uint32)), batch_size)
 
 
-def held_out(data: DataConfig) -> tuple[dict[str, object], bool]:
+def held_out(data: DataConfig) -> tuple[dict[str, Any], bool]:
   """({name: source}, whether training reads them) of the records to measure and to preview.
 
   Those of `data.held_out`, or else the test split of scenes or of a prepared folder; if there is none, those of
@@ -207,7 +208,8 @@ class Batches(grain.DatasetIterator):
     super().__init__()
     self.counted = counted
     self._dataset, self._fingerprint, self._workers = dataset, fingerprint, workers
-    self._next, self._iterator = 0, None
+    self._next: int = 0
+    self._iterator: Any = None
 
   def __next__(self) -> dict:
     if self._iterator is None:
@@ -312,7 +314,7 @@ class Feed(grain.DatasetIterator):
 @dataclasses.dataclass
 class _Read:
   """A batch or the error in its place, the state before it, and (failed, examples, skipped) of all processes."""
-  batch: dict | None
+  batch: Any
   error: Exception | None
   state: dict
   facts: jax.Array
@@ -322,7 +324,7 @@ class _Read:
 class _Chosen:
   """Number of an example in the order of this process -> the example, with its number in that of all processes."""
 
-  examples: grain.MapDataset
+  examples: Any  # grain.MapDataset
   batch_size: int
   rows: Sequence[int]
 
@@ -340,7 +342,7 @@ class _Draw:
   OSError the list's or the machine's, and an error of `TRIES` records in a row the program's.
   """
 
-  source: object
+  source: Any
   indices: Sequence[int]
   transform: Transform
 
@@ -388,7 +390,7 @@ def _pass_over(source, i: int, error: Exception) -> str:
 _NAMED: set[str] = set()  # reasons in the log of this process
 
 
-def _buckets(source, transform: Transform) -> dict[tuple, tuple[float, Sequence[int]]]:
+def _buckets(source, transform: Transform) -> dict[tuple, tuple[float, Any]]:
   """Bucket -> (its share of the examples, their indices). UserError when there are none.
 
   A small bucket without a record that can be used would stop a run later: it is left out.

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import concurrent.futures
 import pathlib
 import traceback
+from typing import Any
 
 from absl import logging
 import numpy as np
@@ -52,7 +53,7 @@ class ArrayRecordSource:
     self.name = str(infos[-1].parent)
     builder = tfds.builder_from_directory(infos[-1].parent)
     self._shapes = np.array(builder.info.metadata['shapes'], np.int32)
-    self._records = builder.as_data_source(split)
+    self._records: Any = builder.as_data_source(split)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -64,7 +65,8 @@ class ArrayRecordSource:
       raise BrokenRecord(f'{where(self, i)}: {reason(error)}') from error
 
   def bucket(self, i: int) -> tuple[int, int, int]:
-    return tuple(int(n) for n in self._shapes[i])
+    height, width, references = map(int, self._shapes[i])
+    return height, width, references
 
 
 def _text(value):

@@ -20,7 +20,7 @@ def is_address(path) -> bool:
 
 def filesystem(path):
   """(fsspec's file system, the path in it) of a path or an address."""
-  import fsspec  # here, as the import takes a while
+  import fsspec.config  # here, as the import takes a while
   if 'GCSFS_DEBUG' not in os.environ:
     logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs tracebacks of all that it raises
   # Other processes and tensorstore write there too: a listing that was kept would not show it. So that epath, and with

@@ -202,7 +202,7 @@ def _splash(q, k, v, q_segments, kv_segments, *, device, causal) -> jax.Array:
   else:
     of_rows = splash_attention_kernel.SegmentIds(ids(q_segments, all_queries), ids(kv_segments, all_keys))
     y = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, of_rows)
-  y = y.reshape(len(q), heads, all_queries, -1).transpose(0, 2, 1, 3)
+  y = jnp.reshape(y, (len(q), heads, all_queries, -1)).transpose(0, 2, 1, 3)
   return y[:, :queries, :, :value_dim].astype(v.dtype)
 
 

@@ -199,14 +199,14 @@ def modulate(x: jax.Array, norm: nnx.Param, scale: jax.Array, shift: jax.Array, 
 def patchify(z: jax.Array, patch: int) -> jax.Array:
   """[b y x c] -> [b s p], rows first, each patch channel-major (c, y, x) as in Krea 2."""
   cut = functools.partial(einops.rearrange, pattern='b (y i) (x j) c -> b (y x) (c i j)', i=patch, j=patch)
-  return jax.sharding.auto_axes(cut, out_sharding=RESIDUAL)(z)
+  return jax.sharding.auto_axes(cut, out_sharding=RESIDUAL)(z)  # pyrefly: ignore[bad-return]
 
 
 def unpatchify(x: jax.Array, patch: int, rows: int, columns: int) -> jax.Array:
   """The inverse of `patchify` for an image of rows x columns patches."""
   join = functools.partial(einops.rearrange, pattern='b (y x) (c i j) -> b (y i) (x j) c',
                            y=rows, x=columns, i=patch, j=patch)
-  return jax.sharding.auto_axes(join, out_sharding=RESIDUAL)(x)
+  return jax.sharding.auto_axes(join, out_sharding=RESIDUAL)(x)  # pyrefly: ignore[bad-return]
 
 
 # diffusers' Krea2Transformer2DModel. It rotates neighbouring channels of a head, we rotate halves (contiguous, so

@@ -282,7 +282,7 @@ class Vision(nnx.Module):
     def learned(y, x):
       return self.positions[...].at[y * side + x].get(out_sharding=spec).astype(jnp.float32)
 
-    return sum(learned(y, x) * (along_y * along_x)[..., None]
+    return sum(learned(y, x) * (along_y * along_x)[..., None]  # pyrefly: ignore[bad-return]
                for y, along_y in neighbours(row, rows) for x, along_x in neighbours(column, columns))
 
 

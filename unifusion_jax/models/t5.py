@@ -151,7 +151,7 @@ class T5Encoder(nnx.Module):
     heads = P(None, None, heads_axis(config.heads, config.heads))
     bias = self.bias[...].at[buckets].get(out_sharding=heads).transpose(2, 0, 1).astype(jnp.float32)
     mask = attention_mask[:, None, None]
-    return scan_taps(lambda x, block, *_: (block(x, bias, mask), None), x, self.blocks, tuple(taps), max(taps),
+    return scan_taps(lambda x, block, *_: (block(x, bias, mask), None), x, self.blocks, tuple(taps), max(taps),  # pyrefly: ignore[bad-return]
                      keep=keep)[1]
 
   def last(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:

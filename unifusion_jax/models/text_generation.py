@@ -43,10 +43,10 @@ def generate(vlm, input_ids: jax.Array, attention_mask: jax.Array, images=None, 
                     'positions this model was trained for: shorten either')
   if temperature < 0 or not 0 < top_p <= 1:
     raise UserError(f'temperature {temperature} must be 0 or more, and top_p {top_p} above 0 and at most 1')
-  if temperature > 0 and key is None:
-    raise UserError('sampling at a temperature above 0 needs a random key: pass key=jax.random.key(seed)')
   sampling = None
   if temperature > 0:
+    if key is None:
+      raise UserError('sampling at a temperature above 0 needs a random key: pass key=jax.random.key(seed)')
     keys = jax.random.split(key, len(input_ids)) if key.ndim == 0 else key
     sampling = jnp.float32(temperature), jnp.float32(top_p), jax.sharding.reshard(keys, RESIDUAL)
   return _generate(vlm, input_ids, attention_mask, images, sampling, keep, max_new, tuple(stop_ids), tuple(taps))

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from typing import Any
 
 from flax import nnx
 import jax
@@ -219,7 +220,7 @@ class Level(nnx.Module):
   def __init__(self, inputs: int, outputs: int, following: int | None, depth: int, norm, dtype, *, rngs: nnx.Rngs):
     self.resnets = nnx.List([ResBlock(inputs if i == 0 else outputs, outputs, norm, dtype, rngs=rngs)
                              for i in range(depth)])
-    self.resample = None if following is None else Conv(outputs, following, 3, dtype, rngs=rngs)
+    self.resample: Any = None if following is None else Conv(outputs, following, 3, dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array, moments=None) -> jax.Array:
     for resnet in self.resnets:

@@ -7,6 +7,7 @@ their frozen base.
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 from absl import logging
 from flax import nnx
@@ -25,7 +26,7 @@ from unifusion_jax.ranges import Range
 from unifusion_jax.request import SampleConfig
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import autoencoders, encoders, lora, lora_files, quantize
-from unifusion_jax.weights.lora import LoRAConfig
+from unifusion_jax.weights.lora import Factors, LoRAConfig
 
 PREVIEWED = 8  # rows of a preview
 MEASURED = 64  # records of data.held_out
@@ -94,11 +95,11 @@ class FlowMatching:
     model = self.load(config, config.init)
     if not self.repa_weight:
       return model
-    params = jax.jit(lambda: self.random(config))()
+    params: Any = jax.jit(lambda: self.random(config))()
     params.model = model
     return params
 
-  def random(self, config) -> 'unifusion.UniFusion | repa.WithREPA | dict[str, lora.Factors]':
+  def random(self, config) -> 'unifusion.UniFusion | repa.WithREPA | dict[str, Factors]':
     """Randomly initialised parameters; traceable. Adapters change nothing at first."""
     if self.lora.rank:
       return lora.init(_shapes(config), self.lora, config.seed)
@@ -111,7 +112,7 @@ class FlowMatching:
                       f'{config.vlm} is not: set it to 0')
     return repa.WithREPA(config.model, encoder.vision.width, rngs=rngs)
 
-  def load(self, config, folder: str) -> 'unifusion.UniFusion | dict[str, lora.Factors]':
+  def load(self, config, folder: str) -> 'unifusion.UniFusion | dict[str, Factors]':
     """The model in a checkpoint folder; with `lora.rank` the adapters there, new ones where it is that of the base."""
     if not self.lora.rank:
       return unifusion.load(folder, config.model)

@@ -4,6 +4,8 @@ The features are those of the frozen VLM's own vision tower, standardised over t
 2512.10794), so no further model is needed. The head is trained beside the model and left out of every export.
 """
 
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,7 @@ def targets(vlm: internvl.InternVL, images: jax.Array, rows: int, columns: int) 
   vision = vlm.config.vision
   side = vision.tile // vision.patch
 
-  def resized(x, y, x_):
+  def resized(x, y, x_) -> Any:
     resize = lambda x: jax.image.resize(x, (x.shape[0], y, x_, x.shape[-1]), 'linear')
     return jax.sharding.auto_axes(resize, out_sharding=layers.RESIDUAL)(x)
 

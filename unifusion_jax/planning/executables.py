@@ -59,7 +59,7 @@ class Programs:
       problem = str(error)
     if sharding.everywhere(loaded is not None):
       self._note(f'{name}: loaded from {path(self._folder, name, lowered)} in {time.monotonic() - start:.1f} s')
-      return loaded
+      return loaded  # pyrefly: ignore[bad-return]
     if loaded is not None:
       problem = 'another process could not load its program'
     self._note(f'{problem}: compiling {name} anew' if problem else f'compiling {name}')
@@ -85,7 +85,7 @@ def compile_program(lowered: jax.stages.Lowered, options: dict | None = None) ->
   A program for a CPU that came from that cache cannot be serialised again: it lacks functions and ends the process that
   runs it. And devices that are not here can be compiled for, but load nothing from the cache.
   """
-  enabled = jax.config.jax_enable_compilation_cache
+  enabled = jax.config.jax_enable_compilation_cache  # pyrefly: ignore[missing-attribute]
   try:
     jax.config.update('jax_enable_compilation_cache', False)
     compilation_cache.reset_cache()  # or the setting is not looked at again

@@ -210,11 +210,12 @@ class Program:
   def _stack(self, frame: int) -> list[tuple[str, int]]:
     """(file, line) of a frame and of its callers."""
     frames, stack = self._tables.get('StackFrames', {}), []
-    parent = lambda number: int(re.search(r'parent_frame_id=(\d+)', frames[number]).group(1))
+    field = lambda name, text: int(re.findall(rf'{name}=(\d+)', text)[0])
+    parent = lambda number: field('parent_frame_id', frames[number])
     first = parent(1) if 1 in frames else 0  # numbers of parents are printed from 0 or from 1
     while frame in frames and len(stack) < 100:
-      location = self._tables['FileLocations'][int(re.search(r'file_location_id=(\d+)', frames[frame]).group(1))]
-      file, line = (int(re.search(rf'{name}=(\d+)', location).group(1)) for name in ('file_name_id', 'line'))
+      location = self._tables['FileLocations'][field('file_location_id', frames[frame])]
+      file, line = (field(name, location) for name in ('file_name_id', 'line'))
       stack.append((self._tables['FileNames'][file].strip('"'), line))
       frame = parent(frame) - first
     return stack

@@ -123,7 +123,7 @@ def _flops(eqn) -> float:
   return 2.0 * out * right[kernel[1]] * math.prod(right[i] for i in kernel[2:])
 
 
-def subjaxprs(eqn) -> list[core.Jaxpr]:
+def subjaxprs(eqn) -> list:
   """The jaxprs that an equation runs."""
   values = [value for param in eqn.params.values() for value in (param if isinstance(param, tuple) else (param,))]
   return [getattr(value, 'jaxpr', value) for value in values if isinstance(value, (core.Jaxpr, core.ClosedJaxpr))]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -40,12 +41,12 @@ class Program:
     sizes: what else the shapes follow from, in words: {noun: number}.
   """
   name: str
-  function: Callable
+  function: Any  # jitted
   arguments: tuple
   forward: Callable
   counted: tuple
   trained: int
-  weights: object
+  weights: Any
   rows: int
   beside: list = dataclasses.field(default_factory=list)
   sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -174,18 +175,19 @@ class _Sampling:
     function, arguments, sizes = self._condition()
     (latents, pixels), mask = self._latents(), arguments[2]
     bias = jax.ShapeDtypeStruct(mask.shape, np.float32, sharding=mask.sharding)
-    conditioning = Conditioning(jax.eval_shape(function, *on_mesh(arguments)), mask,
+    tokens: Any = jax.eval_shape(function, *on_mesh(arguments))
+    conditioning = Conditioning(tokens, mask,
                                 bias if any(strength != 1 for strength in self.settings.strengths) else None)
     number = jax.ShapeDtypeStruct((), np.float32)
     null, keys = None, None
     if self.settings.guidance != 1:
-      shape = 1, self.null_length, conditioning.tokens.shape[2]
-      null = Conditioning(jax.ShapeDtypeStruct(shape, conditioning.tokens.dtype),
+      shape = 1, self.null_length, tokens.shape[2]
+      null = Conditioning(jax.ShapeDtypeStruct(shape, tokens.dtype),
                           jax.ShapeDtypeStruct(shape[:2], bool))
     if self.settings.eta:
       keys = self._rows(jax.eval_shape(lambda: jax.random.key(0)))
     if n := self.references:
-      (height, width, channels), patch = latents.shape[1:], self.models.transformer.config.dit.patch
+      (height, width, channels), patch = latents.shape[1:], self.models.transformer.config.dit.patch  # pyrefly: ignore[missing-attribute]
       conditioning = conditioning._replace(references=dit.References(*self._rows((
           jax.ShapeDtypeStruct((n, height, width, channels), np.float32),
           jax.ShapeDtypeStruct((n, height // patch, width // patch), bool)))))

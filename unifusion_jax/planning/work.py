@@ -103,7 +103,7 @@ def _flops(computation: hlo.Computation, instruction: hlo.Instruction) -> float:
   (out,) = instruction.outputs
   if instruction.opcode == 'dot':
     return 2.0 * math.prod(out.dims) * math.prod(left[i] for i in instruction.numbers('lhs_contracting_dims'))
-  inputs, kernel, result = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes).groups()
+  inputs, kernel, result = re.findall(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)[0]
   pairs = 1
   for at, (size, stride, low, spread, step) in enumerate(_window(instruction, sum(c.isdigit() for c in kernel))):
     place = str(at)

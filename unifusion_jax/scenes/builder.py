@@ -67,7 +67,7 @@ def write(out, task: str, split: str, count: int, size: int = 64, seed: int = 0)
   """Writes `count` examples below `out` and returns their folder. UserError if it exists."""
   if task.partition('/')[0] not in TASKS:
     raise UserError(f'task {task!r} has no images to write: choose one of {", ".join(TASKS)}')
-  config = ScenesConfig(name=f'{task.replace("/", "_")}_{split}', task=task, split=split, size=size, examples=count,
+  config = ScenesConfig(name=f'{task.replace("/", "_")}_{split}', task=task, split=split, size=size, examples=count,  # pyrefly: ignore[unexpected-keyword]
                         seed=seed)
   builder = Scenes(data_dir=str(out), config=config, file_format='array_record')
   if builder.data_path.exists():

@@ -11,6 +11,7 @@ examples.py skips the requests of scenes/evaluation/handwritten.py.
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import numpy as np
 
@@ -479,7 +480,7 @@ def pointed(rng: np.random.Generator, pointer: Pointer, article: str = 'the') ->
   return text
 
 
-def instruction(rng: np.random.Generator, kind: str, slots: dict[str, object], alone: bool) -> str:
+def instruction(rng: np.random.Generator, kind: str, slots: dict[str, Any], alone: bool) -> str:
   """An instruction of a kind of edit.
 
   slots: those of edits.py, with pointers and constraints in place of phrases. alone: the scene has one object, so 'it'
@@ -505,7 +506,7 @@ def instruction(rng: np.random.Generator, kind: str, slots: dict[str, object], a
   pointer = slots.get('it')
   if kind == 'remove':
     spoken['bare'] = pointed(rng, pointer, '')
-  if kind == 'move' and (pointer.place or pointer.relation):
+  if kind == 'move' and pointer and (pointer.place or pointer.relation):
     options = [t for t in options if '{it} {place}' not in t]
   if pointer and (pointer.place or pointer.relation or spoken['it'] == 'it'):
     # 'The star above the ring red' is ambiguous, and 'it red' is odd

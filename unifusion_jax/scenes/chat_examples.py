@@ -1,6 +1,7 @@
 """Training examples of the embedded VLM: a chat, and the labels of its image tokens."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,8 @@ class ChatExample:
                    target_mask=np.pad(np.ones(len(positions), bool), padding))
     if counts:
       example['tiles'] = tiles
-      scenes, processor = [world.Scene.from_json(scene) for scene in record['source']], prompts.image_processor
+      scenes = [world.Scene.from_json(scene) for scene in record['source']]
+      processor: Any = prompts.image_processor  # TiledImages: the embedded VLM's
       grids = [imaging.tile_grid(*reference.shape[:2], processor.tile, processor.tiles) for reference in references]
       n = len(references) * processor.max_tokens
       example['attributes'] = image_tokens.all_dense_attributes(scenes, grids, self._side, n)
@@ -55,7 +57,8 @@ class ChatExample:
   @property
   def _side(self) -> int:
     """Image tokens along each side of a tile."""
-    return round(self.prompts.image_processor.tokens ** 0.5)
+    processor: Any = self.prompts.image_processor
+    return round(processor.tokens ** 0.5)
 
   def spec(self, height: int, width: int, references: int = 1, task: str = '') -> dict:
     """The shapes of one example of a task."""

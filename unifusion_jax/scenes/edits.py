@@ -251,7 +251,7 @@ def _propose(rng: np.random.Generator, kind: str, source: Scene, split: str, sty
   templates = INSTRUCTIONS[kind][int(style == 'heldout')]
   if kind == 'refill' and style != 'heldout' and rng.random() < 0.35:
     templates = TURNS[slots['new fill']]
-  if kind == 'move' and (pointer.place or pointer.relation):
+  if kind == 'move' and pointer and (pointer.place or pointer.relation):
     # In 'put the star above the ring ...' the relation would sound like the destination.
     templates = [t for t in templates if '{it} {place}' not in t]
   instruction = pick(rng, templates).format(**slots)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -135,7 +136,8 @@ def _pieces(distance: np.ndarray) -> tuple[np.ndarray, int]:
   number[kept] = np.arange(len(kept)) + 1
   labels = number[owner][labels]
   # Pixels on a piece's blurred edge belong to the piece nearest to them.
-  reach, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+  distances: Any = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+  reach, nearest = distances
   return np.where(reach <= 2.5, labels[tuple(nearest)], 0), len(kept)
 
 

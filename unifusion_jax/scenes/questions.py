@@ -1,7 +1,7 @@
 """Questions about an image with short, certain answers, to train the VLM for chat and for VQAScore."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -329,9 +329,10 @@ def _background(rng, scene, split):
   return f'is the background {named}?', 'yes' if kind == scene.background.kind else 'no'
 
 
-_ASK = {'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has': _has, 'shows': _shows,
-        'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count, 'colour': _colour,
-        'shape': _shape, 'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
+_ASK: dict[str, Any] = {
+    'which': _which, 'what': _what, 'wrong': _wrong, 'beside': _beside, 'has': _has, 'shows': _shows,
+    'exists': _exists, 'relation': _relation, 'compare': _compare, 'count': _count, 'colour': _colour, 'shape': _shape,
+    'size': _size, 'fill': _fill, 'where': _where, 'background': _background}
 
 
 def random_question(rng: np.random.Generator, scene: Scene, kind: str | None = None, split: str = 'train') -> Question:

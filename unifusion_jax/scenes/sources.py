@@ -1,11 +1,10 @@
 """Source of the embedded world's records (data/sources.py), and its checks of a recipe's DataConfig."""
 
 import collections
-from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from unifusion_jax.data import sources
 from unifusion_jax.scenes import examples, world
@@ -32,7 +31,7 @@ def problems(data, unit: int) -> list[str]:
   return wrong
 
 
-def mix(data, split: str, seed: int) -> list[tuple[object, float]]:
+def mix(data, split: str, seed: int) -> list[tuple[Any, float]]:
   """(source, weight) for each task and each number of tiles of a DataConfig.
 
   In the wider world references are larger by the root of the number of tiles, so that more tiles show more detail.
@@ -79,7 +78,7 @@ class SceneSource:
     width, height = world.canvas(examples.aspect(self._task, self._split, int(i), self._seed), self._size)
     return height, width, examples.references(self._task, self._split, int(i), self._seed)
 
-  def buckets(self) -> dict[tuple[int, int, int], tuple[float, Sequence[int]]]:
+  def buckets(self) -> dict[tuple[int, int, int], tuple[float, '_Indices']]:
     """Bucket -> (its share of the examples, the indices of its examples), without walking through all of them."""
     sample = [self.bucket(i) for i in range(min(self._length, 500))]
     sample = [bucket for bucket in sample if bucket[:2] in self._canvases]

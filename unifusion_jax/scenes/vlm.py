@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import shutil
+from typing import Any
 
 from flax import nnx
 import jax
@@ -80,7 +81,7 @@ class VLMObjective:
 
   def load(self, config, folder: str) -> VLMWithHeads:
     """The VLM in a folder, with newly initialised heads."""
-    params = jax.jit(lambda: self.random(config))()
+    params: Any = jax.jit(lambda: self.random(config))()
     params.vlm = internvl.load(folder, jnp.float32)
     return params
 

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from absl import logging
 import jax
@@ -135,7 +136,7 @@ class Checkpoints:
 
     The first process compares digests for all, and all load the same checkpoint.
     """
-    damaged, error = {}, None
+    damaged, error, loaded = {}, None, {}
     for step in sorted((checkpoint.step for checkpoint in self._writer.checkpoints), reverse=True):
       verified, problem = self._compare(step, items)
       if verified:
@@ -169,15 +170,15 @@ class Checkpoints:
       loaded['data'] = json.loads(path.read_text())
     return loaded
 
-  def _try(self, step: int, items: dict) -> tuple[dict | None, Exception | None]:
+  def _try(self, step: int, items: dict) -> tuple[dict, Exception | None]:
     """The items, or the error in their place: on all processes if on one."""
-    loaded = error = None
+    loaded, error = {}, None
     try:
       loaded = self._load(step, items)
     except Exception as problem:
       error = problem
     if sharding.local(sharding.tell_all(np.array([error is not None], np.int32))).any():
-      return None, error or RuntimeError('another process cannot load it')
+      return {}, error or RuntimeError('another process cannot load it')
     return loaded, None
 
   def _pass_over(self, step: int, problem: str, taken: int) -> None:
@@ -198,7 +199,7 @@ def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """{path: shape and dtype} of a step's folder, as in 'params/...', 'opt/...', 'ema/...'; no value is read."""
   items = {'': 'state', 'ema/': 'ema'}
   return {prefix + path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for prefix, item in items.items()
-          for path, leaf in ocp.metadata(folder, item).metadata.items()}
+          for path, leaf in ocp.metadata(folder, item).metadata.items()}  # pyrefly: ignore[missing-attribute]
 
 
 def trained(config, workdir: pathlib.Path):
@@ -222,13 +223,13 @@ def trained(config, workdir: pathlib.Path):
   return objective.load(config, str(pinned.folder)), pinned.name
 
 
-def _named(tree) -> dict[str, object]:
+def _named(tree) -> dict[str, Any]:
   """{path: leaf}."""
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _like(tree, named: dict[str, object]):
+def _like(tree, named: dict[str, Any]):
   """`tree` with its leaves taken from `named`."""
   return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
 

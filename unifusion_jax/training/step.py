@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -43,8 +44,8 @@ class State:
   """Training state. `ema` is the average of `params` that is sampled from and exported."""
   step: jax.Array
   progress: jax.Array  # share of a wall-clock budget that was used; 0 without one
-  params: object
-  ema: object
+  params: Any
+  ema: Any
   opt: optax.OptState
 
 
@@ -134,12 +135,12 @@ def _auto_sharded(tx: optax.GradientTransformation) -> optax.GradientTransformat
   return optax.GradientTransformation(tx.init, update)
 
 
-def init(params, tx: optax.GradientTransformation) -> State:
+def init(params, tx: optax.GradientTransformationExtraArgs) -> State:
   """Training state at step 0."""
   return State(jnp.zeros((), jnp.int32), jnp.zeros(()), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 
-def make_train_step(loss, tx: optax.GradientTransformation, config: OptimConfig):
+def make_train_step(loss, tx: optax.GradientTransformationExtraArgs, config: OptimConfig):
   """A jitted `train_step(state, frozen, batch, key, progress=None) -> (state, metrics)`; `state` is donated.
 
   Args:

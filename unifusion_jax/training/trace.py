@@ -28,7 +28,7 @@ class Trace:
 
   def __init__(self, text: str, folder, done: int, meter, note=print):
     """text: train.profile.  done: steps that the run has behind it.  note: takes a line for the user."""
-    named = steps(text)
+    named = steps(text) or range(0)
     self._steps, self._folder, self._meter, self._note = named[max(0, done + 1 - named.start):], folder, meter, note
     self._options, self._running, self._reached = jax.profiler.ProfileOptions(), False, done
     if named and not self._steps:

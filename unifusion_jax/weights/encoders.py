@@ -87,8 +87,8 @@ def preprocessor(folder: pathlib.Path) -> dict:
 
 def _with_pixel_statistics(config: Config, folder: pathlib.Path) -> Config:
   """The configuration with the pixel mean and std of the folder's image processor, if it has one."""
-  if not hasattr(config, 'vision') or not any((folder / f'{name}_config.json').exists()
-                                              for name in ('preprocessor', 'processor')):
+  files = (folder / f'{name}_config.json' for name in ('preprocessor', 'processor'))
+  if isinstance(config, causal_lm.TextConfig | t5.T5Config) or not any(file.exists() for file in files):
     return config
   settings = preprocessor(folder)
   with json_file.named(folder / 'preprocessor_config.json'):
@@ -224,4 +224,4 @@ def _store(model: Encoder, path: pathlib.Path) -> None:
 def _restore(path: pathlib.Path, dtype, quantized: str) -> Encoder:
   from orbax.checkpoint.experimental import v1 as ocp
   config = _config(json.loads(ocp.metadata(path).custom_metadata['config']), path)
-  return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))
+  return ocp.load(path, sharding.abstract(_shapes(config, dtype, quantized), jax.sharding.get_mesh()))  # pyrefly: ignore[bad-return]

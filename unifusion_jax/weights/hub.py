@@ -69,7 +69,7 @@ def pin(name: str | os.PathLike, weights: bool = True, *, files: bool = False,
   failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
   if len(failed):
     raise error or UserError(f'{name}: process {failed[0]} has no such checkpoint, and its message says why')
-  return pinned
+  return pinned  # pyrefly: ignore[bad-return]
 
 
 def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:

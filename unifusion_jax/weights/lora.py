@@ -7,6 +7,7 @@ the matrix is. Adapters in training are {path of the matrix: Factors}; files of 
 
 import dataclasses
 import re
+from typing import Any
 
 from flax import nnx
 import jax
@@ -72,9 +73,9 @@ class LoRA:
     scale: of their product, f32 [].
     key: random key of the dropout; None for none.
   """
-  base: object
-  a: object
-  b: object
+  base: Any
+  a: Any
+  b: Any
   scale: jax.Array
   key: jax.Array | None = None
   dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
@@ -137,7 +138,7 @@ def join(model, adapters: dict[str, Factors], config: LoRAConfig, key: jax.Array
   return jax.tree.unflatten(structure, list(leaves.values()))
 
 
-def flatten(model) -> tuple[dict[str, object], object]:
+def flatten(model) -> tuple[dict[str, Any], Any]:
   """({path: Param, `Int8` or `LoRA`}, structure) of a model."""
   paths, structure = jax.tree.flatten_with_path(
       model, is_leaf=lambda x: isinstance(x, nnx.Variable) or hasattr(x, 'times'))

@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import re
+from typing import Any
 
 import einops
 from flax import nnx
@@ -325,7 +326,8 @@ def _merged_below(leaf, changes: dict, scale: float):
 
 def _merged(leaf: nnx.Param, changes: dict, scale: float) -> nnx.Param:
   """A Param with changes added to its layers, in f32."""
-  value, mesh = jnp.copy(leaf[...]), leaf[...].sharding.mesh
+  value: Any = jnp.copy(leaf[...])
+  mesh = value.sharding.mesh
   for layer, change in changes.items():
     spec = value.sharding.spec if layer is None else value.sharding.spec[1:]
     if isinstance(change, Product):

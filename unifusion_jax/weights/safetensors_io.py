@@ -144,13 +144,13 @@ def _fp8(path: pathlib.Path) -> dict[str, np.ndarray]:
           for name, facts in header.items() if facts.get('dtype') in FP8}
 
 
-def _scaled(tensors: dict[str, Tensor]) -> dict[str, Tensor | Scaled]:
+def _scaled(plain: dict[str, Tensor]) -> dict[str, Tensor | Scaled]:
   """The tensors with those in fp8 times their scales, which are left out then.
 
   Any other tensor of a quantised checkpoint is left in, where `convert.load` names it as one that no leaf uses.
   """
-  tensors = dict(tensors)
-  fp8 = {name: tensor for name, tensor in tensors.items() if tensor.dtype in map(np.dtype, FP8.values())}
+  tensors: dict = dict(plain)
+  fp8 = {name: tensor for name, tensor in plain.items() if tensor.dtype in map(np.dtype, FP8.values())}
   for name, matrix in fp8.items():
     stem = name.removesuffix('weight')
     for scale in (stem + suffix for suffix in SCALES if stem + suffix in tensors and stem != name):

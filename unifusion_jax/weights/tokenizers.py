@@ -8,6 +8,7 @@ import codecs
 import copy
 import functools
 import pathlib
+from typing import Any
 
 from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
@@ -19,7 +20,7 @@ _ROLES = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
 @functools.cache
-def plain(folder: str):
+def plain(folder: str) -> Any:
   """A second tokenizer, for text whose special tokens are plain text (`encode(text, split_special_tokens=True)`).
 
   The flag sets a state of the tokenizer, and data threads share it: with one object for both uses, two threads would
@@ -29,7 +30,7 @@ def plain(folder: str):
 
 
 @functools.cache
-def load(folder: str):
+def load(folder: str) -> Any:
   """The tokenizer of a folder, with its chat template. UserError when there is none."""
   import transformers  # a slow import that only tokenizing needs
   transformers.logging.set_verbosity_error()
@@ -42,7 +43,7 @@ def load(folder: str):
   if is_internlm2 and not (path / 'tokenizer.json').exists():
     return _internlm2(path, config_json)
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # the default asks the user
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks
   except Exception as error:  # of the rust library too, which has no class of its own
     raise UserError(_reason(path, error)) from error
   processors = path / 'chat_template.json'  # where some checkpoints keep the template, for their processor alone
@@ -71,7 +72,8 @@ def _internlm2(path: pathlib.Path, config_json: dict):
 
   if not (path / 'tokenizer.model').exists():
     raise UserError(f'{path} holds no tokenizer.model: download it from the public checkpoint')
-  proto = import_protobuf().ModelProto.FromString((path / 'tokenizer.model').read_bytes())
+  pb2: Any = import_protobuf()
+  proto = pb2.ModelProto.FromString((path / 'tokenizer.model').read_bytes())
   rules = proto.normalizer_spec
   if proto.trainer_spec.model_type != 2 or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
     raise UserError(f'{path}/tokenizer.model is no byte-pair encoding of the text as it is (model_type '

@@ -51,7 +51,7 @@ def generate(pipe: pipeline.UniFusionPipeline, records: list[dict], batch_size: 
   groups = collections.defaultdict(list)
   for i, record in enumerate(records):
     groups[(*record['target'].shape[:2], len(record['references']))].append(i)
-  samples = [None] * len(records)
+  samples: list = [None] * len(records)
   for (height, width, _), members in groups.items():
     for part, rows in sharding.batched(members, batch_size):
       requests = [Request(records[i]['instruction'], tuple(records[i]['references']), seed + i,

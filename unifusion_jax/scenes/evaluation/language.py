@@ -23,7 +23,7 @@ def answers(vlm, encoder: transforms.PromptEncoder, records: list[dict], batch_s
   for (_, task), members in groups.items():
     system = chat_examples.system(task)
     for part, filled in sharding.batched(members, sharding.padded_batch(batch_size)):
-      rows, tiles = [], []
+      rows, tiles, counts = [], [], ()
       for i in filled:
         references = records[i]['references']
         inputs, counts = encoder.image_processor.preprocess(references, len(references))
@@ -43,6 +43,7 @@ def answers(vlm, encoder: transforms.PromptEncoder, records: list[dict], batch_s
 def attributes_right(written: str, truth: str) -> tuple[int, int]:
   """(right, all) attributes of a caption: five for each object, one for the background, one for a surplus object."""
   wanted, parsed = language.parse(truth), language.parse(written)
+  assert wanted, f'{truth!r} is no caption of the grammar'
   total = len(ATTRIBUTES) * len(wanted.objects) + 1
   if parsed is None:
     return 0, total

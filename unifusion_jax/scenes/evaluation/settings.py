@@ -22,7 +22,10 @@ class _Scenes:
   examples: int = 200   # of each measurement
   batch_size: int = 50
 
-  report = 'eval'
+  @property
+  def report(self) -> str:
+    """Name of the report."""
+    return 'eval'
 
   def problems(self, config) -> list[str]:
     """Settings that cannot work, a sentence each."""

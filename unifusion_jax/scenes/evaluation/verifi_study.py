@@ -6,6 +6,7 @@
 import dataclasses
 import itertools
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path) -> 
 @dataclasses.dataclass
 class _Study:
   pipe: pipeline.UniFusionPipeline
-  config: object
+  config: Any
   folder: pathlib.Path
 
   def records(self, task: str, objects, wanted=lambda record: True, size: int = 0) -> list[dict]:
@@ -110,7 +111,7 @@ class _Study:
     shown = [dict(record, references=big['references']) for record, big in zip(small, large)]
     report, rows = {}, [[record['references'][0], record['target']] for record in small[:SHOWN]]
     for tiles in TILES:
-      errors = []
+      errors, samples = [], []
       for seed in range(self.config.eval.seeds):
         samples = self.generate(shown, 1_000_003 * seed, tiles=tiles)
         squares = [np.mean((sample.image.astype(np.float32) - record['target']) ** 2)
