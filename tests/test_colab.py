@@ -111,9 +111,10 @@ def test_inside_runs_whole(run):
 
 def test_train_runs_whole(run, tmp_path):
   """Both stages train, draw their losses and export; samples and the judge's score are of what was trained."""
+  small = ('data.batch_size=2', 'objective.noises_per_example=1', 'objective.repa_weight=0', 'model.dit.depth=1',
+           'sample.steps=1', 'sample.verifi=false', 'eval.split=heldout')
   cells = run('train', T2I_MINUTES=0.01, EDIT_MINUTES=0.01, OWN_MINUTES=0.01, HELD_OUT=2, SHOWN=2, EXAMPLES=1,
-              JUDGED='edit', MORE='sample.steps=1 sample.verifi=false data.batch_size=2 objective.repa_weight=0 '
-              'eval.split=heldout')
+              JUDGED='edit', MORE=' '.join(small))
   runs = tmp_path / 'runs' / 'notebook'
   for name in ('t2i', 'edit', 'own'):
     curves, preview = images(cell_of(cells, f"with watched('{name}'):"))
