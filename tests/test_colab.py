@@ -111,8 +111,12 @@ def test_inside_runs_whole(run):
 
 def test_train_runs_whole(run, tmp_path):
   """Both stages train, draw their losses and export; samples and the judge's score are of what was trained."""
-  small = ('data.batch_size=2', 'objective.noises_per_example=1', 'objective.repa_weight=0', 'model.dit.depth=1',
-           'sample.steps=1', 'sample.verifi=false', 'eval.split=heldout')
+  Image.new('RGB', (64, 64), 'red').save(tmp_path / 'red.png')
+  line = dict(references=['red.png'], instruction='draw it again', target='red.png', caption='a red background')
+  (tmp_path / 'list.jsonl').write_text(json.dumps(line) + '\n')  # one shape, while scenes have several to compile
+  small = (f'data.path={tmp_path / "list.jsonl"}', 'data.batch_size=2', 'objective.noises_per_example=1',
+           'objective.repa_weight=0', 'model.dit.depth=1', 'sample.steps=1', 'sample.verifi=false',
+           'eval.split=heldout')
   cells = run('train', T2I_MINUTES=0.01, EDIT_MINUTES=0.01, OWN_MINUTES=0.01, HELD_OUT=2, SHOWN=2, EXAMPLES=1,
               JUDGED='edit', MORE=' '.join(small))
   runs = tmp_path / 'runs' / 'notebook'
