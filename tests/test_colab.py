@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch):
       line = re.compile(rf"^{setting} = (?:[\d.]+|'.*')(?=  #@param)", re.MULTILINE)
       cells = [cell for cell in notebook.cells if line.search(cell.source)]
       assert len(cells) == 1, setting
-      cells[0].source = line.sub(lambda _: f'{setting} = {value!r}', cells[0].source)  # noqa: B023
+      cells[0].source = line.sub(lambda _: f'{setting} = {value!r}', cells[0].source)
     scanned = 'from unifusion_jax.models import layers\nlayers.UNROLL = False'  # compiles faster, too
     notebook.cells.insert(0, nbformat.v4.new_code_cell(scanned))
     place = dict(metadata=dict(path=str(tmp_path)))
