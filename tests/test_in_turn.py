@@ -15,7 +15,7 @@ from unifusion_jax.models import unifusion
 from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.request import Request
 from unifusion_jax.scenes import examples
-from unifusion_jax.weights import encoders, lora_files, quantize, safetensors_io
+from unifusion_jax.weights import encoders, lora_files, quantize, rules, safetensors_io
 
 PROMPTS = [LONG, 'a star', 'a blue square']
 INT8 = dict(quantized='int8', transformer_quantized='int8')
@@ -119,6 +119,22 @@ def test_loras_are_merged_and_rounded_layer_by_layer(theirs, lora, monkeypatch):
   for model in (held.model, pipe.model):
     jax.tree.map(np.testing.assert_array_equal, model, wanted)
   assert max(peak) < 1.2 * quantize.size(wanted) < 0.7 * size
+
+
+def test_files_are_read_once_and_in_blocks(theirs, monkeypatch):  # noqa: F811
+  """Each read is a part of one matrix, so the host never holds a file, nor a matrix that is larger than a block."""
+  read, sizes = safetensors_io.Tensor.__getitem__, []
+
+  def watched(tensor, index):
+    part = read(tensor, index)
+    sizes.append(part.nbytes)
+    return part
+  monkeypatch.setattr(safetensors_io.Tensor, '__getitem__', watched)
+  monkeypatch.setattr(rules, 'BLOCK', 2 ** 12)
+  pipe = UniFusionPipeline.from_pretrained(theirs[1], in_turn=True, **INT8)
+  assert pipe.vlm and pipe.model
+  files = sum(path.stat().st_size for path in theirs[1].rglob('*.safetensors'))
+  assert max(sizes) <= 2 ** 13 and 0.8 * files < sum(sizes) < files
 
 
 def test_what_is_wrong_is_found_before_a_model_is_loaded(theirs, tmp_path, monkeypatch):  # noqa: F811
