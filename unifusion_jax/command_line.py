@@ -8,6 +8,7 @@ import ast
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import inspect
 import os
 import pathlib
 import re
@@ -41,7 +42,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags `config` and `setting`, which `read` takes."""
   flags.DEFINE(PathParser(), 'config', None, 'Recipe: a file, as configs/edit.py or configs/edit.py:8b, or edit, '
                'edit:8b for those of the package.', values)
-  flags.DEFINE_multi_string('setting', [], '--setting=a.b=value is --config.a.b=value.', values)
+  flags.DEFINE_multi_string('setting', [], '--setting=a.b=value is --config.a.b=value', values)
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -79,7 +80,8 @@ def explained(head: str, listed: str, argv: list[str]) -> str:
     raise UserError(str(error) + _HINT) from error
   if values.config:
     path, _ = locate(values.config)
-    lines = [f'--config.{name}={value!r}' for name, value in _values(read(values.config, values.setting))]
+    lines = [f'--config.{name}={value!r}{comment}' for name, value, comment in _values(
+        read(values.config, values.setting))]
     return '\n'.join([ast.get_docstring(ast.parse(path.read_text())) or path.name, '', 'settings:', *lines])
   recipes = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in sorted(PACKAGED.glob('[a-z]*.py'))}
   lines = [f'  {name:9} {text.splitlines()[0]}' for name, text in recipes.items()]
@@ -88,13 +90,23 @@ def explained(head: str, listed: str, argv: list[str]) -> str:
 
 
 def _values(config, prefix: str = ''):
-  """(dotted name, value) of each setting."""
+  """(dotted name, value, the comment on its line of the source or '') of each setting."""
+  source = ''.join(map(_source, type(config).__mro__))
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
       yield from _values(value, f'{prefix}{field.name}.')
     else:
-      yield f'{prefix}{field.name}', value
+      comment = re.search(rf'^  {field.name}: .*?  # (.*)$', source, re.MULTILINE)
+      yield f'{prefix}{field.name}', value, f'  # {comment[1]}' if comment else ''
+
+
+def _source(kind: type) -> str:
+  """Source text of a class; '' of one that has none, as those of a recipe of one's own."""
+  try:
+    return inspect.getsource(kind)
+  except (OSError, TypeError):
+    return ''
 
 
 def _with_settings(argv: list[str]) -> list[str]:

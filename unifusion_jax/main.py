@@ -168,7 +168,8 @@ def run():
   logging.set_verbosity(logging.WARNING)
   with errors.at_the_terminal():
     if {'--help', '-help', '-h'} & {*sys.argv[1:]}:
-      print(command_line.explained(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sys.argv))
+      listed = flags.FLAGS.module_help(sys.modules[__name__]).partition(':\n')[2]  # without the module's name
+      print(command_line.explained(__doc__, listed, sys.argv))
       return
     app.run(start, flags_parser=command_line.parse)
 

@@ -1,23 +1,25 @@
-"""Progress of long work: a bar where it can move, else lines at intervals."""
+"""Progress of long work: a bar on terminals and in notebooks, else lines at intervals."""
 
 import os
 import sys
 import time
 import warnings
 
-with warnings.catch_warnings(action='ignore'):  # of notebooks without ipywidgets, where the bar is of text
+with warnings.catch_warnings(action='ignore'):  # of notebooks without ipywidgets
   from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
+IN_NOTEBOOK = issubclass(tqdm, tqdm_notebook)  # with ipywidgets, where the bar is one
 SECONDS = 10.0  # between two lines
 
 
 def bar(total: int | None, unit: str, start: int = 0, *, silent: bool = False, stream=None, clock=time.monotonic):
-  """Progress on stderr: tqdm's bar on a terminal and in a notebook, lines that are called like it elsewhere.
+  """Progress on stderr: tqdm's bar on a terminal or in a notebook, lines that are called like it elsewhere.
 
   silent: no progress, as of every process but the first.
   """
   stream = stream or sys.stderr
-  if silent or stream.isatty():
+  if silent or IN_NOTEBOOK or stream.isatty():
     return tqdm(total=total, initial=start, unit=unit, smoothing=0.1, file=stream, disable=silent, **_size(stream))
   return _Lines(total, unit, start, stream, clock)
 
@@ -25,7 +27,7 @@ def bar(total: int | None, unit: str, start: int = 0, *, silent: bool = False, s
 def _size(stream) -> dict:
   """The size of a bar: that of the terminal, if it has one. One of no columns, as in some containers, shows no bar."""
   try:
-    known = os.get_terminal_size(stream.fileno()).columns
+    known = IN_NOTEBOOK or os.get_terminal_size(stream.fileno()).columns
   except OSError:
     known = 0
   return dict(dynamic_ncols=True) if known else dict(ncols=80, nrows=24)
