@@ -124,7 +124,7 @@ class UniFusionPipeline:
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
     """
-    with jax.set_mesh(_mesh()):
+    with jax.set_mesh(sharding.mesh_in_context()):
       return cls.load(parts.locate(name, transformer=transformer, vlm=vlm, vae=vae), dtype=dtype, quantized=quantized,
                       transformer_quantized=transformer_quantized, cache=cache, loras=loras, in_turn=in_turn)
 
@@ -232,7 +232,7 @@ class UniFusionPipeline:
       for _, batch in self.batches(requests, height, width, settings=s, callback=callback):
         samples += batch
     except BaseException as error:  # Ctrl-C too
-      error.result = self._result(requests, samples, s)
+      error.result = self._result(requests, samples, s)  # pyrefly: ignore[missing-attribute]
       if samples:
         error.add_note(f'{len(samples)} of {len(requests)} images were there by then: `result` of this error')
       raise
@@ -480,17 +480,6 @@ class UniFusionPipeline:
   @property
   def _max_positions(self) -> int:
     return self._vlm.decoder.config.max_positions
-
-
-def _mesh() -> jax.sharding.Mesh:
-  """The mesh in context, or else one over all devices that shares out the batch."""
-  mesh = jax.sharding.get_mesh()
-  if mesh.empty:
-    return sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=1))
-  if mesh.axis_names != sharding.AXES:
-    raise UserError(f'the mesh in context has the axes {mesh.axis_names}: make it with sharding.make_mesh, which '
-                    f'gives it {sharding.AXES}')
-  return mesh
 
 
 def _load_model(folder, config: unifusion.UniFusionConfig, dtype, quantized: str, *adapters) -> unifusion.UniFusion:

@@ -35,10 +35,12 @@ def _number(seed) -> int:
     return int(seed)
   if callable(initial_seed := getattr(seed, 'initial_seed', None)):  # torch.Generator
     return initial_seed()
-  if isinstance(seed, np.random.Generator):
-    sequence = seed.bit_generator.seed_seq
-    whole = isinstance(sequence.entropy, int) and not sequence.spawn_key
-    return sequence.entropy if whole else int.from_bytes(sequence.generate_state(4).tobytes())
+  sequence = seed.bit_generator.seed_seq if isinstance(seed, np.random.Generator) else None
+  if isinstance(sequence, np.random.SeedSequence):
+    entropy = sequence.entropy
+    if isinstance(entropy, int) and not sequence.spawn_key:
+      return entropy
+    return int.from_bytes(sequence.generate_state(4).tobytes())
   if isinstance(seed, jax.Array):
     words = jax.random.key_data(seed) if _is_typed(seed) else seed
     if words.ndim == 1 and words.dtype == np.uint32:
