@@ -164,6 +164,24 @@ def recipe(tmp_path_factory):
   return make
 
 
+@pytest.fixture(scope='module')
+def pipe(recipe):
+  """A pipeline of random models, sharded over all axes; what their VLM writes has no end."""
+  from test_pipeline import random_pipe
+
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
+    return random_pipe(recipe())
+
+
+@pytest.fixture(scope='module')
+def tiny():
+  """The pipeline of the embedded models, whose VLM writes what fits. Five heads of LAP leave no tp."""
+  from unifusion_jax.pipeline import UniFusionPipeline
+
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    return UniFusionPipeline.from_pretrained('tiny')
+
+
 @pytest.fixture(scope='session')
 def qwen(tmp_path_factory):
   """The folder of a tiny random Qwen3-VL with the embedded tokenizer and its own image tokens."""

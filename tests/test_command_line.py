@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 from absl import flags
 import pytest
@@ -221,9 +222,43 @@ def test_a_recipe_may_end_in_a_sentence_of_its_own(tmp_path):
 
 
 def test_help_tells_of_recipes_and_their_settings():
-  text = command_line.explained('head', '  --flag', [])
+  text = command_line.explained('head', '  --flag', ['main', '--help', '--mode', 'train'])
   assert text.startswith('head') and text.endswith('  --flag')
   assert all(f'\n  {path.stem} ' in text for path in command_line.PACKAGED.glob('[a-z]*.py'))
-  text = command_line.explained('head', '  --flag', ['--help', '--config=edit:8b'])
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--help', '--config=edit:8b'], ['--config', 'edit:8b', '--help'], ['-config', 'edit:8b', '--mode=plan', '-h'],
+    ['--config=t2i', '--workdir', 'x', '--help', '--config=edit:8b'],
+    ['--config.sample.prompt', 'a --config=t2i', '--help', '--config', 'edit:8b']])
+def test_help_tells_of_the_recipe_that_would_run(arguments):
+  """Under the settings that are given."""
+  text = command_line.explained('head', '  --flag', ['main', *arguments, '--config.data.batch_size', '24'])
   assert text.startswith('Edits: ') and "\n--config.data.tasks=(Task(name='edit'" in text
-  assert '\n--config.objective.lora.rank=0\n' in text and '\n--config.data.size=1024\n' in text
+  assert '\n--config.seed=0\n' in text and '\n--config.data.size=1024  # images have about size^2 pixels\n' in text
+  assert '\n--config.objective.lora.rank=0  # 0: none, the whole model is trained\n' in text
+  assert '\n--config.data.batch_size=24  # over all devices\n' in text
+
+
+def test_help_with_a_wrong_recipe_is_a_sentence():
+  for arguments, said in ((['--config'], 'config'), (['--config=none'], 'there is no recipe none'),
+                          (['--config=edit', '--config.data.sizes=1'], "did you mean 'config.data.size'?")):
+    with pytest.raises(UserError, match=re.escape(said)):
+      command_line.explained('head', '  --flag', ['main', '--help', *arguments])
+
+
+def test_help_with_a_recipe_of_ones_own(tmp_path):
+  """Its classes, too."""
+  path = tmp_path / 'recipe.py'
+  path.write_text('''"""A recipe."""
+import dataclasses
+
+@dataclasses.dataclass
+class Config:
+  colour: str = 'red'  # of everything
+
+def get_config():
+  return Config()
+''')
+  text = command_line.explained('head', '  --flag', ['main', '--help', f'--config={path}'])
+  assert text.startswith("A recipe.\n\nsettings:\n--config.colour='red'")

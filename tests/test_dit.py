@@ -34,12 +34,12 @@ def build(config=CONFIG) -> UniFusion:
                                               jax.sharding.get_mesh()))
 
 
-def example(height=6, width=4, tokens=5, b=4, seed=0):
+def example(height=6, width=4, tokens=5, b=4, seed=0, taps=3):
   """(hidden, mask, z, noise, t) in numpy; the mask has full, partial and empty rows."""
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal(shape, np.float32)
   mask = np.arange(tokens) < np.resize([tokens, 2, 1, tokens - 1], b)[:, None]
-  return normal(b, tokens, 3, 32), mask, normal(b, height, width, 4), normal(b, height, width, 4), rng.random(
+  return normal(b, tokens, taps, 32), mask, normal(b, height, width, 4), normal(b, height, width, 4), rng.random(
       b, np.float32)
 
 
@@ -76,19 +76,19 @@ def krea(tmp_path_factory):
   return model, folder
 
 
-def krea_velocity(model, hidden, mask, z, t):
+def krea_velocity(model, hidden, mask, z, t, patch=2):
   """What diffusers' model says for latents [b y x c], packed and unpacked as its pipeline does."""
   import torch
   b, height, width, c = z.shape
-  rows, columns = height // 2, width // 2
-  packed = torch.tensor(z).permute(0, 3, 1, 2).reshape(b, c, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+  rows, columns = height // patch, width // patch
+  packed = torch.tensor(z).permute(0, 3, 1, 2).reshape(b, c, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
   positions = torch.zeros(hidden.shape[1] + rows * columns, 3)
   positions[hidden.shape[1]:, 1] = torch.arange(rows).repeat_interleave(columns)
   positions[hidden.shape[1]:, 2] = torch.arange(columns).repeat(rows)
   with torch.no_grad():
-    v = model(packed.reshape(b, rows * columns, c * 4), torch.tensor(hidden), torch.tensor(t), positions,
+    v = model(packed.reshape(b, rows * columns, c * patch ** 2), torch.tensor(hidden), torch.tensor(t), positions,
               None if mask.all() else torch.tensor(mask)).sample
-  v = v.reshape(b, rows, columns, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
+  v = v.reshape(b, rows, columns, c, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
   return v.permute(0, 2, 3, 1).numpy()
 
 

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
-from test_pipeline import random_pipe
 from test_vlm_objective import small
 
-from unifusion_jax import config, flow, sharding
+from unifusion_jax import config, flow
 from unifusion_jax.commands import evaluate, train
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.data.config import DataConfig, Task
@@ -41,12 +39,6 @@ def losses(pipe, path) -> np.ndarray:
   batches = list(flow_loss.batches(loader.mix(DataConfig(path=path))[0][0], pipe.prompt_encoder, 64, 8))
   order = np.argsort(np.concatenate([batch.numbers for batch in batches]))
   return np.concatenate([flow_loss.losses(pipe, batch) for batch in batches])[order]
-
-
-@pytest.fixture(scope='module')
-def pipe(recipe):
-  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
-    return random_pipe(recipe())
 
 
 def test_draws_belong_to_the_record(pipe, tmp_path):

@@ -176,7 +176,10 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name,message', [
     ('owner/absent', 'no such local folder.*not in the cache'), ('nothing', 'no such folder, and no hub id'),
-    ('/nowhere/at/all', 'no such folder'), ('./a/b', 'no such folder'), ('https://x.y/owner/model', 'no hub id')])
+    ('/nowhere/at/all', 'no such folder'), ('./a/b', 'no such folder'), ('https://x.y/owner/model', 'no hub id'),
+    ('InternVL2.5-8B', 'InternVL2.5-8B: its name on the hub is OpenGVLab/InternVL2_5-8B: give that one'),
+    ('OpenGVLab/InternVL3.5-1B-HF@main', 'is OpenGVLab/InternVL3_5-1B-HF@main: give'),
+    ('me/InternVL2.5-8B', 'not in the cache')])
 def test_names_that_are_nothing(cache, name, message):
   with pytest.raises(ValueError, match=message):
     hub.resolve(name)

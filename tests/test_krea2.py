@@ -138,12 +138,13 @@ def test_tokens_are_as_many_as_qwens(theirs):
 
 @pytest.mark.parametrize('height, width', [(64, 64), (32, 96)])
 def test_raw_with_guidance_is_krea2s(theirs, ours, height, width):
-  """Unlike lengths in one batch, and a negative prompt; our guidance is theirs + 1."""
+  """By the same arguments; unlike lengths in one batch, and a negative prompt. Our guidance is theirs + 1."""
   prompts, seeds, negative = [LONG, 'a star'], [3, 4], 'the background, blurred'
-  wanted = their_images(theirs, ours, prompts, height, width, seeds, num_inference_steps=4, guidance_scale=3.5,
-                        negative_prompt=negative)
+  ask = dict(num_inference_steps=4, guidance_scale=3.5, negative_prompt=negative)
+  wanted = their_images(theirs, ours, prompts, height, width, seeds, **ask)
   assert (ours.settings.guidance, ours.settings.shift, ours.settings.verifi) == (4.5, 0, False)
-  made = ours(prompts, seed=3, height=height, width=width, steps=4, negative_prompt=negative)
+  made = ours(prompts, height=height, width=width, generator=torch.Generator().manual_seed(3), **ask)
+  assert (made.metadata[1]['seed'], made.metadata[1]['settings']['guidance']) == (4, 4.5)
   assert_same(made.arrays, wanted)
   assert made.rewrites == prompts and not any(made.warnings)
   if height == width:

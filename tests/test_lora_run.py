@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import numpy as np
 import pytest
+from test_dit import example, krea_velocity, put, velocity
 
 from unifusion_jax.commands import export, train
 from unifusion_jax.errors import UserError
@@ -74,14 +75,19 @@ def test_a_run_from_start_to_export(adapted, mesh, tmp_path, caplog, capsys):
   head = json.loads(safetensors_io.metadata(file)['lora_adapter_metadata'])
   assert head['transformer.lora_alpha'] == 3 and head['transformer.r'] == 2
 
-  peft = pytest.importorskip('peft')
-  module = pytest.importorskip('diffusers.models.transformers.transformer_krea2')
-  theirs = module.Krea2Transformer2DModel.from_pretrained(tmp_path / 'turbo')
-  theirs.load_lora_adapter(str(file.parent), weight_name=file.name, prefix='transformer')
+  peft, diffusers = pytest.importorskip('peft'), pytest.importorskip('diffusers')
+  theirs = diffusers.Krea2Transformer2DModel.from_pretrained(tmp_path / 'turbo')
+  diffusers.Krea2Pipeline(None, None, None, None, theirs).load_lora_weights(str(file.parent), weight_name=file.name)
   layers = [layer for layer in theirs.modules() if isinstance(layer, peft.tuners.lora.Linear)]
   assert len(layers) == 15 and {layer.scaling['default_0'] for layer in layers} == {1.5}
   written = np.asarray(safetensors_io.read(file)['transformer.txt_in.linear_1.lora_B.weight'][...])
   np.testing.assert_array_equal(theirs.txt_in.linear_1.lora_B['default_0'].weight.detach().numpy(), written)
+  hidden, mask, z, _, t = example(taps=2)
+  wanted = krea_velocity(theirs, hidden, mask, z, t, patch=1)
+  ours = lora_files.load(unifusion.load(tmp_path / 'turbo', adapted.model), [str(file)])
+  np.testing.assert_allclose(velocity(ours, *put(hidden, mask, z, t)), wanted, atol=1e-4)
+  theirs.disable_adapters()
+  assert np.abs(krea_velocity(theirs, hidden, mask, z, t, patch=1) - wanted).max() > 1e-3
 
 
 @pytest.mark.parametrize('change, text', [

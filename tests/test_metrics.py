@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from unifusion_jax import progress
 from unifusion_jax.errors import UserError
 from unifusion_jax.training import metrics
 
@@ -67,7 +68,7 @@ def test_a_line_has_all_rates(tmp_path):
 
 def test_other_work_on_a_pipe_gets_lines_too():
   stream, clock = io.StringIO(), Clock()
-  bar = metrics.progress(1000, 'record', stream=stream, clock=clock)
+  bar = progress.bar(1000, 'record', stream=stream, clock=clock)
   for _ in range(1000):
     clock.now += 0.025
     bar.update(1)

@@ -9,6 +9,7 @@ import sys
 import tomllib
 
 import pytest
+from test_terminal import on_a_terminal
 
 ROOT = pathlib.Path(__file__).parent.parent
 USES = """
@@ -77,6 +78,19 @@ def test_it_works_from_another_folder(installed, tmp_path):
   assert ends[0] == 'None' and len(ends) == 3
   assert all(end.startswith('error: --mode=info takes one checkpoint') for end in ends[1:]), ends
   assert '\n  edit_lora ' in said and '\n  --workdir: Folder of the run' in said
+
+
+def test_the_console_script_on_a_terminal(installed, tmp_path, monkeypatch):
+  """What is wrong ends it in one sentence, with 1."""
+  monkeypatch.chdir(tmp_path)
+  code = f"""
+import runpy, sys
+sys.argv = ['unifusion', '--config', 'edit', '--config.data.sizes=1']
+runpy.run_path('{installed}/bin/unifusion', run_name='__main__')
+"""
+  shown, ended = on_a_terminal(code, PYTHONPATH=str(installed), PYTHONDONTWRITEBYTECODE='1')
+  assert ended == 1 and shown.startswith("\x1b[31merror:\x1b[0m there is no setting 'config.data.sizes'; did you mean")
+  assert 'Traceback' not in shown
 
 
 def test_versions_have_lower_bounds():

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from test_pipeline import random_pipe, REFERENCES, requests, same
+from test_pipeline import REFERENCES, requests, same
 
 from unifusion_jax import description, pipeline, prompting, sharding
 from unifusion_jax.commands import sample
@@ -22,13 +22,6 @@ from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.request import Request, requests_for, SampleConfig
 
 LONG = 'red ' * 200
-
-
-@pytest.fixture(scope='module')
-def pipe(recipe):
-  """Random models, sharded over all axes."""
-  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tp=2))):
-    return random_pipe(recipe())
 
 
 def with_settings(pipe, **changes):
@@ -183,7 +176,7 @@ def test_an_image_is_made_again_from_its_metadata_alone(pipe, recipe, tmp_path, 
   sample.run_requests(loaded, *sample.requests(loaded.settings, 64, 8), tmp_path / 'images')
   with Image.open('images/001.png') as file:
     from_file = {name: value if name in ('prompt', 'rewrite', 'warning', 'remark') else json.loads(value)
-                 for name, value in file.text.items()}
+                 for name, value in file.text.items() if name != 'parameters'}
   s = loaded.settings
   result = loaded(s.prompt, list(s.references), num_images=3, seed=-3, rewrite=s.rewrite)
   from_call = json.loads(json.dumps(result.metadata[1]))
@@ -269,7 +262,8 @@ class Painter:
       yield part, self.generate(part)
 
   def metadata(self, request, sample, settings):
-    return dict(seed=request.seed)
+    return dict(prompt=request.instruction, seed=request.seed, origin={},
+                settings=settings.settings() | dict(width=self.size, height=self.size))
 
 
 def painted(tmp_path, count, **changes):

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from unifusion_jax import config
+from unifusion_jax import config, parts
 from unifusion_jax.data import transforms, vision_inputs
 from unifusion_jax.data.config import Task
 from unifusion_jax.errors import BrokenRecord
 from unifusion_jax.scenes import examples
-from unifusion_jax.weights import encoders
+from unifusion_jax.weights import encoders, hub
 
 PROMPTS = transforms.PromptEncoder(str(config.ASSETS / 'vlm'), vision_inputs.TiledImages(64, 16, 1), markers=3,
                                    max_prompt=132, max_rewrite=52, budgets=(('edit', 110, 50),))
@@ -163,3 +163,12 @@ def test_a_prompt_encoder_is_the_recipes(recipe, qwen):
     assert abstract.markers == prompts.markers == sum(map(len, prompts.chat.image_ends))
     if vlm != str(qwen):  # whose own limits of pixels its config.json does not say
       assert abstract.lengths(2, 'edit') == prompts.lengths(2, 'edit')
+
+
+def test_a_folder_may_be_a_text(qwen):
+  """Wherever one is named."""
+  for folder in (config.ASSETS / 'vlm', qwen):
+    ways = (lambda name: transforms.PromptEncoder.load(name, 2, 128, 52), hub.fingerprint, encoders.preprocessor)
+    for read in ways:
+      assert read(str(folder)) == read(folder)
+  assert parts.describe(str(config.ASSETS / 'edit')) == parts.describe(config.ASSETS / 'edit')

@@ -8,6 +8,7 @@ import ast
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import inspect
 import os
 import pathlib
 import re
@@ -41,7 +42,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags `config` and `setting`, which `read` takes."""
   flags.DEFINE(PathParser(), 'config', None, 'Recipe: a file, as configs/edit.py or configs/edit.py:8b, or edit, '
                'edit:8b for those of the package.', values)
-  flags.DEFINE_multi_string('setting', [], '--setting=a.b=value is --config.a.b=value.', values)
+  flags.DEFINE_multi_string('setting', [], '--setting=a.b=value is --config.a.b=value', values)
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -49,26 +50,38 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
 
   UserError for what is no flag, but for the checkpoint of --mode=info.
   """
-  try:
-    rest = values(_with_settings(argv))
-  except flags.Error as error:
-    raise UserError(str(error).strip().removeprefix('flag ') + _HINT) from error
-  except SystemExit:  # absl ends with 1 after --help, too
-    raise SystemExit(0) from None
+  rest = parse_flags(_with_settings(argv), values, _HINT)
   if len(rest) > 1 and not ('mode' in values and values.mode == 'info'):
     raise UserError(f'{rest[1]!r} is no flag: settings are given as --config.a.b=value{_HINT}')
   return rest
 
 
-def explained(head: str, listed: str, argv: Sequence[str]) -> str:
-  """Text of --help: the command, the recipes and the flags; with --config=RECIPE that recipe and its settings.
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, hint: str = '\n--help lists the flags.'
+                ) -> list[str]:
+  """Parses argv into flags alone; returns it without them. UserError for what is no flag; --help ends with 0."""
+  try:
+    return values(argv)
+  except flags.Error as error:
+    raise UserError(str(error).strip().removeprefix('flag ') + hint) from error
+  except SystemExit:  # absl ends with 1 after --help, too
+    raise SystemExit(0) from None
+
+
+def explained(head: str, listed: str, argv: list[str]) -> str:
+  """Text of --help: the command, the recipes and the flags; with a recipe in argv that one and its settings.
 
   head: of the command; listed: its flags.
   """
-  given = next((argument.partition('=')[2] for argument in argv if argument.startswith('--config=')), None)
-  if given:
-    path, _ = locate(given)
-    lines = [f'--config.{name}={value!r}' for name, value in _values(read(given))]
+  values = flags.FlagValues()
+  define(values)
+  try:
+    values(_with_settings(argv), known_only=True)  # of --help and all other flags nothing is wanted here
+  except flags.Error as error:
+    raise UserError(str(error) + _HINT) from error
+  if values.config:
+    path, _ = locate(values.config)
+    lines = [f'--config.{name}={value!r}{comment}' for name, value, comment in _values(
+        read(values.config, values.setting))]
     return '\n'.join([ast.get_docstring(ast.parse(path.read_text())) or path.name, '', 'settings:', *lines])
   recipes = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or ''
              for path in sorted(PACKAGED.glob('[a-z]*.py'))}
@@ -78,13 +91,23 @@ def explained(head: str, listed: str, argv: Sequence[str]) -> str:
 
 
 def _values(config, prefix: str = ''):
-  """(dotted name, value) of each setting."""
+  """(dotted name, value, the comment on its line of the source or '') of each setting."""
+  source = ''.join(map(_source, type(config).__mro__))
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):
       yield from _values(value, f'{prefix}{field.name}.')
     else:
-      yield f'{prefix}{field.name}', value
+      comment = re.search(rf'^  {field.name}: .*?  # (.*)$', source, re.MULTILINE)
+      yield f'{prefix}{field.name}', value, f'  # {comment[1]}' if comment else ''
+
+
+def _source(kind: type) -> str:
+  """Source text of a class; '' of one that has none, as those of a recipe of one's own."""
+  try:
+    return inspect.getsource(kind)
+  except (OSError, TypeError):
+    return ''
 
 
 def _with_settings(argv: list[str]) -> list[str]:

@@ -5,9 +5,11 @@ import errno
 import io
 import os
 import re
+import select
 import sys
 
 LONGEST = 2000  # characters of a message on the terminal
+RED, YELLOW = 31, 33
 # Errors of files and disks that are no fault of the program, and those of them that may come without a file's name.
 _ANYWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE}
 _OF_FILES = _ANYWHERE | {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -51,18 +53,37 @@ def shown(text: str) -> str:
 def at_the_terminal():
   """Ends the process in one sentence for an error that a user can mend, and with its traceback for every other.
 
-  UNIFUSION_TRACEBACK=1 keeps all tracebacks. Output goes to a terminal of any encoding.
+  UNIFUSION_TRACEBACK=1 keeps all tracebacks. Output goes to a terminal of any encoding, and line by line into a pipe; a
+  pipe that nobody reads any more, as one to `head`, ends the process with 141.
   """
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # a notebook has others
-      stream.reconfigure(errors='backslashreplace')
+      stream.reconfigure(errors='backslashreplace', line_buffering=True)
   try:
     yield
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     sys.exit(130)
   except Exception as error:
+    if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the end
+      sys.exit(141)
     message = sentence(error)
     if message is None or os.environ.get('UNIFUSION_TRACEBACK'):
       raise
-    sys.exit(f'error: {message}')
+    sys.exit(f'{coloured("error:", RED, sys.stderr)} {message}')
+
+
+def _is_closed(stream) -> bool:
+  """Whether nobody reads a pipe any more."""
+  poll = select.poll()
+  poll.register(stream, 0)  # for errors alone
+  return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def coloured(text: str, colour: int, stream) -> str:
+  """The text in a colour, if the stream is a terminal: NO_COLOR is for none, FORCE_COLOR for colours everywhere."""
+  if os.environ.get('NO_COLOR') or not (os.environ.get('FORCE_COLOR') or
+                                        stream.isatty() and os.environ.get('TERM') != 'dumb'):
+    return text
+  return f'\x1b[{colour}m{text}\x1b[0m'

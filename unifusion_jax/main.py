@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import re
-import signal
 import sys
 import tempfile
 
@@ -118,7 +117,6 @@ def _info(checkpoints: list[str]) -> None:
   if len(checkpoints) != 1 or flags.FLAGS.config or flags.FLAGS.setting:
     raise UserError('--mode=info takes one checkpoint, after the flags, and no recipe: --mode=info runs/edit, or '
                     'another folder, .safetensors file or hub id')
-  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other tools end where `| head` has read enough
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
     importlib.import_module('unifusion_jax.commands.info').run(checkpoints[0])
 
@@ -170,7 +168,8 @@ def run():
   logging.set_verbosity(logging.WARNING)
   with errors.at_the_terminal():
     if {'--help', '-help', '-h'} & {*sys.argv[1:]}:
-      print(command_line.explained(__doc__, flags.FLAGS.module_help(sys.modules[__name__]), sys.argv[1:]))
+      listed = flags.FLAGS.module_help(sys.modules[__name__]).partition(':\n')[2]  # without the module's name
+      print(command_line.explained(__doc__, listed, sys.argv))
       return
     app.run(start, flags_parser=command_line.parse)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -59,8 +60,40 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
 
 
 def as_text(metadata: dict) -> dict[str, str]:
-  """Metadata as the text entries of a PNG: what is no text in JSON."""
-  return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+  """Metadata as the text entries of a PNG: what is no text in JSON; and `parameters`, for other tools."""
+  own = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+  return dict(parameters=parameters(metadata)) | own
+
+
+def parameters(metadata: dict) -> str:
+  """Metadata in the form of AUTOMATIC1111's web UI, which Civitai and others read too.
+
+  Request, negative prompt, and a line of keys and values (modules/infotext_utils.py there, at 0365002): a value with a
+  comma, a colon or a line break is a JSON string. The hash is of our fingerprint or commit, not of a file.
+  """
+  settings, origin = metadata['settings'], metadata['origin']
+  lines = [metadata['prompt']]
+  if settings['negative_prompt']:
+    lines.append(f'Negative prompt: {settings["negative_prompt"]}')
+  sampler = {'euler': 'Euler a' if settings['eta'] else 'Euler', 'heun': 'Heun'}[settings['method']]
+  values = {'Steps': settings['steps'], 'Sampler': sampler, 'CFG scale': f'{settings["guidance"]:g}',
+            'Seed': metadata['seed'], 'Size': f'{settings["width"]}x{settings["height"]}'}
+  if settings['eta']:
+    values['Eta'] = f'{settings["eta"]:g}'
+  if 'model' in origin:
+    used = origin.get('transformer', origin['model'])
+    name, fingerprint = used['name'], used.get('fingerprint')
+    if fingerprint is None:  # a hub id at its commit
+      name, _, fingerprint = name.partition('@')
+    values['Model hash'] = fingerprint[:10]
+    values['Model'] = name.rstrip('/').rpartition('/')[2].removesuffix('.safetensors')
+  values['Version'] = f'unifusion_jax {unifusion_jax.__version__}'
+  return '\n'.join([*lines, ', '.join(f'{key}: {_quoted(str(value))}' for key, value in values.items() if value != '')])
+
+
+def _quoted(value: str) -> str:
+  """A value of `parameters`."""
+  return json.dumps(value, ensure_ascii=False) if re.search('[,:"\n]', value) else value
 
 
 def _reference(image, file: str) -> dict[str, str]:

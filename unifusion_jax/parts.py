@@ -82,8 +82,9 @@ def locate(name: str | os.PathLike, *, transformer: str | None = None, vlm: str 
   return parts
 
 
-def describe(folder: pathlib.Path) -> Description:
+def describe(folder: str | os.PathLike) -> Description:
   """The settings of a pipeline's folder; reads no weights."""
+  folder = pathlib.Path(folder)
   return _index(folder)[0] if (folder / INDEX).exists() else description.read(folder)
 
 

@@ -11,7 +11,6 @@ images. `Conditioning` may be edited between these phases.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import difflib
 import functools
 import operator
 import os
@@ -23,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from unifusion_jax import call, denoising, flow, metadata, parts, prompting, randomness, reading, sharding, turns
 from unifusion_jax import conditioning as states
-from unifusion_jax import denoising, flow, metadata, parts, prompting, randomness, reading, sharding, turns, wording
 from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.denoising import Kept
@@ -33,6 +32,7 @@ from unifusion_jax.models import dit, unifusion
 from unifusion_jax.reading import Read
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
 from unifusion_jax.weights import autoencoders, encoders, lora_files
+from unifusion_jax.wording import Vocabulary
 
 AHEAD = 64  # requests that the VLM reads before it leaves: for Krea 2, 4 to 60 MB of the host's memory each
 
@@ -73,10 +73,10 @@ _Method = TypeVar('_Method', bound=Callable)
 
 
 def _in_mesh(method: _Method) -> _Method:
-  """Runs a method of the pipeline with its mesh in context."""
+  """Runs a method of the pipeline with its mesh in context; UserError where the devices' memory is too small."""
   @functools.wraps(method)
   def run(self, *args, **kwargs):
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), turns.enough_memory():
       return method(self, *args, **kwargs)
   return cast(_Method, run)
 
@@ -101,7 +101,7 @@ class UniFusionPipeline:
     self._model, self._vlm, self._in_turn = model, frozen.vlm, in_turn
     self.prompt_encoder, self.settings, self.size = prompt_encoder, settings or SampleConfig(), size
     self.origin, self.resolution_shift = origin or {}, resolution_shift
-    self.vocabulary = wording.Vocabulary.of(prompt_encoder.folder)
+    self.vocabulary = Vocabulary.of(prompt_encoder.folder)
     self._reads, self._conditioned, self._null = [], None, None  # the last results, with what they were made of
 
   @classmethod
@@ -127,11 +127,12 @@ class UniFusionPipeline:
     Raises:
       UserError: for a folder without unifusion.json, and for parts that do not fit each other.
     """
-    with jax.set_mesh(_mesh()):
+    with jax.set_mesh(sharding.mesh_in_context()):
       return cls.load(parts.locate(name, transformer=transformer, vlm=vlm, vae=vae), dtype=dtype, quantized=quantized,
                       transformer_quantized=transformer_quantized, cache=cache, loras=loras, in_turn=in_turn)
 
   @classmethod
+  @turns.enough_memory()
   def load(cls, located: parts.Parts, *, dtype: str = 'float32', quantized: str = '', transformer_quantized: str = '',
            cache: str | None = None, settings: SampleConfig | None = None, loras: Sequence[str] = (),
            in_turn: bool = False):
@@ -193,51 +194,54 @@ class UniFusionPipeline:
       self.origin = self.origin | dict(loras=[*self.origin.get('loras', []), *loras])
       self._conditioned = self._null = None
 
-  def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int = 1, seed: int = 0,
+  def __call__(self, prompt: str | Sequence[str] = '', images=None, *, num_images: int | None = None, seed=None,
                rewrite: str | None = None, height: int | None = None, width: int | None = None,
                callback: Callable[[int, int], None] | None = None, **settings) -> Result:
-    """Samples `num_images` of every prompt.
+    """Samples `num_images` (1) of every prompt.
 
     Args:
       prompt: one or several.
       images: the references of every prompt: a path, an array or a Pillow image, or several in the order shown.
-      seed: of the first image; every further image takes the next number.
+      seed: of the first image (0), every further image takes the next number; or a list with one for each. A whole
+        number, or as of `randomness.seeds` a generator of torch or NumPy, or a key of jax.
       rewrite: text to condition on instead of the VLM's rewrite.
       height, width: in pixels. One alone keeps the proportions of the first reference, or a square without references;
         with neither, the image has that shape and about `self.size` squared pixels.
       callback: called as callback(done, all) after each sampling step.
       **settings: of SampleConfig: negative_prompt, steps, guidance, method, eta, shift, verifi, system, temperature,
         top_p, tiles, image_tokens, reference_latents, stitch, strengths, precise, decode_tile, batch_size. None, as for
-        every argument here, is the pipeline's own default.
+        every argument here, is the pipeline's own default. And diffusers' names: image, num_images_per_prompt,
+        generator and num_inference_steps are images, num_images, seed and steps; guidance_scale is guidance, for Krea 2
+        counted as in Krea2Pipeline, which has one less; 1 (of Krea 2 0) and below are no guidance.
+
+    Raises:
+      UserError: for arguments that cannot be, before anything is sampled; and for what stops it later. Every error that
+        does has the Result of the images that were there by then as its `result`.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not all(isinstance(text, str) for text in prompts):
-      raise UserError(f'prompt={prompt!r} must be a text or a list of texts')
-    if rewrite is not None:
-      prompts = [text or rewrite for text in prompts]
-    prompts = {f'prompt {i}' if len(prompts) > 1 else 'prompt': text for i, text in enumerate(prompts, 1)}
-    empty = [place for place, text in prompts.items() if not text.strip()]
-    if empty or not prompts:
-      raise UserError(f'nothing to generate{f": {empty[0]} is empty" if len(prompts) > 1 else ""}: give a prompt, as '
-                      "in pipe('make the circle blue', images='photo.png')")
-    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
-    references = tuple(imaging.read(image) for image in images)
-    files = tuple(str(image) if isinstance(image, (str, os.PathLike)) else '' for image in images)
-    arguments = [*self.settings.settings(), 'batch_size']
-    for name in settings.keys() - set(arguments):
-      near = difflib.get_close_matches(name, arguments, 1)
-      hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(arguments)}'
-      raise UserError(f'there is no argument {name!r}: {hint}')
-    s = self.settings.changed(num_images=num_images, seed=seed, height=height, width=width, **settings)
+    given = call.named(dict(images=images, num_images=num_images, seed=seed, height=height, width=width) | settings,
+                       self.prompt_encoder.layout.guidance_off)
+    prompts, seed = call.prompts(prompt, rewrite), given.pop('seed', 0)
+    references, files = call.references(given.pop('images', ()))
+    s = self.settings.changed(**dict(num_images=1) | given)
     if problems := s.problems(self.unit, ''):
       raise UserError('; '.join(problems))
     height, width = shape_like(references[0] if references else None, self.size, self.unit, s.height, s.width)
-    requests = requests_for(prompts, references, s.num_images, s.seed, rewrite, files)
+    seeds = randomness.seeds(seed, len(prompts) * s.num_images)
+    requests = requests_for(prompts, references, s.num_images, seeds, rewrite, files)
     prompting.check(self.prompt_encoder, requests, s, self._max_positions)
     s = s.changed(batch_size=min(s.batch_size, len(requests)))
     samples = []
-    for _, batch in self.batches(requests, height, width, settings=s, callback=callback):
-      samples += batch
+    try:
+      for _, batch in self.batches(requests, height, width, settings=s, callback=callback):
+        samples += batch
+    except BaseException as error:  # Ctrl-C too
+      error.result = self._result(requests, samples, s)  # pyrefly: ignore[missing-attribute]
+      if samples:
+        error.add_note(f'{len(samples)} of {len(requests)} images were there by then: `result` of this error')
+      raise
+    return self._result(requests, samples, s)
+
+  def _result(self, requests: list[Request], samples: list[Sample], s: SampleConfig) -> Result:
     return Result([Image.fromarray(sample.image) for sample in samples], [sample.rewrite for sample in samples],
                   [sample.warning for sample in samples], [sample.remark for sample in samples],
                   [self.metadata(request, sample, s) for request, sample in zip(requests, samples)])
@@ -479,17 +483,6 @@ class UniFusionPipeline:
   @property
   def _max_positions(self) -> int:
     return self._vlm.decoder.config.max_positions  # pyrefly: ignore[missing-attribute]
-
-
-def _mesh() -> jax.sharding.Mesh:
-  """The mesh in context, or else one over all devices that shares out the batch."""
-  mesh = jax.sharding.get_mesh()
-  if mesh.empty:
-    return sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=1))
-  if mesh.axis_names != sharding.AXES:
-    raise UserError(f'the mesh in context has the axes {mesh.axis_names}: make it with sharding.make_mesh, which '
-                    f'gives it {sharding.AXES}')
-  return mesh
 
 
 def _load_model(folder, config: unifusion.UniFusionConfig, dtype, quantized: str, *adapters) -> unifusion.UniFusion:

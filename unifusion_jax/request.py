@@ -1,9 +1,10 @@
 """Requests and sampling settings."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import difflib
+import itertools
 import numbers
 import pathlib
 import re
@@ -85,7 +86,8 @@ class SampleConfig:
   def problems(self, unit: int = 1, prefix: str = 'sample.') -> list[str]:
     """Values out of range, one sentence each. `unit`: pixels that both sides must be multiples of."""
     names = [field.name for field in dataclasses.fields(self) if field.name in LIMITS]
-    checks = {f'{prefix}{name}={side} must be a multiple of {unit} pixels (a latent patch)': side % unit == 0
+    checks = {f'{prefix}{name}={side} must be a multiple of {unit} pixels (a latent patch), as '
+              f'{max(1, round(side / unit)) * unit} is': side % unit == 0
               for name, side in (('width', self.width), ('height', self.height))}
     checks |= {
         f"{prefix}method={self.method!r} must be 'euler' or 'heun'": self.method in METHODS,
@@ -135,14 +137,16 @@ class Request:
   files: tuple[str, ...] = ()
 
 
-def requests_for(prompts: dict[str, str], references: tuple, num_images: int = 1, seed: int = 0,
+def requests_for(prompts: dict[str, str], references: tuple, num_images: int = 1, seed: int | Iterable[int] = 0,
                  rewrite: str | None = None, files: tuple[str, ...] = ()) -> list[Request]:
-  """`num_images` requests for every prompt, all with the same references, their seeds counting from `seed`.
+  """`num_images` requests for every prompt, all with the same references.
 
   prompts: {place: text}.
+  seed: of the first, from which the others count on; or of each.
   """
-  return [Request(prompt, references, seed + i * num_images + j, rewrite, place, files)
-          for i, (place, prompt) in enumerate(prompts.items()) for j in range(num_images)]
+  seeds = itertools.count(seed) if isinstance(seed, numbers.Integral) else seed
+  each = [(place, prompt) for place, prompt in prompts.items() for _ in range(num_images)]
+  return [Request(prompt, references, seed, rewrite, place, files) for (place, prompt), seed in zip(each, seeds)]
 
 
 def requests_of(records: Sequence[dict]) -> list[Request]:

@@ -1,11 +1,14 @@
-"""Models that take turns in the devices' memory, where they do not fit beside each other."""
+"""Memory of the devices that is too small: models that take turns in it, and what is said where that does not do."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 from typing import Any
 
 from flax import nnx
 import jax
+
+from unifusion_jax.errors import clipped, UserError
 
 
 class Turns:
@@ -35,3 +38,18 @@ class Turns:
     self._loaders[name] = functools.partial(self._loaders[name], *arguments)
     if name in self._there:
       self.leave()
+
+
+@contextlib.contextmanager
+def enough_memory():
+  """UserError for a pipeline that the devices' memory does not hold, in the place of XLA's RESOURCE_EXHAUSTED."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).partition('RESOURCE_EXHAUSTED: ')[2]
+    if not reason:
+      raise
+    raise UserError(
+        f"the devices' memory is too small ({clipped(reason.splitlines()[0])}): sample fewer images at a time "
+        '(batch_size) or smaller ones (width, height), load the models in turn (in_turn) or in int8 (quantized, '
+        'transformer_quantized), or take more devices') from error

@@ -85,6 +85,7 @@ class Layout:
     dropped: number of ids at the start that do not condition the DiT.
     max_sequence_length: condition tokens; a longer request is cut off before the suffix.
     vlm: the one VLM that fits; '' for any.
+    guidance_off: diffusers' guidance_scale of this model without guidance.
   """
   kinds: tuple[str, ...] = COND_RAW
   prefix: tuple[str, str] | None = None
@@ -92,6 +93,7 @@ class Layout:
   dropped: int = 0
   max_sequence_length: int = 0
   vlm: str = ''
+  guidance_off: float = 1.0
 
 
 # By the name that unifusion.json and config.layout use. Krea 2's: Krea2Pipeline of diffusers 0.42.1, which pads between
@@ -102,7 +104,8 @@ LAYOUTS = {
         ('instruction', 'suffix'),
         ('<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial '
          'relationships of the objects and background:<|im_end|>\n<|im_start|>', 'user\n'),
-        '<|im_end|>\n<|im_start|>assistant\n', dropped=34, max_sequence_length=512, vlm='Qwen3-VL-4B-Instruct'),
+        '<|im_end|>\n<|im_start|>assistant\n', dropped=34, max_sequence_length=512, vlm='Qwen3-VL-4B-Instruct',
+        guidance_off=0.0),
 }
 # ChatML, for a tokenizer without a chat template of its own
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "

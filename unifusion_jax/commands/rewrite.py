@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import bucket, json_file, prompting, ranges, sharding, verifi
+from unifusion_jax import bucket, json_file, progress, prompting, ranges, sharding, verifi
 from unifusion_jax.data import loader, rewrites, sources, transforms
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import BrokenRecord, UserError
 from unifusion_jax.models import text_generation
 from unifusion_jax.ranges import Range
-from unifusion_jax.training import lock, metrics
+from unifusion_jax.training import lock
 from unifusion_jax.training.record import differences
 from unifusion_jax.weights import encoders, hub
 
@@ -98,7 +98,7 @@ def write(config, mixture: list, folder: pathlib.Path, generate: Callable[..., t
     done, tally, start = set(_keys(folder)), collections.Counter(), time.monotonic()
   total = sum(len(source) for source in mixture)
   with (open(path if share.first else os.devnull, 'a') as file,
-        contextlib.closing(metrics.progress(total, 'record')) as bar):
+        contextlib.closing(progress.bar(total, 'record', silent=not sharding.is_main_process())) as bar):
     for source in mixture:
       for references, indices in _by_references(source, share):
         requests = _requests(encoder, source, references, indices, config.rewrite.count, done, tally,

@@ -1,12 +1,13 @@
 """Sampling from the command line: images of the configuration's requests, and grids of them. Also previews."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
 import numpy as np
 
-from unifusion_jax import bucket, metadata, parts, pipeline, prompting, sharding
+from unifusion_jax import bucket, errors, metadata, parts, pipeline, prompting, sharding
 from unifusion_jax.data import imaging, transforms
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import sheet
@@ -119,6 +120,7 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
   """
   number = 1 + max((int(path.stem) for path in folder.glob('*.png') if path.stem.isdecimal()), default=-1)
   settings = pipe.settings.changed(batch_size=min(pipe.settings.batch_size, len(requests)))
+  yellow = functools.partial(errors.coloured, colour=errors.YELLOW, stream=sys.stdout)
   page, first, done = [], '', 0  # what a grid shows, the number of its first image, and all images so far
   try:
     for part, samples in pipe.batches(requests, height, width, settings=settings):
@@ -129,8 +131,8 @@ def run_requests(pipe: pipeline.UniFusionPipeline, requests: list[Request], heig
           path = imaging.write_new_png(folder, number, sample.image, text)
           number, done = 1 + int(path.stem), done + 1
           print(f'{bucket.address(path)}\n  prompt:  {request.instruction}\n  rewrite: {sample.rewrite}'
-                + (f'\n  warning: {sample.warning}' if sample.warning else '')
-                + (f'\n  remark:  {sample.remark}' if sample.remark else ''))
+                + (f'\n  {yellow("warning:")} {sample.warning}' if sample.warning else '')
+                + (f'\n  {yellow("remark:")}  {sample.remark}' if sample.remark else ''))
           first = first or path.stem
           page.append(_row(request, sample))
           if len(page) == PAGE or done == len(requests):

@@ -10,6 +10,7 @@ are left; the same command makes the same shards, whatever the number of process
 
 from collections.abc import Iterator
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,9 +22,8 @@ import shlex
 from absl import app, flags
 import numpy as np
 from PIL import Image
-import tqdm
 
-from unifusion_jax import command_line, errors
+from unifusion_jax import command_line, errors, progress
 from unifusion_jax.data import imaging, layouts, lists, shards, storage
 from unifusion_jax.errors import clipped, UserError
 
@@ -130,8 +130,10 @@ def convert(patterns: list[str], settings: Settings, records: int = RECORDS, wor
   elif workers:
     _run_processes(settings, work, workers)
   else:
-    for each in tqdm.tqdm(work, unit='shard'):
-      shard(settings, each)
+    with contextlib.closing(progress.bar(len(work), 'shard')) as bar:
+      for each in work:
+        shard(settings, each)
+        bar.update(1)
   return shards.whole(settings.output, count)
 
 
@@ -150,8 +152,10 @@ def _run_processes(settings: Settings, work: list, workers: int) -> None:
   with concurrent.futures.ProcessPoolExecutor(min(workers, max(1, len(work))), context) as pool:
     futures = [pool.submit(shard, settings, each) for each in work]
     try:
-      for future in tqdm.tqdm(concurrent.futures.as_completed(futures), total=len(work), unit='shard'):
-        future.result()
+      with contextlib.closing(progress.bar(len(work), 'shard')) as bar:
+        for future in concurrent.futures.as_completed(futures):
+          future.result()
+          bar.update(1)
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
@@ -231,4 +235,4 @@ if __name__ == '__main__':
   from unifusion_jax.data import convert as itself  # whose functions other processes find by name
   itself.define()
   with errors.at_the_terminal():
-    app.run(itself.main)
+    app.run(itself.main, flags_parser=command_line.parse_flags)

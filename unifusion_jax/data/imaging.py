@@ -275,10 +275,10 @@ def stitch(images) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray, metadata: dict[str, str] | None = None) -> bytes:
-  """The image as a PNG, with `metadata` as text entries (UTF-8)."""
+  """The image as a PNG, with `metadata` as text entries: in Latin-1 (tEXt), which all tools read, or UTF-8 (iTXt)."""
   text = PngImagePlugin.PngInfo()
   for key, value in (metadata or {}).items():
-    text.add_itxt(key, value)
+    text.add_text(key, value)
   file = io.BytesIO()
   Image.fromarray(image).save(file, 'PNG', pnginfo=text)
   return file.getvalue()

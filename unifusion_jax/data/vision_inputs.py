@@ -13,6 +13,7 @@ Pixels stay uint8: the model normalises them (`vision.mean`, `vision.std` of its
 
 import dataclasses
 import math
+import os
 import pathlib
 
 import jax
@@ -176,7 +177,7 @@ class NoImages:
 ImageProcessor = TiledImages | PackedPatches | NoImages
 
 
-def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None = None) -> ImageProcessor:
+def for_model(config: encoders.Config, tiles: int, folder: str | os.PathLike | None = None) -> ImageProcessor:
   """The image processor of a VLM.
 
   folder: of its preprocessor_config.json, which must be there: nothing is guessed. None takes the values of the
@@ -191,7 +192,7 @@ def for_model(config: encoders.Config, tiles: int, folder: pathlib.Path | None =
       if folder is None:
         vision = config.vision
         return PackedPatches(PixelLimits(patch=vision.patch, frames=vision.frames, merge=vision.merge), tiles)
-      with json_file.named(folder / 'preprocessor_config.json'):
+      with json_file.named(pathlib.Path(folder) / 'preprocessor_config.json'):
         return PackedPatches(PixelLimits.from_json(encoders.preprocessor(folder)), tiles)
     case t5.T5Config():
       raise UserError(f'{folder} is an encoder, which writes nothing: take a VLM or a causal language model')

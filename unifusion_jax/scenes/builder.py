@@ -92,4 +92,4 @@ if __name__ == '__main__':
   flags.DEFINE_integer('size', 64, 'side in pixels of a square canvas', lower_bound=16)
   flags.DEFINE_integer('seed', 0, 'seed of the examples', lower_bound=0)
   with errors.at_the_terminal():
-    app.run(main)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -10,8 +10,8 @@ import uuid
 
 import jax
 import tensorboardX
-import tqdm
 
+from unifusion_jax import progress
 from unifusion_jax.errors import UserError
 
 
@@ -19,7 +19,6 @@ def _number(x: float) -> str:
   return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
 
 
-SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 # What the progress shows, in this order: the name of a scalar, the name there, and the text of a value
 SHOWN = {
     'loss': ('loss', '{:.4g}'.format),
@@ -59,7 +58,7 @@ class Writer:
     self._postfix = {}
     self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True, purge_step=step + 1 if step else None)
     self._stream = stream or sys.stderr
-    self._bar = progress(steps, 'step', step, stream=self._stream, clock=clock)
+    self._bar = progress.bar(steps, 'step', step, stream=self._stream, clock=clock)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes the scalars of a log step wherever metrics go, and the main ones to the progress."""
@@ -135,43 +134,3 @@ def _wandb_run(workdir: pathlib.Path, project: str):
                 allow_val_change=True)
   except Error as error:
     raise UserError(f'train.wandb={project!r}: {error}') from error
-
-
-def progress(total: int | None, unit: str, start: int = 0, *, stream=None, clock=time.monotonic):
-  """Progress of the first process: tqdm's bar on a terminal, lines that are called like it on a pipe or in a file."""
-  stream, silent = stream or sys.stderr, jax.process_index() > 0
-  if silent or stream.isatty():
-    return tqdm.tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True, smoothing=0.1, file=stream,
-                     disable=silent)
-  return _Lines(total, unit, start, stream, clock)
-
-
-class _Lines:
-  """A line of progress every SECONDS at most, and one at the end."""
-
-  def __init__(self, total: int | None, unit: str, start: int, stream, clock):
-    self.n, self._shown, self._stream, self._clock = start, start, stream, clock
-    self._unit, self._total = unit, '' if total is None else f'/{total}'
-    self._printed = clock()
-    self._postfix = {}
-
-  def set_postfix(self, values: dict[str, str], refresh: bool) -> None:
-    del refresh
-    self._postfix = values
-
-  def update(self, steps: int) -> None:
-    self.n += steps
-    if self._clock() - self._printed >= SECONDS:
-      self._print()
-
-  def _print(self) -> None:
-    self._printed, self._shown = self._clock(), self.n
-    values = [f'{value} {name}' if '/' in name else f'{name} {value}' for name, value in self._postfix.items()]
-    self.write(' '.join([f'{self._unit} {self.n}{self._total}', *values]), file=self._stream)
-
-  def write(self, text: str, file) -> None:
-    print(text, file=file, flush=True)
-
-  def close(self) -> None:
-    if self._shown != self.n:
-      self._print()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -73,8 +74,9 @@ def config(name) -> Config:
   return _with_pixel_statistics(_config(_config_json(folder), folder), folder)
 
 
-def preprocessor(folder: pathlib.Path) -> dict:
+def preprocessor(folder: str | os.PathLike) -> dict:
   """The image processor's settings, which newer checkpoints keep in processor_config.json."""
+  folder = pathlib.Path(folder)
   for name in ('preprocessor_config.json', 'processor_config.json'):
     if (folder / name).exists():
       settings = json_file.read(folder / name)

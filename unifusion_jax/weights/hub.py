@@ -27,6 +27,7 @@ WEIGHTS = ('*.safetensors',)
 VARIANTS = ('*.*.safetensors', 'consolidated*.safetensors')
 _TAIL = 1 << 20  # bytes at the end of a weights file that its fingerprint covers
 _ID = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*?)(?:@([\w./-]+))?')
+_INTERNVL = re.compile(r'(?:OpenGVLab/)?(InternVL\d)\.(\d.*)')  # as its papers spell it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,8 @@ def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variant
       return Pinned(str(name), path, '')
     raise UserError(f'{path} is a file: give {"a .safetensors file, or " * files}the folder that holds it, with its '
                     'config.json')
+  if version := _INTERNVL.fullmatch(str(name)):
+    raise UserError(f'{name}: its name on the hub is OpenGVLab/{"_".join(version.groups())}: give that one')
   parts = _ID.fullmatch(str(name))
   if parts is None or str(name).startswith('.'):
     raise UserError(f'{name}: no such folder{" or file" * files}, and no hub id either, which is owner/name, '
@@ -155,9 +158,9 @@ def _check_weights(label: str, names: list[str]) -> None:
                     'convert it in a place you trust and give the local folder')
 
 
-def fingerprint(folder: pathlib.Path) -> str:
+def fingerprint(folder: str | os.PathLike) -> str:
   """Hash of config.json, tokenizer and the ends of the weights files: the same wherever the folder, or file, lies."""
-  digest = hashlib.sha256()
+  folder, digest = pathlib.Path(folder), hashlib.sha256()
   for name in ('config.json', 'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'):
     if (folder / name).exists():
       digest.update((folder / name).read_bytes())
