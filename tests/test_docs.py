@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*(ROOT / folder / 'README.md' for folder in ('', 'benchmarks', 'launch')), ROOT / 'CONTRIBUTING.md',
          *sorted((ROOT / 'docs').glob('*.md'))]
 RECIPES = sorted((ROOT / 'configs').glob('[a-z]*.py'))
-GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan')
+GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan', 'demo')
 
 
 def names(path: pathlib.Path) -> str:

@@ -81,6 +81,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return jax.sharding.Mesh(placed, AXES, explicit)
 
 
+def mesh_in_context() -> jax.sharding.Mesh:
+  """The mesh in context, or else one over all devices that shares out the batch."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return make_mesh(MeshConfig(data=-1, fsdp=1))
+  if mesh.axis_names != AXES:
+    raise UserError(f'the mesh in context has the axes {mesh.axis_names}: make it with sharding.make_mesh, which '
+                    f'gives it {AXES}')
+  return mesh
+
+
 def abstract_mesh(config: MeshConfig, devices: int) -> jax.sharding.AbstractMesh:
   """The mesh over any number of devices, present or not, for type-checking a program at full size."""
   explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
