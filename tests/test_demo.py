@@ -4,7 +4,6 @@ One pipeline and one server for all tests.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import pathlib

@@ -142,11 +142,11 @@ class Service:
     pipe, limits = self.pipe, self.limits
     self._check_texts(form)
     prompt, text = (form.prompt or '').strip(), (form.text or '').strip() or None
-    strengths = form.strengths if any(strength != 1 for strength in form.strengths) else ()
+    strengths = tuple(map(_as_float, form.strengths)) if any(value != 1 for value in form.strengths) else ()
     settings = pipe.settings.changed(
-        num_images=form.num_images, seed=form.seed, steps=form.steps, guidance=form.guidance, height=form.height,
-        width=form.width, tiles=form.tiles, system=form.system or None, negative_prompt=form.negative_prompt,
-        verifi=form.verifi, strengths=strengths)
+        num_images=form.num_images, seed=form.seed, steps=form.steps, guidance=_as_float(form.guidance),
+        height=form.height, width=form.width, tiles=form.tiles, system=form.system or None,
+        negative_prompt=form.negative_prompt, verifi=form.verifi, strengths=strengths)
     problems = ranges.problems(settings, '', num_images=Range(1, limits.max_images), steps=Range(1, limits.max_steps),
                                tiles=Range(0, limits.max_tiles)) or settings.problems(pipe.unit, '')
     if len(form.references) > limits.max_references:
@@ -291,3 +291,8 @@ class Service:
         guidance=settings.guidance, tiles=settings.tiles, verifi=settings.verifi)
     before = [imaging.resize_cover(image, checked.width, checked.height) for image in request.references[:1]]
     return Image(form, sample, imaging.png_bytes(sample.image, text), before[0] if before else None)
+
+
+def _as_float(value):
+  """A whole number as a float, as the command line has it; a browser knows no difference."""
+  return float(value) if isinstance(value, int) and abs(value) < 2 ** 53 else value
