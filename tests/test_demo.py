@@ -4,6 +4,7 @@ One pipeline and one server for all tests.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -16,11 +17,10 @@ import urllib.request
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from playwright import sync_api
 from playwright.sync_api import expect
 import pytest
-from test_pipeline import REFERENCES
 
 from unifusion_jax import metadata, sharding
 from unifusion_jax.commands import demo
@@ -40,10 +40,10 @@ SECONDS = 60_000  # milliseconds that anything on the page may take: on busy cor
 
 @pytest.fixture(scope='module')
 def pipe():
-  """The embedded model on one device, in few steps."""
+  """The embedded model on one device, in few steps and one image at a time: few programs are compiled."""
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
     made = UniFusionPipeline.from_pretrained('tiny')
-  made.settings = made.settings.changed(steps=4)
+  made.settings = made.settings.changed(steps=4, batch_size=1)
   return made
 
 
@@ -58,7 +58,10 @@ def service(pipe):
 def photos(tmp_path_factory):
   """Files by name: a scene, one that is too large, and one that is no image."""
   folder = tmp_path_factory.mktemp('photos')
-  Image.fromarray(REFERENCES[0]).save(folder / 'scene.png')
+  scene = Image.new('RGB', (64, 64), (170, 225, 200))
+  ImageDraw.Draw(scene).ellipse((8, 8, 28, 28), fill=(220, 40, 40))
+  ImageDraw.Draw(scene).rectangle((38, 38, 56, 56), fill=(40, 80, 210))
+  scene.save(folder / 'scene.png')
   Image.new('RGB', (101, 100)).save(folder / 'large.png')
   (folder / 'text.png').write_text('no image')
   return {path.stem: str(path) for path in folder.iterdir()}
@@ -107,17 +110,19 @@ def test_tokens_and_time_are_bounded(pipe, photos):
 
 
 def test_images_are_those_of_the_pipeline(service, pipe, photos):
-  form = Form(PROMPT, references=(photos['scene'],), strengths=(0.5,), num_images=2, seed=5)
+  form = Form(PROMPT, references=(photos['scene'],), strengths=(1,), num_images=2, seed=5)
+  assert service.check(dataclasses.replace(form, strengths=(0.5,))).settings.strengths == (0.5,)
   *updates, last = service.generate(form, 'user')
-  wanted = pipe(PROMPT, [imaging.read(photos['scene'])], num_images=2, seed=5, strengths=(0.5,))
+  wanted = pipe(PROMPT, [imaging.read(photos['scene'])], num_images=2, seed=5)
   assert [image.form.seed for image in last.images] == [5, 6] and 'done' in last.status
   for image, array, data in zip(last.images, wanted.arrays, wanted.metadata, strict=True):
     np.testing.assert_array_equal(image.sample.image, array)
     np.testing.assert_array_equal(imaging.read(image.png), array)
     assert Image.open(io.BytesIO(image.png)).text == metadata.as_text(data)
     assert image.before.shape == array.shape
-  # Intermediate images after step 2, and not after the last one
-  assert [len(update.previews) for update in updates if update.previews] == [2]
+  # Intermediate images after step 2 of each, and not after the last one
+  assert [(len(update.previews), len(update.images)) for update in updates if update.previews] == [(1, 0), (1, 1)]
+  assert updates[-1].status == 'step 8 of 8 ...'
   assert [update.text for update in updates if update.text is not None] == wanted.rewrites[:1]
   assert any('compiled' in update.status for update in updates)
   assert not any('compiled' in update.status for update in service.generate(form, 'user'))
@@ -263,8 +268,8 @@ def test_text_that_is_edited_between_the_phases(visit, pipe, photos):
   page.locator('#write').click()
   says(page, 'written')
   written = page.locator('#text textarea').input_value()
-  assert 'blue' in written and not page.locator('#history img').count()
-  edited = written.replace('blue', 'yellow')
+  assert 'blue circle' in written and not page.locator('#history img').count()
+  edited = written.replace('blue circle', 'yellow circle')
   page.locator('#text textarea').fill(edited)
   page.locator('#from-text').click()
   says(page, 'done in')

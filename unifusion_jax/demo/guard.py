@@ -17,7 +17,7 @@ EXACT = ('/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/robot
 HEADERS = {
     b'content-security-policy': b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
                                 b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-                                b"media-src 'self' blob:; worker-src 'self' blob:",
+                                b"connect-src 'self' data: blob:; media-src 'self' blob:; worker-src 'self' blob:",
     b'referrer-policy': b'no-referrer', b'x-content-type-options': b'nosniff'}
 
 

@@ -297,9 +297,11 @@ def _facts(image: Image) -> str:
   texts = [('Prompt', form.prompt), ('Text', sample.rewrite), ('System prompt', form.system),
            ('Negative prompt', form.negative_prompt)]
   lines = [f'<b>{name}</b>: {html.escape(text)}' for name, text in texts if text]
-  strengths = ', '.join(f'{strength:g}' for strength in form.strengths)
   numbers = [f'{x}x{y}', f'seed {form.seed}', f'{form.steps} steps', f'guidance {form.guidance:g}']
-  numbers += [f'strength {strengths}'] * any(strength != 1 for strength in form.strengths) + [f'{form.tiles} tiles'] * bool(form.tiles)
+  if any(strength != 1 for strength in form.strengths):
+    numbers.append(f'strength {", ".join(f"{strength:g}" for strength in form.strengths)}')
+  if form.tiles:
+    numbers.append(f'{form.tiles} tiles')
   lines.append(' &middot; '.join(numbers))
   return '<br>'.join(lines) + ''.join(_warning(note) for note in (sample.warning, sample.remark) if note)
 
