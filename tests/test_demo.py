@@ -271,6 +271,7 @@ def test_text_that_is_edited_between_the_phases(visit, pipe, photos):
   assert 'blue circle' in written and not page.locator('#history img').count()
   edited = written.replace('blue circle', 'yellow circle')
   page.locator('#text textarea').fill(edited)
+  page.locator('#text textarea').blur()
   page.locator('#from-text').click()
   says(page, 'done in')
   wanted = pipe(PROMPT, [imaging.read(photos['scene'])], rewrite=edited)

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import pathlib
+import signal
 import socket
+import sys
 import tempfile
 import threading
 
@@ -20,6 +22,7 @@ def run(config, workdir: pathlib.Path) -> None:
     raise UserError('--mode=demo runs in one process: start it alone, without --distributed')
   _check_installed()
   free_port(config.demo)  # before anything slow is loaded
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the folder goes, too
   with served(sample.load(config, workdir), config.demo) as address:
     print(f'{address} (Ctrl-C ends it)', flush=True)
     threading.Event().wait()

@@ -66,7 +66,8 @@ class Inputs:
     """The form that was filled in, of the values of `all` as the browser sends them."""
     count = len(self.references)
     prompt, text, *values = values
-    given = [(image['path'], strength) for image, strength in zip(values, values[count:2 * count]) if image]
+    given = [(image['path'], strength) for image, strength in zip(values, values[count:2 * count])
+             if image and image.get('path')]
     paths, strengths = zip(*given) if given else ((), ())
     return Form(prompt, text, paths, strengths, **dict(zip(self.settings, values[2 * count:])))
 
