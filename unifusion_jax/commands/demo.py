@@ -43,7 +43,7 @@ def served(pipe, config: DemoConfig):
     try:
       _, local, public = blocks.launch(
           server_name=config.host, server_port=free_port(config), share=config.share, theme=page.THEME,
-          css=page.css(service), max_file_size=config.max_upload_megabytes * 10 ** 6,
+          css=page.css(service), max_file_size=config.max_upload_megabytes * 2 ** 20,
           max_threads=config.max_queue + 24, app_kwargs=dict(middleware=[Middleware(guard.Guard)]),
           prevent_thread_lock=True, quiet=True, inbrowser=False, footer_links=[], run_history=False, ssr_mode=False,
           mcp_server=False, enable_monitoring=False, pwa=False, num_workers=0)

@@ -183,8 +183,8 @@ class Service:
   def _reference(self, number: int, path: str) -> np.ndarray:
     """A reference's pixels. Its header is read before it is decoded; the server's name of the file stays unsaid."""
     try:
-      if (size := os.path.getsize(path)) > self.limits.max_upload_megabytes * 10 ** 6:
-        raise UserError(f'the file has {size / 10 ** 6:.0f} MB, and here it may have '
+      if (size := os.path.getsize(path)) > self.limits.max_upload_megabytes * 2 ** 20:
+        raise UserError(f'the file has {size / 2 ** 20:.0f} MB, and here it may have '
                         f'{self.limits.max_upload_megabytes}: scale it down first')
       with open(path, 'rb') as file:
         return imaging.read(file.read(), self.limits.max_upload_pixels)
