@@ -49,3 +49,14 @@ environment() {
     touch "$stamp"
   fi
 }
+
+# A browser for the tests of the page: what is installed, Debian's Chromium, or Playwright's own download.
+browser() {
+  if command -v chromium chromium-browser google-chrome >/dev/null; then return; fi
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    echo 'installing chromium for the tests ...'
+    if { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+      >.venv/chromium.log 2>&1; then return; fi
+  fi
+  .venv/bin/python -m playwright install chromium-headless-shell
+}

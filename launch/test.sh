@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Environment, test requirements, linter, types and the tests, in a process a core (four at most: each takes up to 4 GiB).
-# Arguments go to pytest. LOWEST=1: with the lower bounds of all requirements, in a fresh clone.
+# Environment, test requirements, a browser, linter, types and the tests, in a process a core (four at most: each takes up
+# to 4 GiB). Arguments go to pytest. LOWEST=1: with the lower bounds of all requirements, in a fresh clone.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 requirements=(requirements.txt requirements-test.txt)
@@ -10,6 +10,7 @@ if [ "${LOWEST:-}" = 1 ]; then
   requirements=("${requirements[@]/#/build/lowest-}")
 fi
 environment "${requirements[@]}"
+browser
 .venv/bin/ruff check
 .venv/bin/pyrefly check --summary=none
 cores=$(nproc)

@@ -15,7 +15,7 @@ from test_docs_commands import names, PAGES, parsed, RECIPES, ROOT
 
 from unifusion_jax import command_line
 
-GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan')
+GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan', 'demo')
 
 
 @pytest.fixture(autouse=True)

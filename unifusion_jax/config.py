@@ -12,6 +12,7 @@ from unifusion_jax import bucket, ranges, verifi
 from unifusion_jax.commands.rewrite import RewriteConfig
 from unifusion_jax.commands.train import TrainConfig
 from unifusion_jax.data.config import DataConfig
+from unifusion_jax.demo.settings import DemoConfig
 from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import RecordsEvaluation
@@ -50,6 +51,7 @@ class Config:
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
   plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+  demo: DemoConfig = dataclasses.field(default_factory=DemoConfig)
   eval: Any = dataclasses.field(default_factory=RecordsEvaluation)  # how --mode=eval measures
 
   def problems(self, devices: int) -> list[str]:
@@ -71,7 +73,8 @@ class Config:
     data_problems = self.data.problems(kinds=kinds, unit=unit, shards=data * fsdp, accumulate=self.optim.accumulate)
     return [*place_problems, *dtype_problems, *layout_problems, *self.model.undivided(mesh, 'model.'), *data_problems,
             *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
-            *self.sample.problems(unit), *self.rewrite.problems(), *self.plan.problems(), *self.eval.problems(self)]
+            *self.sample.problems(unit), *self.rewrite.problems(), *self.plan.problems(), *self.demo.problems(),
+            *self.eval.problems(self)]
 
 
 def check(config, devices: int) -> None:

@@ -25,13 +25,16 @@ from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe', 'plan': 'plan', 'info': 'info'}
+            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'info': 'info'}
+
+SAMPLED = ('plan', 'demo')  # modes with a group of settings in recipes that sample, as in those that train
 
 GRACE = 60  # seconds for the devices of all processes, once these have found each other
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
-                          'configs/sample.py sample. --mode=info CHECKPOINT needs no recipe.')
+                          'configs/sample.py sample. --mode=demo alone is a page of the embedded model; '
+                          '--mode=info CHECKPOINT needs no recipe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')
@@ -88,25 +91,27 @@ def main(argv):
   """Runs the command on the recipe's mesh."""
   del argv
   with sharding.together('start'):
-    recipe, _ = command_line.locate(flags.FLAGS.config)
-    config = command_line.read(flags.FLAGS.config, flags.FLAGS.setting)
+    named = flags.FLAGS.config or (str(command_line.PACKAGED / 'sample.py') if _MODE.value == 'demo' else None)
+    recipe, _ = command_line.locate(named)
+    config = command_line.read(named, flags.FLAGS.setting)
     trains = isinstance(config, configuration.Config)
     mode = _MODE.value or ('train' if trains else config.mode)
-    if mode == 'describe' if trains else mode != config.mode and not (mode == 'plan' and hasattr(config, 'plan')):
+    others = [] if trains else [config.mode, *(name for name in SAMPLED if hasattr(config, name))]
+    if mode == 'describe' if trains else mode not in others:
       wanted = 'configs/describe.py' if mode == 'describe' else 'a recipe that trains, such as configs/edit.py'
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     if mode == 'plan':
       _set_plan(config)
     else:
       configuration.check(config, jax.device_count())
-    opened = _opened(_WORKDIR.value or default_workdir(flags.FLAGS.config), mode != 'describe')
+    opened = _opened(_WORKDIR.value or default_workdir(named), mode not in ('describe', 'demo'))
   command = importlib.import_module(f'unifusion_jax.commands.{COMMANDS[mode]}')
   with opened as workdir:
     if mode == 'plan':  # reads no weights, and makes a mesh of its own
       command.run(config, workdir)
       return
     if trains:
-      config.recipe = flags.FLAGS.config
+      config.recipe = named
       record.pin(config, workdir, *config.objective.pretrained)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
       command.run(config, workdir)

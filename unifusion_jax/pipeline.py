@@ -228,7 +228,7 @@ class UniFusionPipeline:
     height, width = shape_like(references[0] if references else None, self.size, self.unit, s.height, s.width)
     seeds = randomness.seeds(seed, len(prompts) * s.num_images)
     requests = requests_for(prompts, references, s.num_images, seeds, rewrite, files)
-    prompting.check(self.prompt_encoder, requests, s, self._max_positions)
+    prompting.check(self.prompt_encoder, requests, s, self.max_positions)
     s = s.changed(batch_size=min(s.batch_size, len(requests)))
     samples = []
     try:
@@ -247,7 +247,8 @@ class UniFusionPipeline:
                   [self.metadata(request, sample, s) for request, sample in zip(requests, samples)])
 
   def batches(self, requests: list[Request], height: int, width: int, *, settings: SampleConfig | None = None,
-              callback: Callable[[int, int], None] | None = None) -> Iterator[tuple[list[Request], list[Sample]]]:
+              callback: Callable[[int, int], None] | None = None,
+              preview: Callable | None = None) -> Iterator[tuple[list[Request], list[Sample]]]:
     """(requests, samples) of each batch of `batch_size` rows, as soon as it is there; arguments as of `generate`.
 
     Where models take turns, the VLM reads AHEAD requests, whose states wait on the host, before the transformer comes.
@@ -261,19 +262,21 @@ class UniFusionPipeline:
         for _, later in batches[number:number + together]:
           self._read_once(later, s)
       report = callback and (lambda done, steps, number=number: callback(number * steps + done, len(batches) * steps))
-      yield part, self.generate(rows, height, width, settings=s, callback=report)[:len(part)]
+      yield part, self.generate(rows, height, width, settings=s, callback=report, preview=preview)[:len(part)]
 
   @_in_mesh
   def generate(self, requests: list[Request], height: int, width: int, *, settings: SampleConfig | None = None,
-               init_images=None, start: float = 1.0, callback: Callable[[int, int], None] | None = None
-               ) -> list[Sample]:
+               init_images=None, start: float = 1.0, callback: Callable[[int, int], None] | None = None,
+               preview: Callable | None = None) -> list[Sample]:
     """Samples all requests as one batch of one size.
 
     Args:
       settings: instead of the pipeline's.
       init_images: uint8 [y x 3], one a request: sampling begins with these, noised to the time `start`, instead of
         with noise alone.
-      callback: called as callback(done, steps) after each step; steps are then dispatched one by one.
+      callback: called as callback(done, steps) when each step is done; steps are then dispatched one by one.
+      preview: called as preview(done, look) after each step but the last: look() are the images, uint8 [b y x 3], that
+        one step from there to the end makes.
 
     Raises:
       UserError: for a size that is no whole number of patches, settings out of range, text that is too long, and for
@@ -296,12 +299,17 @@ class UniFusionPipeline:
       sources, changes = zip(*(shown[id(request.references)] for request in requests))
       kept = self.kept(sources, changes, noise)
     times = self.times(height, width, steps=s.steps, shift=s.shift, start=start)
-    size = 1 if callback else s.steps
+    size = 1 if callback or preview else s.steps
+    denoise = functools.partial(self.denoise, conditioning, guidance=s.guidance, null=null, method=s.method, eta=s.eta,
+                                seeds=seeds, kept=kept)
     for first in range(0, s.steps, size):
-      latents = self.denoise(conditioning, latents, times[first:first + size + 1], guidance=s.guidance, null=null,
-                             method=s.method, eta=s.eta, seeds=seeds, first=first, kept=kept)
+      latents, done = denoise(latents, times[first:first + size + 1], first=first), first + size
       if callback:
-        callback(first + 1, s.steps)
+        latents.block_until_ready()
+        callback(done, s.steps)
+      if preview and done < s.steps:
+        ends = times[np.array([done, -1])]
+        preview(done, lambda: self.decode(denoise(latents, ends, first=done), tile=s.decode_tile)[:len(requests)])
     images = self.decode(latents, conditioning, s.decode_tile)[:len(requests)]
     if s.precise:
       images = np.where(np.stack(changes)[..., None], images, np.stack(sources))
@@ -317,6 +325,12 @@ class UniFusionPipeline:
     read = self._read_requests(requests, settings or self.settings)
     return Encoded(self._condition(read), *(texts[:len(requests)] for texts in (
         read.rewrites, read.warnings, read.remarks)))
+
+  @_in_mesh
+  def write(self, requests: list[Request], settings: SampleConfig | None = None) -> list[tuple[str, str, str]]:
+    """(rewrite, warning, remark) of each request. `generate` of the same requests goes on from there."""
+    read = self._read_once(requests, settings or self.settings)
+    return list(zip(read.rewrites, read.warnings, read.remarks))[:len(requests)]
 
   @_in_mesh
   def _read_once(self, requests: list[Request], s: SampleConfig) -> Read:
@@ -345,7 +359,7 @@ class UniFusionPipeline:
 
   def _read_requests(self, requests: list[Request], s: SampleConfig) -> Read:
     """The VLM's half of `encode`; where models take turns, the states wait on the host."""
-    prompts = prompting.Prompts.of(self.prompt_encoder, sharding.padded(requests), s, self._max_positions)
+    prompts = prompting.Prompts.of(self.prompt_encoder, sharding.padded(requests), s, self.max_positions)
     read = reading.read(self.vlm, self.taps, prompts, s, self.vocabulary)
     return read._replace(states=sharding.gather(read.states)) if self._in_turn else read
 
@@ -481,7 +495,8 @@ class UniFusionPipeline:
       raise UserError(f'an image of {width}x{height} cannot be sampled: both sides must be multiples of {self.unit}')
 
   @property
-  def _max_positions(self) -> int:
+  def max_positions(self) -> int:
+    """Positions of the VLM."""
     return self._vlm.decoder.config.max_positions  # pyrefly: ignore[missing-attribute]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from unifusion_jax import bucket, errors, metadata, parts, pipeline, prompting, sharding
 from unifusion_jax.data import imaging, transforms
+from unifusion_jax.demo.settings import DemoConfig
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation.records import sheet
 from unifusion_jax.fields import Path
@@ -37,13 +38,14 @@ class PipelineConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+  demo: DemoConfig = dataclasses.field(default_factory=DemoConfig)
 
   mode = 'sample'
 
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work, a sentence each."""
     del devices
-    wrong = self.mesh.problems() + self.sample.problems() + self.plan.problems()
+    wrong = self.mesh.problems() + self.sample.problems() + self.plan.problems() + self.demo.problems()
     if self.dtype not in ('float32', 'bfloat16'):
       wrong.append(f"dtype={self.dtype!r} must be 'bfloat16' or 'float32'")
     return wrong + [f'{name}={getattr(self, name)!r} must be one of {", ".join(map(repr, encoders.QUANTIZED))}'
@@ -56,31 +58,46 @@ def run(config, workdir: pathlib.Path) -> None:
 
   A PipelineConfig names the pipeline; a config.Config samples with the workdir's run, or the weights that it names.
   """
-  if isinstance(config, PipelineConfig):
-    located = parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
+  if isinstance(config, PipelineConfig):  # here and below all requests are checked before anything slow is loaded
+    located = _located(config)
     wanted, height, width = requests(config.sample, located.described.size, located.unit)
     _check(located.prompt_encoder, wanted, config.sample, located.max_positions, workdir)
-    pipe = pipeline.UniFusionPipeline.load(
-        located, dtype=config.dtype, quantized=config.vlm_quantized,
-        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample,
-        loras=config.sample.loras, in_turn=config.in_turn)
-    run_requests(pipe, wanted, height, width, workdir / 'images')
+    run_requests(load(config, workdir, located), wanted, height, width, workdir / 'images')
     return
-  if not hasattr(config.objective, 'pipeline'):
-    raise UserError('this recipe trains a part of a model, which samples no images: sample with configs/t2i.py or '
-                    'configs/edit.py, or measure it with --mode=eval')
-  record.check_same_model(config, workdir)
-  # All requests are checked before anything slow is loaded
+  _check_samples(config, workdir)
   wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
   _check(transforms.prompt_encoder(config), wanted, config.objective.sample_settings(config),
          encoders.config(config.vlm).text.max_positions, workdir)  # pyrefly: ignore[missing-attribute]
+  run_requests(load(config, workdir), wanted, height, width, workdir / 'images')
+  record.write(config, workdir, 'config_sample.json')
+
+
+def load(config, workdir: pathlib.Path, located: parts.Parts | None = None) -> pipeline.UniFusionPipeline:
+  """The pipeline of a PipelineConfig, whose parts may be `located` already, or of a config.Config as of `run`."""
+  if isinstance(config, PipelineConfig):
+    return pipeline.UniFusionPipeline.load(
+        located or _located(config), dtype=config.dtype, quantized=config.vlm_quantized,
+        transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample,
+        loras=config.sample.loras, in_turn=config.in_turn)
+  _check_samples(config, workdir)
   params, weights = checkpoint.trained(config, workdir)
   pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
   vlm, vae = (config.hub.get(name, getattr(config, name)) for name in ('vlm', 'vae'))
   pipe.origin = metadata.origin(weights, vlm, vae, config.model.dtype, config.frozen_dtype, config.vlm_quantized)
   pipe.add_loras(config.sample.loras)
-  run_requests(pipe, wanted, height, width, workdir / 'images')
-  record.write(config, workdir, 'config_sample.json')
+  return pipe
+
+
+def _located(config: PipelineConfig) -> parts.Parts:
+  return parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
+
+
+def _check_samples(config, workdir: pathlib.Path) -> None:
+  """UserError for a recipe whose model samples no images, and for a workdir with another model's run."""
+  if not hasattr(config.objective, 'pipeline'):
+    raise UserError('this recipe trains a part of a model, which samples no images: sample with configs/t2i.py or '
+                    'configs/edit.py, or measure it with --mode=eval')
+  record.check_same_model(config, workdir)
 
 
 def _check(encoder: transforms.PromptEncoder, wanted: list[Request], settings: SampleConfig, max_positions: int,
