@@ -87,7 +87,7 @@ class SampleConfig:
     """Values out of range, one sentence each. `unit`: pixels that both sides must be multiples of."""
     names = [field.name for field in dataclasses.fields(self) if field.name in LIMITS]
     checks = {f'{prefix}{name}={side} must be a multiple of {unit} pixels (a latent patch), as '
-              f'{max(1, round(side / unit)) * unit} is': side % unit == 0
+              f'{max(unit, (side + unit // 2) // unit * unit)} is': side % unit == 0
               for name, side in (('width', self.width), ('height', self.height))}
     checks |= {
         f"{prefix}method={self.method!r} must be 'euler' or 'heun'": self.method in METHODS,
