@@ -280,6 +280,9 @@ def test_text_that_is_edited_between_the_phases(visit, pipe, photos):
   np.testing.assert_array_equal(pixels, wanted.arrays[0])
   assert json.loads(text['settings'])['rewrite'] == edited
   expect(page.locator('#text textarea')).to_have_value(edited)
+  page.locator('#text textarea').fill('x' * 201)  # is refused, and not cut in silence
+  page.locator('#from-text').click()
+  says(page, 'the text has 201 characters')
 
 
 @pytest.mark.parametrize('name, sentence', [

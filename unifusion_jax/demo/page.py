@@ -129,7 +129,7 @@ def css(service: Service) -> str:
 
 def _inputs(service: Service) -> Inputs:
   limits = service.limits
-  prompt = gr.Textbox(label='Prompt', lines=2, max_lines=6, max_length=limits.max_characters, autofocus=True,
+  prompt = gr.Textbox(label='Prompt', lines=2, max_lines=6, autofocus=True,
                       placeholder='make the circle blue', elem_id='prompt')
   slots, references, strengths = [], [], []
   with gr.Row():
@@ -145,8 +145,7 @@ def _inputs(service: Service) -> Inputs:
     cancel = gr.Button('Cancel', min_width=120, elem_id='cancel')
   status = gr.HTML(elem_id='status', elem_classes='status', container=False)
   text = gr.Textbox(label='Text of the VLM', info='Written from prompt and references. The image is generated from it: '
-                    'edit it, then generate from it.', lines=3, max_lines=12, max_length=limits.max_characters,
-                    elem_id='text')
+                    'edit it, then generate from it.', lines=3, max_lines=12, elem_id='text')
   with gr.Row():
     write = gr.Button('Write only', size='sm', min_width=120, elem_id='write')
     from_text = gr.Button('Generate from text', size='sm', min_width=120, elem_id='from-text')
@@ -179,8 +178,7 @@ def _settings(service: Service) -> tuple[dict[str, gr.components.Component], gr.
                                 label='Tiles of a reference, at most (0: as the model was trained)')
   settings['system'] = gr.Dropdown(['', *verifi.SYSTEM], value=defaults.system or '', allow_custom_value=True,
                                    label='System prompt', info='a name, or a text of yours; empty: the model\'s own')
-  settings['negative_prompt'] = gr.Textbox(defaults.negative_prompt, label='Negative prompt',
-                                           max_length=limits.max_characters, elem_id='negative-prompt')
+  settings['negative_prompt'] = gr.Textbox(defaults.negative_prompt, label='Negative prompt')
   settings['verifi'] = gr.Checkbox(defaults.verifi, label='The VLM writes the text (VERIFI)',
                                    info='Else the image is generated from the prompt as it is.')
   return settings, new_seed

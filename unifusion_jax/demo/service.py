@@ -203,7 +203,7 @@ class Service:
       job = self._jobs[session] = Job()
       job.future = self._worker.submit(self._work, job, work)
     job.future.add_done_callback(lambda _: self._end(session, job))
-    told = 0
+    told = 0  # requests before this one
     try:
       while True:
         try:
@@ -245,15 +245,15 @@ class Service:
                       'fewer images or smaller ones')
 
   def _write(self, job: Job, checked: _Checked, status: str) -> None:
-    rows = checked.requests[:checked.settings.batch_size]
-    shapes = ('write', len(rows), len(rows[0].references), checked.settings.tiles, checked.settings.system,
-              checked.settings.verifi, bool(checked.form.text))
-    verb = 'writes' if checked.settings.verifi and not checked.form.text else 'reads'
-    job.tell(f'the VLM {verb} ...{self._note(shapes)}')
-    text, warning, remark = self.pipe.write(rows, checked.settings)[0]
+    """The VLM's half: it writes a text, or reads a given one or the prompt."""
+    rows, settings = checked.requests[:checked.settings.batch_size], checked.settings
+    writes = settings.verifi and rows[0].rewrite is None
+    shapes = ('text', writes, len(rows), len(rows[0].references), settings.tiles, settings.system)
+    job.tell(f'the VLM {"writes" if writes else "reads"} ...{self._note(shapes)}')
+    text, warning, remark = self.pipe.write(rows, settings)[0]
     self._compiled.add(shapes)
     self._go_on(job, 'after the text')
-    job.tell(status, text=text if verb == 'writes' else None, note='; '.join(filter(None, (warning, remark))))
+    job.tell(status, text=text if writes else None, note='; '.join(filter(None, (warning, remark))))
 
   def _generate(self, job: Job, checked: _Checked) -> None:
     settings, done, images = checked.settings, 0, []
