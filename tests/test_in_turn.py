@@ -134,7 +134,7 @@ def test_files_are_read_once_and_in_blocks(theirs, monkeypatch):  # noqa: F811
   pipe = UniFusionPipeline.from_pretrained(theirs[1], in_turn=True, **INT8)
   assert pipe.vlm and pipe.model
   files = sum(path.stat().st_size for path in theirs[1].rglob('*.safetensors'))
-  assert max(sizes) <= 2 ** 13 and 0.8 * files < sum(sizes) < files
+  assert max(sizes) <= 2 ** 13 and files / 2 < sum(sizes) < files  # of 3-D kernels of the autoencoder a part
 
 
 def test_what_is_wrong_is_found_before_a_model_is_loaded(theirs, tmp_path, monkeypatch):  # noqa: F811
