@@ -218,11 +218,16 @@ def upload(page, path: str) -> None:
 
 
 def set_number(page, name: str, value) -> None:
-  settings = page.locator('#settings')
-  if not page.locator('#seed').is_visible():
-    settings.locator('button').first.click()
-  page.locator(f'#{name} input[type=number]').fill(str(value))
-  page.locator(f'#{name} input[type=number]').blur()
+  """Fills in a number of the settings; once more where Gradio, which draws them when they are opened, overwrote it."""
+  number = page.locator(f'#{name} input[type=number]')
+  if not number.is_visible():
+    page.locator('#settings button').first.click()
+  for _ in range(20):
+    number.fill(str(value))
+    number.blur()
+    page.wait_for_timeout(200)
+    if number.input_value() == str(value):
+      return
 
 
 def says(page, text: str) -> None:

@@ -157,7 +157,6 @@ def _inputs(service: Service) -> Inputs:
 
 def _settings(service: Service) -> tuple[dict[str, gr.components.Component], gr.Button]:
   limits, defaults, unit = service.limits, service.pipe.settings, service.pipe.unit
-  at_most = lambda value, most: min(value, most)
   settings: dict[str, gr.components.Component] = {}
   with gr.Row():
     with gr.Column(min_width=140):
@@ -166,7 +165,7 @@ def _settings(service: Service) -> tuple[dict[str, gr.components.Component], gr.
     settings['num_images'] = gr.Slider(1, max(2, limits.max_images), 1, step=1, label='Images', min_width=140,
                                        elem_id='num-images')
   with gr.Row():
-    settings['steps'] = gr.Slider(1, max(2, limits.max_steps), at_most(defaults.steps, limits.max_steps), step=1,
+    settings['steps'] = gr.Slider(1, max(2, limits.max_steps), min(defaults.steps, limits.max_steps), step=1,
                                   label='Steps', min_width=140, elem_id='steps')
     settings['guidance'] = gr.Slider(1, 10, defaults.guidance, step=0.1, label='Guidance (1: off)', min_width=140)
   with gr.Row():
@@ -174,7 +173,7 @@ def _settings(service: Service) -> tuple[dict[str, gr.components.Component], gr.
     settings['width'] = gr.Number(defaults.width, precision=0, label='Width', info=size, min_width=140, elem_id='width')
     settings['height'] = gr.Number(defaults.height, precision=0, label='Height', info=size, min_width=140,
                                    elem_id='height')
-  settings['tiles'] = gr.Slider(0, limits.max_tiles, at_most(defaults.tiles, limits.max_tiles), step=1,
+  settings['tiles'] = gr.Slider(0, limits.max_tiles, min(defaults.tiles, limits.max_tiles), step=1,
                                 label='Tiles of a reference, at most (0: as the model was trained)')
   settings['system'] = gr.Dropdown(['', *verifi.SYSTEM], value=defaults.system or '', allow_custom_value=True,
                                    label='System prompt', info='a name, or a text of yours; empty: the model\'s own')
