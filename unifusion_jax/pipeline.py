@@ -149,8 +149,8 @@ class UniFusionPipeline:
     origin |= dict(loras=list(loras)) if loras else {}
     config, dtype = dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype)
     model = unifusion.shapes(transformer.folder, config)  # the files are whole, which is seen before anything slow
-    load_model = functools.partial(_load_model, transformer.folder, config, dtype, transformer_quantized,
-                                   *lora_files.read_all(loras, model))
+    merge = functools.partial(lora_files.merge, lora_files.read_all(loras, model))
+    load_model = functools.partial(unifusion.load, transformer.folder, config, dtype, transformer_quantized, merge)
     load_vlm = functools.partial(encoders.load, vlm.folder, dtype, quantized=quantized, cache=cache)
     if in_turn:
       vlm = encoders.abstract(encoders.config(vlm.folder), dtype, quantized)
@@ -498,8 +498,3 @@ class UniFusionPipeline:
   def max_positions(self) -> int:
     """Positions of the VLM."""
     return self._vlm.decoder.config.max_positions  # pyrefly: ignore[missing-attribute]
-
-
-def _load_model(folder, config: unifusion.UniFusionConfig, dtype, quantized: str, *adapters) -> unifusion.UniFusion:
-  """A transformer, each of its matrices merged with (adapter, scale)s and quantised as soon as it is read."""
-  return unifusion.load(folder, config, dtype, quantized, functools.partial(lora_files.merge, adapters))
