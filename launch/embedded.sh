@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the embedded models within a wall-clock budget on one GPU: autoencoder, vision tower, VLM, text to image, edits.
-#   bash launch/embedded.sh --minutes=9 [--from_shipped] [--folder=runs/embedded]
+#   bash launch/embedded.sh --minutes=9 [--from_shipped=vlm,t2i,edit] [--folder=runs/embedded]
 # Run again, it resumes; a stage with an export (FOLDER/STAGE/export) is done.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,14 +1,15 @@
 """Training of all embedded models within a wall-clock budget: autoencoder, vision tower, VLM, text to image, edits.
 
-  python -m unifusion_jax.scenes.retrain --minutes=9                 # a GPU; launch/embedded.sh makes the environment
-  python -m unifusion_jax.scenes.retrain --minutes=9 --from_shipped  # on from the shipped weights
-  python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR    # run again, it resumes
+  python -m unifusion_jax.scenes.retrain --minutes=9                  # a GPU; launch/embedded.sh makes the environment
+  python -m unifusion_jax.scenes.retrain --minutes=9 --from_shipped=vlm,t2i,edit   # these on from the shipped weights
+  python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR     # run again, it resumes
 
 All stages train on the wider world (`data.path=scenes/wide`). Each gets a share of the budget, decays its learning rate
 by the clock, and exports to FOLDER/STAGE/export, which later stages start from or read. With many cores the programs of
 later stages are compiled while an earlier one trains, by processes of their own, into jax's cache.
 """
 
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -31,9 +32,10 @@ from unifusion_jax.data import loader
 from unifusion_jax.data.config import Task
 from unifusion_jax.training import step
 
-# Of the budget; from the shipped weights the autoencoder stays, whose latents the DiT knows, and the VLM has its tower.
-SHARES = {False: {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16},
-          True: {'vlm': 0.28, 't2i': 0.42, 'edit': 0.30}}
+SHARES = {'vae': 0.08, 'tower': 0.08, 'vlm': 0.40, 't2i': 0.28, 'edit': 0.16}  # of the budget, all from random weights
+# From the shipped weights, shared out among the stages that are trained. The autoencoder stays, whose latents the DiT
+# knows, and the VLM has its tower.
+SHARES_ON = {'vlm': 0.28, 't2i': 0.42, 'edit': 0.30}
 RESERVE = 0.12  # share of the budget for starts, checkpoints and exports
 PROMPT, REWRITE = 150, 52  # one token budget for all tasks: few shapes, so little to compile
 MANY_CORES = 8  # from here on processes beside the training compile ahead
@@ -64,18 +66,26 @@ def scale_of(platform: str, cores: int) -> Scale:
   return Scale(256, 256, 256, noises=8, workers=max(1, cores - 1), tiles=(1,), dtype='bfloat16', rate=1.5)
 
 
-def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool) -> dict[str, configuration.Config]:
-  """The configuration of each stage, in order."""
-  shares = SHARES[from_shipped]
-  exports = {'vae': str(configuration.ASSETS / 'vae')} | {name: str(folder / name / 'export') for name in shares}
+def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: Sequence[str]
+           ) -> dict[str, configuration.Config]:
+  """The configuration of each stage, in order.
+
+  from_shipped: stages of SHARES_ON, which are trained alone and begin with the shipped weights, but edits with those of
+    text to image where that is one of them. Empty: all, from random weights.
+  """
+  weights = {name: weight for name, weight in SHARES_ON.items() if name in from_shipped} or SHARES
+  shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+  shipped = {name: str(configuration.ASSETS / name) for name in ('vae', 'vlm', 't2i', 'edit')}
+  exports = shipped | {name: str(folder / name / 'export') for name in shares}
   configs = dict(vae=vae.get_config(), tower=vlm.get_config('tower'), vlm=vlm.get_config(), t2i=t2i.get_config(),
                  edit=edit.get_config())
   configs = {name: configs[name] for name in shares}
-  for name in ('vlm', 't2i') if from_shipped else ('vae',):
-    configs[name].init = str(configuration.ASSETS / name)
+  for name, config in configs.items():
+    config.init = shipped[name] if from_shipped or name == 'vae' else None
+  if 't2i' in configs and 'edit' in configs:
+    configs['edit'].init = exports['t2i']
   if not from_shipped:
     configs['vlm'].init = exports['tower']
-  configs['edit'].init = exports['t2i']
   batches = dict(vae=scale.vae_batch, tower=scale.vlm_batch, vlm=scale.vlm_batch, t2i=scale.dit_batch,
                  edit=scale.dit_batch)
   for name, config in configs.items():
@@ -95,7 +105,7 @@ def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: boo
       config.vlm, config.vae = exports['vlm'], exports['vae']
       config.model.dtype = config.frozen_dtype = scale.dtype
       config.objective.noises_per_example = scale.noises
-      config.objective.repa_weight = 0.0 if from_shipped else config.objective.repa_weight
+      config.objective.repa_weight *= not from_shipped
   return configs
 
 
@@ -151,7 +161,7 @@ class Compilers:
       process.terminate()
 
 
-def run(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: bool) -> None:
+def run(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: Sequence[str]) -> None:
   """Trains and exports every stage that is not exported yet; after an interruption the next call goes on."""
   left = {name: config for name, config in stages(folder, minutes, scale, from_shipped).items()
           if not (folder / name / 'config_export.json').exists()}  # what an export writes last
@@ -192,7 +202,10 @@ if __name__ == '__main__':
   # Defined here, so that programs with flags of the same names may import this module
   flags.DEFINE_float('minutes', 9.0, 'Wall-clock budget of all stages together, in minutes.', lower_bound=0.1)
   flags.DEFINE(command_line.PathParser(), 'folder', 'runs/embedded', 'Folder of all stages.')
-  flags.DEFINE_bool('from_shipped', False, 'Start from the shipped weights instead of random ones.')
+  flags.DEFINE_list('from_shipped', [], 'Train these of vlm, t2i and edit alone, on from the shipped weights; without '
+                    'it all stages are trained, from random weights.')
+  flags.register_validator('from_shipped', lambda names: set(names) <= set(SHARES_ON),
+                           f'some of {", ".join(SHARES_ON)}, as --from_shipped=t2i,edit')
   flags.DEFINE_string('compile', '', 'Compile the programs of this stage and end; for the processes that do so.')
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
