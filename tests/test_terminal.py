@@ -102,6 +102,6 @@ def test_a_reader_that_has_enough_ends_it_in_silence():
 
 
 def test_another_pipe_that_breaks_is_an_error():
-  code = LINES.partition('  for')[0] + "  raise BrokenPipeError(32, 'of a helper')\n"
+  code = LINES.partition('  for')[0] + "  raise BrokenPipeError(32, 'of another program')\n"
   said, code = in_a_pipe(code)
-  assert code == 1 and said.endswith('BrokenPipeError: [Errno 32] of a helper\n')
+  assert code == 1 and said.endswith('BrokenPipeError: [Errno 32] of another program\n')
