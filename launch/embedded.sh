@@ -5,9 +5,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt
-# The processes that compile try kernels on the same GPU: the training leaves them half of its memory. It needs 29 GiB.
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.5}"
 if nvidia-smi -L >/dev/null 2>&1; then
+  # The processes that compile try kernels on the same GPU: the training, which takes 29 GiB, leaves them half of 80.
+  export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.5}"
   # Products by cuBLAS alone: fewer kernels to try, and so less to compile. The default was not compared.
   export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"
 fi

@@ -32,7 +32,9 @@ layers.UNROLL = False  # compiles faster, too
 
 # The files that take longest: workers begin with them, for a long one at the end is waited for by one alone
 LONG = ('test_processes_modes.py', 'test_pipeline.py', 'test_colab.py', 'test_vlm_objective.py', 'test_train.py',
-        'test_processes.py', 'test_main.py', 'test_bucket.py', 'test_references.py', 'test_lora_run.py')
+        'test_processes.py', 'test_processes_train.py', 'test_plan.py', 'test_lora.py', 'test_main.py',
+        'test_from_pretrained.py', 'test_evaluation.py', 'test_in_turn.py', 'test_bucket.py', 'test_references.py',
+        'test_lora_run.py')
 
 
 def pytest_collection_modifyitems(items):

@@ -110,7 +110,7 @@ def test_inside_runs_whole(run):
 
 
 def test_train_runs_whole(run, tmp_path):
-  """Both stages train, draw their losses and export; samples and the judge's score are of what was trained."""
+  """Both stages are trained, drawn and exported. Samples and scores are those of the trained weights."""
   Image.new('RGB', (64, 64), 'red').save(tmp_path / 'red.png')
   line = dict(references=['red.png'], instruction='draw it again', target='red.png', caption='a red background')
   (tmp_path / 'list.jsonl').write_text(json.dumps(line) + '\n')  # one shape, while scenes have several to compile

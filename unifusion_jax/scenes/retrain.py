@@ -166,11 +166,11 @@ def run(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: Sequen
   left = {name: config for name, config in stages(folder, minutes, scale, from_shipped).items()
           if not (folder / name / 'config_export.json').exists()}  # what an export writes last
   with contextlib.closing(Compilers()) as compilers:
-    for name, config in left.items():
+    for number, (name, config) in enumerate(left.items(), 1):
       configuration.check(config, jax.device_count())
       start = time.monotonic()
       compilers.wait(name)
-      for later in list(left)[list(left).index(name) + 1:] if len(os.sched_getaffinity(0)) >= MANY_CORES else ():
+      for later in list(left)[number:] if len(os.sched_getaffinity(0)) >= MANY_CORES else ():
         compilers.start(later, left[later])
       began = time.monotonic()
       with jax.set_mesh(sharding.make_mesh(config.mesh)):
