@@ -149,8 +149,10 @@ class UniFusionPipeline:
     origin |= dict(loras=list(loras)) if loras else {}
     config, dtype = dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype)
     model = unifusion.shapes(transformer.folder, config)  # the files are whole, which is seen before anything slow
-    merge = functools.partial(lora_files.merge, lora_files.read_all(loras, model))
-    load_model = functools.partial(unifusion.load, transformer.folder, config, dtype, transformer_quantized, merge)
+    adapters = lora_files.read_all(loras, model)
+    load_model = lambda *later: unifusion.load(  # later: adapters of `Turns.give`
+        transformer.folder, config, dtype, transformer_quantized,
+        functools.partial(lora_files.merge, [*adapters, *later]))
     load_vlm = functools.partial(encoders.load, vlm.folder, dtype, quantized=quantized, cache=cache)
     if in_turn:
       vlm = encoders.abstract(encoders.config(vlm.folder), dtype, quantized)
