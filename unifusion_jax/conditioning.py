@@ -112,34 +112,48 @@ def is_valid_generation(ids: jax.Array, lengths: jax.Array, stop_ids: tuple[int,
 
 class Conditioning(NamedTuple):
   """Condition tokens of the DiT with their mask, and clean references; a pytree with the batch first in every leaf."""
-  tokens: jax.Array  # [b q d]
+  tokens: dit.Condition  # [b q d]; of some ways (models/fusion.py) several leaves [b q ...], for each block of the DiT
   mask: jax.Array    # [b q], False on padding
   bias: jax.Array | None = None  # [b q] f32, the logarithm of how often each token counts in attention; None: once
   references: dit.References | None = None  # clean latents of reference images, where the model reads them
 
 
 class States(NamedTuple):
-  """VLM states of the tokens that condition, for LAP, and the mask of these tokens; the batch is first in both."""
+  """VLM states of the tokens that condition, for LAP, and the mask of these tokens; the batch is first in all."""
   hidden: jax.Array  # [b q l e]
   mask: jax.Array    # [b q], False on padding
+  image: jax.Array   # [b q], which tokens are an image's
+
+
+def image_tokens(vlm, input_ids: jax.Array, index: jax.Array) -> jax.Array:
+  """Which of the tokens at `index` [b q] of prompts [b s] are an image's, [b q] bool; of a language model none."""
+  image_id = getattr(vlm.config, 'image_token_id', -1)
+  return jnp.take_along_axis(input_ids, index, axis=1) == image_id
 
 
 @functools.partial(jax.jit, static_argnames='taps')
 def read(vlm, input_ids, attention_mask, cond_index, cond_mask, images, *, taps) -> States:
   """States of prompts with known answers, from one teacher-forced pass."""
-  return States(vlm.hidden(input_ids, attention_mask, taps, images, cond_index), cond_mask)
+  hidden = vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
+  return States(hidden, cond_mask, image_tokens(vlm, input_ids, cond_index))
 
 
 @jax.jit
-def written(prompt_hidden, hidden, lengths, cond_mask) -> States:
+def written(prompt_hidden, hidden, lengths, cond_mask, image) -> States:
   """States of the generating pass: those of the prompt's image tokens and of the generated tokens."""
-  return States(*condition_states(prompt_hidden, hidden, lengths, cond_mask))
+  states, mask = condition_states(prompt_hidden, hidden, lengths, cond_mask)
+  return States(states, mask, padded_to(image, mask))
 
 
-@jax.jit
+def padded_to(image: jax.Array, mask: jax.Array) -> jax.Array:
+  """`image` [b q] of a prompt's tokens, for those and the text [b q+n] after them that `mask` is of."""
+  return jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
+
+
+@functools.partial(jax.jit, inline=True)
 def condition(model, states: States) -> Conditioning:
   """Conditioning from the VLM's states."""
-  return Conditioning(model.condition(*states), states.mask)
+  return Conditioning(model.condition(*states), model.visible(states.mask, states.image))
 
 
 @jax.jit

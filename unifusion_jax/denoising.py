@@ -25,7 +25,7 @@ def noised(vae, images, noise, t):
 
 @functools.partial(jax.jit, static_argnames='method')
 def integrate(model, conditioning, null, latents, times, guidance, eta, keys, first, kept=None, *, method):
-  """Integrates the flow, with guidance where a null conditioning [1 q d] is given.
+  """Integrates the flow, with guidance where a null conditioning of one row is given.
 
   Clean references condition the null too, as in training: guidance leads along what was asked.
   kept: parts that are put in their place after each step.
@@ -56,4 +56,5 @@ def decode_latents(vae, latents, *, tile):
 @jax.jit
 def finite(conditioning) -> jax.Array:
   """Whether the condition tokens of each row are finite, [b] bool."""
-  return jnp.all(jnp.isfinite(conditioning.tokens) | ~conditioning.mask[..., None], axis=(1, 2))
+  each = [jnp.all(jnp.isfinite(leaf), axis=range(2, leaf.ndim)) for leaf in jax.tree.leaves(conditioning.tokens)]
+  return jnp.all(jnp.stack(each, axis=-1) | ~conditioning.mask[..., None], axis=(1, 2))

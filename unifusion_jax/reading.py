@@ -75,5 +75,6 @@ def _write(vlm, taps, prompts: prompting.Prompts, images, s: SampleConfig):
       vlm, rows['input_ids'], rows['attention_mask'], images, max_new=prompts.encoder.max_rewrite,
       stop_ids=chat.stop_ids, taps=taps, keep=rows['cond_index'], temperature=s.temperature, top_p=s.top_p,
       key=randomness.keys(seeds, randomness.TEXT_STREAM) if s.temperature else None)
-  states = conditioning.written(prompt_hidden, hidden, lengths, rows['cond_mask'])
+  image = conditioning.image_tokens(vlm, rows['input_ids'], rows['cond_index'])
+  states = conditioning.written(prompt_hidden, hidden, lengths, rows['cond_mask'], image)
   return states, *prompting.read_rewrites(chat, *sharding.gather((ids, lengths)))

@@ -56,15 +56,13 @@ def losses(pipe, batch: Batch) -> np.ndarray:
 @jax.jit
 def _losses(model, frozen: conditioning.Frozen, batch, noise, times):
   z = frozen.vae.encode(imaging.to_float(batch['target'])).astype(jnp.float32)
-  hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, batch.get('tiles'),
-                             batch['cond_index'])
-  mask = batch['cond_mask']
-  cond = model.condition(hidden, mask)
-  references = conditioning.clean_references(frozen.vae, batch)
+  states = conditioning.read(frozen.vlm, batch['input_ids'], batch['attention_mask'], batch['cond_index'],
+                             batch['cond_mask'], batch.get('tiles'), taps=frozen.taps)
+  cond = conditioning.condition(model, states)._replace(references=conditioning.clean_references(frozen.vae, batch))
 
   def at(t):
     t = jnp.full_like(z[:, 0, 0, 0], t)
-    velocity = model.velocity(flow.interpolate(z, noise, t), t, cond, mask, references=references)
+    velocity = model.velocity(flow.interpolate(z, noise, t), t, *cond)
     return flow.loss(velocity, z, noise)
   return jax.lax.map(at, times).T
 

@@ -70,6 +70,20 @@ class References(NamedTuple):
   bias: jax.Array | None = None  # [b n] f32, the logarithm of how often each counts in attention; None: once
 
 
+class HiddenStates(NamedTuple):
+  """A condition that enters block by block: state n of a token is added to its place in the stream before block n."""
+  states: jax.Array  # [b s n d], the first of which is the token itself
+
+
+class KeyValues(NamedTuple):
+  """A condition outside the stream: keys and values of its tokens for each of n blocks."""
+  keys: jax.Array    # [b s n g k]
+  values: jax.Array  # [b s n g k]
+
+
+Condition = jax.Array | HiddenStates | KeyValues  # an array: tokens [b s d] at the head of the stream
+
+
 class Block(nnx.Module):
   """x += gate * attention(modulate(norm(x))); the same with SwiGLU."""
 
@@ -83,10 +97,12 @@ class Block(nnx.Module):
     self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
 
   def __call__(self, x: jax.Array, modulation: jax.Array, segments: jax.Array, angles: jax.Array,
-               key_bias: jax.Array | None = None, clean: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+               key_bias: jax.Array | None = None, clean: tuple[jax.Array, jax.Array] | None = None,
+               context: tuple[jax.Array, jax.Array, jax.Array] | None = None) -> jax.Array:
     """x [b s d], modulation [b m d] f32 with m of 6, segments and key_bias [b s], angles [s k/2] -> [b s d].
 
     clean: (modulation, which tokens take it [s 1] bool) of the tokens at time 0.
+    context: as of `layers.GatedAttention`.
     """
     slots = (modulation + self.table[...].astype(jnp.float32))[:, :, None]
     slots = [slots[:, m] for m in range(6)]
@@ -94,7 +110,7 @@ class Block(nnx.Module):
       others = (clean[0] + self.table[...].astype(jnp.float32))[:, :, None]
       slots = [jnp.where(clean[1], others[:, m], slot) for m, slot in enumerate(slots)]
     scale1, shift1, gate1, scale2, shift2, gate2 = slots
-    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), segments, angles, key_bias)
+    y = self.attn(modulate(x, self.norm1, scale1, shift1, self.eps), segments, angles, key_bias, context)
     x = x + (gate1 * y).astype(x.dtype)
     y = self.mlp(modulate(x, self.norm2, scale2, shift2, self.eps))
     return x + (gate2 * y).astype(x.dtype)
@@ -127,9 +143,9 @@ class DiT(nnx.Module):
     self.final_w = constant(0.0, (d, p), ('fsdp', None))
     self.final_b = constant(0.0, (p,))
 
-  def __call__(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None,
+  def __call__(self, z: jax.Array, t: jax.Array, cond: Condition, mask: jax.Array, bias: jax.Array | None = None,
                references: References | None = None, *, tap: int | None = None):
-    """z [b y x c], t [b] f32 in [0, 1], cond [b s d] in the compute dtype, mask [b s] -> [b y x c] f32.
+    """z [b y x c], t [b] f32 in [0, 1], cond of s tokens in the compute dtype, mask [b s] -> [b y x c] f32.
 
     bias: [b s] f32, the logarithm of how often each condition token counts in attention; None where all count once.
     references: patches that they do not cover change nothing.
@@ -141,14 +157,22 @@ class DiT(nnx.Module):
       raise UserError(f'latents [{height} {width} {channels}] must have {c.channels} channels and sides that are '
                       f'multiples of the patch {c.patch}')
     rows, columns = height // c.patch, width // c.patch
-    frames, end = 1, cond.shape[1] + rows * columns
+    outside = isinstance(cond, KeyValues)
+    head = 0 if outside else mask.shape[1]  # condition tokens of the stream
+    frames, end = 1, head + rows * columns
     if references is not None:  # canvas under canvas, whose patches follow one another
       frames += references.latents.shape[1]
       z = jnp.concatenate([z[:, None], references.latents], axis=1).reshape(b, frames * height, width, channels)
-    image = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(cond.dtype), self.image_w, RESIDUAL)
-    x = jnp.concatenate([cond, image + self.image_b[...].astype(cond.dtype)], axis=1)
+    dtype, layerwise = jax.tree.leaves(cond)[0].dtype, None
+    x = einsum('bsp,pd->bsd', patchify(z, c.patch).astype(dtype), self.image_w, RESIDUAL)
+    x = x + self.image_b[...].astype(dtype)
+    if isinstance(cond, jax.Array):
+      x = jnp.concatenate([cond, x], axis=1)
+    else:
+      x = jnp.pad(x, ((0, 0), (head, 0), (0, 0)))
+      layerwise = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 2, 0), cond)
     segments = jnp.pad(mask.astype(bool), ((0, 0), (0, rows * columns)), constant_values=True)
-    angles = self._angles(cond.shape[1], rows, columns, frames)
+    angles = self._angles(head, rows, columns, frames)
     key_bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, rows * columns)))
     time, modulation = self._time(t)
     clean = None
@@ -161,15 +185,25 @@ class DiT(nnx.Module):
         key_bias = jnp.concatenate([before, each.reshape(b, -1)], axis=1)
       segments = jnp.concatenate([segments, references.mask.reshape(b, -1)], axis=1)
 
-    block = lambda x, block, *_: (block(x, modulation, segments, angles, key_bias, clean), None)
-    x, tapped, _ = layers.scan_taps(block, x, self.blocks, () if tap is None else (tap,), remat=c.remat, unroll=True)
+    own = segments[:, mask.shape[1]:] if outside else segments
+
+    def block(x, layer, *_):
+      block, each = layer
+      context = (*each, segments[:, :mask.shape[1]]) if outside else None
+      if isinstance(each, HiddenStates):
+        added = jnp.pad(each.states, ((0, 0), (0, x.shape[1] - head), (0, 0)))
+        x = x + jax.sharding.reshard(added, jax.typeof(x).sharding.spec)
+      return block(x, modulation, own, angles, key_bias, clean, context), None
+
+    taps = () if tap is None else (tap,)
+    x, tapped, _ = layers.scan_taps(block, x, (self.blocks, layerwise), taps, remat=c.remat, unroll=True)
     scale, shift = (time[:, None] + self.table[m].astype(jnp.float32) for m in range(2))
-    x = modulate(x[:, cond.shape[1]:end], self.norm, scale, shift, c.eps)
+    x = modulate(x[:, head:end], self.norm, scale, shift, c.eps)
     x = einsum('bsd,dp->bsp', x, self.final_w, RESIDUAL).astype(jnp.float32) + self.final_b[...].astype(jnp.float32)
     velocity = unpatchify(x, c.patch, rows, columns)
     if tap is None:
       return velocity
-    return velocity, tapped[:, cond.shape[1]:end, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
+    return velocity, tapped[:, head:end, 0].reshape(b, rows, columns, -1, out_sharding=RESIDUAL)
 
   def _time(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Embeddings [b d] of times [b], and the modulation [b m d] that all blocks share; f32."""

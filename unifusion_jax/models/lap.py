@@ -33,6 +33,8 @@ class LAPConfig:
   mlp: int = 6912
   eps: float = 1e-5
   remat: bool = False
+  tap_norm: bool = False  # each tap is RMS-normalised before pooling, with scales of its own
+  separate: bool = False  # image tokens are pooled by blocks and weights of their own; the refiner is one
 
   def problems(self, prefix: str = 'lap.') -> list[str]:
     """Sizes that cannot be, a sentence each."""
@@ -48,7 +50,7 @@ class LAPConfig:
 
 
 class Block(nnx.Module):
-  """x += attention(norm(x)); x += swiglu(norm(x)), without positions and time."""
+  """x += attention(norm(x)); x += swiglu(norm(x)), without time, and without positions where no angles are given."""
 
   def __init__(self, config: LAPConfig, *, rngs: nnx.Rngs):
     c = config
@@ -58,8 +60,8 @@ class Block(nnx.Module):
     self.norm2 = constant(0.0, (c.width,))
     self.mlp = layers.SwiGLU(c.width, c.mlp, rngs=rngs)
 
-  def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    x = x + self.attn(rms_norm(x, self.norm1, self.eps, 1.0), segments)
+  def __call__(self, x: jax.Array, segments: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
+    x = x + self.attn(rms_norm(x, self.norm1, self.eps, 1.0), segments, angles)
     return x + self.mlp(rms_norm(x, self.norm2, self.eps, 1.0))
 
 
@@ -78,22 +80,31 @@ class LAP(nnx.Module):
     self.b1 = constant(0.0, (width,))
     self.w2 = weight(rngs, (width, width), ('tp', 'fsdp'), contract=1)
     self.b2 = constant(0.0, (width,))
+    if c.tap_norm:
+      self.tap_norm = constant(0.0, (c.taps, c.width))
+    if c.separate:
+      self.image_blocks = layers.stack(Block, c.depth, c, rngs=rngs)
+      self.image_pool = constant(1 / c.taps, (c.taps,))
 
-  def __call__(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """hidden [b s l e], mask [b s] (True: a token to use) -> [b s d]. Masked tokens change no other token."""
-    b, s, l, e = hidden.shape
-    c = self.config
-    if (l, e) != (c.taps, c.width):
-      raise UserError(f'hidden states have {l} taps of width {e} but this LAP pools {c.taps} of width {c.width}: '
-                      "set the config's taps and width to those of the vision-language model")
-    # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
-    x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
-    x = self._run(self._pooled(x), self.refiner, mask.astype(bool))
+  def __call__(self, hidden: jax.Array, mask: jax.Array, image: jax.Array | None = None) -> jax.Array:
+    """hidden [b s l e], mask [b s] (True: a token to use) -> [b s d]. Masked tokens change no other token.
+
+    image: [b s], which tokens are an image's; only where LAP is `separate`.
+    """
+    c, x = self.config, valid(hidden, mask, self.config)
+    if c.tap_norm:
+      x = rms_norm(x, self.tap_norm, c.eps, 1.0)
+    pooled = self._pooled(x, self.blocks, self.pool)
+    if c.separate:
+      if image is None:
+        raise ValueError('a LAP with separate=True pools image tokens apart: give it `image`, which tokens these are')
+      pooled = jnp.where(image[:, :, None], self._pooled(x, self.image_blocks, self.image_pool), pooled)
+    x = self._run(pooled, self.refiner, mask.astype(bool))
     x = rms_norm(x, self.norm, c.eps, 1.0)
     x = jax.nn.gelu(einsum('bse,ed->bsd', x, self.w1) + self.b1[...].astype(x.dtype), approximate=True)
     return einsum('bsd,dm->bsm', x, self.w2, RESIDUAL) + self.b2[...].astype(x.dtype)
 
-  def _pooled(self, hidden: jax.Array) -> jax.Array:
+  def _pooled(self, hidden: jax.Array, blocks, weights: nnx.Param) -> jax.Array:
     """[b s l e] -> [b s e], token by token; many tokens in parts, one after another."""
     c = self.config
     b, s, l, e = hidden.shape
@@ -103,8 +114,8 @@ class LAP(nnx.Module):
 
     def pool(x):
       b, s, l, e = x.shape
-      x = self._run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), self.blocks)
-      return einsum('bsle,l->bse', x.reshape(b, s, l, e, out_sharding=RESIDUAL), self.pool)
+      x = self._run(x.reshape(b * s, l, e, out_sharding=RESIDUAL), blocks)
+      return einsum('bsle,l->bse', x.reshape(b, s, l, e, out_sharding=RESIDUAL), weights)
 
     if parts == 1:
       return pool(hidden)
@@ -117,12 +128,23 @@ class LAP(nnx.Module):
     return layers.whole(layers.scan(step, layers.split(x), blocks, remat=self.config.remat, unroll=True)[0])
 
 
+def valid(hidden: jax.Array, mask: jax.Array, config: LAPConfig) -> jax.Array:
+  """Hidden states [b s l e] with zeros for masked tokens; UserError where taps or width are not the model's."""
+  taps, width = hidden.shape[2:]
+  if (taps, width) != (config.taps, config.width):
+    raise UserError(f'hidden states have {taps} taps of width {width} but this model pools {config.taps} of width '
+                    f"{config.width}: set the config's taps and width to those of the vision-language model")
+  # Padding may hold anything, infinities too, which would pass through a mask as 0 * inf.
+  return jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
+
+
 def parts_of(tokens: int, config: LAPConfig, itemsize: int) -> int:
   """The number of parts in which a device pools its tokens, which have `itemsize` bytes a number."""
   return max(1, -(-tokens * config.taps * config.mlp * itemsize // HIDDEN))
 
 
-def _block_rules(torch: str, ours: str):
+def block_rules(torch: str, ours: str):
+  """Rules of a stack of `Block`s."""
   return (
       (rf'{torch}\.(\d+)\.norm1\.weight', f'{ours}/norm1', 'e -> e'),
       (rf'{torch}\.(\d+)\.norm2\.weight', f'{ours}/norm2', 'e -> e'),
@@ -141,12 +163,19 @@ def _block_rules(torch: str, ours: str):
 
 # diffusers' Krea2Transformer2DModel. Its norms are zero-centred as ours are.
 RULES = (
-    *_block_rules(r'text_fusion\.layerwise_blocks', 'lap/blocks'),
+    *block_rules(r'text_fusion\.layerwise_blocks', 'lap/blocks'),
     (r'text_fusion\.projector\.weight', 'lap/pool', '1 l -> l'),
-    *_block_rules(r'text_fusion\.refiner_blocks', 'lap/refiner'),
+    *block_rules(r'text_fusion\.refiner_blocks', 'lap/refiner'),
     (r'txt_in\.norm\.weight', 'lap/norm', 'e -> e'),
     (r'txt_in\.linear_1\.weight', 'lap/w1', 'd e -> e d'),
     (r'txt_in\.linear_1\.bias', 'lap/b1', 'd -> d'),
     (r'txt_in\.linear_2\.weight', 'lap/w2', 'm d -> d m'),
     (r'txt_in\.linear_2\.bias', 'lap/b2', 'd -> d'),
+)
+
+# Variants that Krea's files do not know
+VARIANT_RULES = (
+    (r'text_fusion\.tap_norm\.weight', 'lap/tap_norm', 'l e -> l e'),
+    *block_rules(r'text_fusion\.image_layerwise_blocks', 'lap/image_blocks'),
+    (r'text_fusion\.image_projector\.weight', 'lap/image_pool', '1 l -> l'),
 )

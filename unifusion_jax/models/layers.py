@@ -310,8 +310,13 @@ class GatedAttention(nnx.Module):
     self.k_norm = constant(0.0, (head_dim,))
 
   def __call__(self, x: jax.Array, segments: jax.Array | None = None, angles: jax.Array | None = None,
-               key_bias: jax.Array | None = None) -> jax.Array:
-    """[b s d] -> [b s d] as `stream` has it; segments and key_bias [b s] as in `attention`, angles as in `rope`."""
+               key_bias: jax.Array | None = None, context: tuple[jax.Array, jax.Array, jax.Array] | None = None
+               ) -> jax.Array:
+    """[b s d] -> [b s d] as `stream` has it; segments and key_bias [b s] as in `attention`, angles as in `rope`.
+
+    context: (keys [b c g k], values, segments [b c]) of c more tokens, which are read before x's own and have no
+      queries; `key_bias` then begins with theirs.
+    """
     out, x = stream(x), whole(x)
     q = rms_norm(einsum('bsd,dhk->bshk', x, self.wq), self.q_norm, self.eps, 1.0)
     k = rms_norm(einsum('bsd,dgk->bsgk', x, self.wk), self.k_norm, self.eps, 1.0)
@@ -319,7 +324,11 @@ class GatedAttention(nnx.Module):
     if angles is not None:
       q, k = rope(q, angles), rope(k, angles)
     gate = jax.nn.sigmoid(einsum('bsd,dhk->bshk', x, self.gate))
-    y = attention(q, k, v, q_segments=segments, kv_segments=segments, key_bias=key_bias)
+    kv_segments = segments
+    if context is not None:
+      k, v, kv_segments = (jnp.concatenate([jax.sharding.reshard(more, jax.typeof(own).sharding.spec), own], axis=1)
+                           for more, own in zip(context, (k, v, segments), strict=True))
+    y = attention(q, k, v, q_segments=segments, kv_segments=kv_segments, key_bias=key_bias)
     return einsum('bshk,hkd->bsd', y * gate, self.wo, out)
 
 

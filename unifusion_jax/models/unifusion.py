@@ -2,7 +2,8 @@
 
 A checkpoint is a folder in the layout of diffusers' Krea2Transformer2DModel: config.json with its field names (and
 `patch_size`, which Krea keeps in the pipeline's index) and diffusion_pytorch_model.safetensors with its keys. Krea 2's
-published transformer folder therefore loads here, and what is saved here loads there.
+published transformer folder therefore loads here, and what is saved here loads there. Other ways to condition the DiT
+(`fusion.py`) and variants of LAP are folders of the class UniFusionTransformer, with more fields and keys.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 
 from unifusion_jax import json_file
 from unifusion_jax.errors import UserError
-from unifusion_jax.models import dit, lap
+from unifusion_jax.models import dit, fusion, lap
 from unifusion_jax.models.dit import DiT, DiTConfig
-from unifusion_jax.models.lap import LAP, LAPConfig
+from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.weights import convert, quantize, safetensors_io
 
 
@@ -26,13 +27,15 @@ class UniFusionConfig:
   lap: LAPConfig = dataclasses.field(default_factory=LAPConfig)
   dit: DiTConfig = dataclasses.field(default_factory=DiTConfig)
   dtype: str = 'bfloat16'  # of the computation; parameters have their own
+  # How the DiT is conditioned on the VLM: lap | last | kv | hidden | text (fusion.py). `lap` has the sizes of each
+  fusion: str = 'lap'
 
   def problems(self, prefix: str = '') -> list[str]:
     """Sizes that cannot be, a sentence each."""
     wrong = self.lap.problems(f'{prefix}lap.') + self.dit.problems(f'{prefix}dit.')
     if self.dtype not in ('float32', 'bfloat16'):
       wrong.append(f"{prefix}dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
-    return wrong
+    return wrong or fusion.problems(self, prefix)
 
   def undivided(self, mesh: Mapping[str, int], prefix: str = '') -> list[str]:
     """Sizes that a mesh does not divide, a sentence each."""
@@ -58,33 +61,57 @@ class UniFusion(nnx.Module):
   """`condition` once per prompt, `velocity` once per step."""
 
   def __init__(self, config: UniFusionConfig, *, rngs: nnx.Rngs):
-    self.dtype = config.dtype
-    self.lap = LAP(config.lap, config.dit.width, rngs=rngs)
+    self.dtype, self.way = config.dtype, config.fusion
+    made = fusion.make(config, rngs=rngs)
+    if self.way == 'lap':
+      self.lap = made
+    else:
+      self.fusion = made
     self.dit = DiT(config.dit, rngs=rngs)
 
   @property
   def config(self) -> UniFusionConfig:
-    return UniFusionConfig(dataclasses.replace(self.lap.config), dataclasses.replace(self.dit.config), self.dtype)
+    return UniFusionConfig(dataclasses.replace(self._between.config), dataclasses.replace(self.dit.config), self.dtype,
+                           self.way)
+
+  @property
+  def _between(self):
+    """The module between VLM and DiT."""
+    return self.lap if self.way == 'lap' else self.fusion
 
   @jax.named_scope('lap')
-  def condition(self, hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """Tapped VLM states [b s l e] and the mask of their tokens [b s] -> condition tokens [b s d]."""
-    return self.lap(hidden.astype(self.dtype), mask)
+  def condition(self, hidden: jax.Array, mask: jax.Array, image: jax.Array | None = None) -> dit.Condition:
+    """Tapped VLM states [b s l e] and the mask of their tokens [b s] -> the condition; of LAP tokens [b s d].
+
+    image: [b s], which tokens are an image's: for those ways that tell them apart.
+    """
+    return self._between(hidden.astype(self.dtype), mask, image)
+
+  def visible(self, mask: jax.Array, image: jax.Array | None = None) -> jax.Array:
+    """The mask [b s] of the condition, from the one of the VLM's tokens (`fusion.visible`)."""
+    return fusion.visible(self.way, mask, image)
 
   @jax.named_scope('dit')
-  def velocity(self, z: jax.Array, t: jax.Array, cond: jax.Array, mask: jax.Array, bias: jax.Array | None = None,
+  def velocity(self, z: jax.Array, t: jax.Array, cond: dit.Condition, mask: jax.Array, bias: jax.Array | None = None,
                references: dit.References | None = None, *, tap: int | None = None):
-    """Latents [b y x c] at time t [b] (1 is noise), condition [b s d] and its mask [b s] -> velocity [b y x c] f32.
+    """Latents [b y x c] at time t [b] (1 is noise), a condition and its mask [b s] -> velocity [b y x c] f32.
 
     `bias`, `references` and `tap` as in `DiT`.
     """
-    return self.dit(z, t, cond.astype(self.dtype), mask, bias, references, tap=tap)
+    cond = jax.tree.map(lambda leaf: leaf.astype(self.dtype), cond)
+    return self.dit(z, t, cond, mask, bias, references, tap=tap)
+
+
+OWN_CLASS = 'UniFusionTransformer'  # of folders that hold what Krea 2 has not
+PLAIN = dict(fusion='lap', text_tap_norm=False, text_separate=False)  # fields of such folders, as Krea 2 has them
 
 
 def to_json(config: UniFusionConfig) -> dict:
-  """The sizes under the names of diffusers' Krea2Transformer2DModel."""
+  """The sizes under the names of diffusers' Krea2Transformer2DModel, with those of PLAIN where Krea's differs."""
+  own = dict(fusion=config.fusion, text_tap_norm=config.lap.tap_norm, text_separate=config.lap.separate)
+  own = {} if own == PLAIN else own
   return {
-      '_class_name': 'Krea2Transformer2DModel',
+      '_class_name': OWN_CLASS if own else 'Krea2Transformer2DModel',
       'in_channels': config.dit.channels * config.dit.patch ** 2,
       'patch_size': config.dit.patch,
       'num_layers': config.dit.depth,
@@ -103,16 +130,20 @@ def to_json(config: UniFusionConfig) -> dict:
       'text_intermediate_size': config.lap.mlp,
       'num_layerwise_text_blocks': config.lap.depth,
       'num_refiner_text_blocks': config.lap.refiner_depth,
+      **own,
   }
 
 
 def from_json(fields: dict) -> UniFusionConfig:
   """The configuration of a config.json; dtype and remat, which it does not hold, have their defaults."""
-  fields = to_json(krea2()) | {k: v for k, v in fields.items() if not k.startswith('_')}
-  unknown = sorted(fields.keys() - to_json(krea2()).keys())
+  own = fields.get('_class_name') == OWN_CLASS
+  known = to_json(krea2()) | (PLAIN if own else {})
+  fields = known | {k: v for k, v in fields.items() if not k.startswith('_')}
+  unknown = sorted(fields.keys() - known.keys())
   if unknown:
-    raise UserError(f'config.json has fields that a Krea 2 transformer does not: {", ".join(unknown)}')
-  f = fields
+    raise UserError(f'config.json has fields that a {"UniFusion" if own else "Krea 2"} transformer does not: '
+                    f'{", ".join(unknown)}')
+  f = PLAIN | fields
   patch = f['patch_size']
   if f['in_channels'] % patch ** 2:
     raise UserError(f'config.json: in_channels {f["in_channels"]} is not a multiple of patch_size {patch} squared')
@@ -120,12 +151,14 @@ def from_json(fields: dict) -> UniFusionConfig:
       LAPConfig(
           width=f['text_hidden_dim'], taps=f['num_text_layers'], depth=f['num_layerwise_text_blocks'],
           refiner_depth=f['num_refiner_text_blocks'], heads=f['text_num_attention_heads'],
-          kv_heads=f['text_num_key_value_heads'], mlp=f['text_intermediate_size'], eps=f['norm_eps']),
+          kv_heads=f['text_num_key_value_heads'], mlp=f['text_intermediate_size'], eps=f['norm_eps'],
+          tap_norm=f['text_tap_norm'], separate=f['text_separate']),
       DiTConfig(
           channels=f['in_channels'] // patch ** 2, patch=patch, depth=f['num_layers'],
           heads=f['num_attention_heads'], kv_heads=f['num_key_value_heads'], head_dim=f['attention_head_dim'],
           mlp=f['intermediate_size'], time_dim=f['timestep_embed_dim'], rope_axes=tuple(f['axes_dims_rope']),
-          rope_theta=f['rope_theta'], eps=f['norm_eps']))
+          rope_theta=f['rope_theta'], eps=f['norm_eps']),
+      fusion=f['fusion'])
 
 
 def read_config(folder, patch: int = 2) -> UniFusionConfig:
@@ -175,7 +208,10 @@ def _checkpoint(folder, config: UniFusionConfig | None):
   config = config or stored
   if wrong := config.undivided(jax.sharding.get_mesh().shape):
     raise UserError(f'{folder}: {"; ".join(wrong)}: choose another mesh')
-  wanted, present = to_json(config), to_json(stored)
+  if config.fusion != stored.fusion:
+    raise UserError(f'{folder} holds a model of fusion={stored.fusion!r}, not {config.fusion!r}: set model.fusion='
+                    f'{stored.fusion}, or give the folder of another model')
+  wanted, present = (PLAIN | to_json(each) | dict(_class_name='') for each in (config, stored))
   differ = [f'{k} is {present[k]}, not {wanted[k]}' for k in wanted if wanted[k] != present[k]]
   if differ:
     raise UserError(f'{folder} does not hold a model of these sizes: {"; ".join(differ)}')
@@ -191,7 +227,8 @@ def save(model: UniFusion, folder) -> None:
   convert.save(model, RULES, AXIS_SIZES, folder, to_json(model.config), stem='diffusion_pytorch_model')
 
 
-RULES, AXIS_SIZES = lap.RULES + dit.RULES, {'two': 2}
+KREA_RULES, AXIS_SIZES = lap.RULES + dit.RULES, {'two': 2}
+RULES = KREA_RULES + lap.VARIANT_RULES + fusion.RULES
 
 # Krea's own names (github.com/krea-ai/krea-2), by diffusers'; its blocks keep their six modulation vectors end to end
 PREFIX = 'model.diffusion_model.'
@@ -219,4 +256,4 @@ def _native(name: str, path: str, pattern: str):
   return name, path, '(m d) -> m d' if name.endswith(r'mod\.lin') else pattern
 
 
-NATIVE_RULES = tuple(_native(*rule) for rule in RULES)
+NATIVE_RULES = tuple(_native(*rule) for rule in KREA_RULES)

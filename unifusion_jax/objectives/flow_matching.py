@@ -70,6 +70,8 @@ class FlowMatching:
     checks = {
         f'taps={config.taps} are {len(config.taps)} layers but model.lap.taps={lap.taps}': len(config.taps) == lap.taps,
         f'taps={config.taps} must rise': list(config.taps) == sorted(set(config.taps)),
+        f"taps={config.taps} must begin with 0: model.fusion='text' reads the VLM's token embeddings":
+            config.model.fusion != 'text' or config.taps[:1] == (0,),
         f"vlm_quantized={config.vlm_quantized!r} must be '', 'int8' or 'w8a8'":
             config.vlm_quantized in encoders.QUANTIZED,
         f'objective.rewrite_online rewrites during training, but data.rewrites={config.data.rewrites} names stored '
@@ -237,25 +239,25 @@ class FlowMatching:
       z = jax.lax.stop_gradient(frozen.vae.encode(imaging.to_float(batch['target']))).astype(jnp.float32)
       references = jax.lax.stop_gradient(conditioning.clean_references(frozen.vae, batch))
     with jax.named_scope('vlm'):
-      hidden, mask, metrics = self._hidden(frozen, batch)
+      states, metrics = self._states(frozen, batch)
     dropout_key = jax.random.fold_in(key, jnp.sum(batch['number']))  # of the examples: micro-batches differ
     model = self.model(params, frozen, dropout_key)
-    cond = model.condition(jax.lax.stop_gradient(hidden), mask)
+    cond = conditioning.condition(model, jax.lax.stop_gradient(states))._replace(references=references)
     n = self.noises_per_example
-    z, cond, mask, references = jax.tree.map(lambda x: _repeat(x, n), (z, cond, mask, references))
+    z, cond = jax.tree.map(lambda x: _repeat(x, n), (z, cond))
     numbers = _numbers(batch['number'], n)
     t = flow.sample_time(time_key, numbers, self.mean, self.std, self.shift)
     noise = flow.noise(noise_key, numbers, z.shape[1:])
     noised = flow.interpolate(z, noise, t)
     repa_term = 0.0
     if self.repa_weight:
-      velocity, states = model.velocity(noised, t, cond, mask, references=references, tap=self.repa_depth)
+      velocity, tapped = model.velocity(noised, t, *cond, tap=self.repa_depth)
       with jax.named_scope('repa'):
-        targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *states.shape[1:3]))
-        metrics['repa'] = params.head.cosine_loss(states, _repeat(targets, n))
+        targets = jax.lax.stop_gradient(repa.targets(frozen.vlm, batch['target'], *tapped.shape[1:3]))
+        metrics['repa'] = params.head.cosine_loss(tapped, _repeat(targets, n))
       repa_term = self.repa_weight * metrics['repa']
     else:
-      velocity = model.velocity(noised, t, cond, mask, references=references)
+      velocity = model.velocity(noised, t, *cond)
     errors = flow.loss(velocity, z, noise)
     noisy = t > 0.5
     for name, part in (('noisy', noisy), ('clean', ~noisy)):
@@ -263,12 +265,12 @@ class FlowMatching:
     loss = jnp.mean(errors)
     return loss + repa_term, dict(loss=loss, **metrics)
 
-  def _hidden(self, frozen: conditioning.Frozen, batch):
-    """Tapped states of the tokens that condition the DiT [b q l e], their mask [b q], and metrics."""
+  def _states(self, frozen: conditioning.Frozen, batch) -> tuple[conditioning.States, dict]:
+    """States of the tokens that condition the DiT, and metrics."""
     images = batch.get('tiles')
     if not self.rewrite_online:
-      hidden = frozen.vlm.hidden(batch['input_ids'], batch['attention_mask'], frozen.taps, images, batch['cond_index'])
-      return hidden, batch['cond_mask'], {}
+      return conditioning.read(frozen.vlm, batch['input_ids'], batch['attention_mask'], batch['cond_index'],
+                               batch['cond_mask'], images, taps=frozen.taps), {}
     keep = jnp.concatenate([batch['cond_index'], batch['fallback_index']], axis=1)
     out = text_generation.generate(frozen.vlm, batch['input_ids'], batch['attention_mask'], images,
                                    max_new=frozen.max_rewrite, stop_ids=frozen.stop_ids, taps=frozen.taps, keep=keep)
@@ -279,7 +281,9 @@ class FlowMatching:
     hidden, mask = conditioning.condition_states(prompt, out.hidden, lengths, batch['cond_mask'])
     hidden = jnp.concatenate([hidden, instruction], axis=1)
     mask = jnp.concatenate([mask, batch['fallback_mask'] & fallback[:, None]], axis=1)
-    return hidden, mask, dict(fallback_rate=jnp.mean(fallback.astype(jnp.float32)))
+    image = conditioning.image_tokens(frozen.vlm, batch['input_ids'], batch['cond_index'])
+    states = conditioning.States(hidden, mask, conditioning.padded_to(image, mask))
+    return states, dict(fallback_rate=jnp.mean(fallback.astype(jnp.float32)))
 
 
 def _shapes(config, dtype=jnp.float32) -> unifusion.UniFusion:
@@ -299,8 +303,9 @@ def _warn_of_distilled(config) -> None:
 
 def _repeat(x: jax.Array, n: int) -> jax.Array:
   """Each row repeated n times, on the device that holds it: [b ...] -> [b*n ...]."""
-  rows = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH))
-  return jnp.reshape(rows, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH))
+  spec = jax.typeof(x).sharding.spec[1:]
+  rows = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]), out_sharding=jax.P(BATCH, None, *spec))
+  return jnp.reshape(rows, (-1, *x.shape[1:]), out_sharding=jax.P(BATCH, *spec))
 
 
 def _numbers(numbers: jax.Array, n: int) -> jax.Array:

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unifusion_jax import denoising, prompting, sharding
+from unifusion_jax import conditioning, denoising, prompting, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.commands.sample import PipelineConfig
-from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, text_generation
 from unifusion_jax.objectives.flow_matching import FlowMatching
@@ -136,26 +135,22 @@ class _Sampling:
 
   def _states(self):
     """(the VLM's part of encoding, its arguments)."""
-    taps = self.models.taps
-
-    def states(vlm, input_ids, attention_mask, cond_index, images):
-      return vlm.hidden(input_ids, attention_mask, taps, images, cond_index)
-    return states, (self.models.vlm, *self._prompts(self.length), self._prompts(self.kept)[0], self.shown)
+    states = functools.partial(conditioning.read, taps=self.models.taps)
+    return states, (self.models.vlm, *self._prompts(self.length), *self._prompts(self.kept), self.shown)
 
   def _encode(self):
     (states, arguments), sizes = self._states(), {'prompt tokens': self.length, 'condition tokens': self.kept}
     if self.models.in_turn:
       return jax.jit(states), arguments, sizes
 
-    def encode(model, cond_mask, vlm, *prompts):
-      return model.condition(states(vlm, *prompts), cond_mask)
-    return jax.jit(encode), (self.models.transformer, self._prompts(self.kept)[1], *arguments), sizes
+    def encode(model, *prompts):
+      return conditioning.condition(model, states(*prompts))
+    return jax.jit(encode), (self.models.transformer, *arguments), sizes
 
   def _condition(self):
     states, arguments = self._states()
-    function = jax.jit(lambda model, hidden, mask: model.condition(hidden, mask))
-    return function, (self.models.transformer, jax.eval_shape(states, *on_mesh(arguments)),
-                      self._prompts(self.kept)[1]), {'condition tokens': self.kept}
+    return conditioning.condition, (self.models.transformer, jax.eval_shape(states, *on_mesh(arguments))), {
+        'condition tokens': self.kept}
 
   def _rewrite(self):
     def rewrite(vlm, input_ids, attention_mask, images, keep):
@@ -173,27 +168,25 @@ class _Sampling:
 
   def _denoise(self):
     function, arguments, sizes = self._condition()
-    (latents, pixels), mask = self._latents(), arguments[2]
-    bias = jax.ShapeDtypeStruct(mask.shape, np.float32, sharding=mask.sharding)
-    tokens: Any = jax.eval_shape(function, *on_mesh(arguments))
-    conditioning = Conditioning(tokens, mask,
-                                bias if any(strength != 1 for strength in self.settings.strengths) else None)
+    latents, pixels = self._latents()
+    cond: conditioning.Conditioning = jax.eval_shape(function, *on_mesh(arguments))
+    if any(strength != 1 for strength in self.settings.strengths):
+      cond = cond._replace(bias=self._rows(jax.ShapeDtypeStruct(cond.mask.shape[1:], np.float32)))
     number = jax.ShapeDtypeStruct((), np.float32)
     null, keys = None, None
     if self.settings.guidance != 1:
-      shape = 1, self.null_length, tokens.shape[2]
-      null = Conditioning(jax.ShapeDtypeStruct(shape, tokens.dtype),
-                          jax.ShapeDtypeStruct(shape[:2], bool))
+      one_row = lambda x: jax.ShapeDtypeStruct((1, self.null_length, *x.shape[2:]), x.dtype)
+      null = jax.tree.map(one_row, cond._replace(bias=None))
     if self.settings.eta:
       keys = self._rows(jax.eval_shape(lambda: jax.random.key(0)))
     if n := self.references:
       (height, width, channels), patch = latents.shape[1:], self.models.transformer.config.dit.patch  # pyrefly: ignore[missing-attribute]
-      conditioning = conditioning._replace(references=dit.References(*self._rows((
+      cond = cond._replace(references=dit.References(*self._rows((
           jax.ShapeDtypeStruct((n, height, width, channels), np.float32),
           jax.ShapeDtypeStruct((n, height // patch, width // patch), bool)))))
     times = jax.ShapeDtypeStruct((self.settings.steps + 1,), np.float32)
     function = jax.jit(functools.partial(denoising.integrate, method=self.settings.method))
-    return function, (self.models.transformer, conditioning, null, latents, times, number, number, keys,
+    return function, (self.models.transformer, cond, null, latents, times, number, number, keys,
                       jax.ShapeDtypeStruct((), jnp.int32)), pixels | sizes | {'steps': self.settings.steps}
 
   def _decode(self):

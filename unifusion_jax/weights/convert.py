@@ -50,6 +50,8 @@ def load(make, tensors, rules, axis_sizes: dict[str, int], dtype=None, ignore: t
   def fill(path, param, leaf):
     spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
     kind = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+    if not sources[path]:  # a stack of no layers
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, kind, device=jax.NamedSharding(mesh, spec)), param)
     alone = sources[path][0].layer is None
     shape, where = (leaf.shape, spec) if alone else (leaf.shape[1:], jax.P(*spec[1:]))
     stacked, buffers = None, {}
