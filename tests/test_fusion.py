@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 from flax import nnx
 import jax
@@ -9,15 +11,21 @@ from jax import P
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_pipeline import random_pipe, REFERENCES, same
 
-from unifusion_jax import conditioning, flow, sharding
+from configs.ablation import SCALES
+from unifusion_jax import command_line, conditioning, flow, sharding
+from unifusion_jax import config as configuration
+from unifusion_jax.commands import info, train
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, fusion, unifusion
 from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.models.unifusion import UniFusion, UniFusionConfig
+from unifusion_jax.planning import estimate, replication
+from unifusion_jax.request import Request
 from unifusion_jax.sharding import BATCH
-from unifusion_jax.weights import safetensors_io
+from unifusion_jax.weights import lora, lora_files, safetensors_io
 
 CONFIG = UniFusionConfig(
     LAPConfig(width=32, taps=3, depth=1, refiner_depth=1, heads=4, kv_heads=2, mlp=48),
@@ -254,3 +262,99 @@ def test_a_budget_that_no_width_reaches_is_refused():
   small = dataclasses.replace(CONFIG, lap=dataclasses.replace(CONFIG.lap, depth=0, refiner_depth=0))
   with pytest.raises(UserError, match="fusion='kv' with 2 blocks .* cannot have about"):
     fusion.matched(of('kv'), small)
+
+
+# Through pipeline, commands and plans
+
+
+def with_way(made, way: str):
+  """A recipe with a way, whose taps are of a VLM of two layers."""
+  variant = VARIANTS.get(way, {})
+  made.model = dataclasses.replace(
+      made.model, fusion='lap' if variant else way, lap=dataclasses.replace(made.model.lap, **variant),
+      dit=dataclasses.replace(made.model.dit, depth=2))
+  made.taps = (0, 2) if way == 'text' else made.taps
+  return made
+
+
+@pytest.mark.parametrize('way', [*OTHERS, 'two'])
+def test_requests_become_images(way, recipe):
+  """Rewritten and given texts, guidance, a row alone and among others; an image's tokens condition, but as text."""
+  pipe = random_pipe(with_way(recipe(), way))
+  settings = pipe.settings.changed(guidance=2.0, steps=2)
+  given = Request('make it blue', (REFERENCES[0],), 0, 'a blue circle')
+  images = [sample.image for sample in pipe.generate(
+      [given, Request('make it blue', (REFERENCES[1],), 1), dataclasses.replace(given, rewrite='two red squares'),
+       dataclasses.replace(given, references=(REFERENCES[1],))], 64, 64, settings=settings)]
+  same(images[0], pipe.generate([given], 64, 64, settings=settings)[0].image)
+  assert np.abs(images[0].astype(int) - images[2]).max() > 2
+  assert (np.abs(images[0].astype(int) - images[3]).max() > 2) == (way != 'text')
+  counts = [np.asarray(pipe.encode([dataclasses.replace(given, references=references)]).conditioning.mask)[0].sum()
+            for references in ((), given.references)]
+  assert (counts[0] == counts[1]) == (way == 'text')
+
+
+def test_loras_of_other_ways(recipe):
+  """Of attention as of LAP's; for a part that the model has not there is an error."""
+  shapes = jax.eval_shape(lambda: UniFusion(of('kv'), rngs=nnx.Rngs(0)))
+  chosen = lora.init(shapes, lora.LoRAConfig(rank=2, targets=('attention', 'fusion')), 0)
+  assert {'dit/blocks/attn/wq', 'fusion/projections/wk', 'fusion/adaptor/blocks/mlp/up'} <= chosen.keys()
+  with pytest.raises(UserError, match="lora.targets: 'refiner' is no matrix of this model: take attention, mlp"):
+    lora.init(shapes, lora.LoRAConfig(rank=2, targets=('refiner',)), 0)
+  assert {'fusion.projections.2.to_v', 'transformer_blocks.0.attn.to_q'} <= lora_files.matrices(shapes).keys()
+
+
+@pytest.mark.parametrize('name', ['kv', 'text'])
+def test_recipe_from_training_to_images(name, run, tmp_path, capsys):
+  small = [f'--config=configs/ablation.py:{name}', f'--workdir={tmp_path}', '--config.model.dit.depth=1',
+           '--config.objective.repa_depth=1', '--config.model.lap.depth=0', '--config.model.lap.refiner_depth=1',
+           '--config.data.only=t2i/1-2', '--config.data.batch_size=8', '--config.train.steps=2',
+           '--config.train.log_every=1', '--config.train.preview_every=0', '--config.sample.steps=2',
+           '--config.eval.examples=2', '--config.eval.batch_size=2']
+  for mode in ('train', 'eval', 'export'):
+    run(*small, f'--mode={mode}')
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == [1, 2] and all(np.isfinite(line['loss']) for line in lines)
+  assert json.loads((tmp_path / 'eval.json').read_text())
+  run('--config=configs/sample.py', f'--config.weights={tmp_path}/export', f'--workdir={tmp_path}/out',
+      '--config.sample.prompt=a blue circle', '--config.sample.rewrite=a blue circle', '--config.sample.steps=2')
+  assert (tmp_path / 'out' / 'images' / '000.png').exists()
+  capsys.readouterr()
+  info.run(str(tmp_path / 'export'))
+  assert f'{name}, of {dict(kv=3, text=1)[name]} taps' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('mesh', [None])  # in place of the fixture: the estimate brings its own
+def test_bytes_by_formula(mesh, recipe):
+  """Exact where shapes say them, and larger where a way holds more."""
+  del mesh
+  temporaries = {}
+  for way in (*fusion.WAYS, *VARIANTS):
+    config = with_way(recipe(), way)
+    held = estimate.chip_bytes(config, 8)
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(config.mesh, 8)):
+      assert sum(held.arguments.values()) == pytest.approx(sharding.shard_bytes(train.abstract(config)), abs=100)
+    temporaries[way] = held.temporaries
+    assert (held.phases['LAP'] != {}) and replication.repeated(config, 8) is not None
+  assert temporaries['last'] == temporaries['text'] < temporaries['hidden'] and temporaries['lap'] < temporaries['two']
+
+
+def test_recipes_differ_in_the_condition_alone():
+  """All scales can run, have one budget, and docs/ablations.md says their counts."""
+  page = (pathlib.Path(__file__).parent.parent / 'docs' / 'ablations.md').read_text()
+  base = command_line.read('t2i')
+  budget = fusion.parameters(base.model)
+  assert f'{budget["dit"]:,}' in page
+  for scale in SCALES:
+    made = command_line.read(f'ablation:{scale}')
+    configuration.check(made, 1)
+    counts = fusion.parameters(made.model)
+    assert counts['fusion'] == pytest.approx(budget['fusion'], rel=0.01) and counts['dit'] == budget['dit']
+    assert re.search(rf'`:?{scale}`.*\| {made.model.lap.mlp} \| {counts["fusion"]:,} \|', page), scale
+    lap = dataclasses.replace(base.model.lap, **{name: getattr(made.model.lap, name) for name in (
+        'mlp', 'taps', 'depth', 'refiner_depth', 'tap_norm', 'separate')})
+    assert made.model == dataclasses.replace(base.model, fusion=made.model.fusion, lap=lap)
+    made.model, made.taps, made.sample.weights, made.recipe = base.model, base.taps, base.sample.weights, base.recipe
+    assert made == base
+  with pytest.raises(UserError, match="must begin with 0: model.fusion='text' reads"):
+    configuration.check(command_line.read('ablation:text', ['taps=6']), 1)

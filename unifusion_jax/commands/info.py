@@ -31,10 +31,9 @@ Facts = dict[str, 'str | list[str] | Facts']
 WIDTH = 120  # columns
 SAMPLING = ('verifi', 'steps', 'guidance', 'method', 'eta', 'shift')  # settings that are shown
 # Parts of a model by the beginning of a tensor's name; the first that fits
-TRANSFORMER = {'LAP and refiner': r'text_fusion\.|txt_in\.|txtfusion\.|txtmlp\.', 'DiT': ''}
+TRANSFORMER = {'LAP and refiner': r'text_fusion\.|txt_in\.|txtfusion\.|txtmlp\.', 'fusion': r'fusion\.', 'DiT': ''}
 ENCODER = {'vision': r'.*(vision|visual)', 'projector': r'mlp1\.|.*multi_modal_projector', 'language model': ''}
 AUTOENCODER = {'encoder': r'encoder\.|quant_conv\.', 'decoder': r'decoder\.|post_quant_conv\.', 'statistics': ''}
-TRANSFORMER_CLASS = 'Krea2Transformer2DModel'
 
 
 def run(name: str) -> None:
@@ -85,7 +84,7 @@ def _folder(pinned: hub.Pinned) -> Facts:
   settings = json_file.read(folder / 'config.json')
   if {'objective', 'model', 'train'} <= settings.keys():
     return _run(folder, settings)
-  if settings.get('_class_name') == TRANSFORMER_CLASS:
+  if settings.get('_class_name') in (unifusion.KREA_CLASS, unifusion.OWN_CLASS):
     return {'kind': 'transformer, in the layout of diffusers'} | _transformer(folder)
   if settings.get('_class_name') in autoencoders.CLASSES:
     return {'kind': f'autoencoder ({settings["_class_name"]})'} | _autoencoder(folder)
@@ -136,7 +135,8 @@ def _use(described: description.Description) -> Facts:
 
 def _transformer(folder: pathlib.Path, patch: int = 2) -> Facts:
   config = unifusion.read_config(folder, patch)
-  return {**_transformer_sizes(config.lap, config.dit), **_weights(folder, TRANSFORMER), **_history(folder)}
+  return {**_transformer_sizes(config.lap, config.dit, config.fusion), **_weights(folder, TRANSFORMER),
+          **_history(folder)}
 
 
 def _encoder(folder: pathlib.Path) -> Facts:
@@ -349,18 +349,22 @@ def _model_sizes(model: dict) -> Facts:
   if 'dit' in model:
     dit = names(model['dit'])
     dit.width = dit.heads * dit.head_dim
-    return _transformer_sizes(names(model['lap']), dit)
+    return _transformer_sizes(names(model['lap']), dit, model.get('fusion', 'lap'))
   if 'text' in model:
     return {'language model': _decoder(names(model['text'])),
             **({'vision': _blocks(names(model['vision']))} if 'vision' in model else {})}
   return {'model': ', '.join(f'{name} {value}' for name, value in model.items() if 'channels' in name)}
 
 
-def _transformer_sizes(lap, dit) -> Facts:
+def _transformer_sizes(lap, dit, way: str) -> Facts:
+  taps, blocks = f'{lap.taps} taps of width {lap.width}', f'{lap.heads} heads, MLP of {lap.mlp}'
+  variants = {'tap_norm': 'taps normalised', 'separate': 'image tokens pooled apart'}
+  between = {'LAP': ', '.join([f'{taps}: {lap.depth} blocks over them, {lap.refiner_depth} of refinement, {blocks}',
+                               *(text for name, text in variants.items() if vars(lap).get(name))])}
+  if way != 'lap':
+    between = {'fusion': f'{way}, of {taps}: {lap.depth + lap.refiner_depth} blocks over the tokens, {blocks}'}
   return {'DiT': f'{_blocks(dit)} of {dit.head_dim}, MLP of {dit.mlp}; patches of {dit.patch} x {dit.patch} latents '
-                 f'with {dit.channels} channels',
-          'LAP': f'{lap.taps} taps of width {lap.width}: {lap.depth} blocks over them, {lap.refiner_depth} of '
-                 f'refinement, {lap.heads} heads, MLP of {lap.mlp}'}
+                 f'with {dit.channels} channels', **between}
 
 
 def _encoder_sizes(config: encoders.Config) -> Facts:

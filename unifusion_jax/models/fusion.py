@@ -173,6 +173,11 @@ def visible(way: str, mask: jax.Array, image: jax.Array | None) -> jax.Array:
   return mask & ~image
 
 
+def taps_read(config: 'UniFusionConfig') -> int:
+  """The number of states of a token that the blocks between VLM and DiT read."""
+  return 1 if config.fusion in ('last', 'text') else config.lap.taps
+
+
 def problems(config: 'UniFusionConfig', prefix: str) -> list[str]:
   """Settings of the way that cannot be, a sentence each."""
   way, c = config.fusion, config.lap

@@ -102,7 +102,7 @@ class UniFusion(nnx.Module):
     return self.dit(z, t, cond, mask, bias, references, tap=tap)
 
 
-OWN_CLASS = 'UniFusionTransformer'  # of folders that hold what Krea 2 has not
+KREA_CLASS, OWN_CLASS = 'Krea2Transformer2DModel', 'UniFusionTransformer'  # OWN_CLASS: of what Krea 2 has not
 PLAIN = dict(fusion='lap', text_tap_norm=False, text_separate=False)  # fields of such folders, as Krea 2 has them
 
 
@@ -111,7 +111,7 @@ def to_json(config: UniFusionConfig) -> dict:
   own = dict(fusion=config.fusion, text_tap_norm=config.lap.tap_norm, text_separate=config.lap.separate)
   own = {} if own == PLAIN else own
   return {
-      '_class_name': OWN_CLASS if own else 'Krea2Transformer2DModel',
+      '_class_name': OWN_CLASS if own else KREA_CLASS,
       'in_channels': config.dit.channels * config.dit.patch ** 2,
       'patch_size': config.dit.patch,
       'num_layers': config.dit.depth,

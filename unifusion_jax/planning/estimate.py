@@ -2,8 +2,9 @@
 
 State, frozen models and batch are exact, the shards of their abstract shapes. The rest are formulas, one for each array
 that grows with the model, the tokens or the pixels, for the largest batch (`batch_spec`). The phases of a step follow
-one another, so the largest counts: autoencoder, VLM, DiT forward and backward, LAP backward, update. Attention over
-tokens is taken as fused, without logits. docs/plans.md has what the compiler says of the same steps.
+one another, so the largest counts: autoencoder, VLM, DiT forward and backward, LAP backward, update; what is in LAP's
+place (models/fusion.py) has its name. Attention over tokens is taken as fused, without logits. docs/plans.md has what
+the compiler says of the same steps.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from unifusion_jax import sharding
 from unifusion_jax.commands import train
-from unifusion_jax.models import lap
+from unifusion_jax.models import fusion, lap
 from unifusion_jax.objectives import flow_matching
 
 F32 = 4  # bytes
@@ -124,30 +125,39 @@ class _Step:
     self._image = (1 + self._references) * (self._height // unit) * (self._width // unit)
     self._dtype = jnp.dtype(config.model.dtype).itemsize
     self._frozen_dtype = jnp.dtype(config.frozen_dtype).itemsize
+    self._place = f'models/{"lap" if config.model.fusion == "lap" else "fusion"}.py'  # of what is before the DiT
 
   def _split(self, tokens: int) -> int:
     """Tokens of a sequence between blocks on a device: tp shares them where it divides them (layers.split)."""
     return tokens if tokens % self._tp else tokens // self._tp
 
   def throughout(self) -> dict[str, int]:
-    lap, dit = self._config.model.lap, self._config.model.dit
+    model, lap, dit = self._config.model, self._config.model.lap, self._config.model.dit
     state = self._rows * lap.width * self._dtype
-    inputs = lap.depth * self._kept * self._split(lap.taps) + lap.refiner_depth * self._split(self._kept)
+    inputs = (1 + lap.separate) * lap.depth * self._kept * self._split(lap.taps)
+    inputs += lap.refiner_depth * self._split(self._kept)
+    if model.fusion != 'lap':
+      inputs = (lap.depth + lap.refiner_depth) * fusion.taps_read(model) * self._split(self._kept)
+    layerwise = dict(kv=2 * dit.kv_heads * dit.head_dim, hidden=dit.width)  # numbers of a token for each block
+    numbers = dit.depth * layerwise[model.fusion] // self._tp if model.fusion in layerwise else dit.width
+    blocks = 'LAP and refiner' if model.fusion == 'lap' else 'the adaptor'
     return {
         'tapped states of kept tokens (layers.scan_taps)': self._kept * lap.taps * state,
-        'inputs of the blocks of LAP and refiner, kept for the backward (models/lap.py)': inputs * state,
-        'condition tokens and their gradient (models/lap.py)': 2 * self._noised * self._kept * dit.width * self._dtype}
+        f'inputs of the blocks of {blocks}, kept for the backward ({self._place})': inputs * state,
+        f'condition tokens and their gradient ({self._place})': 2 * self._noised * self._kept * numbers * self._dtype}
 
   def dit(self) -> dict[str, int]:
     """Forward and backward of the DiT: blocks' inputs, and one block's backward."""
-    c = self._config.model.dit
-    tokens, split = (self._noised * n for n in (self._kept + self._image, self._split(self._kept + self._image)))
+    c, outside = self._config.model.dit, self._config.model.fusion == 'kv'  # of the stream
+    length = self._image if outside else self._kept + self._image
+    tokens, split = self._noised * length, self._noised * self._split(length)
+    attention = tokens * (3 * c.heads + 2 * c.kv_heads) * c.head_dim
+    attention += outside * self._noised * self._kept * 2 * c.kv_heads * c.head_dim
     recomputed = 1 if c.remat else c.depth
     return {
         'inputs of the blocks, kept for the backward (models/dit.py)': c.depth * split * c.width * self._dtype,
         'backward of a block (models/dit.py)':
-            recomputed * self._backward(tokens, split, c.width, c.mlp, tokens * (
-                3 * c.heads + 2 * c.kv_heads) * c.head_dim),
+            recomputed * self._backward(tokens, split, c.width, c.mlp, attention),
         'weights gathered over fsdp, and gradients before they are scattered (models/dit.py)':
             self._gathered(self._model.dit.blocks, c.depth)}
 
@@ -157,8 +167,10 @@ class _Step:
     Its attention is plain, over few taps: [b q h l k] and the weights [b q h l l] are padded, the weights most of all.
     """
     c = self._config.model.lap
+    if self._config.model.fusion != 'lap' or not c.depth:
+      return self._over_tokens()
     parts = lap.parts_of(self._rows * self._kept, c, self._dtype)
-    recomputed = 1 if c.remat else c.depth
+    recomputed = 1 if c.remat else (1 + c.separate) * c.depth
     tokens, split, padded = (-(-self._rows * self._kept // parts) * n
                              for n in (c.taps, self._split(c.taps), -(-c.taps // ROWS) * ROWS))
     weights = padded * c.heads * LANES // self._tp * self._dtype
@@ -168,6 +180,20 @@ class _Step:
                 3 * c.heads + 2 * c.kv_heads) * (c.width // c.heads))),
         'weights gathered over fsdp, and gradients before they are scattered (models/lap.py)':
             self._gathered(self._model.lap.blocks, c.depth)}
+
+  def _over_tokens(self) -> dict[str, int]:
+    """Backward of blocks over the tokens alone: of an adaptor, whose rows are taps, or of a refiner."""
+    model, c = self._config.model, self._config.model.lap
+    own = model.fusion == 'lap'
+    blocks = self._model.lap.refiner if own else self._model.fusion.adaptor.blocks
+    depth, rows = (c.refiner_depth, 1) if own else (c.depth + c.refiner_depth, fusion.taps_read(model))
+    tokens, split = (self._rows * rows * n for n in (self._kept, self._split(self._kept)))
+    attention = tokens * (3 * c.heads + 2 * c.kv_heads) * (c.width // c.heads)
+    return {
+        f'backward of its blocks ({self._place})':
+            (1 if c.remat else depth) * self._backward(tokens, split, c.width, c.mlp, attention),
+        f'weights gathered over fsdp, and gradients before they are scattered ({self._place})':
+            self._gathered(blocks, depth)}
 
   def _backward(self, tokens: int, split: int, width: int, mlp: int, attention: int) -> int:
     """One block, recomputed and differentiated: heads and hidden units over tp, the rest as between blocks.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from unifusion_jax import sharding
 from unifusion_jax.data import transforms
 from unifusion_jax.data.config import SCENES
-from unifusion_jax.models import unifusion
+from unifusion_jax.models import fusion, unifusion
 from unifusion_jax.planning.memory import size
 
 STATE = 4  # arrays of f32 for each parameter: it, its average and two moments
@@ -43,12 +43,17 @@ def _sequences(config, mesh) -> list[str]:
   rows = -(-config.data.batch_size // (mesh['data'] * mesh['fsdp'] * config.optim.accumulate))
   state = rows * jnp.dtype(model.dtype).itemsize
   lap, dit = state * model.lap.width, state * config.objective.noises_per_example * model.dit.width
+  between = ('LAP', {model.lap.taps}, lap * max(kept) * model.lap.depth, f'the inputs of {model.lap.depth} blocks',
+             'there it is the number of taps')
+  if model.fusion != 'lap':
+    blocks = model.lap.depth + model.lap.refiner_depth
+    between = ('adaptor', kept, lap * fusion.taps_read(model) * blocks, f'the inputs of {blocks} blocks',
+               'data.max_rewrite_tokens sets the lengths')
   lines = []
   for part, lengths, token, held_where, settings in (
       ('DiT', sequences, dit * model.dit.depth, f'the inputs of {model.dit.depth} blocks',
        'data.unit and data.max_rewrite_tokens set the lengths'),
-      ('LAP', {model.lap.taps}, lap * max(kept) * model.lap.depth, f'the inputs of {model.lap.depth} blocks',
-       'there it is the number of taps'),
+      between,
       ('VLM', prompts, lap, 'states between blocks', 'data.max_prompt_tokens sets the lengths')):
     whole = [length for length in lengths if length % tp]
     if whole:
@@ -75,5 +80,7 @@ def _lengths(config) -> tuple[set[int], set[int], set[int]]:
   lengths = {encoder.with_tiles(tiles).lengths(references, task.name)
              for tiles in data.tiles for task in data.chosen for references in (0, 1)}
   canvases = [(data.size, data.size)] if data.path in SCENES else data.canvases
+  outside = config.model.fusion == 'kv'  # its tokens are not between the DiT's blocks
   return ({prompt for prompt, _ in lengths}, {kept for _, kept in lengths},
-          {kept + (height // unit) * (width // unit) for _, kept in lengths for height, width in canvases})
+          {kept * (not outside) + (height // unit) * (width // unit) for _, kept in lengths
+           for height, width in canvases})

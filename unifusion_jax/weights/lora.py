@@ -22,7 +22,7 @@ from unifusion_jax.ranges import Range
 
 # Paths of matrices by the names of `LoRAConfig.targets`
 TARGETS = {'attention': r'dit/blocks/attn/.*', 'mlp': r'dit/blocks/mlp/.*', 'lap': r'lap/(blocks/.*|w1|w2)',
-           'refiner': r'lap/refiner/.*', 'all': r'.*'}
+           'refiner': r'lap/refiner/.*', 'fusion': r'fusion/.*', 'all': r'.*'}
 
 
 @dataclasses.dataclass
@@ -31,7 +31,8 @@ class LoRAConfig:
   rank: int = 0                # 0: none, the whole model is trained
   alpha: float = 32.0          # the product of the factors counts alpha / rank
   dropout: float = 0.0         # share of an adapter's inputs that are left out
-  # Matrices: attention, mlp (of the DiT), lap, refiner, all, or a pattern of paths such as 'dit/blocks/attn/w[qkv]'
+  # Matrices: attention, mlp (of the DiT), lap, refiner, fusion (what is in their place: models/fusion.py), all, or a
+  # pattern of paths such as 'dit/blocks/attn/w[qkv]'
   targets: tuple[str, ...] = ('attention', 'mlp')
   quantized: str = ''          # 'int8': the frozen base in int8 instead of frozen_dtype
 
