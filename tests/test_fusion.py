@@ -16,12 +16,14 @@ from test_pipeline import random_pipe, REFERENCES, same
 from configs.ablation import SCALES
 from unifusion_jax import command_line, conditioning, flow, sharding
 from unifusion_jax import config as configuration
-from unifusion_jax.commands import info, train
+from unifusion_jax.commands import export, info, train
+from unifusion_jax.data.config import Task
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, fusion, unifusion
 from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.models.unifusion import UniFusion, UniFusionConfig
+from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.planning import estimate, replication
 from unifusion_jax.request import Request
 from unifusion_jax.sharding import BATCH
@@ -277,7 +279,7 @@ def with_way(made, way: str):
   return made
 
 
-@pytest.mark.parametrize('way', [*OTHERS, 'two'])
+@pytest.mark.parametrize('way', ['kv', 'hidden', 'text', 'two'])
 def test_requests_become_images(way, recipe):
   """Rewritten and given texts, guidance, a row alone and among others; an image's tokens condition, but as text."""
   pipe = random_pipe(with_way(recipe(), way))
@@ -304,24 +306,25 @@ def test_loras_of_other_ways(recipe):
   assert {'fusion.projections.2.to_v', 'transformer_blocks.0.attn.to_q'} <= lora_files.matrices(shapes).keys()
 
 
-@pytest.mark.parametrize('name', ['kv', 'text'])
-def test_recipe_from_training_to_images(name, run, tmp_path, capsys):
-  small = [f'--config=configs/ablation.py:{name}', f'--workdir={tmp_path}', '--config.model.dit.depth=1',
-           '--config.objective.repa_depth=1', '--config.model.lap.depth=0', '--config.model.lap.refiner_depth=1',
-           '--config.data.only=t2i/1-2', '--config.data.batch_size=8', '--config.train.steps=2',
-           '--config.train.log_every=1', '--config.train.preview_every=0', '--config.sample.steps=2',
-           '--config.eval.examples=2', '--config.eval.batch_size=2']
-  for mode in ('train', 'eval', 'export'):
-    run(*small, f'--mode={mode}')
+@pytest.mark.parametrize('way', ['kv', 'text'])
+def test_edits_from_training_to_images(way, recipe, tmp_path, capsys):
+  made = with_way(recipe(), way)
+  made.data = dataclasses.replace(made.data, tasks=(Task('edit'),))
+  made.objective.noises_per_example = 2
+  made.train = dataclasses.replace(made.train, steps=2, preview_every=0)
+  start = jax.tree.map(np.asarray, jax.jit(lambda: made.objective.random(made))())
+  state = train.run(made, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [1, 2] and all(np.isfinite(line['loss']) for line in lines)
-  assert json.loads((tmp_path / 'eval.json').read_text())
-  run('--config=configs/sample.py', f'--config.weights={tmp_path}/export', f'--workdir={tmp_path}/out',
-      '--config.sample.prompt=a blue circle', '--config.sample.rewrite=a blue circle', '--config.sample.steps=2')
-  assert (tmp_path / 'out' / 'images' / '000.png').exists()
+  assert all(np.abs(a - np.asarray(b)).max() > 0 for a, b in zip(jax.tree.leaves(start.fusion), jax.tree.leaves(
+      state.params.fusion), strict=True))
+  export.run(made, tmp_path)
+  pipe = UniFusionPipeline.from_pretrained(tmp_path / 'export')
+  assert pipe.model.config == made.model and pipe.taps == made.taps
+  assert pipe('make it blue', images=REFERENCES[0], rewrite='a blue circle', steps=1).arrays[0].shape == (64, 64, 3)
   capsys.readouterr()
   info.run(str(tmp_path / 'export'))
-  assert f'{name}, of {dict(kv=3, text=1)[name]} taps' in capsys.readouterr().out
+  assert f'{way}, of 2 taps of width 32: 2 blocks over the tokens' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('mesh', [None])  # in place of the fixture: the estimate brings its own

@@ -207,14 +207,15 @@ def matched(config: 'UniFusionConfig', to: 'UniFusionConfig') -> 'UniFusionConfi
   """
   with_mlp = lambda mlp: dataclasses.replace(config, lap=dataclasses.replace(config.lap, mlp=mlp))
   goal = parameters(to)['fusion']
-  one, two = (parameters(with_mlp(mlp))['fusion'] for mlp in (1, 2))  # linear in it
+  one, two = (parameters(with_mlp(mlp))['fusion'] for mlp in (1, 2))
+  each = two - one  # parameters for every hidden unit; 0 without blocks
   for unit in (128, 64, 32, 16, 8, 4, 2, 1):
-    mlp = unit * round((goal - one + two - one) / ((two - one) * unit)) if two > one else 0
-    if mlp > 0 and abs(one + (mlp - 1) * (two - one) - goal) <= 0.01 * goal:
+    mlp = unit * round((1 + (goal - one) / each) / unit) if each else 0
+    if mlp > 0 and abs(one + (mlp - 1) * each - goal) <= 0.01 * goal:
       return with_mlp(mlp)
   raise UserError(f'fusion={config.fusion!r} with {config.lap.depth + config.lap.refiner_depth} blocks between VLM and '
-                  f'DiT has {one:,} parameters there before its MLPs have any width, and cannot have about {goal:,}: '
-                  'change lap.depth or lap.refiner_depth')
+                  f'DiT has {one:,} parameters there with MLPs of one hidden unit, and cannot have about {goal:,} with '
+                  'others: change lap.depth or lap.refiner_depth')
 
 
 RULES = (
