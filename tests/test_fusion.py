@@ -312,12 +312,9 @@ def test_edits_from_training_to_images(way, recipe, tmp_path, capsys):
   made.data = dataclasses.replace(made.data, tasks=(Task('edit'),))
   made.objective.noises_per_example = 2
   made.train = dataclasses.replace(made.train, steps=2, preview_every=0)
-  start = jax.tree.map(np.asarray, jax.jit(lambda: made.objective.random(made))())
-  state = train.run(made, tmp_path)
+  train.run(made, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [1, 2] and all(np.isfinite(line['loss']) for line in lines)
-  assert all(np.abs(a - np.asarray(b)).max() > 0 for a, b in zip(jax.tree.leaves(start.fusion), jax.tree.leaves(
-      state.params.fusion), strict=True))
   export.run(made, tmp_path)
   pipe = UniFusionPipeline.from_pretrained(tmp_path / 'export')
   assert pipe.model.config == made.model and pipe.taps == made.taps
