@@ -96,6 +96,32 @@ def test_every_token_is_accounted_for(template, marks, tmp_path):
       assert list(arrays['input_ids'][arrays['cond_index'][arrays['cond_mask']]]) == wanted
 
 
+NUMBERED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% set seen = namespace(images=0) %}"
+    "{% set images = m['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}{% set seen.images = seen.images + 1 %}"
+    "{% if images | length > 1 %}{{ 'picture ' ~ seen.images ~ '\n' }}{% endif %}{{ '<img><IMG_CONTEXT></img>\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}")
+
+
+def test_labels_of_several_images_are_the_templates(chat, tmp_path):
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copy(f'{VLM}/{name}', tmp_path)
+  (tmp_path / 'chat_template.jinja').write_text(NUMBERED)
+  numbered = verifi.Chat(tmp_path)
+  for count in range(5):
+    assert chat.image_labels(count) == ((),) * count
+    user = [dict(type='image')] * count + [dict(type='text', text='swap them')]
+    messages = [dict(role='system', content=verifi.SYSTEM['rewrite']), dict(role='user', content=user),
+                dict(role='assistant', content='a ring')]
+    whole = numbered.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    spelled = ids(numbered.spans('swap them', (1,) * count, 'a ring'))
+    assert whole[:len(spelled)] == spelled
+    assert ('picture 2' in numbered.tokenizer.decode(spelled)) == (count > 1)
+  assert verifi.Chat(tmp_path, None).image_labels(0) == ()
+
+
 def test_ids_that_were_written_and_named_system_prompts(chat):
   assert chat.spans('x', (2,), chat.text_ids('a blue circle')) == chat.spans('x', (2,), 'a blue circle')
   assert chat.spans('x', (), None, 'faithful') == chat.spans('x', (), None, verifi.SYSTEM['faithful'])

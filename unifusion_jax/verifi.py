@@ -8,9 +8,10 @@ token stays so that the empty text, the null condition of classifier-free guidan
 Without VERIFI the instruction conditions in place of the written text, before an empty answer's stop token; models that
 were trained elsewhere have a prompt of their own for it (`LAYOUTS`).
 
-Several references are several images in one user turn, in their order; the instruction names them by what they show or
-by that order. Their image tokens all condition the DiT, in the same order and with nothing between them. As one image
-instead (`SampleConfig.stitch`) they stand side by side, by `imaging.stitch`.
+Several references are several images in one user turn, in their order, with the labels that the VLM's template gives
+them, if any; the instruction names them by what they show or by that order. Their image tokens all condition the DiT,
+in the same order and with nothing between them. As one image instead (`SampleConfig.stitch`) they stand side by side,
+by `imaging.stitch`.
 
 The procedure itself: models/text_generation.py generates the text and keeps the hidden states of that pass;
 conditioning.py selects those of the marked tokens; reading.py runs both for sampling and falls back on the instruction
@@ -138,7 +139,7 @@ class Chat:
     self._fallback = None if self.tokenizer.chat_template else fallback
     self._plain = tokenizers.plain(self.folder)
     before, each, after = image or ('', None, '')
-    self.image_id = None if each is None else self._one_id(each)
+    self._each, self.image_id = each, None if each is None else self._one_id(each)
     self.image_ends = tuple(self._template_ids(text) for text in (before, after))
     rendered = self._render(system=PLACEHOLDERS[0], user=PLACEHOLDERS[1], written=PLACEHOLDERS[2])
     literals, rest = [], rendered
@@ -154,13 +155,34 @@ class Chat:
     self._template_pieces = literals
     self.stop_ids = tuple(dict.fromkeys([closing[0], *self._other_stops()]))
 
-  def _render(self, **texts) -> str:
-    messages = [dict(role='system', content=texts['system']), dict(role='user', content=texts['user']),
-                dict(role='assistant', content=texts['written'])]
+  def _render(self, system, user, written) -> str:
+    messages = [dict(role='system', content=system), dict(role='user', content=user),
+                dict(role='assistant', content=written)]
     try:
       return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self._fallback)
-    except (jinja2.TemplateError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
       raise UserError(f'{self.folder}: no usable chat template in its tokenizer: {error}') from error
+
+  @functools.lru_cache(maxsize=16)
+  def image_labels(self, count: int) -> tuple[tuple[int, ...], ...]:
+    """Ids that the template puts before each of `count` images where there are several, as 'picture 2'; mostly none."""
+    slot, none = PLACEHOLDERS[1], ((),) * count
+    if count < 2 or self._each is None:
+      return none
+
+    def shown(images: int) -> list[str]:
+      """Texts of the template before, between and after images."""
+      parts = [dict(type='image')] * images + [dict(type='text', text=slot)]
+      rendered = self._render(PLACEHOLDERS[0], parts, PLACEHOLDERS[2]).partition(slot)[0]
+      return rendered.removeprefix(self._render(*PLACEHOLDERS).partition(slot)[0]).split(self._each)
+    try:
+      alone, several = shown(1), shown(count)
+    except UserError:  # a template for text alone
+      return none
+    if len(alone) != 2 or len(several) != count + 1:
+      return none
+    labels = [text.removesuffix(alone[0]) for text in (several[0], *(t.removeprefix(alone[1]) for t in several[1:-1]))]
+    return tuple(map(self._template_ids, labels))
 
   def _template_ids(self, text: str) -> tuple[int, ...]:
     return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -213,8 +235,8 @@ class Chat:
     open_image, close_image = self.image_ends
     spans = [Span('template', self._template_pieces[0]), Span('system', self.system_ids(system)),
              Span('template', self._template_pieces[1])]
-    for tokens in images:
-      spans += [Span('template', open_image), Span('image', (self.image_id,) * tokens),
+    for label, tokens in zip(self.image_labels(len(images)), images):
+      spans += [Span('template', label + open_image), Span('image', (self.image_id,) * tokens),
                 Span('template', close_image)]
     spans += [Span('instruction', self.text_ids(instruction)), Span('template', self._template_pieces[2])]
     if written is not None:
