@@ -1,0 +1,36 @@
+"""A look inside any pipeline: what LAP attends to, images without some taps, how alike the layers of the VLM are.
+
+  python -m unifusion_jax.main --config=configs/inspect.py
+  python -m unifusion_jax.main --config=configs/inspect.py --config.sample.prompt="make the circle blue" \
+      --config.sample.references=my.png --config.inspect.tokens=circle,blue --config.inspect.scenes=edit
+  python -m unifusion_jax.main --config=configs/inspect.py:unifusion_jax/assets/tiny/t2i
+  python -m unifusion_jax.main --config=configs/inspect.py:krea2_turbo --config.inspect.tokens=woman,drinking
+  python -m unifusion_jax.main --config=configs/inspect.py:krea2_turbo_int8 --config.inspect.replace=
+
+The scales are those of configs/sample.py, with the same weights and the same need of memory. A run of a recipe that
+trains is inspected by its own: --config=configs/edit.py --mode=inspect --workdir=runs/edit.
+:tiny, the embedded editing model, takes two minutes on two CPU cores.
+:krea2_raw and :krea2_turbo want a GPU of 80 GB or four chips of a TPU v6e; for :krea2_turbo_int8 one chip of 16 GB
+does. They sample 64 images of 1024 px of a request: with --config.inspect.replace= none, and everything else takes a
+minute. Krea 2 itself has not been inspected yet, small models of its layout have.
+Needs matplotlib: pip install "unifusion_jax[inspect]". docs/inside.md.
+"""
+
+from configs import sample
+from unifusion_jax.commands.inspect import InspectedPipeline
+from unifusion_jax.evaluation.inside import InspectConfig
+
+PROMPT = 'a big red circle left of a small blue square'
+
+
+def get_config(scale: str = 'tiny') -> InspectedPipeline:
+  config = InspectedPipeline(**vars(sample.get_config(scale)))
+  config.sample.num_images = 4
+  if scale.startswith('krea2'):
+    config.sample.prompt = 'She is a woman drinking tea in a greenhouse'
+    config.sample.num_images = 2
+    # As the paper: first and last taps, which a picture hardly misses, those and one more, and all between them
+    config.inspect = InspectConfig(drop=('2+32+35', '2+29+32+35', '5-29'), replace=('zeros', 'weight'))
+  else:
+    config.sample.prompt = PROMPT
+  return config
