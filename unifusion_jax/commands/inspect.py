@@ -153,21 +153,17 @@ def _pooling(taps: tuple[int, ...], reads: list[Read], maps: list[Maps], shown: 
                 mean={kind: {name: _rounded(value) for name, value in mean.items()} for kind, mean in means.items()},
                 shown=[dict(request=number, token=reads[number].labels[i], layers=_rounded(
                     maps[number].attention[:, i].mean(axis=1))) for number, i in shown], tokens=tokens)
-  blocks = len(maps[0].attention)
-  titled = lambda each: {**{f'attention, block {i + 1}': each.received[i] for i in range(blocks)},
-                         'share of the sum': each.share}
   figures = {}
-  if blocks:
+  if len(maps[0].attention):
     figures['attention'] = draw.layer_attention([f'{kind} tokens' for kind in kinds],
                                                 [means[kind]['layers'] for kind in kinds], taps)
     figures['tokens'] = draw.layer_attention([reads[number].labels[i] or f'image {i}' for number, i in shown],
                                              [maps[number].attention[:, i].mean(axis=1) for number, i in shown], taps)
   is_text = ~reads[0].is_image
   figures['text'] = draw.text([label for label in reads[0].labels if label],
-                              {title: values[is_text] for title, values in titled(maps[0]).items()}, taps)
-  for read, each in list(zip(reads, maps))[:1]:
-    if read.places.size:
-      figures['image'] = draw.over_image(read.image, read.places, titled(each), taps)
+                              {title: values[is_text] for title, values in maps[0].by_tap.items()}, taps)
+  if reads[0].places.size:
+    figures['image'] = draw.over_image(reads[0].image, reads[0].places, maps[0].by_tap, taps)
   one = lambda values: [(value, value, value) for value in values]
   figures['weights'] = draw.bars(
       [f'tap {tap}' for tap in taps],

@@ -203,6 +203,12 @@ class Maps(NamedTuple):
   weights: np.ndarray
   difference: float
 
+  @property
+  def by_tap(self) -> dict[str, np.ndarray]:
+    """{title: [s l]} of attention received in each block, and of the share."""
+    return {**{f'attention, block {i}': values for i, values in enumerate(self.received, 1)},
+            'share of the sum': self.share}
+
 
 def maps(pipe: pipeline.UniFusionPipeline, read: Read) -> Maps:
   """The maps of one request. NotPooled where the model fuses the layers in another way than `layer_attention`."""
