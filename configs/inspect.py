@@ -6,9 +6,11 @@
   python -m unifusion_jax.main --config=configs/inspect.py:unifusion_jax/assets/tiny/t2i
   python -m unifusion_jax.main --config=configs/inspect.py:krea2_turbo --config.inspect.tokens=woman,drinking
   python -m unifusion_jax.main --config=configs/inspect.py:krea2_turbo_int8 --config.inspect.replace=
+  python -m unifusion_jax.main --config=configs/inspect.py:vlm --config.vlm=OpenGVLab/InternVL2_5-8B
 
-The scales are those of configs/sample.py, with the same weights and the same need of memory. A run of a recipe that
-trains is inspected by its own: --config=configs/edit.py --mode=inspect --workdir=runs/edit.
+The scales are those of configs/sample.py, with the same weights and the same need of memory, and :vlm, the similarity
+of layers of a VLM alone. A run of a recipe that trains is inspected by its own:
+--config=configs/edit.py --mode=inspect --workdir=runs/edit.
 :tiny, the embedded editing model, takes two minutes on two CPU cores.
 :krea2_raw and :krea2_turbo want a GPU of 80 GB or four chips of a TPU v6e; for :krea2_turbo_int8 one chip of 16 GB
 does. They sample 64 images of 1024 px of a request: with --config.inspect.replace= none, and everything else takes a
@@ -17,13 +19,17 @@ Needs matplotlib: pip install "unifusion_jax[inspect]". docs/inside.md.
 """
 
 from configs import sample
+from unifusion_jax import description
 from unifusion_jax.commands.inspect import InspectedPipeline
 from unifusion_jax.evaluation.inside import InspectConfig
+from unifusion_jax.request import SampleConfig
 
 PROMPT = 'a big red circle left of a small blue square'
 
 
 def get_config(scale: str = 'tiny') -> InspectedPipeline:
+  if scale == 'vlm':
+    return InspectedPipeline(weights='', vlm=str(description.ASSETS / 'vlm'), sample=SampleConfig(prompt=PROMPT))
   config = InspectedPipeline(**vars(sample.get_config(scale)))
   config.sample.num_images = 4
   if scale.startswith('krea2'):

@@ -6,19 +6,22 @@ import pathlib
 
 import numpy as np
 
-from unifusion_jax import pipeline, sharding
+from unifusion_jax import bucket, pipeline, prompting, sharding
 from unifusion_jax.commands import sample
 from unifusion_jax.commands.sample import PipelineConfig
-from unifusion_jax.data import imaging
+from unifusion_jax.data import imaging, transforms
+from unifusion_jax.data.vision_inputs import TILE
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import inside
 from unifusion_jax.evaluation.inside import InspectConfig, Maps, Read
 from unifusion_jax.request import Request, SampleConfig
 from unifusion_jax.scenes.evaluation import layer_dropout
 from unifusion_jax.training import record
+from unifusion_jax.weights import encoders, hub
 
 SHOWN_TOKENS = 5  # whose attention is shown where `inspect.tokens` names none
 KINDS = ('text', 'image')
+BUDGET = 1024, 512  # tokens of a prompt and of a rewrite, for a VLM alone
 CELL = 160  # pixels of an image in a figure
 CAPTIONS = dict(
     attention='Attention of layer over layer, the mean over tokens and heads', tokens='The same of single tokens',
@@ -31,14 +34,16 @@ CAPTIONS = dict(
 
 @dataclasses.dataclass
 class InspectedPipeline(PipelineConfig):
-  """A whole pipeline to look into (configs/inspect.py)."""
+  """A whole pipeline to look into, or with empty `weights` the layers of a VLM alone (configs/inspect.py)."""
   inspect: InspectConfig = dataclasses.field(default_factory=InspectConfig)
 
   mode = 'inspect'
 
   def problems(self, devices: int) -> list[str]:
     """Settings that cannot work, a sentence each."""
-    return super().problems(devices) + self.inspect.problems()
+    alone = [] if self.weights or self.vlm else ['there is nothing to look into: give weights= for a pipeline, or vlm= '
+                                                 'for a VLM alone']
+    return super().problems(devices) + self.inspect.problems() + alone
 
 
 def run(config, workdir: pathlib.Path) -> None:
@@ -52,20 +57,40 @@ def run(config, workdir: pathlib.Path) -> None:
     raise UserError('--mode=inspect draws with matplotlib, which is not installed: pip install "unifusion_jax[inspect]"'
                     ) from error
   folder = workdir / 'inspect'
-  prepared = sample.prepare(config, workdir, folder)
-  sets = inside.sets_of_taps(config.inspect.drop, prepared.taps)
-  pipe = prepared.load()
-  report, figures = inspect(pipe, prepared.requests, prepared.height, prepared.width, pipe.settings, config.inspect,
-                            sets)
+  if isinstance(config, InspectedPipeline) and not config.weights:
+    report, figures = inspect_vlm(config, folder)
+  else:
+    inside.check_settings(config.sample)
+    prepared = sample.prepare(config, workdir, folder)
+    sets = inside.sets_of_taps(config.inspect.drop, prepared.taps)
+    pipe = prepared.load()
+    report, figures = inspect(pipe, prepared.requests, prepared.height, prepared.width, pipe.settings, config.inspect,
+                              sets)
   with sharding.together('write figures'):
     if sharding.is_main_process():
       for name, figure in figures.items():
         _figures().write(figure, folder / f'{name}.png')
       (folder / 'inspect.json').write_text(json.dumps(report, indent=1) + '\n')
       (folder / 'inspect.md').write_text(page(report, figures))
-      print(folder / 'inspect.md')
+      print(bucket.address(folder / 'inspect.md'))
   if not isinstance(config, PipelineConfig):
     record.write(config, workdir, 'config_inspect.json')
+
+
+def inspect_vlm(config: InspectedPipeline, folder: pathlib.Path) -> tuple[dict, dict]:
+  """(report, figures by name) of the layers of the VLM that a configuration names, without a model of images."""
+  settings, vlm_folder = config.sample, hub.resolve(config.vlm)
+  wanted, _, _ = sample.requests(settings, TILE, 1)
+  encoder = transforms.PromptEncoder.load(vlm_folder, settings.tiles or 1, *BUDGET)
+  most = encoders.config(vlm_folder).text.max_positions  # pyrefly: ignore[missing-attribute]
+  prompting.check(encoder, wanted, settings, most)
+  with sharding.together('write figures'):
+    if sharding.is_main_process():
+      imaging.check_writable(folder)
+  vlm = encoders.load(vlm_folder, config.dtype, config.vlm_quantized, config.vlm_cache)
+  reads = [inside.read_by(vlm, encoder, (), request, settings) for request in wanted[::settings.num_images]]
+  similarity, figures = _similarity(reads, ())
+  return dict(taps=[], requests=_requests(reads), layers=similarity), figures
 
 
 def inspect(pipe: pipeline.UniFusionPipeline, requests: list[Request], height: int, width: int, settings: SampleConfig,
@@ -73,13 +98,12 @@ def inspect(pipe: pipeline.UniFusionPipeline, requests: list[Request], height: i
   """(report, figures by name) of requests, `settings.num_images` of each prompt; sets: of `inside.sets_of_taps`."""
   reads = [inside.read(pipe, request, settings) for request in requests[::settings.num_images]]
   shown = _shown(reads, config.tokens)
-  report = dict(taps=list(pipe.taps), requests=[
-      dict(prompt=read.request.instruction, references=len(read.request.references), rewrite=read.rewrite,
-           warning=read.warning, text_tokens=int((~read.is_image).sum()), image_tokens=int(read.is_image.sum()))
-      for read in reads])
+  report = dict(taps=list(pipe.taps), requests=_requests(reads))
   similarity, figures = _similarity(reads, pipe.taps)
   report['layers'] = similarity
   replace = config.replace
+  if replace and settings.guidance != 1:
+    pipe.null(settings.negative_prompt)  # as long as the VLM is there, where models take turns
   try:
     maps = [inside.maps(pipe, read) for read in reads]
   except inside.NotPooled as error:
@@ -99,6 +123,12 @@ def inspect(pipe: pipeline.UniFusionPipeline, requests: list[Request], height: i
         {how: [(rates[name][how]['all'], *rates[name][how]['interval']) for name in sets] for how in replace},
         'share right', ('all taps', rates['all']['present']['all']))
   return report, figures
+
+
+def _requests(reads: list[Read]) -> list[dict]:
+  return [dict(prompt=read.request.instruction, references=len(read.request.references), rewrite=read.rewrite,
+               warning=read.warning, text_tokens=int((~read.is_image).sum()), image_tokens=int(read.is_image.sum()))
+          for read in reads]
 
 
 def _figures():
@@ -173,15 +203,15 @@ def _pooling(taps: tuple[int, ...], reads: list[Read], maps: list[Maps], shown: 
 
 def _similarity(reads: list[Read], taps: tuple[int, ...]) -> tuple[dict, dict]:
   """(report, figures) of the VLM's layers: cosine similarity and size of their states."""
-  report, matrices, sizes, nearest = {}, {}, {}, {}
+  report, matrices, sizes = {}, {}, {}
   for kind in _kinds(reads):
     parts = [read.layers[read.is_image == (kind == 'image')] for read in reads]
     parts = [part for part in parts if len(part)]
     mean = lambda values, parts=parts: np.average(values, axis=0, weights=[len(part) for part in parts])
     matrix = mean([inside.layer_similarity(part) for part in parts])
-    sizes[kind], nearest[kind] = mean([inside.layer_norms(part) for part in parts]), inside.nearest_tap(matrix, taps)
-    matrices[f'{kind} tokens'] = matrix
-    report[kind] = dict(cosine=_rounded(matrix), nearest_tap=_rounded(nearest[kind]), rms=_rounded(sizes[kind]),
+    sizes[kind], matrices[f'{kind} tokens'] = mean([inside.layer_norms(part) for part in parts]), matrix
+    nearest = _rounded(inside.nearest_tap(matrix, taps)) if taps else None
+    report[kind] = dict(cosine=_rounded(matrix), nearest_tap=nearest, rms=_rounded(sizes[kind]),
                         neighbours={d: round(float(np.diag(matrix, d).mean()), 4)
                                     for d in range(1, min(4, len(matrix)))})
     if all(len(part) > 1 for part in parts):
@@ -230,8 +260,8 @@ def page(report: dict, figures: dict) -> str:
                               *('| ' + ' | '.join(map(str, row)) + ' |' for row in rows), '']
   number = lambda value: f'{value:.2f}'
   if 'note' in report:
-    lines += ['', report['note'], '']
-  else:
+    lines += ['', report['note']]
+  if 'weights' in report:
     lines += ['', '## LAP', '', f'Condition tokens computed along the way differ from the model\'s by '
               f'{report["difference"]:.1e} of their size.']
     rows = [['learned weight', *map(number, report['weights'])]]
@@ -241,10 +271,11 @@ def page(report: dict, figures: dict) -> str:
       rows.append([f'share of the sum: {kind}', *map(number, mean['share'])])
     lines += table(['mean over the tokens', *(f'tap {tap}' for tap in taps)], rows)
   lines += _shown_figures(figures, 'attention', 'tokens', 'text', 'image', 'weights')
-  lines += ['## Layers of the VLM', '', 'Mean cosine similarity of layers that are 1, 2 and 3 apart, and the least '
+  lines += ['', '## Layers of the VLM', '', 'Mean cosine similarity of layers that are 1, 2 and 3 apart, and the least '
             'similarity of a layer to that tap which is most like it.']
   lines += table(['', *range(1, 4), 'nearest tap'], [
-      [kind, *(number(value) for value in each['neighbours'].values()), number(min(each['nearest_tap']))]
+      [kind, *(number(value) for value in each['neighbours'].values()),
+       number(min(each['nearest_tap'])) if each['nearest_tap'] else '']
       for kind, each in report['layers'].items()])
   lines += _shown_figures(figures, 'similarity', 'sizes')
   if 'dropout' in report:

@@ -17,11 +17,12 @@ import numpy as np
 
 from unifusion_jax import conditioning, pipeline, prompting, ranges, reading, sharding
 from unifusion_jax.conditioning import States
-from unifusion_jax.data import imaging, vision_inputs
+from unifusion_jax.data import imaging, transforms, vision_inputs
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import layers
 from unifusion_jax.models.layers import einsum, RESIDUAL, rms_norm
 from unifusion_jax.request import Request, SampleConfig
+from unifusion_jax.wording import Vocabulary
 
 # In the place of a tap: zeros; its mean over the tokens; 'weight': LAP reads it, and its learned weight is 0
 REPLACEMENTS = ('zeros', 'mean', 'weight')
@@ -71,7 +72,7 @@ def sets_of_taps(drop: Sequence[str], taps: tuple[int, ...]) -> dict[str, tuple[
         raise UserError(f'inspect.drop={item}: there is no tap {part}; this model taps the layers '
                         f'{", ".join(map(str, taps))}')
       named |= set(inside)
-    sets.setdefault('+'.join(map(str, sorted(named))), tuple(i for i, tap in enumerate(taps) if tap in named))
+    sets[item] = tuple(i for i, tap in enumerate(taps) if tap in named)
   return sets
 
 
@@ -99,23 +100,31 @@ class Read(NamedTuple):
 
 
 def read(pipe: pipeline.UniFusionPipeline, request: Request, settings: SampleConfig) -> Read:
-  """The VLM writes the rewrite as in sampling, then reads it in one pass that keeps the states of all layers."""
+  """`read_by` the VLM of a pipeline."""
   with jax.set_mesh(pipe.mesh):
-    vlm = pipe.vlm
-    prompts = prompting.Prompts.of(pipe.prompt_encoder, sharding.padded([request]), settings, pipe.max_positions)
-    written = reading.read(vlm, pipe.taps, prompts, settings, pipe.vocabulary)
-    answers = [known if known is not None else prompting.RAW if warning else text for known, text, warning in
-               zip(prompts.known(settings.verifi), written.rewrites, written.warnings)]
-    rows = prompts.answered(answers)
-    images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
-    depth = vlm.decoder.config.depth  # pyrefly: ignore[missing-attribute]
-    states = sharding.gather(reading.states_of(vlm, tuple(range(depth + 1)), rows, images))
+    return read_by(pipe.vlm, pipe.prompt_encoder, pipe.taps, request, settings)
+
+
+def read_by(vlm, encoder: transforms.PromptEncoder, taps: tuple[int, ...], request: Request, settings: SampleConfig
+            ) -> Read:
+  """The VLM writes the rewrite as in sampling, then reads it in one pass that keeps the states of all layers.
+
+  The mesh must be in context.
+  """
+  decoder = vlm.decoder.config
+  prompts = prompting.Prompts.of(encoder, sharding.padded([request]), settings, decoder.max_positions)
+  written = reading.read(vlm, taps or (0,), prompts, settings, Vocabulary.of(encoder.folder))
+  answers = [known if known is not None else prompting.RAW if warning else text for known, text, warning in
+             zip(prompts.known(settings.verifi), written.rewrites, written.warnings)]
+  rows = prompts.answered(answers)
+  images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
+  states = sharding.gather(reading.states_of(vlm, tuple(range(decoder.depth + 1)), rows, images))
   hidden, mask, row, chat = states.hidden[0], states.mask[0], rows[0], prompts.encoder.chat
   ids = row['input_ids'][row['cond_index'][mask]]
   is_image = ids == (-1 if chat.image_id is None else chat.image_id)
   labels = ['' if image else _label(chat.tokenizer.decode([token])) for token, image in zip(ids, is_image)]
   shown = _first_image(prompts, settings) if is_image.any() else (np.zeros((0, 0), int), None)
-  return Read(request, written.rewrites[0], written.warnings[0], States(hidden[:, list(pipe.taps)], mask), hidden[mask],
+  return Read(request, written.rewrites[0], written.warnings[0], States(hidden[:, list(taps)], mask), hidden[mask],
               labels, is_image, *shown)
 
 
@@ -262,6 +271,12 @@ def unweighted(model, positions: Sequence[int]):
   return changed
 
 
+def check_settings(settings: SampleConfig) -> None:
+  """UserError for settings of images that `generate` does not know."""
+  if settings.precise or any(strength != 1 for strength in settings.strengths):
+    raise UserError('images without taps are sampled without sample.precise and sample.strengths: leave them out')
+
+
 def generate(pipe: pipeline.UniFusionPipeline, requests: Sequence[Request], states: Sequence[States], height: int,
              width: int, settings: SampleConfig, positions: Sequence[int] = (), how: str = 'zeros') -> np.ndarray:
   """Images uint8 [b y x 3] of requests whose states are there, with the taps at some positions replaced by `how`.
@@ -269,8 +284,7 @@ def generate(pipe: pipeline.UniFusionPipeline, requests: Sequence[Request], stat
   The condition alone loses them: guidance leads away from the null condition as it is. A request's seed gives the same
   noise whatever is replaced.
   """
-  if settings.precise or any(strength != 1 for strength in settings.strengths):
-    raise UserError('--mode=inspect samples without sample.precise and sample.strengths: leave them out')
+  check_settings(settings)
   s, images = settings, []
   for part, rows in sharding.batched(range(len(requests)), min(s.batch_size, len(requests))):
     with jax.set_mesh(pipe.mesh):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import io
 import pathlib
+import textwrap
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -11,13 +12,17 @@ from PIL import Image
 ROWS = 40     # tokens of a text in a figure
 NUMBERS = 12  # cells along a side up to which a heat map shows its numbers
 INCHES = 8.5  # width of a figure
+LARGE = 100_000  # bytes
 
 
 def write(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a PNG of 256 colours, a third of the size."""
+  """Writes a PNG, of 256 colours where it would have more than LARGE bytes."""
   file = io.BytesIO()
-  figure.savefig(file, format='png', dpi=100)
-  Image.open(file).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+  figure.savefig(file, format='png', dpi=100, pil_kwargs=dict(optimize=True))
+  if len(file.getvalue()) <= LARGE:
+    path.write_bytes(file.getvalue())
+  else:
+    Image.open(file).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def layer_attention(titles: Sequence[str], attention: Sequence[np.ndarray], taps: Sequence[int]) -> Figure:
@@ -31,7 +36,7 @@ def layer_attention(titles: Sequence[str], attention: Sequence[np.ndarray], taps
     for block, line in enumerate(axes):
       drawn = _heat(line[column], values[block], numbers=7 if len(taps) <= 5 else 0, low=0, high=most,
                     cmap='viridis')
-      _ticks(line[column], taps, x=True, y=True)
+      _ticks(line[column], taps, x=True, y=True, most=int(5 * side))
   for block, line in enumerate(axes):
     line[0].set_ylabel(f'block {block + 1}\nlayer that looks', fontsize=8)
   figure.supxlabel('layer looked at', fontsize=8)
@@ -59,22 +64,25 @@ def over_image(image: np.ndarray, places: np.ndarray, maps: dict[str, np.ndarray
   """The maps [s l] of image tokens over their image, with its outlines: a row for each, a column for each tap."""
   rows, columns = places.shape
   side = INCHES / (1 + len(taps))
-  tall = side * rows / columns
-  figure = Figure((INCHES + 0.6, (tall + 0.25) * len(maps) + 0.2), layout='constrained')
+  tall = side * image.shape[0] / image.shape[1]
+  figure = Figure((INCHES + 1, (tall + 0.25) * len(maps) + 0.2), layout='constrained')
   axes, drawn = figure.subplots(len(maps), 1 + len(taps), squeeze=False), None
   outlines = image.mean(axis=2)
   most = max(float(np.abs(values[places]).max()) for values in maps.values())
   places_of = [(np.arange(n) + 0.5) * cells / n - 0.5 for n, cells in zip(outlines.shape, (rows, columns))]
   for line, (title, values) in zip(axes, maps.items()):
-    line[0].imshow(image, aspect='auto')
-    line[0].set_ylabel(title, fontsize=8)
+    line[0].imshow(image)
+    line[0].set_ylabel(textwrap.fill(title, 10), fontsize=8)
     for axis, tap, column in zip(line[1:], taps, values.T):
       drawn = _heat(axis, column[places], numbers=8 if max(rows, columns) <= 4 and len(taps) <= 5 else 0, low=-most,
                     high=most)
       if outlines.std() > 0:
         axis.contour(*places_of[::-1], outlines, levels=[outlines.mean()], colors='black', linewidths=0.8)
       axis.set_title(f'tap {tap}', fontsize=8)
-  _bare(axes)
+  for axis in axes.flat:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_box_aspect(image.shape[0] / image.shape[1])
   figure.colorbar(drawn, ax=axes, shrink=0.6)
   return figure
 
@@ -110,7 +118,8 @@ def images(titles: Sequence[str], *rows: Sequence[np.ndarray]) -> Figure:
   most = 8
   lines = [(titles[i:i + most], [row[i:i + most] for row in rows]) for i in range(0, len(titles), most)]
   columns, side = min(most, len(titles)), 1.25
-  figure = Figure((side * columns, len(lines) * (side * len(rows) + 0.3)), layout='constrained')
+  tall = side * max(image.shape[0] / image.shape[1] for image in rows[0])
+  figure = Figure((side * columns, len(lines) * (tall * len(rows) + 0.35)), layout='constrained')
   axes = figure.subplots(len(lines) * len(rows), columns, squeeze=False)
   for number, (names, parts) in enumerate(lines):
     for line, part in zip(axes[number * len(rows):], parts):
@@ -137,6 +146,8 @@ def similarity(matrices: dict[str, np.ndarray], taps: Sequence[int]) -> Figure:
                         for label, at in zip(side.get_ticklabels(), side.get_ticklocs())]:
       tick.set_fontweight('bold' if layer in taps else 'normal')
       tick.set_color('tab:red' if layer in taps else 'black')
+    if n > NUMBERS:
+      axis.plot(taps, taps, '.', color='tab:red', markersize=4)
   for axis in axes.flat[len(matrices):]:
     axis.axis('off')
   figure.supxlabel('layer of the VLM (0: embeddings); taps in red', fontsize=8)
@@ -171,17 +182,11 @@ def _heat(axis, values: np.ndarray, numbers: int, low: float, high: float, cmap:
   return drawn
 
 
-def _ticks(axis, names: Sequence, x: bool = False, y: bool = False) -> None:
-  """Names along the axes, of many each n-th."""
-  each = -(-len(names) // 20)
+def _ticks(axis, names: Sequence, x: bool = False, y: bool = False, most: int = 20) -> None:
+  """Names along the axes, of more than `most` each n-th."""
+  each = -(-len(names) // most)
   places = range(0, len(names), each)
   if x:
     axis.set_xticks(places, [names[i] for i in places], fontsize=7)
   if y:
     axis.set_yticks(places, [names[i] for i in places], fontsize=7)
-
-
-def _bare(axes) -> None:
-  for axis in axes.flat:
-    axis.set_xticks([])
-    axis.set_yticks([])
