@@ -11,10 +11,10 @@
 The scales are those of configs/sample.py, with the same weights and the same need of memory, and :vlm, the similarity
 of layers of a VLM alone. A run of a recipe that trains is inspected by its own:
 --config=configs/edit.py --mode=inspect --workdir=runs/edit.
-:tiny, the embedded editing model, takes two minutes on two CPU cores.
-:krea2_raw and :krea2_turbo want a GPU of 80 GB or four chips of a TPU v6e; for :krea2_turbo_int8 one chip of 16 GB
-does. They sample 64 images of 1024 px of a request: with --config.inspect.replace= none, and everything else takes a
-minute. Krea 2 itself has not been inspected yet, small models of its layout have.
+:tiny, the embedded editing model, takes a minute or two on two CPU cores.
+:krea2_raw and :krea2_turbo want a GPU of 80 GB, :krea2_raw_int8 and :krea2_turbo_int8 a chip of 16 GB. They sample 62
+images of 1024 px of a prompt, with --config.inspect.replace= none. Krea 2 itself has not been inspected yet, small
+models of its layout have.
 Needs matplotlib: pip install "unifusion_jax[inspect]". docs/inside.md.
 """
 

@@ -274,7 +274,7 @@ def page(report: dict, figures: dict) -> str:
   lines += ['', '## Layers of the VLM', '', 'Mean cosine similarity of layers that are 1, 2 and 3 apart, and the least '
             'similarity of a layer to that tap which is most like it.']
   lines += table(['', *range(1, 4), 'nearest tap'], [
-      [kind, *(number(value) for value in each['neighbours'].values()),
+      [kind, *(number(each['neighbours'][apart]) if apart in each['neighbours'] else '' for apart in range(1, 4)),
        number(min(each['nearest_tap'])) if each['nearest_tap'] else '']
       for kind, each in report['layers'].items()])
   lines += _shown_figures(figures, 'similarity', 'sizes')

@@ -119,13 +119,14 @@ def read_by(vlm, encoder: transforms.PromptEncoder, taps: tuple[int, ...], reque
   rows = prompts.answered(answers)
   images = prompts.images and sharding.shard(prompting.stacked(prompts.images))
   states = sharding.gather(reading.states_of(vlm, tuple(range(decoder.depth + 1)), rows, images))
-  hidden, mask, row, chat = states.hidden[0], states.mask[0], rows[0], prompts.encoder.chat
+  states = jax.tree.map(lambda x: x[0], states)
+  hidden, mask, row, chat = states.hidden, states.mask, rows[0], prompts.encoder.chat
   ids = row['input_ids'][row['cond_index'][mask]]
   is_image = ids == (-1 if chat.image_id is None else chat.image_id)
   labels = ['' if image else _label(chat.tokenizer.decode([token])) for token, image in zip(ids, is_image)]
   shown = _first_image(prompts, settings) if is_image.any() else (np.zeros((0, 0), int), None)
-  return Read(request, written.rewrites[0], written.warnings[0], States(hidden[:, list(taps)], mask), hidden[mask],
-              labels, is_image, *shown)
+  return Read(request, written.rewrites[0], written.warnings[0], states._replace(hidden=hidden[:, list(taps)]),
+              hidden[mask], labels, is_image, *shown)
 
 
 def _label(text: str) -> str:
@@ -223,8 +224,8 @@ def maps(pipe: pipeline.UniFusionPipeline, read: Read) -> Maps:
   """The maps of one request. NotPooled where the model fuses the layers in another way than `layer_attention`."""
   with jax.set_mesh(pipe.mesh):
     model = pipe.model
-    if not all(hasattr(getattr(model, 'lap', None), part) for part in ('blocks', 'pool', 'refiner', 'w1', 'w2')):
-      raise NotPooled('this model pools no taps by LAP, so it has no attention over layers, weights and shares to show')
+    if getattr(model, 'lap', None) is None:
+      raise NotPooled('this model pools no taps by LAP, so it has no attention over layers, no weights and no shares')
     states = _rows([read.states])
     tokens = np.asarray(sharding.gather(conditioning.condition(model, states).tokens)[0], np.float32)[read.states.mask]
     attention, share, computed = (np.asarray(x, np.float32) for x in sharding.gather(_measured(model, states)))
@@ -258,7 +259,7 @@ def replaced(states: States, positions: Sequence[int], how: str) -> States:
   hidden, places = np.array(states.hidden), list(positions)
   valid = hidden[states.mask][:, places].astype(np.float32)
   hidden[:, places] = 0 if how == 'zeros' else valid.mean(axis=0)
-  return States(hidden, states.mask)
+  return states._replace(hidden=hidden)
 
 
 def unweighted(model, positions: Sequence[int]):

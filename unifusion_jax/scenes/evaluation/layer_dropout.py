@@ -31,8 +31,8 @@ def evaluate(pipe: pipeline.UniFusionPipeline, task: str, count: int, sets: dict
     with jax.set_mesh(pipe.mesh):
       prompts = prompting.Prompts.of(pipe.prompt_encoder, sharding.padded(rows), settings, pipe.max_positions)
       read = reading.read(pipe.vlm, pipe.taps, prompts, settings, pipe.vocabulary)
-      hidden, mask = sharding.gather(read.states)
-    states += [States(*row) for row in zip(hidden, mask)][:len(part)]
+      gathered = sharding.gather(read.states)
+    states += [States(*row) for row in zip(*gathered)][:len(part)]
     rewrites += read.rewrites[:len(part)]
   ways = [('all', 'present', ()), *((name, how, positions) for name, positions in sets.items() for how in replace)]
   report = {}
