@@ -92,12 +92,13 @@ def test_edit_runs_whole(run):
 
 
 def test_inside_runs_whole(run):
-  """Every cell runs, the check of LAP by hand among them; shares add up to 1, and no tap is without effect."""
+  """Every cell runs, the check of LAP step by step among them; shares add up to 1, and no tap is without effect."""
   cells = run('inside', STEPS=2, SEEDS=2)
   text = printed(cell_of(cells, 'The prompt, span by span'))
   assert '\n> image        16 tokens' in text and '\n  instruction ' in text and '\n> written ' in text
-  assert float(re.search('condition tokens of pipe.encode: (.+?);', printed(cell_of(cells, 'by_hand =')))[1]) < 1e-3
-  maps = cell_of(cells, 'looks =')
+  steps = cell_of(cells, 'inside.maps(')
+  assert float(re.search("differ from the model's by (.+?) of their size", printed(steps))[1]) < 1e-4
+  maps = cell_of(cells, 'inside_figures.text(')
   weights = re.findall(r'(image|text) +tap 2: +(\S+) tap 4: +(\S+) tap 6: +(\S+)', printed(maps))
   assert len(weights) == 6 and all(abs(sum(map(float, each[1:])) - 1) < 0.02 for each in weights)
   dropped = cell_of(cells, 'SEEDS = 2 ')
@@ -106,7 +107,8 @@ def test_inside_runs_whole(run):
   tiles = cell_of(cells, '(4, rewrite)')
   read = re.findall(r'tiles=(\d): (\d) read, (\d+) image', printed(tiles))
   assert read == [('1', '1', '16'), *[('4', '5', '80')] * 2]
-  assert [len(shown(cell)) for cell in (maps, cell_of(cells, 'outlines,'), dropped, tiles)] == [1, 1, 1, 3]
+  drawn = steps, maps, cell_of(cells, 'over_image('), cell_of(cells, 'layer_similarity('), dropped, tiles
+  assert [len(shown(cell)) for cell in drawn] == [1, 1, 1, 1, 1, 3]
 
 
 def test_train_runs_whole(run, tmp_path):

@@ -15,6 +15,7 @@ from unifusion_jax.data.config import DataConfig
 from unifusion_jax.demo.settings import DemoConfig
 from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation.inside import InspectConfig
 from unifusion_jax.evaluation.records import RecordsEvaluation
 from unifusion_jax.fields import Path, Seed
 from unifusion_jax.planning.settings import PlanConfig
@@ -52,6 +53,7 @@ class Config:
   rewrite: RewriteConfig = dataclasses.field(default_factory=RewriteConfig)
   plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
   demo: DemoConfig = dataclasses.field(default_factory=DemoConfig)
+  inspect: InspectConfig = dataclasses.field(default_factory=InspectConfig)
   eval: Any = dataclasses.field(default_factory=RecordsEvaluation)  # how --mode=eval measures
 
   def problems(self, devices: int) -> list[str]:
@@ -74,7 +76,7 @@ class Config:
     return [*place_problems, *dtype_problems, *layout_problems, *self.model.undivided(mesh, 'model.'), *data_problems,
             *self.optim.problems(), *self.train.problems(), *self.objective.problems(self, devices),
             *self.sample.problems(unit), *self.rewrite.problems(), *self.plan.problems(), *self.demo.problems(),
-            *self.eval.problems(self)]
+            *self.inspect.problems(), *self.eval.problems(self)]
 
 
 def check(config, devices: int) -> None:

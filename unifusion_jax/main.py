@@ -25,7 +25,7 @@ from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'info': 'info'}
+            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'info': 'info', 'inspect': 'inspect'}
 
 SAMPLED = ('plan', 'demo')  # modes with a group of settings in recipes that sample, as in those that train
 
@@ -33,8 +33,8 @@ GRACE = 60  # seconds for the devices of all processes, once these have found ea
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
-                          'configs/sample.py sample. --mode=demo alone is a page of the embedded model; '
-                          '--mode=info CHECKPOINT needs no recipe.')
+                          'configs/sample.py sample, with configs/inspect.py inspect. --mode=demo alone is a page of '
+                          'the embedded model; --mode=info CHECKPOINT needs no recipe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')

@@ -1,9 +1,11 @@
 """Sampling from the command line: images of the configuration's requests, and grids of them. Also previews."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
 import sys
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,23 +55,44 @@ class PipelineConfig:
                     if getattr(self, name) not in encoders.QUANTIZED]
 
 
+class Prepared(NamedTuple):
+  """Requests of a configuration, checked before anything slow is loaded: `load()` gives the pipeline.
+
+  taps: of this pipeline.
+  """
+  load: Callable[[], pipeline.UniFusionPipeline]
+  taps: tuple[int, ...]
+  requests: list[Request]
+  height: int
+  width: int
+
+
 def run(config, workdir: pathlib.Path) -> None:
   """Samples the requests of `config.sample`.
 
   A PipelineConfig names the pipeline; a config.Config samples with the workdir's run, or the weights that it names.
   """
-  if isinstance(config, PipelineConfig):  # here and below all requests are checked before anything slow is loaded
+  prepared = prepare(config, workdir, workdir / 'images')
+  run_requests(prepared.load(), prepared.requests, prepared.height, prepared.width, workdir / 'images')
+  if not isinstance(config, PipelineConfig):
+    record.write(config, workdir, 'config_sample.json')
+
+
+def prepare(config, workdir: pathlib.Path, folder: pathlib.Path) -> Prepared:
+  """The requests of `config.sample` and how to load their pipeline; UserError for requests that cannot be.
+
+  folder: where images will be written.
+  """
+  if isinstance(config, PipelineConfig):
     located = _located(config)
     wanted, height, width = requests(config.sample, located.described.size, located.unit)
-    _check(located.prompt_encoder, wanted, config.sample, located.max_positions, workdir)
-    run_requests(load(config, workdir, located), wanted, height, width, workdir / 'images')
-    return
+    _check(located.prompt_encoder, wanted, config.sample, located.max_positions, folder)
+    return Prepared(lambda: load(config, workdir, located), located.described.taps, wanted, height, width)
   _check_samples(config, workdir)
   wanted, height, width = requests(config.sample, config.data.size, config.objective.unit(config))
   _check(transforms.prompt_encoder(config), wanted, config.objective.sample_settings(config),
-         encoders.config(config.vlm).text.max_positions, workdir)  # pyrefly: ignore[missing-attribute]
-  run_requests(load(config, workdir), wanted, height, width, workdir / 'images')
-  record.write(config, workdir, 'config_sample.json')
+         encoders.config(config.vlm).text.max_positions, folder)  # pyrefly: ignore[missing-attribute]
+  return Prepared(lambda: load(config, workdir), config.taps, wanted, height, width)
 
 
 def load(config, workdir: pathlib.Path, located: parts.Parts | None = None) -> pipeline.UniFusionPipeline:
@@ -101,11 +124,11 @@ def _check_samples(config, workdir: pathlib.Path) -> None:
 
 
 def _check(encoder: transforms.PromptEncoder, wanted: list[Request], settings: SampleConfig, max_positions: int,
-           workdir: pathlib.Path) -> None:
+           folder: pathlib.Path) -> None:
   prompting.check(encoder, wanted, settings, max_positions)
   with sharding.together('write images'):
     if sharding.is_main_process():
-      imaging.check_writable(workdir / 'images')
+      imaging.check_writable(folder)
 
 
 def requests(settings: SampleConfig, size: int, unit: int) -> tuple[list[Request], int, int]:

@@ -21,8 +21,8 @@ from unifusion_jax.weights import hub
 
 # Groups and settings that do not change what is trained: how a run computes, keeps its books, samples and measures.
 # `step.rescheduled` follows a change of train.steps and train.minutes.
-BOOKKEEPING = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'plan', 'demo', 'eval', 'recipe',
-               'data.workers', 'data.skipped', 'data.held_out', 'optim.accumulate')
+BOOKKEEPING = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'plan', 'demo', 'inspect', 'eval',
+               'recipe', 'data.workers', 'data.skipped', 'data.held_out', 'optim.accumulate')
 COMPUTING = ('dtype', 'remat')  # fields of a model that change how it is computed, not what
 PATHS = ('vlm', 'vae', 'init', 'data.path', 'data.rewrites')  # compared by fingerprint
 TOKENIZER = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja')
