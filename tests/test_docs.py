@@ -15,7 +15,8 @@ from test_docs_commands import names, PAGES, parsed, RECIPES, ROOT
 
 from unifusion_jax import command_line
 
-GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan', 'demo')
+GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan', 'demo',
+          'benchmark')
 
 
 @pytest.fixture(autouse=True)

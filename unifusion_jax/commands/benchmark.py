@@ -4,12 +4,9 @@ In the workdir `images/` is laid out as the set's own scorer takes it, `report.m
 and `scores.jsonl` every prompt's scores. What is measured on a part of a set has `_part` in these names and says which.
 """
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
-
-import numpy as np
 
 from unifusion_jax import metadata, parts, prompting, ranges, sharding
 from unifusion_jax.commands import sample
@@ -27,8 +24,7 @@ from unifusion_jax.weights import encoders, hub
 
 STAGES = ('all', 'generate', 'score')
 CHECKED = 64  # requests that are checked at a time, their references being read for it
-# Measures of an image beside a true one of the same size, both uint8 [y x 3]
-IMAGE_METRICS = {'psnr': lambda image, truth: float(fidelity.psnr(image[None], truth[None])[0])}
+IMAGE_METRICS: scoring.Metrics = {'psnr': fidelity.psnr}
 
 
 @dataclasses.dataclass
@@ -89,12 +85,8 @@ class BenchmarkConfig(sample.PipelineConfig):
             *(f'{name} is the set\'s to say: leave it out' for name in unused)]
 
 
-def run(config: BenchmarkConfig, workdir: pathlib.Path,
-        metrics: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] | None = None) -> None:
-  """Makes the images that are missing, judges them and writes the report.
-
-  metrics: of an image beside a true one, by name; None: IMAGE_METRICS.
-  """
+def run(config: BenchmarkConfig, workdir: pathlib.Path, metrics: scoring.Metrics = IMAGE_METRICS) -> None:
+  """Makes the images that are missing, judges them and writes the report."""
   settings, benchmark = config.benchmark, SETS[config.benchmark.set]
   files, records = read(settings)
   chosen = choose(records, settings)
@@ -106,8 +98,7 @@ def run(config: BenchmarkConfig, workdir: pathlib.Path,
     return
   judge = hub.pin(settings.judge) if settings.judge else located.vlm
   scored = scoring.score(
-      benchmark, [record for _, record in chosen], images, workdir, settings.scores,
-      IMAGE_METRICS if metrics is None else metrics,
+      benchmark, [record for _, record in chosen], images, workdir, settings.scores, metrics,
       lambda: judging.Judge.load(
           judge.folder, dtype=settings.judge_dtype, quantized=settings.judge_quantized, cache=settings.judge_cache,
           tiles=settings.judge_tiles, batch_size=settings.judge_batch, question=settings.question))
@@ -171,7 +162,8 @@ def _generate(config: BenchmarkConfig, located: parts.Parts, chosen: list[tuple[
 def _write_report(workdir: pathlib.Path, settings: BenchmarkSettings, files: Files, records: list[Record],
                   chosen: list[Record], images: int, judge: dict, scored: scoring.Scored) -> None:
   """report.json, report.md and scores.jsonl, or those of a part, which never have the names of the whole."""
-  published = SETS[settings.set].prompts.get(settings.language, len(records))
+  published = SETS[settings.set].prompts.get(settings.language, (len(records),))
+  of = len(records) if len(records) in published else max(len(records), published[0])
   path, lines = workdir / generation.IDENTITY, generation.log(workdir)
   made = [line for line in lines.values() if line['id'] in {record.id for record in chosen}]
   warnings = sum(bool(warning) for line in made for warning in line['warnings'])
@@ -179,7 +171,7 @@ def _write_report(workdir: pathlib.Path, settings: BenchmarkSettings, files: Fil
   report = dict(
       set=settings.set, language=settings.language, source=files.name,
       files={name: dict(sha256=digest, published=known.get(name) == digest) for name, digest in files.digests.items()},
-      prompts=len(chosen), prompts_of_set=max(published, len(records)), images_per_prompt=images,
+      prompts=len(chosen), prompts_of_set=of, images_per_prompt=images,
       made_by=json.loads(path.read_text()) if path.exists() else None, fallbacks=warnings, judge=judge,
       question=settings.question, notes=scored.notes, agreement_with_exact=scored.agreement, tables=scored.tables)
   suffix = '' if report['prompts'] == report['prompts_of_set'] else '_part'

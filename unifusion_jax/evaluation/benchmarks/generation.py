@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import zlib
 
@@ -136,6 +137,9 @@ def generate(pipe: pipeline.UniFusionPipeline, benchmark: Set, wanted: Sequence[
         with sharding.together('write images'):
           if sharding.is_main_process():
             _write(pipe, benchmark, job, made, workdir)
+  if benchmark.index and sharding.is_main_process():
+    paths = {entry['prompt']: str((workdir / IMAGES / entry['file']).absolute()) for entry in log(workdir).values()}
+    imaging.write_bytes(workdir / benchmark.index, json.dumps(paths, indent=2).encode())
 
 
 def _samples(pipe, requests: list[Request], height: int, width: int, done) -> Iterator[pipeline.Sample]:
@@ -160,8 +164,10 @@ def _write(pipe, benchmark: Set, job: Job, made: list[pipeline.Sample], workdir:
                prompt=job.record.prompt, seeds=[request.seed for request in job.requests],
                rewrites=[sample.rewrite for sample in made],
                warnings=[sample.warning for sample in made], remarks=[sample.remark for sample in made])
-  with (workdir / LOG).open('a') as file:
-    file.write(json.dumps(entry) + '\n')
+  with (workdir / LOG).open('a+b') as file:
+    file.seek(-min(1, file.tell()), os.SEEK_END)
+    cut = file.read() not in (b'', b'\n')  # a line that a process was ended in
+    file.write(b'\n' * cut + json.dumps(entry).encode() + b'\n')
 
 
 def grid(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -68,26 +68,17 @@ def checked(records: Sequence[Record]) -> list[Record]:
       raise UserError(f'{record.place}: the name {record.id!r} is taken by {places[record.id]}: each prompt wants one '
                       'of its own')
     places[record.id] = record.place
-    _check_questions(record)
+    if missing := [parent for question in record.questions for parent in question.parents
+                   if not 0 <= parent < len(record.questions)]:
+      raise UserError(f'{record.place}: a question of {record.id!r} depends on question {missing[0] + 1}, which is not '
+                      'there')
   return list(records)
-
-
-def _check_questions(record: Record) -> None:
-  """UserError for parents that are not there, or that need each other."""
-  for i, question in enumerate(record.questions):
-    if wrong := [parent for parent in question.parents if not 0 <= parent < len(record.questions)]:
-      raise UserError(f'{record.place}: question {i + 1} of {record.id!r} depends on question {wrong[0] + 1}, which is '
-                      'not there')
-  counted, waiting = set(), set(range(len(record.questions)))
-  while ready := {i for i in waiting if counted >= {*record.questions[i].parents}}:
-    counted, waiting = counted | ready, waiting - ready
-  if waiting:
-    raise UserError(f'{record.place}: the questions {sorted(i + 1 for i in waiting)} of {record.id!r} depend on each '
-                    'other in a circle')
 
 
 def with_parents(questions: Sequence[Question], right: np.ndarray) -> np.ndarray:
   """Whether each question counts, bool [q ...]: answered rightly, and so are those that it depends on.
+
+  Of questions that depend on each other in a circle, as some of OneIG do, all count or none.
 
   right: bool [q ...].
   """

@@ -24,7 +24,8 @@ from unifusion_jax.evaluation.benchmarks.sets import Set
 SCORES = ('vqascore', 'questions', 'images', 'exact')
 PROMPTS = 16  # whose images are in memory at a time
 LOWER_IS_BETTER = ('lpips', 'embedding_distance')
-Metrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
+# By name, of images uint8 [n y x 3] beside true ones of the same size: [n]
+Metrics = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
 
 
 class Scored(NamedTuple):
@@ -126,10 +127,12 @@ def _of_images(record: Record, images: Sequence[np.ndarray], metrics: Metrics) -
   """Each metric of each image beside the true one and beside the first reference, those scaled to its size."""
   beside = {'': record.target} | ({' to reference': record.references[0]} if record.references else {})
   height, width = images[0].shape[:2]
-  truths = {suffix: imaging.resize_cover(imaging.read(truth), width, height) for suffix, truth in beside.items()
-            if truth is not None}
-  return {f'{name}{suffix}': [float(of(image, truth)) for image in images]
-          for suffix, truth in truths.items() for name, of in metrics.items()}
+  scores = {}
+  for suffix, truth in beside.items():
+    if truth is not None:
+      others = np.stack([imaging.resize_cover(imaging.read(truth), width, height)] * len(images))
+      scores |= {f'{name}{suffix}': np.asarray(of(np.stack(images), others)).tolist() for name, of in metrics.items()}
+  return scores
 
 
 def _measure(name: str, records: Sequence[Record], prompts: list[dict], by_category: list[dict]) -> tables.Scores:

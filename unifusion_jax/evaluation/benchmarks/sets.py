@@ -38,10 +38,11 @@ class Set:
     hub: the dataset on the hub that `benchmark.path` may be left out for; '' for none.
     patterns: of the files that are fetched from there.
     sha256: {file name: digest} of those that are known.
-    prompts: {language: number of prompts} of the published set; {} for a list of one's own.
+    prompts: {language: numbers of prompts} of the published editions, the usual one first; {} for a list of one's own.
     images: of each prompt, as its scorer expects them.
     layout: `layout(record, images)` -> the files.
     beside: `beside(record)` -> {path below images/: content} of further files that the scorer reads.
+    index: name of a file beside images/ that gives its scorer the path of each prompt's image; '' for none.
     summaries: categories that hold others: rows of the tables that no macro average counts.
   """
   read: Callable[[Files, str, str | None], list[Record]]
@@ -50,9 +51,10 @@ class Set:
   hub: str = ''
   patterns: tuple[str, ...] = ('*.json', '*.jsonl')
   sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-  prompts: dict[str, int] = dataclasses.field(default_factory=dict)
+  prompts: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   images: int = 1
   beside: Callable[[Record], dict[str, bytes]] = lambda record: {}
+  index: str = ''
   summaries: tuple[str, ...] = ()
 
   def records(self, files: Files, language: str, references: str | None) -> list[Record]:
@@ -89,19 +91,20 @@ SETS = {
     'geneval': Set(
         readers.geneval, 'https://github.com/djghosh13/geneval at af4902f, prompts/evaluation_metadata.jsonl', _geneval,
         sha256={'evaluation_metadata.jsonl': '5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13'},
-        prompts={'en': 553}, images=4,
+        prompts={'en': (553,)}, images=4,
         beside=lambda record: {f'{record.id}/metadata.jsonl': json.dumps(record.line).encode()}),
     'geneval2': Set(
         readers.geneval2, 'https://github.com/facebookresearch/GenEval2 at a6e82d2, geneval2_data.jsonl',
         _each('{id}.png'),
         sha256={'geneval2_data.jsonl': '09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43'},
-        prompts={'en': 800}),
+        prompts={'en': (800,)}, index='image_paths.json'),
     'dpg': Set(
         readers.dpg, 'https://github.com/TencentQQGYLab/ELLA at 3c228f1, dpg_bench/dpg_bench.csv', _grid('{id}.png'),
-        prompts={'en': 1065}, images=4),
+        prompts={'en': (1065,)}, images=4),
     'genai': Set(
         readers.genai, 'the dataset BaiqiL/GenAI-Bench-1600', _each('{id}.jpeg'), hub='BaiqiL/GenAI-Bench-1600',
-        patterns=('genai_image.json', 'genai_skills.json'), prompts={'en': 1600}, summaries=('basic', 'advanced')),
+        patterns=('genai_image.json', 'genai_skills.json'), prompts={'en': (1600, 527)},
+        summaries=('basic', 'advanced')),
     'oneig': Set(
         readers.oneig, 'https://github.com/OneIG-Bench/OneIG-Benchmark at 41b4983, OneIG-Bench.csv and its scripts',
         _grid(f'{{folder}}/{MODEL}/{{id}}.webp'),
@@ -114,15 +117,15 @@ SETS = {
                 'object_zh.json': '19f69cfdf17119ff5400919341c930468a0de5ee06b9c91d8f16ba2365f51498',
                 'anime_zh.json': '171740d2d7158f0da2d907481b5cd97380398e4a45b53f0976ad4d91e01151d4',
                 'multilingualism_zh.json': '63614e72dbd86f1e56ed625a55f73d509323d34b68fb27d8fed0f87a49f69db9'},
-        prompts={'en': 1120, 'zh': 1320}, images=4),
+        prompts={'en': (1120,), 'zh': (1320,)}, images=4),
     'imgedit': Set(
         readers.imgedit, 'https://github.com/PKU-YuanGroup/ImgEdit at 547185d, Benchmark/Basic/basic_edit.json, with '
         'the images of Benchmark.tar of the dataset sysuyy/ImgEdit', _each('{id}.png'),
         sha256={'basic_edit.json': '5ee9b7d61e918692416f79896300f738598c83adff8de737b25be4aaff72dc69'},
-        prompts={'en': 737}),
+        prompts={'en': (737,)}),
     'gedit': Set(
         readers.gedit, 'the dataset stepfun-ai/GEdit-Bench', _each('{folder}/{id}.png'), hub='stepfun-ai/GEdit-Bench',
-        patterns=('*.arrow', '*.parquet'), prompts={'en': 606, 'zh': 606}, summaries=('intersection',),
+        patterns=('*.arrow', '*.parquet'), prompts={'en': (606,), 'zh': (606,)}, summaries=('intersection',),
         beside=lambda record: {f'{record.folder}/{record.id}_SRCIMG.png': imaging.png_bytes(
             imaging.read(record.line['input_image']))}),  # pyrefly: ignore[unsupported-operation]
     'own': Set(readers.own, 'a folder with prompts.jsonl', _each('{id}.png')),
