@@ -16,7 +16,7 @@ from test_docs_commands import names, PAGES, parsed, RECIPES, ROOT
 from unifusion_jax import command_line
 
 GROUPS = ('objective', 'data', 'optim', 'train', 'sample', 'rewrite', 'eval', 'mesh', 'model', 'plan', 'demo',
-          'inspect')
+          'benchmark', 'inspect')
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,8 @@ from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'info': 'info', 'inspect': 'inspect'}
+            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'benchmark': 'benchmark', 'inspect': 'inspect',
+            'info': 'info'}
 
 SAMPLED = ('plan', 'demo')  # modes with a group of settings in recipes that sample, as in those that train
 

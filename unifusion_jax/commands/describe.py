@@ -96,7 +96,7 @@ def describe(config: DescribeConfig) -> str:
 
 def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str | None) -> list[verifi.Span]:
   """Spans of the prompt; `system` None: the template's own system prompt, or the embedded VLM's."""
-  if system is None and _embedded(chat.folder):
+  if system is None and is_embedded(chat.folder):
     system = 'answer' if counts else 'rewrite'
   spans = chat.spans(prompt, counts, None, system or '')
   if system is not None:
@@ -107,7 +107,7 @@ def layout(chat: verifi.Chat, prompt: str, counts: tuple[int, ...], system: str 
   return [verifi.Span('template', chat.with_bos(opening)), *spans[3:]]
 
 
-def _embedded(folder: str) -> bool:
+def is_embedded(folder: str) -> bool:
   """Whether a VLM has the vocabulary of the scenes: the shipped one, or one trained here."""
   path = pathlib.Path(folder) / 'tokenizer.json'
   return path.exists() and path.read_bytes() == (EMBEDDED / 'tokenizer.json').read_bytes()

@@ -299,8 +299,13 @@ def write_png(path, image: np.ndarray, metadata: dict[str, str] | None = None) -
   Raises:
     UserError: when the file system does not take it.
   """
+  write_bytes(path, png_bytes(image, metadata))
+
+
+def write_bytes(path, data: bytes) -> None:
+  """Writes an encoded image to a file; as `write_png`."""
   path = pathlib.Path(path)
-  with _partial(path, png_bytes(image, metadata)) as partial:
+  with _partial(path, data) as partial:
     os.replace(partial, path)
 
 

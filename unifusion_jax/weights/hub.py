@@ -39,7 +39,7 @@ class Pinned:
 
 
 def pin(name: str | os.PathLike, weights: bool = True, *, files: bool = False,
-        variants: tuple[str, ...] = VARIANTS) -> Pinned:
+        variants: tuple[str, ...] = VARIANTS, dataset: tuple[str, ...] = ()) -> Pinned:
   """Resolves a name to one commit on all processes, which call this together, once for each name.
 
   Arguments and errors as of `resolve`. When one process fails all of them do.
@@ -47,8 +47,9 @@ def pin(name: str | os.PathLike, weights: bool = True, *, files: bool = False,
   Args:
     files: whether the name may be that of one .safetensors file, here or as owner/name/FILE.safetensors.
     variants: patterns of weights that are left out where there are others.
+    dataset: patterns of the files of a dataset, which is looked up in the place of a model.
   """
-  look_up = functools.partial(_pinned, weights=weights, files=files, variants=variants)
+  look_up = functools.partial(_pinned, weights=weights, files=files, variants=variants, dataset=dataset)
   if jax.process_count() == 1:
     return look_up(name)
   # The first process looks the name up and the others take its commit: a branch may move between two look-ups
@@ -87,14 +88,16 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> pathlib.Path:
   return _pinned(name, weights).folder
 
 
-def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variants: tuple[str, ...] = VARIANTS
-            ) -> Pinned:
+def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variants: tuple[str, ...] = VARIANTS,
+            dataset: tuple[str, ...] = ()) -> Pinned:
+  if dataset and bucket.is_address(name):
+    raise UserError(f'{name}: the files of a set are read from a folder here or a dataset on the hub: copy them here')
   if str(name).startswith(bucket.SCHEMES):
     return Pinned(str(name), _of_bucket(str(name), weights), '')
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return Pinned(str(name), path, '')
-  if path.is_file():
+  if path.is_file() and not dataset:
     if files and path.suffix == '.safetensors':
       return Pinned(str(name), path, '')
     raise UserError(f'{path} is a file: give {"a .safetensors file, or " * files}the folder that holds it, with its '
@@ -106,10 +109,15 @@ def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variant
     raise UserError(f'{name}: no such folder{" or file" * files}, and no hub id either, which is owner/name, '
                     f'owner/name/subfolder, {"owner/name/FILE.safetensors, " * files}or one of these with @revision')
   repository, subfolder, revision = parts[1], parts[2].strip('/'), parts[3]
+  if dataset:
+    place = f'{subfolder}/' * bool(subfolder)
+    snapshot = _download(repository, revision, [place + pattern for pattern in dataset], [], 'dataset')
+    return Pinned(f'{"/".join(filter(None, (repository, subfolder)))}@{snapshot.name}', snapshot / subfolder,
+                  snapshot.name)
   if files and subfolder.endswith('.safetensors'):
     return _file_of(repository, subfolder, revision, weights)
   for left_out in (variants, ()):
-    snapshot = _download(repository, subfolder, revision, TEXTS + WEIGHTS * weights, left_out)
+    snapshot = _download_model(repository, subfolder, revision, TEXTS + WEIGHTS * weights, left_out)
     folder = snapshot / subfolder
     if not weights or any(folder.glob('*.safetensors')):
       break
@@ -125,7 +133,7 @@ def _pinned(name: str | os.PathLike, weights: bool, files: bool = False, variant
 def _file_of(repository: str, path: str, revision: str | None, weights: bool) -> Pinned:
   """One file of a repository, with the settings beside it; without weights these alone."""
   folder, _, file = path.rpartition('/')
-  snapshot = _download(repository, folder, revision, (*TEXTS, *[file] * weights), ())
+  snapshot = _download_model(repository, folder, revision, (*TEXTS, *[file] * weights), ())
   if weights and not (snapshot / path).is_file():
     raise UserError(f'{repository}: that repository has no file {path}')
   return Pinned(f'{repository}/{path}@{snapshot.name}', snapshot / path, snapshot.name)
@@ -171,17 +179,23 @@ def fingerprint(folder: str | os.PathLike) -> str:
   return digest.hexdigest()[:16]
 
 
-def _download(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...],
-              left_out: tuple[str, ...]) -> pathlib.Path:
+def _download_model(repository: str, subfolder: str, revision: str | None, patterns: tuple[str, ...],
+                    left_out: tuple[str, ...]) -> pathlib.Path:
+  place = f'{subfolder}/' if subfolder else ''
+  # The patterns' * also matches /: folders below are other models
+  return _download(repository, revision, [place + pattern for pattern in patterns],
+                   [place + pattern for pattern in ('*/*', *left_out)], 'model')
+
+
+def _download(repository: str, revision: str | None, patterns: list[str], left_out: list[str], kind: str
+              ) -> pathlib.Path:
+  """A snapshot of a repository of a kind, 'model' or 'dataset'."""
   import huggingface_hub  # slow: half a second
   from huggingface_hub import errors
-  place = f'{subfolder}/' if subfolder else ''
   label = f'{repository}{f" at {revision}" if revision else ""}'
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        repository, revision=revision, allow_patterns=[place + pattern for pattern in patterns],
-        # The patterns' * also matches /: folders below are other models
-        ignore_patterns=[place + pattern for pattern in ('*/*', *left_out)]))
+        repository, revision=revision, allow_patterns=patterns, ignore_patterns=left_out, repo_type=kind))
   except errors.IncompleteSnapshotError as error:
     raise UserError(f'{label}: its copy in the cache is not whole, and the rest cannot be fetched now; go online once '
                      '(unset HF_HUB_OFFLINE) to finish the download') from error

@@ -1,0 +1,618 @@
+"""Public benchmarks: files in the schema of each set, layouts, images made once, a judge that answers, and tables.
+
+No file of a set is here: each is made up, in the columns of the public one.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+
+import jax
+import numpy as np
+from PIL import Image
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from unifusion_jax import command_line, sharding
+from unifusion_jax import config as configuration
+from unifusion_jax.commands import benchmark, describe
+from unifusion_jax.data import imaging
+from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation import answers
+from unifusion_jax.evaluation.benchmarks import generation, judging, records, scoring, tables
+from unifusion_jax.evaluation.benchmarks.files import Files
+from unifusion_jax.evaluation.benchmarks.records import Question, Record
+from unifusion_jax.evaluation.benchmarks.sets import SETS
+from unifusion_jax.request import shape_like
+from unifusion_jax.scenes import examples, language
+from unifusion_jax.scenes.evaluation import benchmark as scenes
+
+COMMIT = 'c' * 40
+
+
+def png(colour='red', size=(64, 64)) -> bytes:
+  file = io.BytesIO()
+  Image.new('RGB', size, colour).save(file, 'PNG')
+  return file.getvalue()
+
+
+def lines(*rows) -> str:
+  return ''.join(json.dumps(row) + '\n' for row in rows)
+
+
+DPG = ('item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,'
+       'question_natural_language\n'
+       '7,"a red circle, and a star",,1,0,entity,whole,entity - whole (circle),Is there a circle?\n'
+       '7,"a red circle, and a star",,2,1,attribute,color,"attribute - color (circle, red)",Is the circle red?\n'
+       '7,"a red circle, and a star",,3,"1, 2",relation,spatial,"relation - spatial (a, b)",Is it left of the star?\n'
+       'COCOval1,a star,,1,0,entity,whole,entity - whole (star),Is there a star?\n')
+ONEIG = ('category,id,prompt_en,type,prompt_length,class\n'
+         'Anime_Stylization,000,"a girl, smiling","T, P",short,\nText_Rendering,000,a sign,NP,short,\n')
+ASKED = {'000': {'question': '{"1": "Is there a girl?", "2": "Does she smile?"}', 'dependency': '{"1": [0], "2": [1]}'}}
+# set -> {file: content}, as the public files have it
+FILES = {
+    'geneval': {'prompts/evaluation_metadata.jsonl': lines(
+        dict(tag='single_object', include=[{'class': 'circle', 'count': 1}], prompt='a red circle'),
+        dict(tag='counting', include=[{'class': 'star', 'count': 2}], prompt='two stars'))},
+    'geneval2': {'geneval2_data.jsonl': lines(
+        dict(prompt='two red stars', atom_count=3, vqa_list=[['How many stars are there?', 'two'],
+                                                             ['Are the stars red?', 'Yes']],
+             skills=['count', 'attribute']))},
+    'dpg': {'dpg_bench/dpg_bench.csv': DPG},
+    'genai': {'genai_image.json': json.dumps({f'{i:05}': dict(id=f'{i:05}', prompt=f'prompt {i}', models={})
+                                              for i in range(3)}),
+              'genai_skills.json': json.dumps({'counting': [1], 'basic': [0], 'advanced': [1], 'attribute': [0, 1]})},
+    'oneig': {'OneIG-Bench.csv': ONEIG, 'scripts/alignment/Q_D/anime.json': json.dumps(ASKED)},
+    'imgedit': {'basic_edit.json': json.dumps({
+        '1082': dict(id='animal/1.png', prompt='make it blue', edit_type='adjust')}), 'animal/1.png': png()},
+    'own': {'prompts.jsonl': lines(
+        dict(prompt='a red circle', id='one', category='easy', questions=[
+            'is there a circle?', dict(question='how many?', answer='one', category='count', parents=[1])]),
+        dict(prompt='make it blue', references=['a.png'], target='b.png', caption='a blue square')),
+        'a.png': png(), 'b.png': png('blue')}}
+
+
+def lay(folder: pathlib.Path, name: str, **changes) -> pathlib.Path:
+  """The files of a set in a folder; changes: {name of a file: other content}."""
+  for path, content in FILES[name].items():
+    content = changes.get(pathlib.PurePath(path).name, content)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+  return folder
+
+
+def read(name: str, folder: pathlib.Path, language: str = 'en') -> list[Record]:
+  return SETS[name].records(Files.locate(str(folder), SETS[name].patterns, {}), language, None)
+
+
+# Files of the sets
+
+
+def test_geneval(tmp_path):
+  one, two = read('geneval', lay(tmp_path, 'geneval'))
+  assert (one.id, one.prompt, one.categories) == ('00000', 'a red circle', ('single_object',))
+  assert two.line == dict(tag='counting', include=[{'class': 'star', 'count': 2}], prompt='two stars')
+  assert two.place.endswith('evaluation_metadata.jsonl line 2') and two.caption == two.prompt
+
+
+def test_geneval2(tmp_path):
+  (one,) = read('geneval2', lay(tmp_path, 'geneval2'))
+  assert one.categories == ('3 atoms',) and one.questions == (
+      Question('How many stars are there?', 'two', 'count'), Question('Are the stars red?', 'yes', 'attribute'))
+
+
+def test_dpg(tmp_path):
+  one, two = read('dpg', lay(tmp_path, 'dpg'))
+  assert (one.id, two.id, one.prompt) == ('7', 'COCOval1', 'a red circle, and a star')
+  assert [(q.category, q.parents) for q in one.questions] == [
+      ('entity - whole', ()), ('attribute - color', (0,)), ('relation - spatial', (0, 1))]
+
+
+def test_genai(tmp_path):
+  found = read('genai', lay(tmp_path, 'genai'))
+  assert [(record.id, record.categories) for record in found] == [
+      ('00000', ('basic', 'attribute')), ('00001', ('counting', 'advanced', 'attribute')), ('00002', ())]
+
+
+def test_oneig(tmp_path):
+  anime, sign = read('oneig', lay(tmp_path, 'oneig'))
+  assert (anime.id, anime.folder, anime.prompt) == ('anime_000', 'anime', 'a girl, smiling')
+  assert [q.parents for q in anime.questions] == [(), (0,)] and sign.questions == ()
+  (tmp_path / 'OneIG-Bench-ZH.csv').write_text('category,id,prompt_cn,class\nText_Rendering,001,招牌,\n')
+  (chinese,) = read('oneig', tmp_path, 'zh')
+  assert (chinese.id, chinese.prompt) == ('text_001', '招牌')
+
+
+def test_imgedit(tmp_path):
+  (one,) = read('imgedit', lay(tmp_path, 'imgedit'))
+  assert one.references == (str(tmp_path / 'animal/1.png'),) and one.categories == ('adjust',) and not one.caption
+  (tmp_path / 'animal').rename(tmp_path / 'elsewhere')
+  with pytest.raises(UserError, match="basic_edit.json '1082': .*animal/1.png is not there.*benchmark.references"):
+    read('imgedit', tmp_path)
+
+
+@pytest.mark.parametrize('suffix', ['parquet', 'arrow'])
+def test_gedit(tmp_path, suffix):
+  image = dict(bytes=png(), path=None)
+  rows = [dict(task_type='style_change', key=f'{i}a', instruction='make it snow', instruction_language=each,
+               input_image=image, input_image_raw=dict(bytes=png(size=(96, 64)), path=None), Intersection_exist=i == 0)
+          for i, each in enumerate(('en', 'cn', 'en'))]
+  table = pa.Table.from_pylist(rows)
+  path = tmp_path / 'data' / f'train-00000-of-00001.{suffix}'
+  path.parent.mkdir()
+  if suffix == 'parquet':
+    pyarrow.parquet.write_table(table, path)
+  else:
+    with pa.OSFile(str(path), 'wb') as file, pa.ipc.new_stream(file, table.schema) as writer:
+      writer.write_table(table)
+  one, two = read('gedit', tmp_path)
+  assert one.categories == ('style_change', 'intersection') and two.categories == ('style_change',)
+  assert one.folder == 'fullset/style_change/en' and imaging.read_size(one.references[0]) == (64, 96)
+  assert [record.id for record in read('gedit', tmp_path, 'zh')] == ['1a']
+  beside = SETS['gedit'].beside(one)
+  assert list(beside) == ['fullset/style_change/en/0a_SRCIMG.png']
+  assert imaging.read_size(beside['fullset/style_change/en/0a_SRCIMG.png']) == (64, 64)
+
+
+def test_own(tmp_path):
+  one, two = read('own', lay(tmp_path, 'own'))
+  assert one.id == 'one' and one.questions[1] == Question('how many?', 'one', 'count', (0,))
+  assert two.id == '00001' and two.target == str(tmp_path / 'b.png') and two.caption == 'a blue square'
+  assert read('own', tmp_path / 'prompts.jsonl') == [one, two]
+
+
+@pytest.mark.parametrize('name, file, content, sentence', [
+    ('geneval', 'evaluation_metadata.jsonl', '{"tag": "x", "prompt": "y"}\n{"tag": ', 'line 2 is no JSON'),
+    ('geneval', 'evaluation_metadata.jsonl', '{"prompt": "y"}\n', "line 1 has no 'tag'"),
+    ('geneval', 'evaluation_metadata.jsonl', '{"tag": "x", "prompt": 3}\n', 'line 1: prompt is a int, wanted text'),
+    ('geneval', 'evaluation_metadata.jsonl', '[1]\n', 'line 1 must be an object'),
+    ('geneval', 'evaluation_metadata.jsonl', '', 'is empty'),
+    ('geneval2', 'geneval2_data.jsonl', lines(dict(prompt='x', atom_count=3, vqa_list=[['a', 'b']], skills=[])),
+     'line 1 has a value of the wrong kind'),
+    ('dpg', 'dpg_bench.csv', DPG.replace(',dependency', ',needs'), 'line 1 has no column dependency'),
+    ('dpg', 'dpg_bench.csv', DPG.replace('"1, 2"', '9'), r'line 4: it depends on proposition 9'),
+    ('dpg', 'dpg_bench.csv', DPG.replace(',2,1,', ',1,1,'), 'line 3: proposition 1 of .7. is there twice'),
+    ('dpg', 'dpg_bench.csv', DPG.encode()[:120] + b'\xff\n', 'line 2 holds the byte 0xff'),
+    ('dpg', 'dpg_bench.csv', DPG.replace('COCOval1', '../7'), "line 5: '../7' cannot name a file"),
+    ('genai', 'genai_skills.json', '{"counting": [9]}', "'counting': prompt 00009 is not in"),
+    ('genai', 'genai_image.json', '[]', 'must hold an object'),
+    ('oneig', 'OneIG-Bench.csv', ONEIG.replace('Text_', 'Test_'), "line 3: the category 'Test_Rendering'"),
+    ('oneig', 'anime.json', json.dumps({'001': ASKED['000']}), "anime.json '000' has no '000'"),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "caption": "y", "tag": 1}\n', "line 1: there is no column 'tag'"),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "id": "a"}\n{"prompt": "y", "id": "a"}\n',
+     "line 2: the name 'a' is taken by .* line 1"),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "references": ["none.png"]}\n', 'line 1: .*none.png is not there'),
+    ('own', 'prompts.jsonl', '{"prompt": " "}\n', 'line 1: its prompt is empty'),
+    ('own', 'prompts.jsonl', lines(dict(prompt='x', questions=[dict(question='a?', parents=[2])])),
+     "line 1: a question of '00000' depends on question 2"),
+])
+def test_a_malformed_file_is_named_with_its_line(tmp_path, name, file, content, sentence):
+  with pytest.raises(UserError, match=sentence) as error:
+    read(name, lay(tmp_path, name, **{file: content}))
+  assert file in str(error.value) and '\n' not in str(error.value)
+
+
+def test_checksums(tmp_path):
+  """Known ones are kept to; another edition is pinned by the user, and unknown files are noted."""
+  folder = lay(tmp_path, 'geneval')
+  settings = benchmark.BenchmarkSettings('geneval', str(folder))
+  with pytest.raises(UserError, match='benchmark.sha256=evaluation_metadata.jsonl=') as error:
+    benchmark.read(settings)
+  digest = str(error.value).rpartition('=')[2]
+  files, found = benchmark.read(dataclasses.replace(settings, sha256=(f'evaluation_metadata.jsonl={digest}',)))
+  assert len(found) == 2 and files.digests == {'evaluation_metadata.jsonl': digest}
+  with pytest.raises(UserError, match='names other.jsonl, and of this set evaluation_metadata.jsonl are read'):
+    benchmark.read(dataclasses.replace(settings, sha256=(f'evaluation_metadata.jsonl={digest}', f'other.jsonl={digest}'
+                                                         )))
+  files, _ = benchmark.read(benchmark.BenchmarkSettings('dpg', str(lay(tmp_path, 'dpg'))))
+  assert list(files.digests) == ['dpg_bench.csv'] and len(files.digests['dpg_bench.csv']) == 64
+
+
+def test_a_set_by_its_id(tmp_path, monkeypatch):
+  """As huggingface_hub keeps a dataset; the commit is in the name."""
+  from huggingface_hub import constants
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+  root = tmp_path / 'hub' / 'datasets--BaiqiL--GenAI-Bench-1600'
+  lay(root / 'snapshots' / COMMIT, 'genai')
+  (root / 'refs').mkdir()
+  (root / 'refs' / 'main').write_text(COMMIT)
+  files, found = benchmark.read(benchmark.BenchmarkSettings('genai'))
+  assert files.name == f'BaiqiL/GenAI-Bench-1600@{COMMIT}' and len(found) == 3
+  with pytest.raises(UserError, match='stepfun-ai/GEdit-Bench: .*not in the cache'):
+    benchmark.read(benchmark.BenchmarkSettings('gedit'))
+  with pytest.raises(UserError, match='the files of dpg are wanted: give their folder.*ELLA'):
+    benchmark.read(benchmark.BenchmarkSettings('dpg'))
+
+
+# Layouts
+
+
+@pytest.mark.parametrize('name, images, wanted', [
+    ('geneval', 2, ['00000/samples/00000.png', '00000/samples/00001.png', '00001/samples/00000.png',
+                    '00001/samples/00001.png']),
+    ('geneval2', 1, ['00000.png']), ('dpg', 4, ['7.png', 'COCOval1.png']),
+    ('genai', 1, ['00000.jpeg', '00001.jpeg', '00002.jpeg']),
+    ('oneig', 4, ['anime/model/000.webp', 'text/model/000.webp']),
+    ('imgedit', 1, ['1082.png']), ('imgedit', 2, ['0/1082.png', '1/1082.png']), ('own', 1, ['one.png', '00001.png'])])
+def test_layouts(tmp_path, name, images, wanted):
+  found = read(name, lay(tmp_path, name))
+  assert [output.path for record in found for output in SETS[name].layout(record, images)] == wanted
+
+
+def test_grids_are_cut_as_they_were_put_together():
+  images = [np.full((4, 6, 3), i, np.uint8) for i in range(4)]
+  whole = generation.grid(images)
+  assert whole.shape == (8, 12, 3) and (whole[0, 7, 0], whole[5, 0, 0]) == (1, 2)
+  np.testing.assert_array_equal(generation.split(whole, 4), images)
+  with pytest.raises(UserError, match='benchmark.images=3'):
+    SETS['dpg'].layout(Record('7', 'x', ''), 3)
+
+
+# Images
+
+
+def sizes(pipe):
+  return lambda reference: shape_like(reference, 64, pipe.unit)
+
+
+def jobs(pipe, name, found, images, seed=0):
+  return generation.jobs(SETS[name], list(enumerate(found)), images, seed, sizes(pipe))
+
+
+def test_images_are_made_once(pipe, tmp_path):
+  """What is missing or damaged is made again, as it was; the rest is not touched."""
+  found, workdir = read('geneval', lay(tmp_path, 'geneval')), tmp_path / 'run'
+  wanted = jobs(pipe, 'geneval', found, 2, seed=5)
+  assert [request.seed for job in wanted for request in job.requests] == [5, 6, 7, 8]
+  generation.identity(workdir, dict(model='a', settings=dict(steps=2)))
+  assert generation.missing(workdir, wanted) == wanted
+  generation.generate(pipe, SETS['geneval'], wanted, workdir)
+  assert generation.missing(workdir, wanted) == []
+  assert json.loads((workdir / 'images/00001/metadata.jsonl').read_text()) == found[1].line
+  paths = [workdir / 'images' / job.output.path for job in wanted]
+  assert Image.open(paths[1]).info['prompt'] == 'a red circle' and Image.open(paths[1]).info['seed'] == '6'
+  before = [imaging.read(path) for path in paths]
+  paths[1].unlink()
+  paths[2].write_bytes(paths[2].read_bytes()[:-9])
+  times = paths[0].stat().st_mtime_ns, paths[3].stat().st_mtime_ns
+  with (workdir / generation.LOG).open('a') as file:
+    file.write('{"file": "000')  # a process that was ended while it wrote
+  again = generation.missing(workdir, wanted)
+  assert again == wanted[1:3]
+  generation.generate(pipe, SETS['geneval'], again, workdir)
+  assert generation.missing(workdir, wanted) == []
+  assert times == (paths[0].stat().st_mtime_ns, paths[3].stat().st_mtime_ns)
+  for image, path in zip(before, paths):
+    assert np.abs(image.astype(int) - imaging.read(path)).max() <= 1
+  assert np.abs(before[0].astype(int) - before[1]).max() > 10
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path):
+  made_by = dict(origin=dict(model=dict(name='a')), settings=dict(steps=2, strengths=()))
+  generation.identity(tmp_path, made_by)
+  generation.identity(tmp_path, made_by)
+  for changed, sentence in ((made_by | dict(settings=dict(steps=3, strengths=())), 'settings.steps=2, and now it is 3'),
+                            (made_by | dict(origin=dict(model=dict(name='b'))), "origin.model.name='a'")):
+    with pytest.raises(UserError, match=sentence):
+      generation.identity(tmp_path, changed)
+  (tmp_path / 'other' / 'images').mkdir(parents=True)
+  with pytest.raises(UserError, match='nothing says what made them'):
+    generation.identity(tmp_path / 'other', made_by)
+
+
+def test_grids_edits_and_a_part_have_the_images_of_the_whole(pipe, tmp_path):
+  found = read('dpg', lay(tmp_path, 'dpg'))
+  wanted = jobs(pipe, 'dpg', found, 4)
+  generation.generate(pipe, SETS['dpg'], wanted, tmp_path / 'whole')
+  assert imaging.read_size(tmp_path / 'whole/images/7.png') == (128, 128)
+  part = generation.jobs(SETS['dpg'], [(1, found[1])], 4, 0, sizes(pipe))
+  generation.generate(pipe, SETS['dpg'], part, tmp_path / 'part')
+  for one, other in zip(generation.read(tmp_path / 'whole', [wanted[1].output]),
+                        generation.read(tmp_path / 'part', [part[0].output]), strict=True):
+    assert np.abs(one.astype(int) - other).max() <= 1
+  (two,) = read('geneval2', lay(tmp_path, 'geneval2'))
+  generation.generate(pipe, SETS['geneval2'], jobs(pipe, 'geneval2', [two], 1), tmp_path / 'two')
+  assert json.loads((tmp_path / 'two' / 'image_paths.json').read_text()) == {
+      'two red stars': str(tmp_path / 'two/images/00000.png')}
+  edits = read('imgedit', lay(tmp_path, 'imgedit', **{'1.png': png(size=(96, 64))}))
+  (job,) = jobs(pipe, 'imgedit', edits, 1)
+  assert (job.height, job.width) == (48, 80) and len(job.requests[0].references) == 1
+
+
+def test_one_device_makes_what_eight_make(pipe, recipe, tmp_path):
+  from test_pipeline import random_pipe
+  found = read('oneig', lay(tmp_path, 'oneig'))[:1]
+  wanted = jobs(pipe, 'oneig', found, 4)
+  generation.generate(pipe, SETS['oneig'], wanted, tmp_path / 'eight')
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
+    generation.generate(random_pipe(recipe()), SETS['oneig'], wanted, tmp_path / 'one')
+  eight, one = (generation.read(tmp_path / name, [wanted[0].output]) for name in ('eight', 'one'))
+  assert np.abs(np.stack(eight).astype(int) - np.stack(one)).max() <= 2 and np.std(one) > 5
+
+
+# The judge
+
+
+@pytest.fixture(scope='module')
+def judge():
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    return judging.Judge.load(pathlib.Path(describe.EMBEDDED), dtype='float32', quantized='', cache=None, tiles=1,
+                              batch_size=8)
+
+
+@pytest.fixture(scope='module')
+def rendered():
+  """(records of scenes, their true images): what the judge should say yes to."""
+  found = scenes.records()[:24]
+  pictures = [examples.example('t2i', 'test', i // 2, objects=((1, 2), (3, 4))[i % 2])['target'] for i in range(24)]
+  return found, pictures
+
+
+def test_yes_is_for_the_image_that_shows_it(judge, rendered):
+  found, pictures = rendered
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    true, false = judge.shown(found, pictures), judge.shown(found, pictures[1:] + pictures[:1])
+  assert true.mean() > 0.8 and false.mean() < 0.2 and np.mean(true > false) > 0.9
+  assert all(record.exact(picture) for record, picture in zip(found, pictures))
+  assert not any(record.exact(picture) for record, picture in zip(found, pictures[1:] + pictures[:1]))
+
+
+def test_questions_are_answered(judge, rendered):
+  found, pictures = (each[:12] for each in rendered)
+  assert {question.category for record in found for question in record.questions} >= {'object', 'count', 'background'}
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    true, false = judge.answer(found, pictures), judge.answer(found, pictures[1:] + pictures[:1])
+  share = lambda told: np.mean(np.concatenate([answer.right for answer in told]))
+  assert share(true) > 0.85 and share(false) < 0.6
+  assert all(answer.answered.all() for answer in true)
+  assert [len(answer.right) for answer in true] == [len(record.questions) for record in found]
+
+
+def test_a_judge_on_one_device_as_on_eight(judge, rendered):
+  found, pictures = (each[:5] for each in rendered)
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    eight = judge.shown(found, pictures)
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
+    alone = judging.Judge.load(pathlib.Path(describe.EMBEDDED), dtype='float32', quantized='', cache=None, tiles=1,
+                               batch_size=3)
+    np.testing.assert_allclose(alone.shown(found, pictures), eight, atol=1e-4)
+
+
+def test_an_edit_without_a_caption_is_judged_by_both_images(judge, rendered):
+  """That a probability comes of it; the embedded VLM never saw two images with such a question."""
+  found, pictures = rendered
+  edit = Record('a', 'make it blue', 'x', references=(pictures[0],))
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    both = judge.shown([edit, found[1]], [pictures[1], pictures[1]])
+  assert 0 <= both[0] <= 1 and both[1] > 0.5
+
+
+def test_a_judge_of_text_alone_is_refused(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(dict(
+      model_type='qwen2', vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+      intermediate_size=8)))
+  with pytest.raises(UserError, match='reads no images, and a judge has to'):
+    judging.Judge.load(tmp_path, dtype='float32', quantized='', cache=None, tiles=1, batch_size=1)
+
+
+class Digits:
+  """A tokenizer that gives words whole and numbers digit by digit."""
+  vocabulary = ('yes', 'no', 'one', 'ten', '1', '0', ' ')
+  folder, tokenizer = 'digits', property(lambda self: self)
+
+  def text_ids(self, text):
+    if text.isdigit():
+      return tuple(self.vocabulary.index(digit) for digit in text)
+    return (self.vocabulary.index(' '),) if text[0] == ' ' else tuple(
+        [self.vocabulary.index(text)] if text in self.vocabulary else [])
+
+  def decode(self, ids):
+    return ''.join(self.vocabulary[i] for i in ids)
+
+
+def test_a_first_token_of_two_answers_says_nothing():
+  """1 begins 1 and 10, and a blank every word."""
+  assert answers.first_ids(Digits(), [('one', '1'), ('ten', '10')]) == ((2,), (3,))
+  assert answers.first_ids(Digits(), [('one', '1'), ('maybe',)]) == ((2, 4), ())
+
+
+# Dependencies
+
+
+def test_a_question_counts_with_those_that_it_depends_on():
+  """DPG's own rule, through a chain: the grandchild of a wrong one counts nothing either. Of two images."""
+  asked = (Question('a'), Question('b', parents=(0,)), Question('c', parents=(1,)), Question('d'),
+           Question('e', parents=(0, 3)))
+  right = np.array([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1]], bool).T
+  np.testing.assert_array_equal(records.with_parents(asked, right).T,
+                                [[1, 0, 0, 1, 1], [1, 1, 1, 0, 0]])
+  circle = (Question('a', parents=(1,)), Question('b', parents=(0,)), Question('c', parents=(2,)))
+  np.testing.assert_array_equal(records.with_parents(circle, np.array([[1, 0, 1], [1, 1, 0]], bool).T).T,
+                                [[0, 0, 1], [1, 1, 0]])
+
+
+def test_questions_of_scenes_know_their_parents():
+  constraints = language.parse('a red circle left of a blue star')
+  made = scenes.questions(constraints)
+  assert [question.text for question in made] == [
+      'is there a red circle in the picture?', 'is there a blue star in the picture?', 'how many shapes are there?',
+      'is the red circle left of the blue star?']
+  assert made[2].answer == 'two' and made[3].parents == (0, 1)
+
+
+# Tables
+
+
+def test_macro_micro_and_the_best_of_several():
+  """By hand: a has the prompts 1 and 2, b the prompts 2 and 3; all is a summary."""
+  values = {'1': [0.0, 1.0], '2': [0.2, 0.4], '3': [0.6, 0.6]}
+  categories = {'a': {k: values[k] for k in '12'}, 'b': {k: values[k] for k in '23'}, 'all': values}
+  made = tables.report(tables.Scores('x', values, categories), summaries=('all',))
+  mean = {name: row['mean']['value'] for name, row in made['categories'].items()}
+  assert mean == {'a': 0.4, 'b': 0.45, 'all': 0.4667}
+  assert {name: row['top']['value'] for name, row in made['categories'].items()} == {'a': 0.7, 'b': 0.5, 'all': 0.6667}
+  assert made['macro']['mean']['value'] == 0.425 and made['macro']['top']['value'] == 0.6
+  assert made['micro']['mean']['value'] == 0.4667 and made['micro']['top']['value'] == 0.6667
+  assert made['macro']['categories'] == 2 and made['micro']['prompts'] == 3
+  for row in (*made['categories'].values(), made['macro'], made['micro']):
+    assert all(row[kind]['low'] <= row[kind]['value'] <= row[kind]['high'] for kind in ('mean', 'top'))
+  lower = tables.report(tables.Scores('lpips', values, {}, higher=False))
+  assert lower['micro']['top']['value'] == 0.2667 and 'macro' not in lower
+  text = tables.markdown(made, 2)
+  assert '| a | 2 | 0.400 |' in text and 'best of 2' in text and '| **macro**, mean of 2 categories |' in text
+  single = tables.report(tables.Scores('x', {'1': [0.5]}, {}))
+  assert 'top' not in single['micro'] and 'best of' not in tables.markdown(single, 1)
+
+
+def test_intervals_shrink_with_the_number_of_prompts():
+  rng = np.random.default_rng(0)
+  width = []
+  for n in (10, 1000):
+    values = {str(i): [float(x)] for i, x in enumerate(rng.random(n))}
+    row = tables.report(tables.Scores('x', values, dict(a=values, b=values)))
+    width.append([row[name]['mean']['high'] - row[name]['mean']['low'] for name in ('micro', 'macro')])
+  assert np.all(np.array(width[0]) > 5 * np.array(width[1]))
+
+
+class Said:
+  """A judge whose answers are given: a probability for each image, and of its questions those that are right."""
+
+  def shown(self, found, images):
+    return np.array([image[0, 0, 0] / 100 for image in images])
+
+  def answer(self, found, images):
+    return [judging.Answer(np.arange(len(record.questions)) < image[0, 0, 1], np.full(len(record.questions), 0.25),
+                           np.full(len(record.questions), image[0, 0, 1] > 0)) for record, image in zip(found, images)]
+
+
+def painted(workdir, outputs, *colours):
+  """A file of images of the colours given."""
+  image = generation.grid([np.full((8, 8, 3), colour, np.uint8) for colour in colours])
+  imaging.write_bytes(workdir / 'images' / outputs[0].path, imaging.encoded(image, outputs[0].encoding, 100))
+
+
+def test_scores_of_a_set(tmp_path):
+  """DPG by hand: of four images of a prompt with a chain of three questions 3, 1, 0, 2 are right."""
+  found = read('dpg', lay(tmp_path, 'dpg'))
+  layouts = [SETS['dpg'].layout(record, 4) for record in found]
+  painted(tmp_path, layouts[0], (90, 3, 0), (10, 1, 0), (20, 0, 0), (40, 2, 0))
+  with pytest.raises(UserError, match='1 of 2 prompts have not all their images.*images/COCOval1.png'):
+    scoring.score(SETS['dpg'], found, 4, tmp_path, scoring.SCORES, {}, Said)
+  painted(tmp_path, layouts[1], *[(50, 1, 0)] * 4)
+  scored = scoring.score(SETS['dpg'], found, 4, tmp_path, scoring.SCORES, {}, Said)
+  by_name = {table['name']: table for table in scored.tables}
+  assert list(by_name) == ['vqascore', 'questions', 'questions, soft', 'questions, geometric']
+  assert by_name['vqascore']['micro']['mean']['value'] == 0.45 and by_name['vqascore']['micro']['top']['value'] == 0.7
+  questions = by_name['questions']
+  assert scored.prompts[0]['questions'] == pytest.approx([1, 1 / 3, 0, 2 / 3])
+  assert questions['micro']['mean']['value'] == 0.75 and questions['micro']['top']['value'] == 1
+  assert {name: (row['prompts'], row['mean']['value']) for name, row in questions['categories'].items()} == {
+      'entity - whole': (2, 0.875), 'attribute - color': (1, 0.5), 'relation - spatial': (1, 0.25)}
+  assert questions['macro']['mean']['value'] == pytest.approx((0.875 + 0.5 + 0.25) / 3, abs=1e-4)
+  assert by_name['questions, geometric']['micro']['mean']['value'] == 0.25
+  assert scored.notes == ['3 of 16 questions were given none of their options as an answer, and count as wrong']
+
+
+def test_prompts_without_questions_are_counted(tmp_path):
+  found = read('oneig', lay(tmp_path, 'oneig'))
+  for record in found:
+    painted(tmp_path, SETS['oneig'].layout(record, 1), (30, 2, 0))
+  scored = scoring.score(SETS['oneig'], found, 1, tmp_path, ('questions',), {}, Said)
+  assert 'questions: 1 of 2 prompts have what it wants' in scored.notes
+  with pytest.raises(UserError, match='nothing of benchmark.scores=images can be measured'):
+    scoring.score(SETS['oneig'], found, 1, tmp_path, ('images',), {}, Said)
+
+
+def test_images_beside_the_truth_and_the_reference(tmp_path):
+  """The true image is scaled to the size of the one that was made."""
+  found = read('own', lay(tmp_path, 'own'))
+  for record in found:
+    painted(tmp_path, SETS['own'].layout(record, 1), (0, 0, 255))
+  red = lambda images, truths: np.mean(truths[..., 0], axis=(1, 2)) - np.mean(images[..., 0], axis=(1, 2))
+  scored = scoring.score(SETS['own'], found, 1, tmp_path, ('images',),
+                         dict(benchmark.IMAGE_METRICS, lpips=red), Said)
+  assert scored.prompts[0] == {} and scored.prompts[1]['lpips'] == [0] and scored.prompts[1]['psnr'][0] > 60
+  assert scored.prompts[1]['lpips to reference'] == [255] and scored.prompts[1]['psnr to reference'][0] < 3
+
+
+# The command
+
+
+def test_the_embedded_model_from_prompts_to_tables(run, tmp_path):
+  """GenEval's schema with prompts of scenes: images, the report of all and of a part, and a run that makes none."""
+  prompts = lines(*(dict(tag=tag, include=[], prompt=prompt) for tag, prompt in (
+      ('single_object', 'a big red circle'), ('counting', 'two blue stars'), ('counting', 'three green hearts'))))
+  folder = lay(tmp_path, 'geneval', **{'evaluation_metadata.jsonl': prompts})
+  with pytest.raises(UserError) as error:
+    benchmark.read(benchmark.BenchmarkSettings('geneval', str(folder)))
+  pinned = str(error.value).rpartition('benchmark.sha256=')[2]
+  common = ['--config=configs/benchmark.py:geneval', f'--workdir={tmp_path / "run"}', '--config.sample.steps=1',
+            f'--config.benchmark.path={folder}', f'--config.benchmark.sha256={pinned}', '--config.sample.guidance=1',
+            '--config.benchmark.images=1', '--config.sample.batch_size=8']
+  run(*common)
+  workdir = tmp_path / 'run'
+  times = {path: path.stat().st_mtime_ns for path in (workdir / 'images').rglob('*') if path.is_file()}
+  assert len(times) == 6
+  report = json.loads((workdir / 'report_part.json').read_text())  # the published set has 553
+  assert (report['prompts'], report['prompts_of_set'], report['images_per_prompt']) == (3, 553, 1)
+  assert report['files']['evaluation_metadata.jsonl'] == dict(sha256=pinned.partition('=')[2], published=False)
+  assert report['judge']['name'] == 'tiny' and report['made_by']['origin']['model']['name'] == 'tiny'
+  assert [table['name'] for table in report['tables']] == ['vqascore']
+  assert '# geneval: 3 of 553 prompts' in (workdir / 'report_part.md').read_text()
+  assert not (workdir / 'report.json').exists()
+  run(*common, '--config.benchmark.only=counting', '--config.benchmark.stage=score')
+  part = (workdir / 'report_part.md').read_text()
+  assert '# geneval: 2 of 553 prompts' in part and "benchmark.only=('counting',)" in part
+  assert times == {path: path.stat().st_mtime_ns for path in (workdir / 'images').rglob('*') if path.is_file()}
+  scores = [json.loads(line) for line in (workdir / 'scores_part.jsonl').read_text().splitlines()]
+  assert [row['id'] for row in scores] == ['00001', '00002'] and 0 <= scores[0]['scores']['vqascore'][0] <= 1
+  with pytest.raises(UserError, match='settings.steps=1, and now it is 2'):
+    run(*common, '--config.sample.steps=2')
+  (workdir / 'images/00002/samples/00000.png').unlink()
+  with pytest.raises(UserError, match='1 of 3 prompts have not all their images'):
+    run(*common, '--config.benchmark.stage=score')
+
+
+def test_a_whole_list_of_ones_own_and_images_of_elsewhere(tmp_path, mesh):
+  """report.json is of the whole alone; what other programs made is scored as it is."""
+  folder = lay(tmp_path, 'own', **{'prompts.jsonl': lines(dict(prompt='a red circle'))})
+  workdir = tmp_path / 'run'
+  imaging.write_png(workdir / 'images/00000.png', np.zeros((64, 64, 3), np.uint8))
+  config = command_line.read('benchmark', [
+      f'benchmark.path={folder}', 'benchmark.stage=score', 'benchmark.judge_tiles=1'])
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
+    benchmark.run(config, workdir)
+  report = json.loads((workdir / 'report.json').read_text())
+  assert report['made_by'] is None and report['prompts'] == report['prompts_of_set'] == 1
+  assert 'made by another program' in (workdir / 'report.md').read_text()
+  assert report['tables'][0]['micro']['mean']['value'] < 0.2  # a black square is no red circle
+
+
+def test_scenes_are_a_list_of_ones_own():
+  files, found = benchmark.read(command_line.read('benchmark').benchmark)
+  assert files.digests == {} and len(found) == scenes.PROMPTS
+  chosen = benchmark.choose(found, benchmark.BenchmarkSettings(only=('3-4 objects',), examples=2))
+  assert [i for i, _ in chosen] == [1, 3]
+  with pytest.raises(UserError, match="no category '5 objects'; there are 1-2 objects, 3-4 objects"):
+    benchmark.choose(found, benchmark.BenchmarkSettings(only=('5 objects',)))
+
+
+@pytest.mark.parametrize('setting, sentence', [
+    ('benchmark.set=coco', "benchmark.set='coco' must be one of 'geneval'"),
+    ('benchmark.sha256=x', "benchmark.sha256: 'x' must be FILE=DIGEST"),
+    ('benchmark.scores=fid', "benchmark.scores: 'fid' must be one of 'vqascore'"),
+    ('benchmark.question=yes?', 'must have {} where'), ('sample.prompt=x', "sample.prompt is the set's to say"),
+    ('benchmark.images=-1', 'benchmark.images=-1 must be between')])
+def test_settings(setting, sentence):
+  with pytest.raises(UserError) as error:
+    configuration.check(command_line.read('benchmark', [setting]), 1)
+  assert sentence in str(error.value)
+
+
+def test_recipe():
+  made = command_line.read('benchmark:gedit:krea2_turbo')
+  assert made.benchmark.set == 'gedit' and made.weights == 'krea/Krea-2-Turbo' and made.sample.steps == 8
+  with pytest.raises(UserError, match='has the sets geneval, geneval2, dpg'):
+    command_line.read('benchmark:coco')
