@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -143,11 +144,11 @@ def test_unknown_claims_are_named():
 def answers(monkeypatch):
   """Images and texts in the place of the pipeline's, by a function that is set as `answers.of`; what was asked."""
   class Answers:
-    asked: list[dict] = []
+    asked = []
     of = staticmethod(lambda record: pipeline.Sample(record['target'], record['caption']))
 
   def generate(pipe, records, batch_size, seed, settings):
-    Answers.asked = records
+    Answers.asked.append(records)
     return [Answers.of(record) for record in records]
   monkeypatch.setattr(generation, 'generate', generate)
   return Answers
@@ -165,20 +166,23 @@ def test_edits_are_measured_where_the_reference_stays(pipe, answers):
   assert [psnr for psnr in copied['edit/psnr'] if psnr is not None] == known
 
 
-def test_several_references_are_named_by_what_they_show(pipe, answers):
-  values = measures.several(pipe, dataclasses.replace(TRY, examples=3), 0, {}, truth=True)
-  assert values == {f'{n}/{name}': [True] * 3 for n in (2, 3) for name in ('all', 'written')}
-  assert all(record['rewrite'] == record['caption'] and 'first' not in record['instruction']
-             for record in answers.asked)
-  measures.several(pipe, dataclasses.replace(TRY, examples=3), 0, {})
-  assert all(record['rewrite'] is None and len(record['references']) == 3 for record in answers.asked)
+def test_two_references_are_named_by_what_they_show(pipe, answers):
+  size = dataclasses.replace(TRY, examples=3)
+  assert measures.several(pipe, size, 0, {}, truth=True) == {
+      f'{n}/{name}': [True] * 3 for n in (2, 3) for name in ('all', 'written')}
+  two, three = answers.asked
+  assert not any(re.search('first|second|picture (one|two|[12])', record['instruction']) for record in two)
+  assert [[len(record['references']) for record in asked] for asked in (two, three)] == [[2] * 3, [3] * 3]
+  assert all(record['rewrite'] == record['caption'] for record in two + three)
+  measures.several(pipe, size, 0, {})
+  assert all(record['rewrite'] is None for record in answers.asked[2])
 
 
 def test_references_are_shown_larger_and_measured_small(pipe, answers):
   values = measures.reconstruct(pipe, TRY, 0, dict(tiles=9), larger=3, rewrite='')
   assert values['exact'] == [True, True] and values['rmse'] == [0, 0] and values['dissimilarity'] == [0, 0]
   assert max(values['distance']) < 1e-5
-  assert all(record['rewrite'] == '' and record['references'][0].shape == (192, 192, 3) for record in answers.asked)
+  assert all(record['rewrite'] == '' and record['references'][0].shape == (192, 192, 3) for record in answers.asked[0])
 
 
 def test_prompts_have_verdicts_scores_and_losses(pipe):

@@ -5,6 +5,7 @@ no such value, in every arm alike. `size` is of experiments.py; seed: of the noi
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import itertools
 from typing import Any
 
@@ -16,6 +17,7 @@ from unifusion_jax.evaluation import flow_loss, images, vqascore
 from unifusion_jax.scenes import examples, judge, language, multi, render, world
 from unifusion_jax.scenes.evaluation import generation
 
+SIDE = 64          # pixels of images
 BATCH = 50         # images sampled at a time
 STRIDE = 1_000_003  # between the noise of two seeds
 STYLES = {'plain': 'plain', 'heldout': 'phrasings never trained on', 'knowledge': 'knowledge'}
@@ -84,15 +86,16 @@ def reconstruct(pipe, size, seed: int, settings: Mapping[str, Any], larger: int 
 
 
 def several(pipe, size, seed: int, settings: Mapping[str, Any], truth: bool = False) -> dict[str, list]:
-  """Exact images and texts of requests with two and three references, named by what they show.
+  """Exact images and texts of requests with two and three references.
 
+  Two are named by what they show; of three, requests without a number are one in two hundred, so all are taken.
   truth: with the true description in place of what the VLM writes.
   """
   ordinals = [number for numbers in multi.ORDINALS for number in numbers]
+  by_content = lambda record: not any(number in record['instruction'] for number in ordinals)
   values = {}
-  for count in (2, 3):
-    records = _records('multi', size, (1, 4), lambda record, count=count: len(record['source']) == count and not any(
-        number in record['instruction'] for number in ordinals))
+  for count, wanted in ((2, by_content), (3, _any)):
+    records = _records('multi', size, (1, 4), wanted, references=count)
     asked = [dict(record, rewrite=record['caption'] if truth else None) for record in records]
     samples = _sampled(pipe, asked, seed, settings)
     values[f'{count}/all'] = [judge.exact(judge.read(sample.image), world.Scene.from_json(record['scene']))
@@ -101,14 +104,22 @@ def several(pipe, size, seed: int, settings: Mapping[str, Any], truth: bool = Fa
   return values
 
 
-def _records(task: str, size, objects: tuple[int, int], wanted: Callable[[dict], bool] = lambda record: True,
-             larger: int = 1) -> list[dict]:
-  """The first wanted examples of the split test whose target is square; other shapes would be compiled anew."""
-  texts = (examples.example(task, 'test', i, objects=objects, images=False) for i in itertools.count())
-  chosen = (i for i, record in enumerate(texts)
-            if world.Scene.from_json(record['scene']).aspect == 'square' and wanted(record))
-  return [examples.example(task, 'test', i, objects=objects, reference_size=64 * larger)
-          for i in itertools.islice(chosen, size.examples)]
+def _any(record: dict) -> bool:
+  del record
+  return True
+
+
+def _records(task: str, size, objects: tuple[int, int], wanted: Callable[[dict], bool] = _any, larger: int = 1,
+             references: int | None = None) -> list[dict]:
+  """The first wanted examples of the split test whose target is square; other shapes would be compiled anew.
+
+  wanted: of a record without images. references: their number, None for any.
+  """
+  make = functools.partial(examples.example, task, 'test', objects=objects)
+  square = (i for i in itertools.count() if examples.aspect(task, 'test', i) == 'square')
+  counted = (i for i in square if references in (None, examples.references(task, 'test', i)))
+  chosen = (i for i in counted if wanted(make(i, images=False)))
+  return [make(i, reference_size=SIDE * larger) for i in itertools.islice(chosen, size.examples)]
 
 
 def _sampled(pipe, records: list[dict], seed: int, settings: Mapping[str, Any]) -> list[pipeline.Sample]:
