@@ -61,7 +61,7 @@ def test_a_run_goes_on_after_a_kill_and_ends_in_a_table_and_a_plot(recipe, tmp_p
   assert run.run(jobs, folder, command, 1, 0) == [], (folder / 'logs' / 'more_edit_0.txt').read_text()
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [1, 2] and not (workdir / 'checkpoints').exists()
-  assert all(run.done(job, folder) for job in jobs)
+  assert run.remaining(jobs, folder) == []
   assert run.run(jobs, folder, ['false'], 1, 0) == []  # there is nothing left to start
 
   docs.mkdir()
@@ -129,6 +129,19 @@ def test_every_stage_is_a_configuration_that_runs(size, tmp_path):
     assert {task.name.partition('/')[0] for task in config.data.tasks} <= {'t2i', 'edit', 'reconstruct'}
   steps = [experiments.config(name, 0, experiments.SIZES[size], tmp_path) for name in ('more_edit', 'more_t2i')]
   assert steps[0].optim == steps[1].optim and steps[0].train == steps[1].train and steps[0].init == steps[1].init
+
+
+def test_results_alone_are_enough_to_go_on(tmp_path):
+  """On another machine, where the trainings are not: those that a missing measurement needs are done again."""
+  jobs = run.plan(['f'], 1, TRY)
+  assert [job.stage for job in run.remaining(jobs, tmp_path)] == [
+      'shipped_edit', 'vlm_multi', 'shipped_edit_multi', 'edit_multi']
+  for arm in ('shipped', 'shipped_truth', 'vlm'):
+    run.write(run.result_file(tmp_path, 'f', arm, 0), {})
+  assert [job.stage for job in run.remaining(jobs, tmp_path)] == ['vlm_multi', 'edit_multi']
+  for arm in ('vlm_edit', 'vlm_edit_truth'):
+    run.write(run.result_file(tmp_path, 'f', arm, 0), {})
+  assert run.remaining(jobs, tmp_path) == []
 
 
 def test_unknown_claims_are_named():

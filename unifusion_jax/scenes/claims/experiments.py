@@ -58,9 +58,10 @@ SIZES = {
     'full': Size(dataclasses.replace(GPU, noises=4),
                  dict(t2i=3000, edit=1500, vlm=4000, vlm_tiles=2000, tiles=2000), examples=400, sampling_steps=24,
                  seconds=ON_GPU, variants=True),
-    'short': Size(dataclasses.replace(GPU, noises=4),
-                  dict(t2i=200, edit=120, vlm=600, vlm_tiles=300, tiles=200), examples=300, sampling_steps=24,
-                  seconds=ON_GPU),
+    'short': Size(dataclasses.replace(GPU, noises=4, dit_batch=128),
+                  dict(t2i=250, edit=200, vlm=500, vlm_tiles=300, tiles=250), examples=300, sampling_steps=24,
+                  seconds={name: value / 2 if name in ('t2i', 'edit', 'tiles') else value
+                           for name, value in ON_GPU.items()}),
     'reduced': Size(CPU, dict(t2i=900, edit=400, vlm=1000, vlm_tiles=500, tiles=400), examples=100, sampling_steps=24,
                     seconds=ON_CPU),
     'try': Size(retrain.Scale(2, 2, 2, noises=2, workers=0, tiles=(1,), dtype='float32', rate=1.0),

@@ -94,8 +94,18 @@ def result_file(folder: pathlib.Path, claim: str, arm: str, seed: int) -> pathli
   return folder / 'results' / claim / f'{arm}_{seed}.json'
 
 
-def done(job: Job, folder: pathlib.Path) -> bool:
-  return exported(job, folder) and all(result_file(folder, *arm, job.seed).exists() for arm in job.arms)
+def remaining(jobs: Sequence[Job], folder: pathlib.Path) -> list[Job]:
+  """Jobs that have something to measure, or to train for one of these; in order.
+
+  Results alone are enough: a folder that has lost its trainings goes on with the measurements that it lacks.
+  """
+  wanted, needed = [], set()
+  for job in reversed(jobs):  # what a job needs comes before it
+    measured = all(result_file(folder, *arm, job.seed).exists() for arm in job.arms)
+    if not measured or (job.name in needed and not exported(job, folder)):
+      wanted.append(job)
+      needed.update(job.after)
+  return wanted[::-1]
 
 
 def claim_folder(folder: pathlib.Path, size: str) -> None:
@@ -118,11 +128,12 @@ def write(file: pathlib.Path, content: dict) -> None:
 
 
 def run(jobs: Sequence[Job], folder: pathlib.Path, command: Sequence[str], at_once: int, minutes: float) -> list[str]:
-  """Runs the jobs that are not done, `at_once` at a time, until the minutes are over (0: all): names of failed ones.
+  """Runs the remaining jobs, `at_once` at a time, until the minutes are over (0: all): names of those that failed.
 
-  command: the program and flags of a job's process, without its --job. A job whose stage failed is left out.
+  command: the program and flags of a job's process, without its --job. What needs the export of a failed job is left
+  out.
   """
-  left = [job for job in jobs if not done(job, folder)]
+  left = remaining(jobs, folder)
   ready = {job.name for job in jobs if exported(job, folder)}
   end = time.monotonic() + 60 * minutes if minutes else math.inf
   environment = dict(os.environ)
@@ -211,7 +222,7 @@ def main(argv):
   claim_folder(folder, values.size)
   command = [sys.executable, '-m', 'unifusion_jax.scenes.claims.run', *sys.argv[1:]]
   failed = run(jobs, folder, command, values.jobs, values.minutes)
-  left = [job.name for job in jobs if not done(job, folder)]
+  left = remaining(jobs, folder)
   print(f'{len(jobs) - len(left)} of {len(jobs)} jobs are done' + (
       '; the same command goes on with the others' if left else ''), flush=True)
   if failed:
