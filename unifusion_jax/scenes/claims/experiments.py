@@ -110,18 +110,16 @@ def _more_prompts() -> configuration.Config:
   return config
 
 
-def _on(config: configuration.Config, **weights: float) -> configuration.Config:
-  """The configuration on other tasks of the wider world."""
-  config.data = dataclasses.replace(config.data, path='scenes/wide',
-                                    tasks=tuple(Task(name.replace('_', '/'), share) for name, share in weights.items()))
+def _on(config: configuration.Config, weights: Mapping[str, float]) -> configuration.Config:
+  """The configuration on other tasks, {task: weight}, of the wider world."""
+  tasks = tuple(Task(name, weight) for name, weight in weights.items())
+  config.data = dataclasses.replace(config.data, path='scenes/wide', tasks=tasks)
   return config
 
 
-def _vlm(tasks: Mapping[str, float]) -> configuration.Config:
+def _vlm(weights: Mapping[str, float]) -> configuration.Config:
   """The shipped VLM, trained on."""
-  config = _on(vlm.get_config(), **{name.replace('/', '_'): share for name, share in tasks.items()})
-  config.init = str(ASSETS / 'vlm')
-  return config
+  return dataclasses.replace(_on(vlm.get_config(), weights), init=str(ASSETS / 'vlm'))
 
 
 def _several_tiles(config: configuration.Config) -> configuration.Config:
@@ -131,8 +129,7 @@ def _several_tiles(config: configuration.Config) -> configuration.Config:
 
 def _edits_in_tiles() -> configuration.Config:
   """Edits and repetitions of references in several tiles, some of them by the image tokens alone."""
-  config = _several_tiles(_on(_shipped_edit(), edit=0.5, reconstruct=0.5))
-  config.init = str(ASSETS / 'edit')
+  config = _several_tiles(_on(_shipped_edit(), dict(edit=0.5, reconstruct=0.5)))
   config.objective = dataclasses.replace(config.objective, text_dropout=0.3)
   return config
 

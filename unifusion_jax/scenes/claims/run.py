@@ -157,10 +157,10 @@ def run(jobs: Sequence[Job], folder: pathlib.Path, command: Sequence[str], at_on
           job, _ = running.pop(future)
           if future.result():
             failed.append(job.name)
+            print(f'{job.name}: FAILED, as {folder / "logs" / job.name}.txt says', flush=True)
           else:
             ready.add(job.name)
-          print(f'{job.name}: {"FAILED, see" if future.result() else "done,"} {folder / "logs" / job.name}.txt',
-                flush=True)
+            print(f'{job.name}: done', flush=True)
         if time.monotonic() >= end:
           return failed
     finally:
