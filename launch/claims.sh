@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The paper's claims on scenes: trains, measures and writes docs/results and docs/paper.md.
+#   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=full --jobs=2               # one GPU of 80 GB, hours
+#   bash launch/claims.sh --claims=a,e,f --seeds=3 --size=short --jobs=8 --minutes=9        # the same, minutes
+#   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=reduced                     # two CPU cores, overnight
+# Run again, it goes on. Its flags are those of unifusion_jax/scenes/claims/run.py; --plan says what it would do.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment requirements.txt
+if ! .venv/bin/python -c 'import matplotlib' 2>/dev/null; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.10'
+fi
+if nvidia-smi -L >/dev/null 2>&1; then
+  export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"  # fewer kernels to try, as in embedded.sh
+fi
+folder=runs/claims
+for flag in "$@"; do
+  case "$flag" in
+    --folder=*) folder="${flag#--folder=}" ;;
+    --plan) exec .venv/bin/python -m unifusion_jax.scenes.claims.run "$@" ;;
+  esac
+done
+failed=0
+.venv/bin/python -m unifusion_jax.scenes.claims.run "$@" || failed=$?
+.venv/bin/python -m unifusion_jax.scenes.claims.report --folder="$folder"
+exit "$failed"

@@ -1,0 +1,236 @@
+"""Tables, plots and statements of the paper's claims: from the results of runs to docs/results and docs/paper.md.
+
+  python -m unifusion_jax.scenes.claims.report --folder=runs/claims    # after scenes/claims/run.py
+  python -m unifusion_jax.scenes.claims.report --folder=               # docs/paper.md again, from docs/results alone
+
+docs/results/CLAIM.json holds every example's verdict in every seed, so that anyone can test what this does not. What
+stands between <!-- claim X --> and <!-- end of claim X --> in docs/paper.md is written here and nowhere else.
+"""
+
+from collections.abc import Mapping
+import math
+import pathlib
+import re
+
+from absl import app, flags
+import numpy as np
+
+from unifusion_jax import command_line, errors, json_file
+from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation import statistics
+from unifusion_jax.scenes.claims import experiments, run
+
+LEVEL = 0.05  # below this p, adjusted, and with an interval without 0 a difference is called one
+MARKED = re.compile(r'(<!-- claim (\w) -->\n).*?(<!-- end of claim \2 -->)', re.DOTALL)
+
+
+def collect(folder: pathlib.Path) -> dict[str, dict]:
+  """{claim: result} of a run's folder, in the form of docs/results.
+
+  UserError where results of a claim have other settings, devices or jax, or those of an arm another training.
+  """
+  results = {}
+  for claim in experiments.CLAIMS:
+    files = sorted((folder / 'results' / claim).glob('*.json'))
+    if files:
+      results[claim] = _collected(claim, [(file, json_file.read(file)) for file in files])
+  return results
+
+
+def _collected(claim: str, read: list[tuple[pathlib.Path, dict]]) -> dict:
+  (first, one), arms = read[0], {}
+  for file, each in read:
+    if each['settings'] != one['settings']:
+      different = [name for name in one['settings'] if each['settings'].get(name) != one['settings'][name]]
+      raise UserError(f'{file} has another {", ".join(different)} than {first}: results are compared within one set of '
+                      'settings, so remove one of them and run it again')
+    arm = arms.setdefault(each['arm'], dict(digest=each['digest'], parameters=each['parameters'], seeds=[], seconds=[],
+                                            values={}))
+    if each['digest'] != arm['digest']:
+      raise UserError(f'{file} is of another training than the other seeds of {each["arm"]} (settings '
+                      f'{each["digest"]}, theirs {arm["digest"]}): remove what is older and run it again')
+    arm['seeds'].append(each['seed'])
+    arm['seconds'].append(each['seconds'])
+    for name, values in each['values'].items():
+      arm['values'].setdefault(name, []).append(_packed(values))
+  order = [name for name in experiments.CLAIMS[claim].arms if name in arms]
+  return dict(claim=claim, settings=one['settings'], dates=sorted({each['date'] for _, each in read}),
+              arms={name: arms[name] for name in order})
+
+
+def _packed(values: list) -> str | list:
+  """Verdicts as a text of 0 and 1, other values rounded."""
+  if all(isinstance(value, bool) for value in values):
+    return ''.join(str(int(value)) for value in values)
+  return [None if value is None else round(value, 4) for value in values]
+
+
+def matched(result: Mapping, value: str, *arms: str) -> list[np.ndarray]:
+  """The values [seeds examples] of each arm, of the seeds that all of them have; examples without a value left out."""
+  chosen = [result['arms'][name] for name in arms]
+  seeds = sorted(set.intersection(*(set(arm['seeds']) for arm in chosen)))
+  tables = [np.array([[math.nan if x is None else float(x) for x in arm['values'][value][arm['seeds'].index(seed)]]
+                      for seed in seeds]) for arm in chosen]
+  known = np.all([np.all(np.isfinite(table), axis=0) for table in tables], axis=0) if seeds else []
+  return [table[:, known] if len(table) else table for table in tables]
+
+
+def has(result: Mapping, value: str, *arms: str) -> bool:
+  """Whether the arms have this value, in a seed that they share."""
+  return all(name in result['arms'] and value in result['arms'][name]['values'] for name in arms) and bool(
+      set.intersection(*(set(result['arms'][name]['seeds']) for name in arms)))
+
+
+def holm(ps: list[float]) -> list[float]:
+  """p values adjusted for their number: S. Holm, A simple sequentially rejective multiple test procedure (1979)."""
+  order, adjusted, largest = np.argsort(ps, kind='stable'), [0.0] * len(ps), 0.0
+  for rank, i in enumerate(order):
+    largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+    adjusted[i] = largest
+  return adjusted
+
+
+def statements(result: Mapping) -> list[str]:
+  """A sentence for each comparison of the claim whose arms are there."""
+  claim, found = experiments.CLAIMS[result['claim']], []
+  for value, arm, other in claim.compared:
+    if has(result, value, arm, other):
+      tables = matched(result, value, arm, other)
+      found.append((value, arm, other, statistics.paired(*tables), tables[0].shape))
+  adjusted = holm([numbers[3] for *_, numbers, _ in found])
+  sentences = []
+  for (value, arm, other, (difference, low, high, _), (seeds, examples)), p in zip(found, adjusted):
+    digits = _digits(value)
+    interval = f'[{low:.{digits}f}, {high:.{digits}f}]'
+    shown_p = 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
+    about = f'{shown_p}, {seeds} seed{"s" * (seeds > 1)}, {examples} examples'
+    if p < LEVEL and (low > 0 or high < 0):
+      said = f'`{arm}` {"above" if difference > 0 else "below"} `{other}` by {abs(difference):.{digits}f}'
+      said += f' {interval if difference > 0 else f"[{-high:.{digits}f}, {-low:.{digits}f}]"}'
+    else:
+      said = f'no difference seen between `{arm}` and `{other}`: {difference:.{digits}f} {interval}'
+    sentences.append(f'{claim.shown[value]}: {said}, {about}.')
+  return sentences
+
+
+def _digits(value: str) -> int:
+  return 2 if value.endswith(('psnr', 'rmse')) else 3
+
+
+def relatives(claim: experiments.Claim, result: Mapping, value: str, name: str) -> float | None:
+  """The mean of an arm beside that with one tile; None where there is no such arm."""
+  base = f'{name.rpartition("_")[0]}_1'
+  if value not in claim.relative or not has(result, value, name, base):
+    return None
+  mine, theirs = matched(result, value, name, base)
+  return float(np.mean(mine) / np.mean(theirs))
+
+
+def table(result: Mapping) -> str:
+  """A Markdown table: a row for each arm of the claim, its values with the spread over seeds and the 95% interval."""
+  claim = experiments.CLAIMS[result['claim']]
+  columns = [value for value in claim.shown if any(has(result, value, name) for name in result['arms'])]
+  rows = [['arm', 'parameters', *(claim.shown[value] for value in columns)], ['---'] * (2 + len(columns))]
+  for name, arm in result['arms'].items():
+    cells = []
+    for value in columns:
+      if not has(result, value, name):
+        cells.append('')
+        continue
+      mean, std, low, high = statistics.seeds(matched(result, value, name)[0])
+      digits = _digits(value)
+      spread = '' if math.isnan(std) else f' ± {std:.{digits}f}'
+      relative = relatives(claim, result, value, name)
+      cells.append(f'{mean:.{digits}f}{spread} [{low:.{digits}f}, {high:.{digits}f}]' + (
+          '' if relative is None else f', {relative:.2f}'))
+    rows.append([f'`{name}`', f'{arm["parameters"] / 1e6:.2f}M', *cells])
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def section(claim: str, result: Mapping | None) -> str:
+  """What docs/paper.md says of a claim's results, generated; the sentence that it was not run without any."""
+  if result is None:
+    return '*Not yet run: there are no results of it in `docs/results/`.*\n'
+  at, dates = result['settings'], result['dates']
+  steps = ', '.join(f'{name} {count}' for name, count in at['steps'].items())
+  kinds = {experiments.STAGES[stage].kind for arm in experiments.CLAIMS[claim].arms.values()
+           for stage in experiments.chain(arm.stage)}
+  steps = ', '.join(f'{name} {count}' for name, count in at['steps'].items() if name in kinds) or 'none'
+  examples, noises, texts = at['batch']
+  parts = [
+      f'Size `{at["size"]}`: steps of each training: {steps}; batches of {examples} noised {noises} times, of the VLM '
+      f'{texts}; {at["examples"]} test examples of each kind, {at["sampling_steps"]} sampling steps. '
+      f'{at["devices"]} x {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.',
+      table(result),
+      '\n'.join(f'- {sentence}' for sentence in statements(result)) or '- No comparison has both of its arms yet.']
+  missing = [name for name in experiments.arms(claim, experiments.SIZES[at['size']]) if name not in result['arms']]
+  most = max(len(arm['seeds']) for arm in result['arms'].values())
+  missing += [f'{name} ({len(arm["seeds"])} of {most} seeds)' for name, arm in result['arms'].items()
+              if len(arm['seeds']) < most]
+  if missing:
+    parts.append(f'Not there: {", ".join(missing)}.')
+  title = experiments.CLAIMS[claim].title
+  parts.append(f'![{title}](results/{claim}.png)\n\nEvery verdict: [results/{claim}.json](results/{claim}.json).')
+  return '\n\n'.join(parts) + '\n'
+
+
+def page(text: str, results: Mapping[str, Mapping]) -> str:
+  """A page with the sections of all claims written anew."""
+  return MARKED.sub(lambda found: f'{found[1]}{section(found[2], results.get(found[2]))}{found[3]}', text)
+
+
+def plot(result: Mapping, file: pathlib.Path) -> None:
+  """The plotted values of every arm: mean and 95% interval, and a dot for each seed. UserError without matplotlib."""
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise UserError('plots want matplotlib: pip install matplotlib') from error
+  matplotlib.use('agg')
+  from matplotlib import pyplot
+  claim = experiments.CLAIMS[result['claim']]
+  columns = [value for value in claim.plotted if any(has(result, value, name) for name in result['arms'])]
+  figure, axes = pyplot.subplots(1, max(1, len(columns)), squeeze=False, layout='constrained',
+                                 figsize=(1 + 4 * max(1, len(columns)), 1.2 + 0.35 * len(result['arms'])))
+  for axis, value in zip(axes[0], columns):
+    names = [name for name in result['arms'] if has(result, value, name)]
+    for y, name in enumerate(names):
+      runs = matched(result, value, name)[0]
+      mean, _, low, high = statistics.seeds(runs)
+      axis.errorbar(mean, y, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt='o', color='black', capsize=3)
+      axis.plot(np.mean(runs, axis=1), [y] * len(runs), '|', color='tab:orange', markersize=12)
+    axis.set(xlabel=claim.shown[value], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axis.grid(axis='x', alpha=0.3)
+  figure.suptitle(claim.title)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(file, dpi=110)
+  pyplot.close(figure)
+
+
+def read(docs: pathlib.Path) -> dict[str, dict]:
+  """The results in docs/results, {claim: result}."""
+  return {file.stem: json_file.read(file) for file in sorted((docs / 'results').glob('?.json'))}
+
+
+def report(folder: pathlib.Path | None, docs: pathlib.Path) -> None:
+  """Writes the results of a run's folder, if one is given, and their plots into `docs`, and the page of all results."""
+  for claim, result in (collect(folder) if folder else {}).items():
+    run.write(docs / 'results' / f'{claim}.json', result)
+    plot(result, docs / 'results' / f'{claim}.png')
+  file, results = docs / 'paper.md', read(docs)
+  file.write_text(page(file.read_text(), results))
+  for claim, result in results.items():
+    print('\n'.join([f'({claim}) {experiments.CLAIMS[claim].title}', *statements(result)]))
+
+
+def main(argv):
+  del argv
+  folder = flags.FLAGS.folder
+  report(pathlib.Path(folder) if folder else None, pathlib.Path(flags.FLAGS.docs))
+
+
+if __name__ == '__main__':
+  flags.DEFINE(command_line.PathParser(), 'folder', 'runs/claims', 'Folder of a run of the claims; empty: none, the '
+               'page alone is written.')
+  flags.DEFINE(command_line.PathParser(), 'docs', 'docs', 'Folder of paper.md and results/.')
+  with errors.at_the_terminal():
+    app.run(main)
