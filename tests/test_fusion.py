@@ -309,7 +309,7 @@ def test_loras_of_other_ways(recipe):
 @pytest.mark.parametrize('way', ['kv', 'text'])
 def test_edits_from_training_to_images(way, recipe, tmp_path, capsys):
   made = with_way(recipe(), way)
-  made.data = dataclasses.replace(made.data, tasks=(Task('edit'),))
+  made.data = dataclasses.replace(made.data, tasks=(Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
   made.objective.noises_per_example = 2
   made.train = dataclasses.replace(made.train, steps=2, preview_every=0)
   train.run(made, tmp_path)
