@@ -50,7 +50,8 @@ def settings(config, prefix: str = '') -> set[str]:
 def test_settings_exist(path):
   there = set().union(*(settings(parsed([f'--config=configs/{recipe.name}'])) for recipe in RECIPES))
   named = re.findall(rf'`((?:{"|".join(GROUPS)})\.[a-z_.]+)', path.read_text())
-  assert set(named) <= there | {'config.json', 'eval.json', 'plan.json', 'train.lock'}, sorted(set(named) - there)
+  files = {'config.json', 'eval.json', 'plan.json', 'train.lock', 'inspect.json', 'inspect.md'}
+  assert set(named) <= there | files, sorted(set(named) - there)
 
 
 def test_new_names_of_settings_exist():

@@ -34,6 +34,7 @@ EXECUTED = {
         'test_processes_modes.py::test_every_mode_on_two_processes_as_on_one',
     '--mode=rewrite': 'test_processes_modes.py::test_every_mode_on_two_processes_as_on_one',
     '--mode=plan': 'test_plan.py::test_every_program_has_its_numbers',
+    '--config=configs/inspect.py --workdir=out': 'test_inspect.py::test_the_command',
     'unifusion_jax.data.convert': 'test_convert_data.py::test_the_command',
 }
 CLOUD = {'gcloud', 'docker', 'kubectl', 'gcluster', 'sbatch'}

@@ -68,8 +68,8 @@ def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):
   assert not list(tmp_path.glob('*.part'))
 
 
-FREE = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'plan', 'demo', 'eval', 'recipe', 'data.workers',
-        'data.skipped', 'data.held_out', 'optim.accumulate', 'model.dit.remat', 'model.lap.remat')
+FREE = ('devices', 'mesh', 'vlm_cache', 'train', 'sample', 'rewrite', 'plan', 'demo', 'inspect', 'eval', 'recipe',
+        'data.workers', 'data.skipped', 'data.held_out', 'optim.accumulate', 'model.dit.remat', 'model.lap.remat')
 ELSEWHERE = ('vlm', 'vae', 'init', 'data.path', 'data.rewrites', 'train.steps', 'train.minutes')
 
 

@@ -80,7 +80,7 @@ def run(config, workdir: pathlib.Path) -> None:
 def inspect_vlm(config: InspectedPipeline, folder: pathlib.Path) -> tuple[dict, dict]:
   """(report, figures by name) of the layers of the VLM that a configuration names, without a model of images."""
   settings, vlm_folder = config.sample, hub.resolve(config.vlm)
-  wanted, _, _ = sample.requests(settings, TILE, 1)
+  wanted, _, _ = sample.requests(settings, TILE, 16)  # any size will do: no image is sampled
   encoder = transforms.PromptEncoder.load(vlm_folder, settings.tiles or 1, *BUDGET)
   most = encoders.config(vlm_folder).text.max_positions  # pyrefly: ignore[missing-attribute]
   prompting.check(encoder, wanted, settings, most)

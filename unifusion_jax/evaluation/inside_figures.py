@@ -12,7 +12,7 @@ from PIL import Image
 ROWS = 40     # tokens of a text in a figure
 NUMBERS = 12  # cells along a side up to which a heat map shows its numbers
 INCHES = 8.5  # width of a figure
-LARGE = 100_000  # bytes
+LARGE = 150_000  # bytes
 
 
 def write(figure: Figure, path: pathlib.Path) -> None:
