@@ -516,7 +516,7 @@ def test_scores_of_a_set(tmp_path):
   painted(tmp_path, layouts[1], *[(50, 1, 0)] * 4)
   scored = scoring.score(SETS['dpg'], found, 4, tmp_path, scoring.SCORES, {}, Said)
   by_name = {table['name']: table for table in scored.tables}
-  assert list(by_name) == ['vqascore', 'questions', 'questions, soft', 'questions, geometric']
+  assert list(by_name) == ['vqascore', 'questions', 'questions_soft', 'questions_geometric']
   assert by_name['vqascore']['micro']['mean']['value'] == 0.45 and by_name['vqascore']['micro']['top']['value'] == 0.7
   questions = by_name['questions']
   assert scored.prompts[0]['questions'] == pytest.approx([1, 1 / 3, 0, 2 / 3])
@@ -524,7 +524,7 @@ def test_scores_of_a_set(tmp_path):
   assert {name: (row['prompts'], row['mean']['value']) for name, row in questions['categories'].items()} == {
       'entity - whole': (2, 0.875), 'attribute - color': (1, 0.5), 'relation - spatial': (1, 0.25)}
   assert questions['macro']['mean']['value'] == pytest.approx((0.875 + 0.5 + 0.25) / 3, abs=1e-4)
-  assert by_name['questions, geometric']['micro']['mean']['value'] == 0.25
+  assert by_name['questions_geometric']['micro']['mean']['value'] == 0.25
   assert scored.notes == ['3 of 16 questions were given none of their options as an answer, and count as wrong']
 
 
@@ -533,7 +533,8 @@ def test_prompts_without_questions_are_counted(tmp_path):
   for record in found:
     painted(tmp_path, SETS['oneig'].layout(record, 1), (30, 2, 0))
   scored = scoring.score(SETS['oneig'], found, 1, tmp_path, ('questions',), {}, Said)
-  assert 'questions: 1 of 2 prompts have what it wants' in scored.notes
+  assert scored.notes == [
+      'questions, questions_soft, questions_geometric: 1 of 2 prompts have what it wants']
   with pytest.raises(UserError, match='nothing of benchmark.scores=images can be measured'):
     scoring.score(SETS['oneig'], found, 1, tmp_path, ('images',), {}, Said)
 
@@ -547,7 +548,7 @@ def test_images_beside_the_truth_and_the_reference(tmp_path):
   scored = scoring.score(SETS['own'], found, 1, tmp_path, ('images',),
                          dict(benchmark.IMAGE_METRICS, lpips=red), Said)
   assert scored.prompts[0] == {} and scored.prompts[1]['lpips'] == [0] and scored.prompts[1]['psnr'][0] > 60
-  assert scored.prompts[1]['lpips to reference'] == [255] and scored.prompts[1]['psnr to reference'][0] < 3
+  assert scored.prompts[1]['lpips_to_reference'] == [255] and scored.prompts[1]['psnr_to_reference'][0] < 3
 
 
 # The command
