@@ -49,7 +49,7 @@ def settings(config, prefix: str = '') -> set[str]:
 @pytest.mark.parametrize('path', [path for path in PAGES if path.name != 'history.md'], ids=names)
 def test_settings_exist(path):
   there = set().union(*(settings(parsed([f'--config=configs/{recipe.name}'])) for recipe in RECIPES))
-  named = re.findall(rf'`((?:{"|".join(GROUPS)})\.[a-z_.]+)', path.read_text())
+  named = re.findall(rf'`((?:{"|".join(GROUPS)})\.[a-z0-9_.]+)', path.read_text())
   files = {'config.json', 'eval.json', 'plan.json', 'train.lock', 'inspect.json', 'inspect.md'}
   assert set(named) <= there | files, sorted(set(named) - there)
 

@@ -28,14 +28,18 @@ COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 
             'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'benchmark': 'benchmark', 'inspect': 'inspect',
             'info': 'info'}
 
+# Recipes of the modes that take no other
+RECIPES = {name: f'configs/{name}.py' for name in ('describe', 'benchmark', 'compare', 'inspect')}
+
 SAMPLED = ('plan', 'demo')  # modes with a group of settings in recipes that sample, as in those that train
 
 GRACE = 60  # seconds for the devices of all processes, once these have found each other
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
-                          'configs/sample.py sample, with configs/inspect.py inspect. --mode=demo alone is a page of '
-                          'the embedded model; --mode=info CHECKPOINT needs no recipe.')
+                          'configs/sample.py sample, with configs/benchmark.py benchmark, with configs/inspect.py '
+                          'inspect. --mode=demo alone is a page of the embedded model; --mode=info CHECKPOINT needs no '
+                          'recipe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')
@@ -98,8 +102,8 @@ def main(argv):
     trains = isinstance(config, configuration.Config)
     mode = _MODE.value or ('train' if trains else config.mode)
     others = [] if trains else [config.mode, *(name for name in SAMPLED if hasattr(config, name))]
-    if mode == 'describe' if trains else mode not in others:
-      wanted = 'configs/describe.py' if mode == 'describe' else 'a recipe that trains, such as configs/edit.py'
+    if mode in RECIPES if trains else mode not in others:
+      wanted = RECIPES.get(mode, 'a recipe that trains, such as configs/edit.py')
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     if mode == 'plan':
       _set_plan(config)

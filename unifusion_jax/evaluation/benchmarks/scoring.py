@@ -2,8 +2,8 @@
 
   vqascore     the judge's probability that the image shows the prompt.
   questions    share of the questions that are answered rightly, a question counting only with those it depends on.
-  questions, soft, and geometric: arithmetic and geometric mean of the probabilities of the right answers (Soft-TIFA of
-               GenEval 2, arXiv 2512.16853), which know no dependencies.
+  questions_soft, questions_geometric   arithmetic and geometric mean of the probabilities of the right answers
+               (Soft-TIFA of GenEval 2, arXiv 2512.16853), which know no dependencies.
   images       the metrics that are given, beside the true image, and of an edit beside its first reference.
   exact        of records that can tell (scenes), and how often the judge agrees.
 """
@@ -22,6 +22,7 @@ from unifusion_jax.evaluation.benchmarks.records import Record, with_parents
 from unifusion_jax.evaluation.benchmarks.sets import Set
 
 SCORES = ('vqascore', 'questions', 'images', 'exact')
+TO_REFERENCE = '_to_reference'  # ends the names of metrics beside the first reference
 PROMPTS = 16  # whose images are in memory at a time
 LOWER_IS_BETTER = ('lpips', 'embedding_distance')
 # By name, of images uint8 [n y x 3] beside true ones of the same size: [n]
@@ -88,8 +89,9 @@ def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathl
   if not measures:
     raise UserError(f'nothing of benchmark.scores={",".join(wanted)} can be measured on this set')
   reports = [tables.report(_measure(name, records, prompts, by_category), benchmark.summaries) for name in measures]
-  notes = [f'{name}: {count} of {len(prompts)} prompts have what it wants' for name in measures
-           if (count := sum(name in scores for scores in prompts)) < len(prompts)]
+  counts = {name: sum(name in scores for scores in prompts) for name in measures}
+  notes = [f'{", ".join(name for name in measures if counts[name] == count)}: {count} of {len(prompts)} prompts have '
+           'what it wants' for count in sorted(set(counts.values())) if count < len(prompts)]
   if answered:
     each = np.concatenate(answered)
     notes += [f'{np.sum(~each)} of {len(each)} questions were given none of their options as an answer, and count as '
@@ -114,18 +116,18 @@ def _of_questions(record: Record, answers: Sequence[judging.Answer], scores: dic
   counts = with_parents(record.questions, np.stack([answer.right for answer in answers], axis=1))
   soft = np.stack([answer.probability for answer in answers], axis=1).astype(np.float64)
   scores['questions'] = counts.mean(axis=0).tolist()
-  scores['questions, soft'] = soft.mean(axis=0).tolist()
+  scores['questions_soft'] = soft.mean(axis=0).tolist()
   with np.errstate(divide='ignore'):
-    scores['questions, geometric'] = np.exp(np.log(soft).mean(axis=0)).tolist()
+    scores['questions_geometric'] = np.exp(np.log(soft).mean(axis=0)).tolist()
   for category in dict.fromkeys(question.category for question in record.questions if question.category):
     chosen = [i for i, question in enumerate(record.questions) if question.category == category]
     categories['questions', category] = counts[chosen].mean(axis=0).tolist()
-    categories['questions, soft', category] = soft[chosen].mean(axis=0).tolist()
+    categories['questions_soft', category] = soft[chosen].mean(axis=0).tolist()
 
 
 def _of_images(record: Record, images: Sequence[np.ndarray], metrics: Metrics) -> dict[str, list[float]]:
   """Each metric of each image beside the true one and beside the first reference, those scaled to its size."""
-  beside = {'': record.target} | ({' to reference': record.references[0]} if record.references else {})
+  beside = {'': record.target} | ({TO_REFERENCE: record.references[0]} if record.references else {})
   height, width = images[0].shape[:2]
   scores = {}
   for suffix, truth in beside.items():
@@ -148,7 +150,7 @@ def _measure(name: str, records: Sequence[Record], prompts: list[dict], by_categ
       for category in record.categories:
         if record.id in values:
           categories.setdefault(category, {})[record.id] = values[record.id]
-  return tables.Scores(name, values, categories, higher=name.partition(' ')[0] not in LOWER_IS_BETTER)
+  return tables.Scores(name, values, categories, higher=name.removesuffix(TO_REFERENCE) not in LOWER_IS_BETTER)
 
 
 def _agreement(prompts: Sequence[dict]) -> float | None:

@@ -83,10 +83,11 @@ def markdown(made: dict, images: int) -> str:
   lines = [f'### {made["name"]}', '',
            '| | prompts | ' + ' | '.join(f'{titles[kind]} | 95% interval' for kind in kinds) + ' |',
            '|---|---|' + '---|---|' * len(kinds)]
-  named = [*made['categories'].items(),
-           *[(f'**macro**, mean of {made["macro"]["categories"]} categories', made['macro'])] * ('macro' in made),
-           ('**micro**, mean of all prompts', made['micro'])]
-  for name, row in named:
+  named = dict(made['categories'])
+  if 'macro' in made:
+    named[f'**macro**, mean of {made["macro"]["categories"]} categories'] = made['macro']
+  named['**micro**, mean of all prompts'] = made['micro']
+  for name, row in named.items():
     cells = [f'{row[kind]["value"]:.3f} | {row[kind]["low"]:.3f} to {row[kind]["high"]:.3f}' for kind in kinds]
-    lines.append(f'| {name or "without a category"} | {row.get("prompts", "")} | {" | ".join(cells)} |')
+    lines.append(f'| {name} | {row.get("prompts", "")} | {" | ".join(cells)} |')
   return '\n'.join(lines)
