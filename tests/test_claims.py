@@ -27,6 +27,7 @@ import jax
 jax.config.update('jax_num_cpu_devices', 1)
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', {cache!r})
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 from unifusion_jax import sharding
 from unifusion_jax.commands import train
 from unifusion_jax.models import layers
