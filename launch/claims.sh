@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's claims on scenes: trains, measures and writes docs/results and docs/paper.md.
-#   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=full --jobs=2               # one GPU of 80 GB, hours
-#   bash launch/claims.sh --claims=a,e,f --seeds=3 --size=short --jobs=8 --minutes=9        # the same, minutes
+#   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=full                        # one GPU of 80 GB, hours
+#   bash launch/claims.sh --claims=a,e,f --seeds=3 --size=short --jobs=6 --minutes=9        # the same, minutes
 #   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=reduced                     # two CPU cores, overnight
 # Run again, it goes on. Its flags are those of unifusion_jax/scenes/claims/run.py; --plan says what it would do.
 set -euo pipefail

@@ -273,11 +273,12 @@ def config(stage: str, seed: int, size: Size, folder: pathlib.Path) -> configura
   made.seed = seed
   steps = size.steps[what.kind] if what.kind else 0
   trains_vlm = what.kind.startswith('vlm')
+  batch = size.scale.vlm_batch if trains_vlm else size.scale.dit_batch
   tasks = tuple(dataclasses.replace(task, prompt=None, rewrite=None) for task in made.data.tasks)
   made.data = dataclasses.replace(
       made.data, tasks=tasks, aspects=('1:1',), max_prompt_tokens=retrain.PROMPT,
       max_rewrite_tokens=max(retrain.REWRITE, made.data.max_rewrite_tokens), workers=0,
-      batch_size=size.scale.vlm_batch if trains_vlm else size.scale.dit_batch)
+      batch_size=batch // 2 if what.kind.endswith('tiles') else batch)  # of which an example has up to ten
   made.train = dataclasses.replace(made.train, steps=max(steps, 1), log_every=50, save_every=500, save_minutes=5.0,
                                    keep=1, preview_every=0)
   made.optim = dataclasses.replace(made.optim, learning_rate=made.optim.learning_rate * size.scale.rate,

@@ -81,6 +81,17 @@ def has(result: Mapping, value: str, *arms: str) -> bool:
       set.intersection(*(set(result['arms'][name]['seeds']) for name in arms)))
 
 
+def spread(runs: np.ndarray) -> tuple[float, float, float, float]:
+  """(mean, std over seeds, low, high) of values [seeds examples], as of `statistics.seeds`.
+
+  Verdicts that are all alike leave nothing to resample: their interval is Wilson's of one seed.
+  """
+  mean, std, low, high = statistics.seeds(runs)
+  if low == high and mean in (0.0, 1.0):
+    low, high = statistics.wilson(mean * runs.shape[1], runs.shape[1])
+  return mean, std, low, high
+
+
 def holm(ps: list[float]) -> list[float]:
   """p values adjusted for their number: S. Holm, A simple sequentially rejective multiple test procedure (1979)."""
   order, adjusted, largest = np.argsort(ps, kind='stable'), [0.0] * len(ps), 0.0
@@ -137,11 +148,11 @@ def table(result: Mapping) -> str:
       if not has(result, value, name):
         cells.append('')
         continue
-      mean, std, low, high = statistics.seeds(matched(result, value, name)[0])
+      mean, std, low, high = spread(matched(result, value, name)[0])
       digits = _digits(value)
-      spread = '' if math.isnan(std) else f' ± {std:.{digits}f}'
+      over_seeds = '' if math.isnan(std) else f' ± {std:.{digits}f}'
       relative = relatives(claim, result, value, name)
-      cells.append(f'{mean:.{digits}f}{spread} [{low:.{digits}f}, {high:.{digits}f}]' + (
+      cells.append(f'{mean:.{digits}f}{over_seeds} [{low:.{digits}f}, {high:.{digits}f}]' + (
           '' if relative is None else f', {relative:.2f}'))
     rows.append([f'`{name}`', f'{arm["parameters"] / 1e6:.2f}M', *cells])
   return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
@@ -195,7 +206,7 @@ def plot(result: Mapping, file: pathlib.Path) -> None:
     names = [name for name in result['arms'] if has(result, value, name)]
     for y, name in enumerate(names):
       runs = matched(result, value, name)[0]
-      mean, _, low, high = statistics.seeds(runs)
+      mean, _, low, high = spread(runs)
       axis.errorbar(mean, y, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt='o', color='black', capsize=3)
       axis.plot(np.mean(runs, axis=1), [y] * len(runs), '|', color='tab:orange', markersize=12)
     axis.set(xlabel=claim.shown[value], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))

@@ -1,6 +1,6 @@
 """The paper's claims on scenes: every training and measurement that is not there yet, in processes of their own.
 
-  python -m unifusion_jax.scenes.claims.run --claims=a,b,c,d,e,f --seeds=3 --size=full --jobs=2    # one GPU, hours
+  python -m unifusion_jax.scenes.claims.run --claims=a,b,c,d,e,f --seeds=3 --size=full             # one GPU, hours
   python -m unifusion_jax.scenes.claims.run --claims=e,f --size=reduced --minutes=120              # two CPU cores
   python -m unifusion_jax.scenes.claims.run --plan                                                 # what it would do
   python -m unifusion_jax.scenes.claims.report                                                     # tables and plots
@@ -236,7 +236,7 @@ if __name__ == '__main__':
   flags.DEFINE_enum('size', 'full', list(experiments.SIZES), 'full: one GPU, hours; short: one GPU, minutes; '
                     'reduced: two CPU cores, overnight; try: two steps, to see it run.')
   flags.DEFINE(command_line.PathParser(), 'folder', 'runs/claims', 'Folder of trainings and results.')
-  flags.DEFINE_integer('jobs', 1, 'Processes at once.', lower_bound=1)
+  flags.DEFINE_integer('jobs', 1, 'Processes at once, which share the memory of an accelerator.', lower_bound=1)
   flags.DEFINE_float('minutes', 0.0, 'Minutes after which all stops, trainings saved; 0: when all is done.',
                      lower_bound=0)
   flags.DEFINE_bool('plan', False, 'Print the plan and end.')
