@@ -9,6 +9,7 @@ from unifusion_jax import ranges
 from unifusion_jax.data.config import is_list, SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import fidelity, records
+from unifusion_jax.fields import Path
 from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import splits
 from unifusion_jax.scenes.evaluation import by_hand, generation, language, noise_levels, reconstruction, verifi_study
@@ -46,6 +47,7 @@ class GenerationEvaluation(_Scenes):
   """
   study: str = 'rates'
   seeds: int = 3        # of study=verifi
+  lpips: Path | None = None  # folder with the weights of LPIPS, for records of one's own; None: it is not measured
 
   @property
   def report(self) -> str:
@@ -90,6 +92,7 @@ class LanguageEvaluation(_Scenes):
 @dataclasses.dataclass
 class AutoencoderEvaluation(_Scenes):
   """Evaluation of reconstructed images, read by the judge."""
+  lpips: Path | None = None  # folder with the weights of LPIPS, for records of one's own; None: it is not measured
 
   def run(self, config, params, folder) -> dict:
     """The report; a sheet of images of one's own goes into `folder`."""
