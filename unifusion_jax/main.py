@@ -25,7 +25,9 @@ from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'info': 'info'}
+            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'info': 'info', 'compare': 'compare'}
+
+RECIPES = {'describe': 'configs/describe.py', 'compare': 'configs/compare.py'}  # of modes that take no other
 
 SAMPLED = ('plan', 'demo')  # modes with a group of settings in recipes that sample, as in those that train
 
@@ -33,8 +35,8 @@ GRACE = 60  # seconds for the devices of all processes, once these have found ea
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
-                          'configs/sample.py sample. --mode=demo alone is a page of the embedded model; '
-                          '--mode=info CHECKPOINT needs no recipe.')
+                          'configs/sample.py sample, with configs/compare.py compare. --mode=demo alone is a page of '
+                          'the embedded model; --mode=info CHECKPOINT needs no recipe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')
@@ -97,8 +99,8 @@ def main(argv):
     trains = isinstance(config, configuration.Config)
     mode = _MODE.value or ('train' if trains else config.mode)
     others = [] if trains else [config.mode, *(name for name in SAMPLED if hasattr(config, name))]
-    if mode == 'describe' if trains else mode not in others:
-      wanted = 'configs/describe.py' if mode == 'describe' else 'a recipe that trains, such as configs/edit.py'
+    if mode in RECIPES if trains else mode not in others:
+      wanted = RECIPES.get(mode, 'a recipe that trains, such as configs/edit.py')
       raise UserError(f'--mode={mode} does not go with --config={recipe}: it takes {wanted}')
     if mode == 'plan':
       _set_plan(config)
