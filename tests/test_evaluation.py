@@ -183,7 +183,8 @@ def test_what_cannot_be_measured_says_so(recipe, tmp_path):
       command.run(made, tmp_path / 'run')
   assert not problems(recipe(), path=own, held_out=other) and not problems(recipe(), held_out=other)
   assert 'data.unit=12 must be a multiple of the 8 pixels' in problems(recipe(), held_out=other, unit=12)
-  for study, split in (('verifi', 'test'), ('noise_levels', 'train'), ('by_hand', 'test')):
+  for study, split in (('verifi', 'test'), ('noise_levels', 'train'), ('by_hand', 'test'),
+                       ('agreement', 'test')):
     made = recipe(eval=settings.GenerationEvaluation(study=study, split=split))
     assert not problems(made)
     for changes in (dict(path=own), dict(held_out=other)):
