@@ -4,6 +4,7 @@ In the workdir: images/a, images/b and references, page.html, votes/, and summar
 where it stood, and reads no weights where all images are there.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -79,7 +80,7 @@ class CompareConfig:
   batch_size: int = 32             # images sampled at a time
   dtype: str = 'bfloat16'
   lpips: Path | None = None        # folder with the weights of LPIPS, to measure how far the images of a pair differ
-  question: Text = 'Which image is the better answer to the request?'
+  question: str = 'Which image is the better answer to the request?'
   serve: bool = False              # the voting page, until Ctrl-C
   port: int = 7861                 # of the voting page; 0: a free one
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -120,20 +121,20 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> None:
       raise UserError('; '.join(wrong))
     prompting.check(place.prompt_encoder, [pair.request for pair in pairs], settings, place.max_positions)
   _claim(config, pairs, located, workdir)
-  for side in 'ab':
-    _generate(config, side, located[side], pairs, workdir / 'images' / side)
   shown = [_shown(pair, workdir) for pair in pairs]
   votes = Votes(workdir / 'votes', [pair.name for pair in pairs], config.seed)
-  if config.serve:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    server = page.Server(config.port, shown, votes, config.seed, config.question, config.labels())
-    with page.serving(server) as address:
-      print(f'{address} (Ctrl-C ends it; --mode=compare without --config.serve sums up)', flush=True)
-      threading.Event().wait()
+  make = lambda: page.Server(config.port, shown, votes, config.seed, config.question, config.labels())
+  with make() if config.serve else contextlib.nullcontext() as server:  # has its port before anything slow
+    for side in 'ab':
+      _generate(config, side, located[side], pairs, workdir / 'images' / side)
+    if server:
+      signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+      with page.serving(server) as address:
+        print(f'{address} (Ctrl-C ends it; the command without --config.serve sums up)', flush=True)
+        threading.Event().wait()
   page.write(workdir / 'page.html', shown, config.seed, config.question)
-  report = dict(a=config.labels()['a'], b=config.labels()['b'],
-                **summary.summary({pair.name: pair.category for pair in pairs}, votes.resolved()),
-                between=metrics.summary(_distances(pairs, shown, config)))
+  report = dict(**config.labels(), **summary.summary({pair.name: pair.category for pair in pairs}, votes.resolved()),
+                between=metrics.summary(_distances(shown, config)))
   (workdir / 'summary.json').write_text(json.dumps(report, indent=2) + '\n')
   print(json.dumps({name: value for name, value in report.items() if name not in ('categories', 'voters')}, indent=2))
   print(f'{workdir / "page.html"}, {workdir / "summary.json"}')
@@ -146,7 +147,7 @@ def _located(side: Side) -> parts.Parts:
 def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Parts], workdir: pathlib.Path) -> None:
   """Writes what is compared into the workdir; UserError where that holds another comparison."""
   now = {side: dataclasses.asdict(getattr(config, side)) | dict(
-      files=metadata.weights(place.transformer.name).get('fingerprint')) for side, place in located.items()}
+      model=metadata.weights(place.transformer.name)) for side, place in located.items()}
   now |= dict(dtype=config.dtype, seed=config.seed, pairs=[pair.to_json() for pair in pairs])
   now = json.loads(json.dumps(now))  # tuples as the file has them
   path = workdir / RECORD
@@ -202,7 +203,7 @@ def _shown(pair: Pair, workdir: pathlib.Path) -> page.Shown:
   return page.Shown(pair.name, pair.request.instruction, tuple(references), a, b)
 
 
-def _distances(pairs: list[Pair], shown: list[page.Shown], config: CompareConfig) -> dict[str, np.ndarray]:
+def _distances(shown: list[page.Shown], config: CompareConfig) -> dict[str, np.ndarray]:
   """{measure: its value for each pair} of a's images beside b's."""
   lpips = metrics.Lpips(config.lpips) if config.lpips else None
   values: dict[str, list[np.ndarray]] = {}

@@ -121,8 +121,8 @@ def serving(server: Server):
     yield server.address
   finally:
     server.shutdown()
-    server.server_close()
     thread.join()
+    server.server_close()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -141,8 +141,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _answer(self, method) -> None:
     """Sends what `method` returns, or in a sentence why not."""
-    hosts = (f'127.0.0.1:{self.server.server_port}', f'localhost:{self.server.server_port}')
-    if self.headers.get('Host') not in hosts:  # a page elsewhere whose name was made to lead here
+    host, _, _ = self.headers.get('Host', '').partition(':')
+    if host not in ('127.0.0.1', 'localhost'):  # a page elsewhere whose name was made to lead here
       self._send(403, 'text/plain', b'ask for 127.0.0.1')
       return
     try:
