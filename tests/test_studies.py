@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
 from test_pipeline import SQUARE
@@ -115,7 +116,8 @@ def test_the_study_of_agreement(tiny, recipe, tmp_path):
       return [pipeline.Sample(np.full((height, width, 3), 250, np.uint8), '') for _ in requests]
 
   made = recipe(eval=evaluation.GenerationEvaluation(study='agreement', examples=6, batch_size=16))
-  report = agreement.evaluate(Empty(tiny.settings, tiny.prompt_encoder, tiny.frozen), made, tmp_path)
+  with jax.set_mesh(tiny.mesh):
+    report = agreement.evaluate(Empty(tiny.settings, tiny.prompt_encoder, tiny.frozen), made, tmp_path)
   score = report['true_and_mismatched']['vqascore']
   assert score['n'] == 12 and score['yes'] == 0.5 and score['auc']['value'] > 0.9 and score['accuracy']['value'] > 0.8
   assert {'count', 'how_many', 'colour'} < report['generated'].keys()
