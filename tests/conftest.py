@@ -119,6 +119,22 @@ def buckets():
   gcsfs.GCSFileSystem.clear_instance_cache()
 
 
+@pytest.fixture(scope='module')
+def chromium():
+  """Chromium, installed or of Playwright's own download (launch/environment.sh)."""
+  import shutil
+
+  from playwright import sync_api
+
+  installed = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+  flags = ('--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+           '--disable-component-update', '--disable-sync')
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=installed, args=flags)
+    yield browser
+    browser.close()
+
+
 @pytest.fixture(scope='session')
 def recipe(tmp_path_factory):
   """`recipe(changes)` -> a Config of text to image and edits whose models are tiny and random.

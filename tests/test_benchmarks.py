@@ -15,7 +15,7 @@ from unifusion_jax import config as configuration
 from unifusion_jax.commands import benchmark, describe
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
-from unifusion_jax.evaluation import answers, statistics
+from unifusion_jax.evaluation import answers, images, statistics
 from unifusion_jax.evaluation.benchmarks import generation, judging, records, scoring, tables
 from unifusion_jax.evaluation.benchmarks.records import Question, Record
 from unifusion_jax.evaluation.benchmarks.sets import SETS
@@ -329,7 +329,7 @@ def test_images_beside_the_truth_and_the_reference(tmp_path):
     painted(tmp_path, SETS['own'].layout(record, 1), (0, 0, 255))
   red = lambda images, truths: np.mean(truths[..., 0], axis=(1, 2)) - np.mean(images[..., 0], axis=(1, 2))
   scored = scoring.score(SETS['own'], found, 1, tmp_path, ('images',),
-                         dict(benchmark.IMAGE_METRICS, lpips=red), Said)
+                         dict(psnr=images.psnr, lpips=red), Said)
   assert scored.prompts[0] == {} and scored.prompts[1]['lpips'] == [0] and scored.prompts[1]['psnr'][0] > 60
   assert scored.prompts[1]['lpips_to_reference'] == [255] and scored.prompts[1]['psnr_to_reference'][0] < 3
 

@@ -15,12 +15,12 @@ from unifusion_jax.errors import UserError
 from unifusion_jax.models import causal_lm, decoder, dit, internvl, lap, qwen3_vl, t5, unifusion, vae
 from unifusion_jax.weights import autoencoders, encoders
 
-RECIPES = ('ablation:kv', 'benchmark', 'describe', 'edit', 'edit:8b_256', 'edit:8b_512', 'edit:8b', 'inspect',
-           'inspect:vlm', 'sample', 'sample:krea2_raw', 'sample:krea2_turbo_int8', 't2i', 't2i:8b_256', 't2i:8b_512',
-           't2i:8b', 'vae', 'vlm', 'vlm:tower')
+RECIPES = ('ablation:kv', 'benchmark', 'compare', 'describe', 'edit', 'edit:8b_256', 'edit:8b_512', 'edit:8b',
+           'inspect', 'inspect:vlm', 'sample', 'sample:krea2_raw', 'sample:krea2_turbo_int8', 't2i', 't2i:8b_256',
+           't2i:8b_512', 't2i:8b', 'vae', 'vlm', 'vlm:tower')
 ANY = {'seed', 'sample.seed'}  # any whole number
-MINUS_ONE = {'mesh.data', 'mesh.fsdp', 'mesh.tp', 'sample.guidance', 'objective.mean', 'model.shift_factor',
-             'model.vision.mean'}  # where -1 is in range
+MINUS_ONE = {'mesh.data', 'mesh.fsdp', 'mesh.tp', 'sample.guidance', 'a.guidance', 'b.guidance', 'objective.mean',
+             'model.shift_factor', 'model.vision.mean'}  # where -1 is in range
 
 
 def numbers(holder, prefix=''):

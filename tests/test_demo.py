@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import shutil
 import socket
 import sys
 import threading
@@ -18,7 +17,6 @@ import urllib.request
 import jax
 import numpy as np
 from PIL import Image, ImageDraw
-from playwright import sync_api
 from playwright.sync_api import expect
 import pytest
 
@@ -33,8 +31,6 @@ from unifusion_jax.pipeline import UniFusionPipeline
 LIMITS = DemoConfig(port=0, max_references=2, max_upload_pixels=10_000, max_pixels=100 * 100, max_images=2,
                     max_steps=60, max_tiles=3, max_characters=200, max_queue=2, previews=2)
 PROMPT = 'make the circle blue'
-FLAGS = ('--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync')
 SECONDS = 60_000  # milliseconds that anything on the page may take: on busy cores it compiles for a while
 
 
@@ -179,16 +175,6 @@ def test_a_port_in_use_says_so():
 def address(pipe):
   with demo.served(pipe, LIMITS) as address:
     yield address.rstrip('/')
-
-
-@pytest.fixture(scope='module')
-def chromium():
-  """Chromium, installed or of Playwright's own download (launch/environment.sh)."""
-  installed = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-  with sync_api.sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=installed, args=FLAGS)
-    yield browser
-    browser.close()
 
 
 @pytest.fixture

@@ -26,17 +26,20 @@ def in_the_repository(monkeypatch):
 
 @pytest.mark.parametrize('path', PAGES, ids=names)
 def test_flags_in_tables_and_text_parse(path):
-  """Code like `--config.sample.steps=24 --config.sample.eta=1`: without a recipe, for configs/edit.py or describe."""
+  """Code like `--config.sample.steps=24 --config.sample.eta=1`: without a recipe, of describe, compare or edit."""
   text = re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL)
   for code in re.findall(r'`(--[^`]+)`', text):
     words = [word for word in shlex.split(code) if not re.fullmatch(r'--config\.[\w.]+', word)]
     if any(word.startswith('--config=') for word in words):
       parsed(['--mode=eval', *words])
     elif words and words[0].startswith('--config.'):
-      try:
-        parsed(['--config=configs/describe.py', *words])
-      except command_line.UserError:
-        parsed(['--config=configs/edit.py', *words])
+      for recipe in ('describe', 'compare', 'edit'):
+        try:
+          parsed([f'--config=configs/{recipe}.py', *words])
+          break
+        except command_line.UserError:
+          if recipe == 'edit':
+            raise
 
 
 def settings(config, prefix: str = '') -> set[str]:

@@ -3,7 +3,9 @@
 import dataclasses
 import re
 
+import jax
 import numpy as np
+import pytest
 from test_pipeline import SQUARE
 from test_scenes_wide import meeting
 
@@ -12,7 +14,7 @@ from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging
 from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.scenes import examples, language, render
-from unifusion_jax.scenes.evaluation import by_hand, generation, handwritten, noise_levels, verifi_study
+from unifusion_jax.scenes.evaluation import agreement, by_hand, generation, handwritten, noise_levels, verifi_study
 from unifusion_jax.scenes.evaluation import settings as evaluation
 
 
@@ -99,3 +101,52 @@ def test_the_score_of_perfect_answers_is_one():
     assert report['all'] == 1.0 and report['written_exact'] == 1.0
   report = generation.score(records, [pipeline.Sample(r['references'][0], '') for r in records])
   assert report['all'] == 0.0 and report['kept'] > 0.9
+
+
+def test_the_study_of_agreement(tiny, recipe, tmp_path):
+  """The embedded VLM tells true images from others; of empty ones nothing that is asked for is true."""
+
+  @dataclasses.dataclass
+  class Empty:
+    settings: config.SampleConfig
+    prompt_encoder: object
+    frozen: object
+
+    def generate(self, requests, height, width, settings):
+      return [pipeline.Sample(np.full((height, width, 3), 250, np.uint8), '') for _ in requests]
+
+  made = recipe(eval=evaluation.GenerationEvaluation(study='agreement', examples=6, batch_size=16))
+  with jax.set_mesh(tiny.mesh):
+    report = agreement.evaluate(Empty(tiny.settings, tiny.prompt_encoder, tiny.frozen), made, tmp_path)
+  score = report['true_and_mismatched']['vqascore']
+  assert score['n'] == 12 and score['yes'] == 0.5 and score['auc']['value'] > 0.9 and score['accuracy']['value'] > 0.8
+  assert {'count', 'how_many', 'colour'} < report['generated'].keys()
+  for kind, figures in report['generated'].items():
+    assert figures['auc'] is None and (figures['yes'] == 0 or kind == 'background')
+
+
+def test_questions_about_single_things():
+  text = 'a small red circle left of a star, on a cream and mint checkered background'
+  asked = list(agreement.questions_about(language.parse(text)))
+  assert [(kind, question) for kind, question, *_ in asked] == [
+      ('vqascore', f'does this picture show {text}?'), ('count', 'does this picture show two shapes?'),
+      ('how_many', 'how many shapes are there?'), ('object', 'is there a circle?'),
+      ('colour', 'is there a red circle?'), ('size', 'is there a small circle?'), ('object', 'is there a star?'),
+      ('relation', 'is the red circle left of the star?'), ('background', 'is the background checkered?')]
+  assert [answer for _, _, answer, *_ in asked] == ['yes', 'yes', 'two'] + ['yes'] * 6
+
+
+def test_auc_and_threshold():
+  rng = np.random.default_rng(0)
+  values = np.stack([rng.integers(0, 9, 60) / 8, rng.random(60) < 0.4], axis=1)
+  values[:, 0] += values[:, 1] / 4
+  wins = [(a > b) + (a == b) / 2 for a in values[values[:, 1] == 1, 0] for b in values[values[:, 1] == 0, 0]]
+  np.testing.assert_allclose(agreement.auc(values), np.mean(wins))
+  rates = [np.mean((values[:, 0] > t) == values[:, 1]) for t in np.linspace(0, 2, 401)]
+  assert np.mean((values[:, 0] > agreement.best_threshold(values)) == values[:, 1]) == max(rates)
+  answers = [agreement.Asked('colour', i // 2, *value) for i, value in enumerate(values)]
+  figures = agreement.agreement(answers, answers)
+  assert figures['accuracy']['value'] == pytest.approx(max(rates), abs=1e-4)
+  assert figures['auc']['low'] < figures['auc']['value'] < figures['auc']['high']
+  assert agreement.agreement(answers, [])['accuracy'] is None
+  assert agreement.agreement(answers[:3], answers)['auc'] is None

@@ -25,8 +25,8 @@ from unifusion_jax.training import record
 
 # The module of commands/ for each --mode, imported only when it runs: each has heavy imports of its own.
 COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 'evaluate', 'export': 'export',
-            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'benchmark': 'benchmark', 'inspect': 'inspect',
-            'info': 'info'}
+            'describe': 'describe', 'plan': 'plan', 'demo': 'demo', 'benchmark': 'benchmark', 'compare': 'compare',
+            'inspect': 'inspect', 'info': 'info'}
 
 # Recipes of the modes that take no other
 RECIPES = {name: f'configs/{name}.py' for name in ('describe', 'benchmark', 'compare', 'inspect')}
@@ -37,9 +37,8 @@ GRACE = 60  # seconds for the devices of all processes, once these have found ea
 
 command_line.define()
 _MODE = flags.DEFINE_enum('mode', None, COMMANDS, 'What to do; default train, with configs/describe.py describe, with '
-                          'configs/sample.py sample, with configs/benchmark.py benchmark, with configs/inspect.py '
-                          'inspect. --mode=demo alone is a page of the embedded model; --mode=info CHECKPOINT needs no '
-                          'recipe.')
+                          'configs/{sample,benchmark,compare,inspect}.py the mode of that name. --mode=demo alone is a '
+                          'page of the embedded model; --mode=info CHECKPOINT needs no recipe.')
 _WORKDIR = flags.DEFINE(command_line.PathParser(), 'workdir', None,
                         'Folder of the run, here or gs://BUCKET/FOLDER; default runs/RECIPE, with a scale '
                         'runs/RECIPE_SCALE.')

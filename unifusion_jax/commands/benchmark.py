@@ -12,7 +12,7 @@ from unifusion_jax import metadata, parts, prompting, ranges, sharding
 from unifusion_jax.commands import sample
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import UserError
-from unifusion_jax.evaluation import fidelity
+from unifusion_jax.evaluation import images as image_metrics
 from unifusion_jax.evaluation.benchmarks import generation, judging, scoring, tables
 from unifusion_jax.evaluation.benchmarks.files import Files
 from unifusion_jax.evaluation.benchmarks.records import Record
@@ -24,7 +24,6 @@ from unifusion_jax.weights import encoders, hub
 
 STAGES = ('all', 'generate', 'score')
 CHECKED = 64  # requests that are checked at a time, their references being read for it
-IMAGE_METRICS: scoring.Metrics = {'psnr': fidelity.psnr}
 
 
 @dataclasses.dataclass
@@ -46,6 +45,7 @@ class BenchmarkSettings:
   judge_cache: Path | None = None   # folder that keeps the converted judge for the next start
   judge_tiles: int = 4              # maximum tiles of an image, or as many pixels
   judge_batch: int = 32             # questions at a time
+  lpips: Path | None = None         # folder with the weights of LPIPS (docs/metrics.md); None: it is not measured
   question: str = ''                # about a description, with {} in its place; '': that of VQAScore
 
   def problems(self) -> list[str]:
@@ -85,9 +85,12 @@ class BenchmarkConfig(sample.PipelineConfig):
             *(f'{name} is the set\'s to say: leave it out' for name in unused)]
 
 
-def run(config: BenchmarkConfig, workdir: pathlib.Path, metrics: scoring.Metrics = IMAGE_METRICS) -> None:
+def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
   """Makes the images that are missing, judges them and writes the report."""
   settings, benchmark = config.benchmark, SETS[config.benchmark.set]
+  metrics: dict = dict(psnr_db=image_metrics.psnr, ssim=image_metrics.ssim)
+  if settings.lpips:  # before anything slow
+    metrics['lpips'] = image_metrics.Lpips(settings.lpips)
   files, records = read(settings)
   chosen = choose(records, settings)
   images = settings.images or benchmark.images

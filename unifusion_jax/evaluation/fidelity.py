@@ -9,6 +9,7 @@ import numpy as np
 from unifusion_jax import sharding
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation import images as metrics
 from unifusion_jax.evaluation import records
 
 SHOWN = 12  # rows of a sheet
@@ -31,12 +32,6 @@ def pixels(images: np.ndarray, rows: int) -> jax.Array:
   return sharding.shard(imaging.to_float(padded))
 
 
-def psnr(images: np.ndarray, decoded: np.ndarray) -> np.ndarray:
-  """Peak signal-to-noise ratio in dB of each of the reconstructions uint8 [b y x 3], [b]."""
-  errors = np.mean((decoded.astype(np.float32) - images) ** 2, axis=(1, 2, 3))
-  return 10 * np.log10(255 ** 2 / np.maximum(errors, 1e-3))
-
-
 def batches(source, count: int, size: int) -> Iterator[np.ndarray]:
   """Targets uint8 [b y x 3] of the first `count` records of a source, at most `size` of one shape at a time."""
   for part, _ in loader.first_records(source, count, size):
@@ -45,19 +40,26 @@ def batches(source, count: int, size: int) -> Iterator[np.ndarray]:
 
 
 def evaluate(vae, config, folder: pathlib.Path) -> dict:
-  """PSNR of the first `config.eval.examples` targets of one's own, its mean and its least, and a sheet of the first."""
+  """Distances of the first `config.eval.examples` targets of one's own to their reconstructions, and a sheet.
+
+  `psnr_db` and `psnr_db_least` are the mean and the least, `similarity` is `images.summary`.
+  """
+  lpips = metrics.Lpips(config.eval.lpips) if config.eval.lpips else None  # before anything slow
   named, trained = loader.held_out(config.data)
   source, *_ = named.values()
-  values, rows = [], []
+  measures, rows = [], []
   for images in batches(source, config.eval.examples, config.eval.batch_size):
     decoded = round_trip(vae, images)
-    values.extend(psnr(images, decoded))
+    measures.append(metrics.measures(images, decoded, lpips))
     rows += [list(pair) for pair in zip(images, decoded)][:SHOWN - len(rows)]
-  if not values:
+  if not measures:
     raise UserError(f'{source.name}: none of its first {config.eval.examples} records can be used: mend them or give '
                     'others')
   with sharding.together('write images'):
     if sharding.is_main_process():
       imaging.write_png(folder / 'reconstructions.png', imaging.grid(rows, titles=['image', 'reconstruction']))
-  return records.origin(source, trained, len(values), config.eval.examples) | dict(
-      file=config.data.measured, psnr_db=round(float(np.mean(values)), 2), psnr_db_least=round(float(min(values)), 2))
+  values = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
+  decibels = values['psnr_db']
+  return records.origin(source, trained, len(decibels), config.eval.examples) | dict(
+      file=config.data.measured, psnr_db=round(float(np.mean(decibels)), 2),
+      psnr_db_least=round(float(np.min(decibels)), 2), similarity=metrics.summary(values))

@@ -1,4 +1,4 @@
-"""Evaluation of records of one's own: flow-matching loss, VQAScore, and sheets of samples beside their targets."""
+"""Evaluation of records of one's own: flow-matching loss, VQAScore, and samples beside their targets."""
 
 import dataclasses
 import pathlib
@@ -8,6 +8,8 @@ import numpy as np
 from unifusion_jax import pipeline, ranges, sharding
 from unifusion_jax.data import imaging, loader
 from unifusion_jax.evaluation import flow_loss, vqascore
+from unifusion_jax.evaluation import images as metrics
+from unifusion_jax.fields import Path
 from unifusion_jax.request import requests_of
 
 CELL = 192  # pixels of an image on a sheet
@@ -19,6 +21,7 @@ class RecordsEvaluation:
   """Evaluation on the first records of `data.held_out`, or without one of `data.path`."""
   examples: int = 200
   batch_size: int = 32
+  lpips: Path | None = None  # folder with the weights of LPIPS; None: it is not measured
 
   report = 'eval'
 
@@ -41,14 +44,16 @@ def evaluate(pipe: pipeline.UniFusionPipeline, config, folder: pathlib.Path, sco
     fallback_rate: share of samples whose rewrite could not be used.
     vqascore, vqascore_truth: the VLM's mean probability that a sample, and a target, shows its caption; for VLMs that
       read images.
+    similarity: `images.summary` of the samples beside the targets.
     what `score(records, samples)` returns, if it is given.
   """
+  lpips = metrics.Lpips(config.eval.lpips) if config.eval.lpips else None  # before anything slow
   sources, trained = loader.held_out(config.data)
   settings = pipe.settings
   report = dict(steps=settings.steps, guidance=settings.guidance, eta=settings.eta)
   measures = {}
   for name, source in sources.items():
-    measured, records, samples = _measure(pipe, source, config.eval)
+    measured, records, samples = _measure(pipe, source, config.eval, lpips)
     measures[name] = origin(source, trained, len(records), config.eval.examples) | measured
     if score:
       measures[name] |= score(records, samples)
@@ -71,21 +76,26 @@ def origin(source, trained: bool, examples: int, wanted: int) -> dict:
   return report
 
 
-def _measure(pipe: pipeline.UniFusionPipeline, source, settings) -> tuple[dict, list[dict], list[pipeline.Sample]]:
+def _measure(pipe: pipeline.UniFusionPipeline, source, settings, lpips: metrics.Lpips | None
+             ) -> tuple[dict, list[dict], list[pipeline.Sample]]:
   """(figures, records with small references, their samples)."""
-  losses, records, samples = [], [], []
+  losses, records, samples, measures = [], [], [], []
   for batch in flow_loss.batches(source, pipe.prompt_encoder, settings.examples, settings.batch_size,
                                  pipe.reference_unit):
     losses.append(flow_loss.losses(pipe, batch))
     requests = [dataclasses.replace(request, seed=number)
                 for number, request in zip(batch.numbers, requests_of(batch.records))]
     _, rows = next(sharding.batched(requests, batch.rows))
-    samples += pipe.generate(rows, *batch.records[0]['target'].shape[:2])[:len(requests)]
+    generated = pipe.generate(rows, *batch.records[0]['target'].shape[:2])[:len(requests)]
+    measures.append(metrics.measures(*(np.stack(images) for images in (
+        [sample.image for sample in generated], [record['target'] for record in batch.records])), lpips))
+    samples += generated
     records += [dict(record, references=[imaging.shrunk(imaging.read(image), CELL)
                                          for image in record['references']])
                 for record in batch.records]  # photographs of any size
   report = dict(flow_loss=flow_loss.summary(np.concatenate(losses)),
                 fallback_rate=round(float(np.mean([bool(sample.warning) for sample in samples])), 4))
+  similarity = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
   encoder = pipe.prompt_encoder.with_tiles(pipe.settings.tiles)
   if encoder.image_processor.max_tokens:  # a VLM that reads images
     captions = [record['caption'] for record in records]
@@ -93,7 +103,9 @@ def _measure(pipe: pipeline.UniFusionPipeline, source, settings) -> tuple[dict, 
     for suffix, images in (('', sampled), ('_truth', targets)):
       scores = vqascore.scores(pipe.frozen.vlm, encoder, images, captions, settings.batch_size)
       report[f'vqascore{suffix}'] = round(float(np.mean(scores)), 4)
-  return report, records, samples
+    similarity['embedding_distance'] = metrics.embedding_distance(pipe.frozen.vlm, encoder, sampled, targets,
+                                                                  settings.batch_size)
+  return report | dict(similarity=metrics.summary(similarity)), records, samples
 
 
 def _write_sheets(folder: pathlib.Path, name: str, records: list[dict], samples: list[pipeline.Sample]) -> None:

@@ -11,6 +11,7 @@ from unifusion_jax import flow, ranges, sharding
 from unifusion_jax.commands import train
 from unifusion_jax.data import imaging, loader, transforms
 from unifusion_jax.evaluation import fidelity
+from unifusion_jax.evaluation.images import psnr
 from unifusion_jax.models import layers, vae
 from unifusion_jax.ranges import Range
 
@@ -107,7 +108,7 @@ class AutoencoderObjective:
     batches = list(fidelity.batches(source, MEASURED, config.data.batch_size))
 
     def measure(params, frozen):
-      values = [fidelity.psnr(images, fidelity.round_trip(params, images)) for images in batches]
+      values = [psnr(images, fidelity.round_trip(params, images)) for images in batches]
       return dict(held_out_psnr_db=float(np.mean(np.concatenate(values))))
     return measure
 

@@ -19,6 +19,7 @@ from unifusion_jax.data import vision_inputs
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import answers, vqascore
 from unifusion_jax.evaluation.benchmarks.records import Question, Record
+from unifusion_jax.evaluation.images import embedding_distance
 from unifusion_jax.weights import encoders
 
 SHOWS = 'Does this figure show "{}"? Please answer yes or no.'  # the question of VQAScore
@@ -76,6 +77,10 @@ class Judge:
     embedded = describe.is_embedded(chat.folder)
     return cls(encoders.load(folder, dtype, quantized, cache), chat, image_processor, batch_size,
                question or (vqascore.QUESTION if embedded else SHOWS), '{}' if embedded else ONE_WORD)
+
+  def distances(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distances of the states that the VLM's vision tower gives of images and others uint8 [n y x 3], [n]."""
+    return embedding_distance(self.vlm, self, images, others, self.batch_size)
 
   def shown(self, records: Sequence[Record], images: Sequence[np.ndarray]) -> np.ndarray:
     """The probability that each image uint8 [y x 3] is what its record asks for, [n]."""

@@ -58,6 +58,8 @@ def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathl
   _check_there(workdir, records, outputs)
   asks = 'vqascore' in wanted or 'questions' in wanted and any(record.questions for record in records)
   judge = load() if asks else None
+  if judge:
+    metrics = {**metrics, 'embedding_distance': judge.distances}
   prompts: list[dict] = []
   by_category: list[dict] = []  # of each prompt {(measure, category): score of each image}
   answered = []

@@ -7,7 +7,8 @@ import numpy as np
 
 from unifusion_jax import sharding
 from unifusion_jax.data import loader
-from unifusion_jax.evaluation.fidelity import pixels, psnr, round_trip
+from unifusion_jax.evaluation.fidelity import pixels, round_trip
+from unifusion_jax.evaluation.images import psnr
 from unifusion_jax.scenes import composition, judge, render, world
 
 

@@ -9,11 +9,21 @@ from unifusion_jax import ranges
 from unifusion_jax.data.config import is_list, SCENES
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import fidelity, records
+from unifusion_jax.fields import Path
 from unifusion_jax.ranges import Range
 from unifusion_jax.scenes import splits
-from unifusion_jax.scenes.evaluation import by_hand, generation, language, noise_levels, reconstruction, verifi_study
+from unifusion_jax.scenes.evaluation import (
+  agreement,
+  by_hand,
+  generation,
+  language,
+  noise_levels,
+  reconstruction,
+  verifi_study,
+)
 
-STUDIES = {'rates': generation, 'verifi': verifi_study, 'noise_levels': noise_levels, 'by_hand': by_hand}
+STUDIES = {'rates': generation, 'verifi': verifi_study, 'noise_levels': noise_levels, 'by_hand': by_hand,
+           'agreement': agreement}
 
 
 @dataclasses.dataclass
@@ -42,10 +52,11 @@ class GenerationEvaluation(_Scenes):
 
   study: 'rates', success rates; 'verifi', the effect of rewriting, image tokens and system prompts (docs/verifi.md); or
     'noise_levels', success rates by the time that denoising starts from; 'by_hand', success rates on requests and
-    drawings outside the grammar.
+    drawings outside the grammar; 'agreement', of the VLM as a judge with the exact one (docs/metrics.md).
   """
   study: str = 'rates'
   seeds: int = 3        # of study=verifi
+  lpips: Path | None = None  # folder with the weights of LPIPS, for records of one's own; None: it is not measured
 
   @property
   def report(self) -> str:
@@ -90,6 +101,7 @@ class LanguageEvaluation(_Scenes):
 @dataclasses.dataclass
 class AutoencoderEvaluation(_Scenes):
   """Evaluation of reconstructed images, read by the judge."""
+  lpips: Path | None = None  # folder with the weights of LPIPS, for records of one's own; None: it is not measured
 
   def run(self, config, params, folder) -> dict:
     """The report; a sheet of images of one's own goes into `folder`."""

@@ -1,0 +1,78 @@
+"""What votes on pairs say: win rates with intervals, a sign test, and the agreement of the voters."""
+
+import collections
+import itertools
+
+import numpy as np
+
+from unifusion_jax.evaluation import statistics
+
+SCORES = {'a': 1.0, 'b': 0.0, 'tie': 0.5, 'bad': 0.5}
+
+
+def summary(categories: dict[str, str], votes: dict[str, dict[str, tuple[str, str]]]) -> dict:
+  """The report of votes {voter: {pair: (winner, choice)}} on pairs {name: category}.
+
+  all, categories: `rates`, also of what stands before a category's slash.
+  voters: those of each voter, who may have judged a part.
+  agreement: for every two voters the share of the pairs they both judged that they judged alike, with its interval, and
+    Cohen's kappa over a, b, tie and bad (J. Cohen 1960; None where chance alone would agree).
+  left: share of the votes for the left image among those for one, with its interval: 0.5 where sides do not matter.
+  """
+  winners = {voter: {pair: winner for pair, (winner, _) in each.items()} for voter, each in votes.items()}
+  sides = [choice for each in votes.values() for _, choice in each.values() if choice in ('left', 'right')]
+  members = collections.defaultdict(set)
+  for pair, category in categories.items():
+    parts = category.split('/')
+    for length in range(1, len(parts) + 1):
+      members['/'.join(parts[:length])].add(pair)
+  report = dict(pairs=len(categories), all=rates(winners, set(categories)))
+  report['categories'] = {name: rates(winners, pairs) for name, pairs in sorted(members.items())}
+  report['voters'] = {voter: rates({voter: each}, set(categories)) for voter, each in winners.items()}
+  report['agreement'] = [_agreement(*two, winners) for two in itertools.combinations(winners, 2)]
+  return report | dict(left=_share(sides.count('left'), len(sides)))
+
+
+def rates(winners: dict[str, dict[str, str]], pairs: set[str]) -> dict:
+  """Counts of votes {voter: {pair: winner}} on some pairs, and rates of which each pair, however often judged, is one.
+
+  judged: pairs with votes.  a, b, tie, bad: votes.
+  wins_a: mean score of a, 1 for a, 0 for b and 0.5 for a tie or two bad ones, with its bootstrap interval.
+  decided_a: of the pairs that most voters decide, ties apart, the share that a wins, with Wilson's interval.
+  p: two-sided sign test over these pairs.
+  """
+  counts, scores = collections.Counter(), collections.defaultdict(list)
+  for each in winners.values():
+    for pair, winner in each.items():
+      if pair in pairs:
+        counts[winner] += 1
+        scores[pair].append(SCORES[winner])
+  report = dict(judged=len(scores), **{name: counts[name] for name in SCORES})
+  if not scores:
+    return report
+  means = np.array([np.mean(scores[pair]) for pair in sorted(scores)])
+  low, high = statistics.bootstrap(means)
+  wins, losses = means > 0.5, means < 0.5
+  *_, p = statistics.paired(wins, losses)
+  return report | dict(wins_a=_rounded(np.mean(means), low, high),
+                       decided_a=_share(int(wins.sum()), int(wins.sum() + losses.sum())), p=round(p, 5))
+
+
+def _agreement(one: str, other: str, winners: dict[str, dict[str, str]]) -> dict:
+  a, b = winners[one], winners[other]
+  both = sorted(a.keys() & b.keys())
+  same = sum(a[pair] == b[pair] for pair in both)
+  report = dict(voters=[one, other], same=_share(same, len(both)), kappa=None)
+  if both:
+    shares = [collections.Counter(each[pair] for pair in both) for each in (a, b)]
+    chance = sum(shares[0][name] * shares[1][name] for name in SCORES) / len(both) ** 2
+    report['kappa'] = None if chance == 1 else round((same / len(both) - chance) / (1 - chance), 4)
+  return report
+
+
+def _share(successes: int, n: int) -> dict:
+  return dict(n=n, **_rounded(successes / n if n else None, *statistics.wilson(successes, n)))
+
+
+def _rounded(value, low: float, high: float) -> dict:
+  return dict(share=None if value is None else round(float(value), 4), low=round(low, 4), high=round(high, 4))
