@@ -12,7 +12,7 @@ from PIL import Image
 ROWS = 40     # tokens of a text in a figure
 NUMBERS = 12  # cells along a side up to which a heat map shows its numbers
 INCHES = 8.5  # width of a figure
-LARGE = 150_000  # bytes
+LARGE = 140_000  # bytes
 
 
 def write(figure: Figure, path: pathlib.Path) -> None:
@@ -117,7 +117,7 @@ def images(titles: Sequence[str], *rows: Sequence[np.ndarray]) -> Figure:
   """Rows of images uint8 [y x 3] under one row of titles; many in several lines."""
   most = 8
   lines = [(titles[i:i + most], [row[i:i + most] for row in rows]) for i in range(0, len(titles), most)]
-  columns, side = min(most, len(titles)), 1.25
+  columns, side = min(most, len(titles)), 1.1
   tall = side * max(image.shape[0] / image.shape[1] for image in rows[0])
   figure = Figure((side * columns, len(lines) * (tall * len(rows) + 0.35)), layout='constrained')
   axes = figure.subplots(len(lines) * len(rows), columns, squeeze=False)
