@@ -31,7 +31,7 @@ from unifusion_jax import config as configuration
 from unifusion_jax.commands import export, train
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes.claims import experiments
-from unifusion_jax.training import checkpoint, interrupt
+from unifusion_jax.training import checkpoint
 
 GRACE = 120  # seconds in which a training that is told to stop has saved
 
@@ -142,7 +142,7 @@ def run(jobs: Sequence[Job], folder: pathlib.Path, command: Sequence[str], at_on
   running: dict[futures.Future, tuple[Job, subprocess.Popen]] = {}
   (folder / 'logs').mkdir(exist_ok=True)
   failed = []
-  with interrupt.Interrupts(), futures.ThreadPoolExecutor(at_once) as pool:
+  with futures.ThreadPoolExecutor(at_once) as pool:
     try:
       while True:
         while len(running) < at_once and (job := next((job for job in left if ready.issuperset(job.after)), None)):
@@ -220,6 +220,7 @@ def main(argv):
   if values.plan:
     return None
   claim_folder(folder, values.size)
+  signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # through `run`, which stops its processes
   command = [sys.executable, '-m', 'unifusion_jax.scenes.claims.run', *sys.argv[1:]]
   failed = run(jobs, folder, command, values.jobs, values.minutes)
   left = remaining(jobs, folder)
