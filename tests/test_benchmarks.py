@@ -275,6 +275,9 @@ def test_intervals_shrink_with_the_number_of_prompts():
 class Said:
   """A judge whose answers are given: a probability for each image, and of its questions those that are right."""
 
+  def distances(self, images, others):
+    return np.abs(images.astype(float) - others).mean(axis=(1, 2, 3))
+
   def shown(self, found, images):
     return np.array([image[0, 0, 0] / 100 for image in images])
 
@@ -374,9 +377,10 @@ def test_the_embedded_model_from_prompts_to_tables(run, tmp_path):
 
 def test_a_whole_list_of_ones_own_and_images_of_elsewhere(tmp_path, mesh):
   """report.json is of the whole alone; what other programs made is scored as it is."""
-  folder = lay(tmp_path, 'own', **{'prompts.jsonl': lines(dict(prompt='a red circle'))})
-  workdir = tmp_path / 'run'
-  imaging.write_png(workdir / 'images/00000.png', np.zeros((64, 64, 3), np.uint8))
+  folder = lay(tmp_path, 'own', **{'prompts.jsonl': lines(dict(prompt='a red circle', target='black.png'))})
+  workdir, black = tmp_path / 'run', np.zeros((64, 64, 3), np.uint8)
+  imaging.write_png(folder / 'black.png', black)
+  imaging.write_png(workdir / 'images/00000.png', black)
   config = command_line.read('benchmark', [
       f'benchmark.path={folder}', 'benchmark.stage=score', 'benchmark.judge_tiles=1'])
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
@@ -384,7 +388,9 @@ def test_a_whole_list_of_ones_own_and_images_of_elsewhere(tmp_path, mesh):
   report = json.loads((workdir / 'report.json').read_text())
   assert report['made_by'] is None and report['prompts'] == report['prompts_of_set'] == 1
   assert 'made by another program' in (workdir / 'report.md').read_text()
-  assert report['tables'][0]['micro']['mean']['value'] < 0.2  # a black square is no red circle
+  values = {table['name']: table['micro']['mean']['value'] for table in report['tables']}
+  assert values.pop('vqascore') < 0.2  # a black square is no red circle
+  assert values == dict(psnr_db=78.1308, ssim=1, embedding_distance=pytest.approx(0, abs=1e-4))
 
 
 def test_scenes_are_a_list_of_ones_own():
