@@ -207,7 +207,7 @@ def test_programs_do_not_grow_with_depth():
     hidden, z, noise, t = put(*example())
     mask, image = put(MASK, IMAGE)
     return str(jax.make_jaxpr(jax.grad(loss))(model, hidden, mask, image, z, noise, t)).count('\n')
-  for name in OTHERS:
+  for name in ('kv', 'hidden'):
     assert equations(name, 3) == equations(name, 7)
 
 
@@ -279,7 +279,7 @@ def with_way(made, way: str):
   return made
 
 
-@pytest.mark.parametrize('way', ['kv', 'hidden', 'text', 'two'])
+@pytest.mark.parametrize('way', ['kv', 'text', 'two'])
 def test_requests_become_images(way, recipe):
   """Rewritten and given texts, guidance, a row alone and among others; an image's tokens condition, but as text."""
   pipe = random_pipe(with_way(recipe(), way))
@@ -306,22 +306,31 @@ def test_loras_of_other_ways(recipe):
   assert {'fusion.projections.2.to_v', 'transformer_blocks.0.attn.to_q'} <= lora_files.matrices(shapes).keys()
 
 
-@pytest.mark.parametrize('way', ['kv', 'text'])
-def test_edits_from_training_to_images(way, recipe, tmp_path, capsys):
+def trained(way: str, recipe, workdir):
+  """The recipe of a run of two steps on edits, whose losses are finite."""
   made = with_way(recipe(), way)
   made.data = dataclasses.replace(made.data, tasks=(Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
   made.objective.noises_per_example = 2
   made.train = dataclasses.replace(made.train, steps=2, preview_every=0)
-  train.run(made, tmp_path)
-  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  train.run(made, workdir)
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [1, 2] and all(np.isfinite(line['loss']) for line in lines)
+  return made
+
+
+def test_a_text_encoder_trains(recipe, tmp_path):
+  trained('text', recipe, tmp_path)
+
+
+def test_edits_from_training_to_images(recipe, tmp_path, capsys):
+  made = trained('kv', recipe, tmp_path)
   export.run(made, tmp_path)
   pipe = UniFusionPipeline.from_pretrained(tmp_path / 'export')
   assert pipe.model.config == made.model and pipe.taps == made.taps
   assert pipe('make it blue', images=REFERENCES[0], rewrite='a blue circle', steps=1).arrays[0].shape == (64, 64, 3)
   capsys.readouterr()
   info.run(str(tmp_path / 'export'))
-  assert f'{way}, of 2 taps of width 32: 2 blocks over the tokens' in capsys.readouterr().out
+  assert 'kv, of 2 taps of width 32: 2 blocks over the tokens' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('mesh', [None])  # in place of the fixture: the estimate brings its own
@@ -329,7 +338,7 @@ def test_bytes_by_formula(mesh, recipe):
   """Exact where shapes say them, and larger where a way holds more."""
   del mesh
   temporaries = {}
-  for way in (*fusion.WAYS, *VARIANTS):
+  for way in (*fusion.WAYS, 'two'):
     config = with_way(recipe(), way)
     held = estimate.chip_bytes(config, 8)
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(config.mesh, 8)):
