@@ -154,7 +154,8 @@ def test_only_data_is_asked_for(monkeypatch, tmp_path):
            'vae/config.json', 'vae/model.safetensors', 'vae/more/x.json']
   fetched = []
 
-  def download(repository, revision, allow_patterns, ignore_patterns):
+  def download(repository, revision, allow_patterns, ignore_patterns, repo_type):
+    assert repo_type == 'model'
     fetched.append(list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
     for name in fetched[-1]:
       (tmp_path / name).parent.mkdir(exist_ok=True)

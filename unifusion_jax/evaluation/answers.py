@@ -66,16 +66,35 @@ def _probabilities(vlm, input_ids, attention_mask, images, ids) -> jax.Array:
 
 
 def first_ids(chat: verifi.Chat, answers: Sequence[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
-  """The ids of the first tokens of each answer's words: capitalised too, and after a blank.
-
-  An id counts for one answer alone: of '1' and '10' in digits the first is the same, and says nothing. An answer that
-  the tokenizer tells from the others nowhere has none.
-  """
-  found = [{ids[0] for word in words for form in (word, word.capitalize())
-            for ids in (chat.text_ids(form), chat.text_ids(f' {form}')) if ids and _begins(chat, ids[0], word)}
-           for words in answers]
-  shared = {i for one, other in itertools.combinations(found, 2) for i in one & other}
+  """The ids of the first tokens of each answer's words (capitalised too, and after a blank) that begin no other's."""
+  found = [{ids[0] for ids in forms} for forms in _forms(chat, answers)]
+  shared = _shared(found)
   return tuple(tuple(sorted(ids - shared)) for ids in found)
+
+
+def second_ids(chat: verifi.Chat, answers: Sequence[Sequence[str]]) -> dict[int, tuple[tuple[int, ...], ...]]:
+  """{first token of several answers: the ids that follow it in each answer, and in no other}.
+
+  As of '1' and '10' in digits, and of words that a tokenizer does not know whole. What ends with the first token is
+  followed by the end of the answer.
+  """
+  forms = _forms(chat, answers)
+  after = {}
+  for first in sorted(_shared([{ids[0] for ids in each} for each in forms])):
+    following = [{i for ids in each if ids[0] == first for i in (ids[1:2] or chat.stop_ids)} for each in forms]
+    after[first] = tuple(tuple(sorted(ids - _shared(following))) for ids in following)
+  return after
+
+
+def _forms(chat: verifi.Chat, answers: Sequence[Sequence[str]]) -> list[set[tuple[int, ...]]]:
+  """The ids of each answer's words, as they may be written."""
+  return [{ids for word in words for form in (word, word.capitalize())
+           for ids in (chat.text_ids(form), chat.text_ids(f' {form}')) if ids and _begins(chat, ids[0], word)}
+          for words in answers]
+
+
+def _shared(ids: Sequence[set[int]]) -> set[int]:
+  return {i for one, other in itertools.combinations(ids, 2) for i in one & other}
 
 
 def _begins(chat: verifi.Chat, token: int, word: str) -> bool:

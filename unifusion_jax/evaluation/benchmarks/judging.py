@@ -30,6 +30,7 @@ YES_NO = (('yes',), ('no',))
 NUMBERS = tuple(zip(('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten'),
                     map(str, range(11))))
 ANSWERED = 0.5  # least probability of all options together
+LEAST = 0.01    # of a first token of several options, to look at the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +99,8 @@ class Judge:
     options = [_options(question) for _, question in rows]
     for each in dict.fromkeys(options):
       members = [i for i, option in enumerate(options) if option == each]
-      ids = answers.first_ids(self.chat, each)
+      found = self._probabilities([rows[i] for i in members], each)
       wanted = [next(k for k, words in enumerate(each) if rows[i][1].answer in words) for i in members]
-      if unknown := [each[k][0] for k in wanted if not ids[k]]:
-        raise UserError(f'{self.chat.folder}: no first token of its tokenizer tells the answer {unknown[0]!r} from '
-                        'others: take another VLM as the judge')
-      found = answers.probabilities(self.vlm, (
-          self._asked((rows[i][0],), self.asks.format(rows[i][1].text), 1, ids) for i in members), self.batch_size)
       probability[members] = found[np.arange(len(members)), wanted]
       several = len(each) > 1
       right[members] = np.argmax(found, axis=1) == wanted if several else found[:, 0] >= ANSWERED
@@ -112,9 +108,30 @@ class Judge:
     ends = np.cumsum([len(record.questions) for record in records])[:-1]
     return [Answer(*each) for each in zip(*(np.split(x, ends) for x in (right & answered, probability, answered)))]
 
-  def _asked(self, images: Iterable, question: str, most: int, ids) -> answers.Asked:
+  def _probabilities(self, rows: Sequence[tuple[np.ndarray, Question]], options) -> np.ndarray:
+    """The probability of each option to each question about its image, [n a]."""
+    ids, after = answers.first_ids(self.chat, options), answers.second_ids(self.chat, options)
+    if unknown := [words[0] for k, words in enumerate(options)
+                   if not ids[k] and not any(following[k] for following in after.values())]:
+      raise UserError(f'{self.chat.folder}: no two tokens of its tokenizer tell the answer {unknown[0]!r} from others: '
+                      'take another VLM as the judge')
+
+    def asked(chosen, ids, *written):
+      prompts = (self._asked((rows[i][0],), self.asks.format(rows[i][1].text), 1, ids, written) for i in chosen)
+      return answers.probabilities(self.vlm, prompts, self.batch_size)
+
+    found = asked(range(len(rows)), (*ids, *((first,) for first in after)))
+    found, begun = found[:, :len(options)].copy(), found[:, len(options):]
+    for (first, following), share in zip(after.items(), begun.T):
+      chosen = np.flatnonzero(share >= LEAST)
+      if len(chosen):
+        found[chosen] += share[chosen, None] * asked(chosen, following, first)
+    return found
+
+  def _asked(self, images: Iterable, question: str, most: int, ids, written: tuple[int, ...] = ()) -> answers.Asked:
     inputs, counts = self.image_processor.preprocess(tuple(images), most)
-    return answers.Asked(describe.layout(self.chat, question, counts, None), inputs, ids)
+    spans = describe.layout(self.chat, question, counts, None)
+    return answers.Asked([*spans, verifi.Span('written', written)], inputs, ids)
 
 
 def _options(question: Question) -> tuple[tuple[str, ...], ...]:
