@@ -21,7 +21,7 @@ from unifusion_jax.weights import encoders, hub
 
 SHOWN_TOKENS = 5  # whose attention is shown where `inspect.tokens` names none
 KINDS = ('text', 'image')
-BUDGET = 1024, 512  # tokens of a prompt and of a rewrite, for a VLM alone
+BUDGET = 1024, 512  # most tokens of a prompt and of a rewrite for a VLM alone, and a quarter of its positions each
 CELL = 160  # pixels of an image in a figure
 CAPTIONS = dict(
     attention='Attention of layer over layer, the mean over tokens and heads', tokens='The same of single tokens',
@@ -81,8 +81,8 @@ def inspect_vlm(config: InspectedPipeline, folder: pathlib.Path) -> tuple[dict, 
   """(report, figures by name) of the layers of the VLM that a configuration names, without a model of images."""
   settings, vlm_folder = config.sample, hub.resolve(config.vlm)
   wanted, _, _ = sample.requests(settings, TILE, 16)  # any size will do: no image is sampled
-  encoder = transforms.PromptEncoder.load(vlm_folder, settings.tiles or 1, *BUDGET)
   most = encoders.config(vlm_folder).text.max_positions  # pyrefly: ignore[missing-attribute]
+  encoder = transforms.PromptEncoder.load(vlm_folder, settings.tiles or 1, *(min(each, most // 4) for each in BUDGET))
   prompting.check(encoder, wanted, settings, most)
   with sharding.together('write figures'):
     if sharding.is_main_process():
