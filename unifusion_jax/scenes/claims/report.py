@@ -87,7 +87,7 @@ def spread(runs: np.ndarray) -> tuple[float, float, float, float]:
   Verdicts that are all alike leave nothing to resample: their interval is Wilson's of one seed.
   """
   mean, std, low, high = statistics.seeds(runs)
-  if low == high and mean in (0.0, 1.0):
+  if mean in (0.0, 1.0) and np.all(runs == mean):
     low, high = statistics.wilson(mean * runs.shape[1], runs.shape[1])
   return mean, std, low, high
 
