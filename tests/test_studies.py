@@ -13,7 +13,7 @@ from unifusion_jax import config, pipeline
 from unifusion_jax.commands import sample
 from unifusion_jax.data import imaging
 from unifusion_jax.pipeline import UniFusionPipeline
-from unifusion_jax.scenes import examples, language, render
+from unifusion_jax.scenes import examples, language, render, world
 from unifusion_jax.scenes.evaluation import agreement, by_hand, generation, handwritten, noise_levels, verifi_study
 from unifusion_jax.scenes.evaluation import settings as evaluation
 
@@ -113,7 +113,8 @@ def test_the_study_of_agreement(tiny, recipe, tmp_path):
     frozen: object
 
     def generate(self, requests, height, width, settings):
-      return [pipeline.Sample(np.full((height, width, 3), 250, np.uint8), '') for _ in requests]
+      ground = np.full((height, width, 3), world.BACKGROUND_COLOURS['cream'], np.uint8)
+      return [pipeline.Sample(ground, '') for _ in requests]
 
   made = recipe(eval=evaluation.GenerationEvaluation(study='agreement', examples=6, batch_size=16))
   with jax.set_mesh(tiny.mesh):

@@ -1,7 +1,7 @@
 """Agreement of a VLM as a judge with the exact one: VQAScore, and questions about single attributes.
 
   python -m unifusion_jax.main --config=configs/edit.py --mode=eval --config.eval.study=agreement \
-      --config.eval.examples=100 --config.eval.batch_size=50 --workdir=runs/agreement
+      --config.eval.examples=60 --config.eval.batch_size=20 --workdir=runs/agreement
 
 Each question has a probability of its answer, by the VLM, and a truth, by `judge.check` on the same image.
 """
