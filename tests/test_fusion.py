@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import types
 
 from flax import nnx
 import jax
@@ -240,6 +241,21 @@ def test_plain_lap_is_krea2s_format(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(fields | dict(fusion='kv')))
   with pytest.raises(UserError, match='fields that a Krea 2 transformer does not: fusion'):
     unifusion.read_config(tmp_path)
+
+
+def test_kinds_of_tokens(mesh):
+  """On a mesh of one device too, for the null condition, which is one token of one row."""
+  ids = np.array([[1, 7, 7, 2, 0], [7, 3, 4, 0, 0]], np.int32)
+  index = np.array([[1, 2, 3, 0], [0, 2, 0, 0]], np.int32)
+  vlm = types.SimpleNamespace(config=types.SimpleNamespace(image_token_id=7))
+  wanted = [[True, True, False, False], [True, False, True, True]]
+  for rows, tokens in ((2, 4), (1, 1)):
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])):
+      part = sharding.shard((ids[:rows], index[:rows, :tokens]))
+      found = jax.jit(lambda i, k: conditioning.image_tokens(vlm, i, k))(*part)
+      np.testing.assert_array_equal(found, np.array(wanted)[:rows, :tokens])
+  blind = types.SimpleNamespace(config=types.SimpleNamespace())
+  assert not np.any(conditioning.image_tokens(blind, ids, index))
 
 
 def test_settings_that_cannot_be():

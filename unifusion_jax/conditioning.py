@@ -127,8 +127,9 @@ class States(NamedTuple):
 
 def image_tokens(vlm, input_ids: jax.Array, index: jax.Array) -> jax.Array:
   """Which of the tokens at `index` [b q] of prompts [b s] are an image's, [b q] bool; of a language model none."""
-  image_id = getattr(vlm.config, 'image_token_id', -1)
-  return jnp.take_along_axis(input_ids, index, axis=1) == image_id
+  is_image = input_ids == getattr(vlm.config, 'image_token_id', -1)
+  # Elementwise, as the gather of one token of one row is refused on a mesh of one device.
+  return jnp.any((jnp.arange(input_ids.shape[1]) == index[..., None]) & is_image[:, None], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames='taps')
