@@ -374,7 +374,7 @@ def test_plans_read_no_weights_and_lay_prompts_out_alike(theirs, ours, tmp_path)
   requests = [Request('red ' * 600, place='prompt')] * 2
   prompts = prompting.Prompts.of(ours.prompt_encoder, requests, ours.settings, 2048)
   rows = prompting.stacked(prompts.answered([prompting.RAW] * 2))
-  model, cond_mask, vlm, input_ids, attention_mask, cond_index, images = program.arguments
+  model, vlm, input_ids, attention_mask, cond_index, cond_mask, images = program.arguments
   planned = dict(input_ids=input_ids, attention_mask=attention_mask, cond_index=cond_index, cond_mask=cond_mask)
   assert {name: (x.shape, x.dtype) for name, x in planned.items()} == {
       name: (rows[name].shape, rows[name].dtype) for name in planned} and images is None
