@@ -29,7 +29,7 @@ COMMANDS = {'train': 'train', 'sample': 'sample', 'rewrite': 'rewrite', 'eval': 
             'inspect': 'inspect', 'info': 'info'}
 
 # Recipes of the modes that take no other
-RECIPES = {name: f'configs/{name}.py' for name in ('describe', 'benchmark', 'compare', 'inspect')}
+RECIPES = {name: f'configs/{name}.py' for name in ('describe', 'benchmark', 'compare')}
 
 SAMPLED = ('plan', 'demo')  # modes with a group of settings in recipes that sample, as in those that train
 
