@@ -156,7 +156,7 @@ def test_a_recipe_by_its_name(tmp_path, monkeypatch):
     ([EDIT, '--mod=train'], 'Did you mean: mode'),
     ([f'{EDIT}:huge'], "has the scales tiny, 8b_256, 8b_512, 8b, krea2, not 'huge'"),
     (['configs/describe.py:tiny'], 'this recipe has no scales'),
-    (['configs/nothere.py'], 'there is no recipe configs/nothere.py: give the path of a file, or one of describe'),
+    (['configs/nothere.py'], 'there is no recipe configs/nothere.py: give the path of a file, or one of ablation, '),
     (['configs'], 'there is no recipe configs:'),
     (['README.md'], 'README.md is no recipe: it must be a Python file'),
     (['unifusion_jax/flow.py'], 'flow.py is no recipe: it has no function get_config()'),
@@ -169,16 +169,17 @@ def test_sentences(arguments, sentence):
 
 
 def test_a_wrong_value_of_any_setting_names_it():
+  texts = (tuple[str, ...], tuple[fields.Path, ...])  # of which 'four' is one
   def leaves(holder, prefix=''):
-    for name in fields.hints(type(holder)):
+    for name, kind in fields.hints(type(holder)).items():
       value = getattr(holder, name)
       if hasattr(value, '__dataclass_fields__'):
         yield from leaves(value, f'{prefix}{name}.')
-      elif not isinstance(value, (str, type(None))):
-        yield prefix + name, value
-  for name, value in leaves(edit()):
-    if name in ('data.aspects', 'sample.references', 'sample.loras', 'objective.lora.targets', 'plan.programs'):
-      continue  # of texts
+      elif value is not None and not isinstance(value, str) and kind not in texts:
+        yield prefix + name
+  names = list(leaves(edit()))
+  assert len(names) > 100
+  for name in names:
     with pytest.raises(UserError, match=rf'^--config\.{name}=four: '):
       edit(f'--config.{name}=four')
 
