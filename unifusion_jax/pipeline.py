@@ -26,10 +26,8 @@ from unifusion_jax import call, denoising, flow, metadata, parts, prompting, ran
 from unifusion_jax import conditioning as states
 from unifusion_jax.conditioning import Conditioning
 from unifusion_jax.data import imaging, transforms
-from unifusion_jax.denoising import Kept
 from unifusion_jax.errors import UserError
 from unifusion_jax.models import dit, unifusion
-from unifusion_jax.reading import Read
 from unifusion_jax.request import check_ranges, LIMITS, METHODS, Request, requests_for, SampleConfig, shape_like
 from unifusion_jax.weights import autoencoders, encoders, lora_files
 from unifusion_jax.wording import Vocabulary
@@ -150,9 +148,8 @@ class UniFusionPipeline:
     config, dtype = dataclasses.replace(located.config, dtype=dtype), jnp.dtype(dtype)
     model = unifusion.shapes(transformer.folder, config)  # the files are whole, which is seen before anything slow
     adapters = lora_files.read_all(loras, model)
-    load_model = lambda *later: unifusion.load(  # later: adapters of `Turns.give`
-        transformer.folder, config, dtype, transformer_quantized,
-        functools.partial(lora_files.merge, [*adapters, *later]))
+    merge = lambda later: functools.partial(lora_files.merge, [*adapters, *later])  # later: those of `Turns.give`
+    load_model = lambda *later: unifusion.load(transformer.folder, config, dtype, transformer_quantized, merge(later))
     load_vlm = functools.partial(encoders.load, vlm.folder, dtype, quantized=quantized, cache=cache)
     if in_turn:
       vlm = encoders.abstract(encoders.config(vlm.folder), dtype, quantized)
@@ -335,7 +332,7 @@ class UniFusionPipeline:
     return list(zip(read.rewrites, read.warnings, read.remarks))[:len(requests)]
 
   @_in_mesh
-  def _read_once(self, requests: list[Request], s: SampleConfig) -> Read:
+  def _read_once(self, requests: list[Request], s: SampleConfig) -> reading.Read:
     """`_read_requests`, or its result of before: requests that differ in their seeds alone share it."""
     key = s.settings(), self.prompt_encoder, [
         (request.instruction, request.rewrite, request.seed if s.temperature else 0) for request in requests]
@@ -346,7 +343,7 @@ class UniFusionPipeline:
     self._reads = [*(other for other in self._reads if other is not entry), entry][-most:]
     return entry[2]
 
-  def _condition_once(self, read: Read, requests: list[Request], height: int, width: int, s: SampleConfig
+  def _condition_once(self, read: reading.Read, requests: list[Request], height: int, width: int, s: SampleConfig
                       ) -> Conditioning:
     """`_condition` with `references`, or the last result."""
     key = read, s.reference_latents and (height, width)
@@ -355,11 +352,11 @@ class UniFusionPipeline:
       self._conditioned = key, conditioning._replace(references=self.references(requests, height, width, s))
     return self._conditioned[1]
 
-  def _condition(self, read: Read) -> Conditioning:
+  def _condition(self, read: reading.Read) -> Conditioning:
     conditioning = states.condition(self.model, sharding.shard(read.states))
     return conditioning if read.strengths is None else states.weighted(conditioning, sharding.shard(read.strengths))
 
-  def _read_requests(self, requests: list[Request], s: SampleConfig) -> Read:
+  def _read_requests(self, requests: list[Request], s: SampleConfig) -> reading.Read:
     """The VLM's half of `encode`; where models take turns, the states wait on the host."""
     prompts = prompting.Prompts.of(self.prompt_encoder, sharding.padded(requests), s, self.max_positions)
     read = reading.read(self.vlm, self.taps, prompts, s, self.vocabulary)
@@ -413,11 +410,11 @@ class UniFusionPipeline:
     return denoising.noised(self.vae, sharding.shard(np.stack(sharding.padded(list(images)))), noise, jnp.float32(t))
 
   @_in_mesh
-  def kept(self, images, changes, noise: jax.Array) -> Kept:
+  def kept(self, images, changes, noise: jax.Array) -> denoising.Kept:
     """What of images uint8 [y x 3] stays, under the same noise at all times; changes: where it does not, bool [y x]."""
     rows = einops.reduce(np.stack(sharding.padded(changes)), 'b (y i) (x j) -> b y x 1', 'max', i=self.vae.downsampling,
                          j=self.vae.downsampling)
-    return Kept(self.add_noise(images, noise, 0.0), noise, sharding.shard(~rows))
+    return denoising.Kept(self.add_noise(images, noise, 0.0), noise, sharding.shard(~rows))
 
   @_in_mesh
   def times(self, height: int, width: int, *, steps: int | None = None, shift: float | None = None,
@@ -433,7 +430,7 @@ class UniFusionPipeline:
   def denoise(self, conditioning: Conditioning, latents: jax.Array, times: jax.Array, *,
               guidance: float | None = None, null: Conditioning | None = None, method: str | None = None,
               eta: float | None = None, seeds: Sequence[int] | None = None, first: int = 0,
-              kept: Kept | None = None) -> jax.Array:
+              kept: denoising.Kept | None = None) -> jax.Array:
     """Integrates latents [b y x c] from times[0] to times[-1].
 
     `times` may be a part of a schedule: part after part gives the same result as the whole.

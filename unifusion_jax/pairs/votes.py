@@ -1,4 +1,4 @@
-"""Votes on pairs of images of the checkpoints a and b: who sees what on which side, and the files of what was chosen.
+"""Votes on pairs of images of the checkpoints a and b: the sides of each voter, and the files of votes.
 
 A vote is a line of JSON in WORKDIR/votes/VOTER.jsonl: pair, voter, order, choice ('left', 'right', 'tie', 'bad') and
 time. The last one of a voter on a pair counts. Which of a and b was left follows from the seed, the order (the voter,

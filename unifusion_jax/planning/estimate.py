@@ -125,7 +125,7 @@ class _Step:
     self._image = (1 + self._references) * (self._height // unit) * (self._width // unit)
     self._dtype = jnp.dtype(config.model.dtype).itemsize
     self._frozen_dtype = jnp.dtype(config.frozen_dtype).itemsize
-    self._place = f'models/{"lap" if config.model.fusion == "lap" else "fusion"}.py'  # of what is before the DiT
+    self._place = f'models/{"lap" if config.model.fusion == "lap" else "fusion"}.py'  # between VLM and DiT
 
   def _split(self, tokens: int) -> int:
     """Tokens of a sequence between blocks on a device: tp shares them where it divides them (layers.split)."""
