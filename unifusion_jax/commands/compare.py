@@ -160,8 +160,7 @@ def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Pa
       raise UserError(f'{workdir} holds another comparison (its {changed} differ): give another --workdir')
     if len(before['pairs']) >= len(now['pairs']):
       return
-  workdir.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(now, indent=2) + '\n')
+  imaging.write_bytes(path, json.dumps(now, indent=2).encode() + b'\n')
 
 
 def _generate(config: CompareConfig, side: str, located: parts.Parts, pairs: list[Pair], folder: pathlib.Path) -> None:
