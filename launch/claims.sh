@@ -2,8 +2,9 @@
 # The paper's claims on scenes: trains, measures and writes docs/results and docs/paper.md.
 #   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=full                        # one GPU of 80 GB, hours
 #   bash launch/claims.sh --claims=a,e,f --seeds=3 --size=short --jobs=6 --minutes=9        # the same, minutes
-#   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=reduced                     # two CPU cores, overnight
-# Run again, it goes on. Its flags are those of unifusion_jax/scenes/claims/run.py; --plan says what it would do.
+#   bash launch/claims.sh --claims=a,b,c,d,e,f --seeds=3 --size=reduced --jobs=2            # two CPU cores, overnight
+#   bash launch/claims.sh --only=shipped_t2i,shipped_edit --size=reduced --jobs=2           # the same, what trains nothing
+# Run again, it goes on, also from docs/results on another machine. Its flags are those of unifusion_jax/scenes/claims/run.py; --plan says what it would do.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment requirements.txt

@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from unifusion_jax import config as configuration
 from unifusion_jax import pipeline
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
-from unifusion_jax.scenes.claims import experiments, measures, report, run
+from unifusion_jax.scenes.claims import experiments, measures, report, results, run
 from unifusion_jax.scenes.evaluation import generation
 from unifusion_jax.sharding import MeshConfig
 
@@ -75,7 +76,7 @@ def test_a_run_goes_on_after_a_kill_and_ends_in_a_table_and_a_plot(recipe, tmp_p
   assert imaging.read(docs / 'results' / 'e.png').shape[1] > 400
   result = json.loads((docs / 'results' / 'e.json').read_text())
   assert result['arms']['before']['values'] == result['arms']['more_edit']['values']  # the same weights and noise
-  assert page == report.page(page, report.read(docs))
+  assert page == report.page(page, results.read(docs))
 
 
 def test_minutes_that_are_over_stop_what_runs(tmp_path):
@@ -146,17 +147,49 @@ def test_results_alone_are_enough_to_go_on(tmp_path):
   assert [job.stage for job in run.remaining(jobs, tmp_path)] == [
       'shipped_edit', 'vlm_multi', 'shipped_edit_multi', 'edit_multi']
   for arm in ('shipped', 'shipped_truth', 'vlm'):
-    run.write(run.result_file(tmp_path, 'f', arm, 0), {})
+    results.write(results.result_file(tmp_path, 'f', arm, 0), {})
   assert [job.stage for job in run.remaining(jobs, tmp_path)] == ['vlm_multi', 'edit_multi']
   for arm in ('vlm_edit', 'vlm_edit_truth'):
-    run.write(run.result_file(tmp_path, 'f', arm, 0), {})
+    results.write(results.result_file(tmp_path, 'f', arm, 0), {})
   assert run.remaining(jobs, tmp_path) == []
 
 
-def test_unknown_claims_are_named():
+def test_only_some_stages_are_measured_and_what_they_start_from_is_trained():
+  jobs = run.plan(['c', 'e', 'f'], 2, TRY, ['shipped_t2i', 'edit_multi'])
+  assert [job.name for job in jobs] == [f'{stage}_{seed}' for seed in (0, 1)
+                                        for stage in ('shipped_t2i', 'vlm_multi', 'edit_multi')]
+  assert jobs[0].arms == (('c', 'shipped'), ('c', 'shipped_off'), ('e', 'before')) and not jobs[1].arms
+
+
+def test_unknown_claims_and_stages_are_named():
   assert experiments.named(['e', 'a', 'e']) == ['e', 'a']
   with pytest.raises(UserError, match='must be some of a,b,c,d,e,f'):
     experiments.named(['a', 'g'])
+  assert experiments.stages(['tiles']) == ['tiles'] and experiments.stages([]) == []
+  with pytest.raises(UserError, match='--only=tile names no stage: there are t2i_lap, '):
+    experiments.stages(['tiles', 'tile'])
+
+
+def test_a_run_goes_on_from_what_is_in_docs(tmp_path):
+  """What the report wrote comes back the same; what belongs to other settings or another training stays out."""
+  one = dict(claim='e', arm='before', seed=0, parameters=1, seconds=1.5, date='2026-11-27',
+             settings=experiments.settings('try') | dict(jax=jax.__version__, device='cpu', devices=1),
+             digest=experiments.digest('shipped_t2i', TRY), values={'1-2/all': [True, False], 'x': [0.25, None]})
+  written = [one, one | dict(seed=2, date='2026-11-28'), one | dict(arm='more_edit', digest='another')]
+  for each in written:
+    results.write(results.result_file(tmp_path / 'one', 'e', each['arm'], each['seed']), each)
+  (tmp_path / 'docs').mkdir()
+  (tmp_path / 'docs' / 'paper.md').write_text('')
+  report.report(tmp_path / 'one', tmp_path / 'docs')
+  assert results.restore(tmp_path / 'docs', tmp_path / 'two', 'try') == 2
+  for each in written[:2]:
+    file = results.result_file(tmp_path / 'two', 'e', 'before', each['seed'])
+    assert json.loads(file.read_text()) == each
+    file.write_text(json.dumps(each | dict(seconds=9.0)))
+  assert results.restore(tmp_path / 'docs', tmp_path / 'two', 'try') == 0  # what is there is never written over
+  assert json.loads(file.read_text())['seconds'] == 9.0
+  assert results.restore(tmp_path / 'docs', tmp_path / 'three', 'reduced') == 0
+  assert not (tmp_path / 'three').exists()
 
 
 # Measures
@@ -222,9 +255,10 @@ def test_prompts_have_verdicts_scores_and_losses(pipe):
 def result(claim='e', **arms):
   """A result in the form of docs/results, of {arm: {value: [values of a seed, ...]}}."""
   settings = experiments.settings('try') | dict(jax='0', device='cpu', devices=1)
-  return dict(claim=claim, settings=settings, dates=['2026-11-27'], arms={
-      name: dict(digest='d', parameters=2_000_000, seeds=list(range(len(next(iter(values.values()))))), seconds=[1.0],
-                 values=values) for name, values in arms.items()})
+  seeds = {name: len(next(iter(values.values()))) for name, values in arms.items()}
+  return dict(claim=claim, settings=settings, arms={
+      name: dict(digest='d', parameters=2_000_000, seeds=list(range(seeds[name])), seconds=[1.0] * seeds[name],
+                 dates=['2026-11-27'] * seeds[name], values=values) for name, values in arms.items()})
 
 
 def test_statements_are_those_of_hand_computed_numbers():
@@ -265,17 +299,17 @@ def test_tiles_are_given_beside_one_tile():
 def test_results_that_do_not_belong_together_are_refused(tmp_path, change, named):
   one = dict(claim='e', arm='before', seed=0, settings=dict(size='try', device='cpu'), digest='d', parameters=1,
              seconds=1.0, date='2026-11-27', values={'1-2/all': [True]})
-  run.write(run.result_file(tmp_path, 'e', 'before', 0), one)
-  run.write(run.result_file(tmp_path, 'e', 'before', 1), one | dict(seed=1))
-  assert report.collect(tmp_path)['e']['arms']['before']['values'] == {'1-2/all': ['1', '1']}
+  results.write(results.result_file(tmp_path, 'e', 'before', 0), one)
+  results.write(results.result_file(tmp_path, 'e', 'before', 1), one | dict(seed=1))
+  assert results.collect(tmp_path)['e']['arms']['before']['values'] == {'1-2/all': ['1', '1']}
   change = {name: one[name] | value if isinstance(value, dict) else value for name, value in change.items()}
-  run.write(run.result_file(tmp_path, 'e', 'before', 1), one | dict(seed=1) | change)
+  results.write(results.result_file(tmp_path, 'e', 'before', 1), one | dict(seed=1) | change)
   with pytest.raises(UserError, match=named):
-    report.collect(tmp_path)
+    results.collect(tmp_path)
 
 
 def test_the_page_is_what_the_report_makes_of_the_results():
-  text, results = (ROOT / 'docs' / 'paper.md').read_text(), report.read(ROOT / 'docs')
+  text, found = (ROOT / 'docs' / 'paper.md').read_text(), results.read(ROOT / 'docs')
   assert [claim for _, claim, _ in report.MARKED.findall(text)] == list(experiments.CLAIMS)
-  assert report.page(text, results) == text, 'python -m unifusion_jax.scenes.claims.report --folder= writes it anew'
-  assert all((ROOT / 'docs' / 'results' / f'{claim}.png').exists() for claim in results)
+  assert report.page(text, found) == text, 'python -m unifusion_jax.scenes.claims.report --folder= writes it anew'
+  assert all((ROOT / 'docs' / 'results' / f'{claim}.png').exists() for claim in found)

@@ -50,10 +50,10 @@ class Size:
 
 GPU, CPU = (retrain.scale_of(platform, 1) for platform in ('gpu', 'cpu'))
 # Seconds of a step. One H100, 2026-11-27: 0.175 for 256 examples noised 8 times, 0.047 of the VLM (docs/training.md),
-# by the number of noises. Two cores of an AMD EPYC: 18 and 16 images a second (docs/from_scratch.md), and stage 13 of
-# the VLM in assets/tiny/provenance.json. With several tiles, the start and the images: guesses.
+# by the number of noises. Two cores of an AMD EPYC (family 25), 2026-11-27, by logs of such runs; `vlm` is stage 13 in
+# assets/tiny/provenance.json. With several tiles, and the start and the images of a GPU: guesses.
 ON_GPU = dict(t2i=0.09, edit=0.10, vlm=0.05, vlm_tiles=0.15, tiles=0.2, start=40.0, image=0.02)
-ON_CPU = dict(t2i=0.9, edit=1.0, vlm=0.7, vlm_tiles=1.4, tiles=2.0, start=60.0, image=0.25)
+ON_CPU = dict(t2i=2.7, edit=3.3, vlm=1.4, vlm_tiles=2.8, tiles=4.0, start=60.0, image=0.35)
 SIZES = {
     'full': Size(dataclasses.replace(GPU, noises=4),
                  dict(t2i=3000, edit=1500, vlm=4000, vlm_tiles=2000, tiles=2000), examples=400, sampling_steps=24,
@@ -62,7 +62,7 @@ SIZES = {
                   dict(t2i=250, edit=200, vlm=500, vlm_tiles=300, tiles=250), examples=300, sampling_steps=24,
                   seconds={name: value / 2 if name in ('t2i', 'edit', 'tiles') else value
                            for name, value in ON_GPU.items()}),
-    'reduced': Size(CPU, dict(t2i=900, edit=400, vlm=1000, vlm_tiles=500, tiles=400), examples=100, sampling_steps=24,
+    'reduced': Size(CPU, dict(t2i=300, edit=200, vlm=300, vlm_tiles=150, tiles=150), examples=100, sampling_steps=24,
                     seconds=ON_CPU),
     'try': Size(retrain.Scale(2, 2, 2, noises=2, workers=0, tiles=(1,), dtype='float32', rate=1.0),
                 dict(t2i=2, edit=2, vlm=2, vlm_tiles=2, tiles=2), examples=2, sampling_steps=2, seconds=ON_CPU)}
@@ -317,3 +317,10 @@ def named(claims: Sequence[str]) -> list[str]:
   if not claims or not set(claims) <= set(CLAIMS):
     raise UserError(f'--claims={",".join(claims)} must be some of {",".join(CLAIMS)}')
   return list(dict.fromkeys(claims))
+
+
+def stages(names: Sequence[str]) -> list[str]:
+  """The stages of a flag; UserError for one that there is not."""
+  if unknown := [name for name in names if name not in STAGES]:
+    raise UserError(f'--only={",".join(unknown)} names no stage: there are {", ".join(STAGES)}')
+  return list(names)

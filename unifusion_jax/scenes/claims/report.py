@@ -15,60 +15,19 @@ import re
 from absl import app, flags
 import numpy as np
 
-from unifusion_jax import command_line, errors, json_file
+from unifusion_jax import command_line, errors
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import statistics
-from unifusion_jax.scenes.claims import experiments, run
+from unifusion_jax.scenes.claims import experiments, results
 
 LEVEL = 0.05  # below this p, adjusted, and with an interval without 0 a difference is called one
 MARKED = re.compile(r'(<!-- claim (\w) -->\n).*?(<!-- end of claim \2 -->)', re.DOTALL)
 
 
-def collect(folder: pathlib.Path) -> dict[str, dict]:
-  """{claim: result} of a run's folder, in the form of docs/results.
-
-  UserError where results of a claim have other settings, devices or jax, or those of an arm another training.
-  """
-  results = {}
-  for claim in experiments.CLAIMS:
-    files = sorted((folder / 'results' / claim).glob('*.json'))
-    if files:
-      results[claim] = _collected(claim, [(file, json_file.read(file)) for file in files])
-  return results
-
-
-def _collected(claim: str, read: list[tuple[pathlib.Path, dict]]) -> dict:
-  (first, one), arms = read[0], {}
-  for file, each in read:
-    if each['settings'] != one['settings']:
-      different = [name for name in one['settings'] if each['settings'].get(name) != one['settings'][name]]
-      raise UserError(f'{file} has another {", ".join(different)} than {first}: results are compared within one set of '
-                      'settings, so remove one of them and run it again')
-    arm = arms.setdefault(each['arm'], dict(digest=each['digest'], parameters=each['parameters'], seeds=[], seconds=[],
-                                            values={}))
-    if each['digest'] != arm['digest']:
-      raise UserError(f'{file} is of another training than the other seeds of {each["arm"]} (settings '
-                      f'{each["digest"]}, theirs {arm["digest"]}): remove what is older and run it again')
-    arm['seeds'].append(each['seed'])
-    arm['seconds'].append(each['seconds'])
-    for name, values in each['values'].items():
-      arm['values'].setdefault(name, []).append(_packed(values))
-  order = [name for name in experiments.CLAIMS[claim].arms if name in arms]
-  return dict(claim=claim, settings=one['settings'], dates=sorted({each['date'] for _, each in read}),
-              arms={name: arms[name] for name in order})
-
-
-def _packed(values: list) -> str | list:
-  """Verdicts as a text of 0 and 1, other values rounded."""
-  if all(isinstance(value, bool) for value in values):
-    return ''.join(str(int(value)) for value in values)
-  return [None if value is None else round(value, 4) for value in values]
-
-
 def matched(result: Mapping, value: str, *arms: str) -> list[np.ndarray]:
   """The values [seeds examples] of each arm, of the seeds that all of them have; examples without a value left out."""
   chosen = [result['arms'][name] for name in arms]
-  seeds = sorted(set.intersection(*(set(arm['seeds']) for arm in chosen)))
+  seeds = results.shared(result, *arms)
   tables = [np.array([[math.nan if x is None else float(x) for x in arm['values'][value][arm['seeds'].index(seed)]]
                       for seed in seeds]) for arm in chosen]
   known = np.all([np.all(np.isfinite(table), axis=0) for table in tables], axis=0) if seeds else []
@@ -78,7 +37,7 @@ def matched(result: Mapping, value: str, *arms: str) -> list[np.ndarray]:
 def has(result: Mapping, value: str, *arms: str) -> bool:
   """Whether the arms have this value, in a seed that they share."""
   return all(name in result['arms'] and value in result['arms'][name]['values'] for name in arms) and bool(
-      set.intersection(*(set(result['arms'][name]['seeds']) for name in arms)))
+      results.shared(result, *arms))
 
 
 def spread(runs: np.ndarray) -> tuple[float, float, float, float]:
@@ -162,7 +121,7 @@ def section(claim: str, result: Mapping | None) -> str:
   """What docs/paper.md says of a claim's results, generated; the sentence that it was not run without any."""
   if result is None:
     return '*Not yet run: there are no results of it in `docs/results/`.*\n'
-  at, dates = result['settings'], result['dates']
+  at, dates = result['settings'], sorted({date for arm in result['arms'].values() for date in arm['dates']})
   steps = ', '.join(f'{name} {count}' for name, count in at['steps'].items())
   kinds = {experiments.STAGES[stage].kind for arm in experiments.CLAIMS[claim].arms.values()
            for stage in experiments.chain(arm.stage)}
@@ -185,9 +144,9 @@ def section(claim: str, result: Mapping | None) -> str:
   return '\n\n'.join(parts) + '\n'
 
 
-def page(text: str, results: Mapping[str, Mapping]) -> str:
+def page(text: str, found: Mapping[str, Mapping]) -> str:
   """A page with the sections of all claims written anew."""
-  return MARKED.sub(lambda found: f'{found[1]}{section(found[2], results.get(found[2]))}{found[3]}', text)
+  return MARKED.sub(lambda mark: f'{mark[1]}{section(mark[2], found.get(mark[2]))}{mark[3]}', text)
 
 
 def plot(result: Mapping, file: pathlib.Path) -> None:
@@ -217,19 +176,14 @@ def plot(result: Mapping, file: pathlib.Path) -> None:
   pyplot.close(figure)
 
 
-def read(docs: pathlib.Path) -> dict[str, dict]:
-  """The results in docs/results, {claim: result}."""
-  return {file.stem: json_file.read(file) for file in sorted((docs / 'results').glob('?.json'))}
-
-
 def report(folder: pathlib.Path | None, docs: pathlib.Path) -> None:
   """Writes the results of a run's folder, if one is given, and their plots into `docs`, and the page of all results."""
-  for claim, result in (collect(folder) if folder else {}).items():
-    run.write(docs / 'results' / f'{claim}.json', result)
+  for claim, result in (results.collect(folder) if folder else {}).items():
+    results.write(docs / 'results' / f'{claim}.json', result)
     plot(result, docs / 'results' / f'{claim}.png')
-  file, results = docs / 'paper.md', read(docs)
-  file.write_text(page(file.read_text(), results))
-  for claim, result in results.items():
+  file, found = docs / 'paper.md', results.read(docs)
+  file.write_text(page(file.read_text(), found))
+  for claim, result in found.items():
     print('\n'.join([f'({claim}) {experiments.CLAIMS[claim].title}', *statements(result)]))
 
 

@@ -2,11 +2,13 @@
 
   python -m unifusion_jax.scenes.claims.run --claims=a,b,c,d,e,f --seeds=3 --size=full             # one GPU, hours
   python -m unifusion_jax.scenes.claims.run --claims=e,f --size=reduced --minutes=120              # two CPU cores
+  python -m unifusion_jax.scenes.claims.run --only=shipped_t2i,shipped_edit --size=reduced         # trains nothing
   python -m unifusion_jax.scenes.claims.run --plan                                                 # what it would do
   python -m unifusion_jax.scenes.claims.report                                                     # tables and plots
 
 Run again with the same flags it goes on, also after a kill: a training from its checkpoint. All arms of one seed come
-before those of the next, so what is there when the minutes are over can be compared. experiments.py has the table.
+before those of the next, so what is there when the minutes are over can be compared. What docs/results has of the same
+settings is not measured again, so a run goes on on another machine. experiments.py has the table.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from unifusion_jax import command_line, errors, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.commands import export, train
 from unifusion_jax.errors import UserError
-from unifusion_jax.scenes.claims import experiments
+from unifusion_jax.scenes.claims import experiments, results
 from unifusion_jax.training import checkpoint
 
 GRACE = 120  # seconds in which a training that is told to stop has saved
@@ -53,11 +55,16 @@ class Job:
     return [f'{stage}_{self.seed}' for stage in experiments.STAGES[self.stage].after.values()]
 
 
-def plan(claims: Sequence[str], seeds: int, size: experiments.Size) -> list[Job]:
-  """The jobs of these claims, in the order in which they start: by seed, then by claim; each stage once."""
+def plan(claims: Sequence[str], seeds: int, size: experiments.Size, only: Sequence[str] = ()) -> list[Job]:
+  """The jobs of these claims, in the order in which they start: by seed, then by claim; each stage once.
+
+  only: stages that are measured, and trained with those before them; empty: all.
+  """
   arms: dict[str, list] = {}
   for claim in claims:
     for name, arm in experiments.arms(claim, size).items():
+      if only and arm.stage not in only:
+        continue
       for stage in experiments.chain(arm.stage):
         arms.setdefault(stage, [])
       arms[arm.stage].append((claim, name))
@@ -90,10 +97,6 @@ def exported(job: Job, folder: pathlib.Path) -> bool:
       experiments.workdir(folder, job.stage, job.seed) / 'config_export.json').exists()
 
 
-def result_file(folder: pathlib.Path, claim: str, arm: str, seed: int) -> pathlib.Path:
-  return folder / 'results' / claim / f'{arm}_{seed}.json'
-
-
 def remaining(jobs: Sequence[Job], folder: pathlib.Path) -> list[Job]:
   """Jobs that have something to measure, or to train for one of these; in order.
 
@@ -101,7 +104,7 @@ def remaining(jobs: Sequence[Job], folder: pathlib.Path) -> list[Job]:
   """
   wanted, needed = [], set()
   for job in reversed(jobs):  # what a job needs comes before it
-    measured = all(result_file(folder, *arm, job.seed).exists() for arm in job.arms)
+    measured = all(results.result_file(folder, *arm, job.seed).exists() for arm in job.arms)
     if not measured or (job.name in needed and not exported(job, folder)):
       wanted.append(job)
       needed.update(job.after)
@@ -113,18 +116,10 @@ def claim_folder(folder: pathlib.Path, size: str) -> None:
   file, now = folder / 'settings.json', experiments.settings(size)
   folder.mkdir(parents=True, exist_ok=True)
   if not file.exists():
-    write(file, now)
+    results.write(file, now)
   elif (there := json.loads(file.read_text())) != now:
     changed = ', '.join(name for name in now if there.get(name) != now[name])
     raise UserError(f'{folder} holds a run with another {changed}: give another --folder, or remove that one')
-
-
-def write(file: pathlib.Path, content: dict) -> None:
-  """A JSON file, whole or not at all."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  part = file.with_suffix('.part')
-  part.write_text(json.dumps(content, allow_nan=False) + '\n')
-  os.replace(part, file)
 
 
 def run(jobs: Sequence[Job], folder: pathlib.Path, command: Sequence[str], at_once: int, minutes: float) -> list[str]:
@@ -188,7 +183,7 @@ def work(job: Job, size_name: str, folder: pathlib.Path, cores: int) -> None:
       train.run(config, workdir)
       export.run(config, workdir)
       shutil.rmtree(workdir / 'checkpoints')  # of which there would be gigabytes
-    arms = [arm for arm in job.arms if not result_file(folder, *arm, job.seed).exists()]
+    arms = [arm for arm in job.arms if not results.result_file(folder, *arm, job.seed).exists()]
     if not arms:
       return
     config.sample.weights = str(workdir / 'export') if experiments.STAGES[job.stage].kind else config.init
@@ -196,10 +191,14 @@ def work(job: Job, size_name: str, folder: pathlib.Path, cores: int) -> None:
     pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
     common = experiments.settings(size_name) | dict(
         jax=jax.__version__, device=jax.devices()[0].device_kind, devices=jax.device_count())
+    measured = []  # (arm, its values): some claims measure the same
     for claim, name in arms:
       arm, start = experiments.CLAIMS[claim].arms[name], time.monotonic()
-      values = arm.measure(pipe, size, job.seed, arm.settings, **arm.how)
-      write(result_file(folder, claim, name, job.seed), dict(
+      values = next((values for other, values in measured if other == arm), None)
+      if values is None:
+        values = arm.measure(pipe, size, job.seed, arm.settings, **arm.how)
+        measured.append((arm, values))
+      results.write(results.result_file(folder, claim, name, job.seed), dict(
           claim=claim, arm=name, seed=job.seed, settings=common, digest=experiments.digest(job.stage, size),
           parameters=sum(leaf.size for leaf in jax.tree.leaves(params)), date=datetime.date.today().isoformat(),
           seconds=round(time.monotonic() - start, 1), values=values))
@@ -209,10 +208,10 @@ def main(argv):
   del argv
   values, cores = flags.FLAGS, len(os.sched_getaffinity(0))
   size, folder = experiments.SIZES[values.size], pathlib.Path(values.folder)
-  jobs = plan(experiments.named(values.claims), values.seeds, size)
+  jobs = plan(experiments.named(values.claims), values.seeds, size, experiments.stages(values.only))
   if values.job:
     if 'JAX_NUM_CPU_DEVICES' not in os.environ:
-      jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(min(cores, 8))))
+      jax.config.update('jax_num_cpu_devices', 2 ** int(math.log2(max(1, min(cores // values.jobs, 8)))))
     jax.config.update('jax_compilation_cache_dir', os.path.abspath(os.path.join('.cache', 'jax')))
     (job,) = (job for job in jobs if job.name == values.job)
     return work(job, values.size, folder, cores // values.jobs)
@@ -220,6 +219,8 @@ def main(argv):
   if values.plan:
     return None
   claim_folder(folder, values.size)
+  if values.docs and (count := results.restore(pathlib.Path(values.docs), folder, values.size)):
+    print(f'{count} results are in {values.docs}/results already; --docs= measures them again', flush=True)
   signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # through `run`, which stops its processes
   command = [sys.executable, '-m', 'unifusion_jax.scenes.claims.run', *sys.argv[1:]]
   failed = run(jobs, folder, command, values.jobs, values.minutes)
@@ -237,7 +238,10 @@ if __name__ == '__main__':
   flags.DEFINE_enum('size', 'full', list(experiments.SIZES), 'full: one GPU, hours; short: one GPU, minutes; '
                     'reduced: two CPU cores, overnight; try: two steps, to see it run.')
   flags.DEFINE(command_line.PathParser(), 'folder', 'runs/claims', 'Folder of trainings and results.')
-  flags.DEFINE_integer('jobs', 1, 'Processes at once, which share the memory of an accelerator.', lower_bound=1)
+  flags.DEFINE_list('only', [], 'Some of the stages that the plan names: only these are measured.')
+  flags.DEFINE(command_line.PathParser(), 'docs', 'docs', 'Folder whose results/ are not measured again; empty: none.')
+  flags.DEFINE_integer('jobs', 1, 'Processes at once, which share the cores, and the memory of an accelerator.',
+                       lower_bound=1)
   flags.DEFINE_float('minutes', 0.0, 'Minutes after which all stops, trainings saved; 0: when all is done.',
                      lower_bound=0)
   flags.DEFINE_bool('plan', False, 'Print the plan and end.')
