@@ -63,4 +63,4 @@ def lay(folder: pathlib.Path, name: str, **changes) -> pathlib.Path:
 
 
 def read(name: str, folder: pathlib.Path, language: str = 'en') -> list[Record]:
-  return SETS[name].records(Files.locate(str(folder), SETS[name].patterns, {}), language, None)
+  return SETS[name].records(Files.locate(str(folder), SETS[name].patterns), language, None)

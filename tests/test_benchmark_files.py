@@ -1,6 +1,7 @@
 """Files of public benchmarks: the schema of each set, malformed ones, checksums, and the layouts that scorers take."""
 
 import dataclasses
+import hashlib
 import json
 
 from benchmark_sets import ASKED, DPG, lay, lines, ONEIG, png, read
@@ -11,6 +12,7 @@ import pytest
 from unifusion_jax.commands import benchmark
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
+from unifusion_jax.evaluation.benchmarks.files import git_id
 from unifusion_jax.evaluation.benchmarks.records import Question
 from unifusion_jax.evaluation.benchmarks.sets import SETS
 
@@ -133,8 +135,22 @@ def test_checksums(tmp_path):
   with pytest.raises(UserError, match='names other.jsonl, and of this set evaluation_metadata.jsonl are read'):
     benchmark.read(dataclasses.replace(settings, sha256=(f'evaluation_metadata.jsonl={digest}', f'other.jsonl={digest}'
                                                          )))
-  files, _ = benchmark.read(benchmark.BenchmarkSettings('dpg', str(lay(tmp_path, 'dpg'))))
-  assert list(files.digests) == ['dpg_bench.csv'] and len(files.digests['dpg_bench.csv']) == 64
+  assert not files.published
+  files, _ = benchmark.read(benchmark.BenchmarkSettings('genai', str(lay(tmp_path, 'genai'))))
+  assert [len(digest) for digest in files.digests.values()] == [64, 64] and not files.published
+
+
+def test_a_file_is_known_by_the_id_of_git(tmp_path, monkeypatch):
+  """As `git hash-object` gives it: of DPG's table that alone is known."""
+  folder = lay(tmp_path, 'dpg')
+  settings = benchmark.BenchmarkSettings('dpg', str(folder))
+  with pytest.raises(UserError, match="has git's id 98457fc9901943f51ff9a30367250fc292533bed"):
+    benchmark.read(settings)
+  content = (folder / 'dpg_bench' / 'dpg_bench.csv').read_bytes()
+  assert git_id(b'what is up, doc?') == 'bd9dbf5aae1a3862dd1526723246b20206e5fc37'  # the example of git's own book
+  monkeypatch.setitem(SETS['dpg'].known, 'dpg_bench.csv', git_id(content))
+  files, _ = benchmark.read(settings)
+  assert files.published == {'dpg_bench.csv'} and files.digests['dpg_bench.csv'] == hashlib.sha256(content).hexdigest()
 
 
 def test_a_set_by_its_id(tmp_path, monkeypatch):

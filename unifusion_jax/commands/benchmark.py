@@ -122,7 +122,7 @@ def read(settings: BenchmarkSettings) -> tuple[Files, list[Record]]:
     raise UserError(f'the files of {settings.set} are wanted: give their folder, --config.benchmark.path=FOLDER, from '
                     f'{benchmark.source}')
   pinned = dict(entry.rpartition('=')[::2] for entry in settings.sha256)
-  files = Files.locate(place, benchmark.patterns, benchmark.sha256 | pinned)
+  files = Files.locate(place, benchmark.patterns, benchmark.known, pinned)
   records = benchmark.records(files, settings.language, settings.references)
   if unread := sorted(set(pinned) - set(files.digests)):
     raise UserError(f'benchmark.sha256 names {unread[0]}, and of this set {", ".join(files.digests)} are read')
@@ -170,10 +170,9 @@ def _write_report(workdir: pathlib.Path, settings: BenchmarkSettings, files: Fil
   path, lines = workdir / generation.IDENTITY, generation.log(workdir)
   made = [line for line in lines.values() if line['id'] in {record.id for record in chosen}]
   warnings = sum(bool(warning) for line in made for warning in line['warnings'])
-  known = SETS[settings.set].sha256
   report = dict(
       set=settings.set, language=settings.language, source=files.name,
-      files={name: dict(sha256=digest, published=known.get(name) == digest) for name, digest in files.digests.items()},
+      files={name: dict(sha256=digest, published=name in files.published) for name, digest in files.digests.items()},
       prompts=len(chosen), prompts_of_set=of, images_per_prompt=images,
       made_by=json.loads(path.read_text()) if path.exists() else None, fallbacks=warnings, judge=judge,
       question=settings.question, notes=scored.notes, agreement_with_exact=scored.agreement, tables=scored.tables)

@@ -8,11 +8,17 @@ import hashlib
 import io
 import json
 import pathlib
+import types
 
 from unifusion_jax import json_file
 from unifusion_jax.data import lists
 from unifusion_jax.errors import clipped, UserError
 from unifusion_jax.weights import hub
+
+
+def git_id(data: bytes) -> str:
+  """The id that git gives a file of this content, SHA-1 of its length and itself; repositories list it."""
+  return hashlib.sha1(b'blob %d\0' % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +29,31 @@ class Files:
     name: the set's place: a folder, a file, or a dataset on the hub at its commit.
     folder: where its files are.
     file: name of the only one, where the place is a file.
-    known: {file name: SHA-256} of those that are known.
+    known: {file name: SHA-256, or git's id of the content} of those that are known.
     digests: {file name: SHA-256} of all that were read.
+    pinned: {file name: SHA-256} that the user gives in the place of known ones.
+    published: names of those that were read and whose content is the known one.
   """
   name: str
   folder: pathlib.Path
   file: str = ''
   known: Mapping[str, str] = dataclasses.field(default_factory=dict)
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
+  pinned: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  published: set[str] = dataclasses.field(default_factory=set)
 
   @classmethod
-  def locate(cls, place: str, patterns: tuple[str, ...], known: Mapping[str, str]) -> 'Files':
+  def locate(cls, place: str, patterns: tuple[str, ...], known: Mapping[str, str] = types.MappingProxyType({}),
+             pinned: Mapping[str, str] = types.MappingProxyType({})) -> 'Files':
     """The files at a place.
 
     patterns: of the files that are fetched from the hub.
     """
     path = pathlib.Path(place)
     if path.is_file():
-      return cls(place, path.parent, path.name, known)
-    pinned = hub.pin(place, dataset=patterns)
-    return cls(pinned.name, pinned.folder, known=known)
+      return cls(place, path.parent, path.name, known, pinned=pinned)
+    found = hub.pin(place, dataset=patterns)
+    return cls(found.name, found.folder, known=known, pinned=pinned)
 
   def path(self, *places: str) -> pathlib.Path:
     """The first of these places in the folder that is there; of a single file itself. UserError where none is."""
@@ -63,15 +74,20 @@ class Files:
       raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
     if not data.strip():
       raise UserError(f'{path} is empty: download it again')
-    self.note(path, hashlib.sha256(data).hexdigest())
+    self.note(path, hashlib.sha256(data).hexdigest(), git_id(data))
     return path, data
 
-  def note(self, path: pathlib.Path, digest: str) -> None:
-    """Notes the SHA-256 of a file; UserError for another than the known one."""
+  def note(self, path: pathlib.Path, digest: str, git: str | None = None) -> None:
+    """Notes the SHA-256 of a file; UserError for another than the known one, or for another of git's ids."""
     self.digests[path.name] = digest
-    if self.known.get(path.name, digest) != digest:
-      raise UserError(f'{path} has the SHA-256 {digest}, and {self.known[path.name]} is that of the set: download it '
+    known = self.known.get(path.name)
+    wanted = self.pinned.get(path.name, known)
+    if wanted and wanted not in (digest, git):
+      kind = "git's id" if git and len(wanted) == len(git) else 'the SHA-256'
+      raise UserError(f'{path} has the SHA-256 {digest}, and the file of the set has {kind} {wanted}: download it '
                       f'again, or if another edition is meant, give --config.benchmark.sha256={path.name}={digest}')
+    if known and known in (digest, git):
+      self.published.add(path.name)
 
   def text(self, *places: str) -> tuple[pathlib.Path, str]:
     """(path, text) of a file in UTF-8."""
