@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 from test_krea2 import theirs  # noqa: F401 (a fixture)
+from test_pipeline import random_pipe
 
 from unifusion_jax import command_line, conditioning, sharding
 from unifusion_jax import config as configuration
@@ -39,26 +40,42 @@ def some_lap(**sizes):
 
 
 @pytest.mark.parametrize('kind, sizes', [
-    ('float32', dict(kv_heads=2)), ('float32', dict(depth=0, refiner_depth=0)), ('bfloat16', {}), ('int8', {})],
-                         ids=str)
+    ('float32', dict(kv_heads=2)), ('float32', dict(depth=0, refiner_depth=0)), ('bfloat16', {}), ('int8', {}),
+    ('float32', dict(tap_norm=True)), ('float32', dict(separate=True)), ('float32', dict(depth=0, separate=True)),
+    ('bfloat16', dict(tap_norm=True, separate=True)), ('int8', dict(tap_norm=True, separate=True))], ids=str)
 def test_attention_is_that_of_the_model(kind, sizes):
   """The condition tokens computed along the way are LAP's; rows of attention and the terms add up."""
   model, rng = some_lap(**sizes), np.random.default_rng(1)
   hidden = rng.normal(0, 1, (4, 5, 3, 32)).astype(np.float32)
-  mask = np.arange(5) < np.array([[5], [3], [1], [4]])
+  mask, image = (np.arange(5) < np.array(counts)[:, None] for counts in ((5, 3, 1, 4), (2, 3, 0, 1)))
   hidden[1, 4] = np.inf  # padding may hold anything
   if kind == 'int8':
     model = quantize.quantize(model)
-  hidden, mask = sharding.shard((hidden.astype('bfloat16' if kind == 'bfloat16' else np.float32), mask))
-  attention, terms, tokens = jax.jit(inside.layer_attention)(model, hidden, mask)
-  wanted = jax.jit(lambda lap, *states: lap(*states))(model, hidden, mask)
-  tokens, wanted = (np.asarray(x, np.float32)[np.asarray(mask)] for x in (tokens, wanted))
+  states = sharding.shard((hidden.astype('bfloat16' if kind == 'bfloat16' else np.float32), mask, image))
+  attention, terms, tokens = jax.jit(inside.layer_attention)(model, *states)
+  wanted = jax.jit(lambda lap, *states: lap(*states))(model, *states)
+  tokens, wanted = (np.asarray(x, np.float32)[mask] for x in (tokens, wanted))
   difference = np.sqrt(np.mean((tokens - wanted) ** 2) / np.mean(wanted ** 2))
   assert difference < (inside.SAME if kind == 'bfloat16' else 1e-5)
   depth, groups = model.config.depth, model.config.kv_heads
   assert attention.shape == (depth, 20, groups, 4 // groups, 3, 3) and terms.shape == (4, 5, 3, 32)
   np.testing.assert_allclose(np.asarray(attention).sum(-1), 1, rtol=1e-5)
   assert depth == 0 or np.asarray(attention).std() > 0.05
+
+
+def test_image_tokens_have_their_own_maps():
+  """Of a separate LAP: they are those of a plain LAP with the blocks and weights of images; text has the other ones."""
+  model = some_lap(separate=True)
+  hidden = np.random.default_rng(1).normal(0, 1, (4, 5, 3, 32)).astype(np.float32)
+  image = np.arange(5) < np.array([2, 3, 0, 5])[:, None]
+  hidden, mask, image = sharding.shard((hidden, np.ones_like(image), image))
+  attention, terms, _ = jax.jit(inside.layer_attention)(model, hidden, mask, image)
+  plain = some_lap()
+  for blocks, pool, where in ((model.blocks, model.pool, ~image), (model.image_blocks, model.image_pool, image)):
+    plain.blocks, plain.pool, where = blocks, pool, np.asarray(where)
+    one, two, _ = jax.jit(inside.layer_attention)(plain, hidden, mask)
+    np.testing.assert_allclose(np.asarray(attention)[:, where.ravel()], np.asarray(one)[:, where.ravel()], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(terms)[where], np.asarray(two)[where], rtol=1e-4, atol=1e-5)
 
 
 def test_maps_of_a_request(pipe):
@@ -99,8 +116,11 @@ def test_another_fusion_is_said(pipe):
   bare = UniFusionPipeline(other, pipe.frozen, pipe.prompt_encoder)
   with pytest.raises(inside.NotPooled, match='pools no taps by LAP'):
     inside.maps(bare, read)
-  report, figures = inspect.inspect(bare, [EDIT], 64, 64, pipe.settings, inside.InspectConfig(replace=()), {})
-  assert 'pools no taps by LAP' in report['note'] and 'pools no taps by LAP' in inspect.page(report, figures)
+  for replace, end in ((), 'no weights and no shares'), (('weight',), 'no shares, and no images with weights of 0'):
+    config = inside.InspectConfig(replace=replace, scenes='edit')
+    report, figures = inspect.inspect(bare, [EDIT], 64, 64, pipe.settings.changed(guidance=1.0), config, {})
+    assert 'pools no taps by LAP' in report['note'] and report['note'].endswith(end)
+    assert report['note'] in inspect.page(report, figures) and not report.keys() & {'dropout', 'scenes'}
   assert list(figures) == ['similarity', 'sizes'] and np.shape(report['layers']['image']['cosine']) == (3, 3)
 
 
@@ -127,6 +147,39 @@ def test_dropped_taps(pipe):
   np.testing.assert_array_equal(pipe.model.lap.pool[...], before)
   with pytest.raises(UserError, match='without sample.precise and sample.strengths'):
     inside.generate(pipe, requests, states, 64, 64, pipe.settings.changed(strengths=(2.0,)))
+
+
+def test_image_tokens_with_weights_of_their_own(recipe):
+  """Both kinds of weights are read, shown and set to 0: without all of them the states are no longer in the images."""
+  made = recipe()
+  made.model = dataclasses.replace(made.model, lap=dataclasses.replace(made.model.lap, separate=True, tap_norm=True))
+  pipe = random_pipe(made)
+  settings = pipe.settings.changed(guidance=1.0)
+  read = inside.read(pipe, EDIT, settings)
+  states, maps = read.states, inside.maps(pipe, read)
+  sample = lambda states, *dropped: inside.generate(pipe, [EDIT], [states], 64, 64, settings, *dropped)
+  blank = states._replace(hidden=np.zeros_like(states.hidden))
+  assert inside.rms(sample(states), sample(blank)).min() > 0
+  np.testing.assert_array_equal(*(sample(each, (0, 1), 'weight') for each in (states, blank)))
+  with jax.set_mesh(pipe.mesh):
+    without = inside.unweighted(pipe.model, (1,)).lap
+    for changed, pool in (without.pool, pipe.model.lap.pool), (without.image_pool, pipe.model.lap.image_pool):
+      assert np.asarray(changed[...]).tolist() == [np.asarray(pool[...])[0], 0]
+  assert maps.difference < 1e-4
+  for weights, where in (maps.weights, ~read.is_image), (maps.image_weights, read.is_image):
+    looks = np.abs(weights) / np.abs(weights).sum()
+    wanted = np.einsum('nshql,q->nsl', maps.attention[:, where], looks) / 2
+    np.testing.assert_allclose(maps.received[:, where], wanted, rtol=1e-4)
+  np.testing.assert_array_equal(maps.image_weights, pipe.model.lap.image_pool[...])
+  config = inside.InspectConfig(replace=('weight',))
+  report, figures = inspect.inspect(pipe, [EDIT], 64, 64, settings, config, {'1': (0,), '2': (1,)})
+  assert 'note' not in report and report['dropout']['sets']['2']['weight']['least'] > 0
+  np.testing.assert_allclose(report['image_weights'], maps.image_weights, atol=1e-4)
+  page = inspect.page(report, figures)
+  for name, weights in ('learned weight', maps.weights), ('learned weight, image tokens', maps.image_weights):
+    assert f'| {name} | {weights[0]:.2f} | {weights[1]:.2f} |' in page
+  labels = [text.get_text() for text in figures['weights'].axes[0].get_legend().get_texts()]
+  assert labels == ['learned weight', 'learned weight, image', 'share, text', 'share, image']
 
 
 def test_similarity_of_layers():

@@ -107,8 +107,8 @@ def inspect(pipe: pipeline.UniFusionPipeline, requests: list[Request], height: i
   try:
     maps = [inside.maps(pipe, read) for read in reads]
   except inside.NotPooled as error:
-    report['note'] = str(error)
-    replace = tuple(how for how in replace if how != 'weight')  # there are none
+    report['note'] = str(error) + (', and no images with weights of 0' if 'weight' in replace else '')
+    replace = tuple(how for how in replace if how != 'weight')
   else:
     pooled, drawn = _pooling(pipe.taps, reads, maps, shown)
     report, figures = report | pooled, drawn | figures
@@ -183,6 +183,10 @@ def _pooling(taps: tuple[int, ...], reads: list[Read], maps: list[Maps], shown: 
                 mean={kind: {name: _rounded(value) for name, value in mean.items()} for kind, mean in means.items()},
                 shown=[dict(request=number, token=reads[number].labels[i], layers=_rounded(
                     maps[number].attention[:, i].mean(axis=1))) for number, i in shown], tokens=tokens)
+  learned = {'learned weight': maps[0].weights}
+  if maps[0].image_weights is not None:
+    report['image_weights'] = _rounded(maps[0].image_weights)
+    learned['learned weight, image'] = maps[0].image_weights
   figures = {}
   if len(maps[0].attention):
     figures['attention'] = draw.layer_attention([f'{kind} tokens' for kind in kinds],
@@ -194,10 +198,10 @@ def _pooling(taps: tuple[int, ...], reads: list[Read], maps: list[Maps], shown: 
                               {title: values[is_text] for title, values in maps[0].by_tap.items()}, taps)
   if reads[0].places.size:
     figures['image'] = draw.over_image(reads[0].image, reads[0].places, maps[0].by_tap, taps)
-  one = lambda values: [(value, value, value) for value in values]
+  series = learned | {f'share, {kind}': means[kind]['share'] for kind in kinds}
   figures['weights'] = draw.bars(
       [f'tap {tap}' for tap in taps],
-      {'learned weight': one(maps[0].weights), **{f'share, {kind}': one(means[kind]['share']) for kind in kinds}}, '')
+      {title: [(value, value, value) for value in values] for title, values in series.items()}, '')
   return report, figures
 
 
@@ -265,6 +269,8 @@ def page(report: dict, figures: dict) -> str:
     lines += ['', '## LAP', '', f'Condition tokens computed along the way differ from the model\'s by '
               f'{report["difference"]:.1e} of their size.']
     rows = [['learned weight', *map(number, report['weights'])]]
+    if 'image_weights' in report:
+      rows.append(['learned weight, image tokens', *map(number, report['image_weights'])])
     for kind, mean in report['mean'].items():
       rows += [[f'attention, block {i + 1}: {kind}', *map(number, received)]
                for i, received in enumerate(mean['received'])]

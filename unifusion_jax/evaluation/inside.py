@@ -159,8 +159,11 @@ def position_of(read: Read, word: str) -> int | None:
 # LAP
 
 
-def layer_attention(lap, hidden: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def layer_attention(lap, hidden: jax.Array, mask: jax.Array, image: jax.Array | None = None
+                    ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """LAP of hidden [b s l e] with mask [b s], step by step, from its own parameters.
+
+  image: [b s], which tokens are an image's; only where LAP is `separate`, and these have their own blocks and weights.
 
   Returns:
     attention [n b*s g h q l] f32 of each block: in the g-th group of heads that share keys and values, by the h-th of
@@ -168,17 +171,29 @@ def layer_attention(lap, hidden: jax.Array, mask: jax.Array) -> tuple[jax.Array,
     terms [b s l e], whose sum over l is the pooled state.
     condition tokens [b s d]: those of the model, if this is its computation.
   """
-  b, s, l, e = hidden.shape
+  c = lap.config
   x = jnp.where(mask[:, :, None, None], hidden, jnp.zeros((), hidden.dtype))
-  x = layers.split(x.reshape(b * s, l, e, out_sharding=RESIDUAL))
-  x, attention = layers.scan(_attend, x, lap.blocks)
-  x = layers.whole(x).reshape(b, s, l, e, out_sharding=RESIDUAL)
-  terms = x * lap.pool[...].astype(x.dtype)[:, None]
-  x = einsum('bsle,l->bse', x, lap.pool)
-  x = layers.scan(lambda x, block: (block(x, mask), None), layers.split(x), lap.refiner)[0]
-  x = rms_norm(layers.whole(x), lap.norm, lap.config.eps, 1.0)
+  if c.tap_norm:
+    x = rms_norm(x, lap.tap_norm, c.eps, 1.0)
+  attention, terms, pooled = _pooled(x, lap.blocks, lap.pool)
+  if c.separate:
+    image_attention, image_terms, image_pooled = _pooled(x, lap.image_blocks, lap.image_pool)
+    rows = image.reshape(image.size, out_sharding=RESIDUAL)[:, None, None, None, None]
+    attention = jnp.where(rows, image_attention, attention)
+    terms = jnp.where(image[:, :, None, None], image_terms, terms)
+    pooled = jnp.where(image[:, :, None], image_pooled, pooled)
+  x = layers.scan(lambda x, block: (block(x, mask), None), layers.split(pooled), lap.refiner)[0]
+  x = rms_norm(layers.whole(x), lap.norm, c.eps, 1.0)
   x = jax.nn.gelu(einsum('bse,ed->bsd', x, lap.w1) + lap.b1[...].astype(x.dtype), approximate=True)
   return attention, terms, einsum('bsd,dm->bsm', x, lap.w2, RESIDUAL) + lap.b2[...].astype(x.dtype)
+
+
+def _pooled(x: jax.Array, blocks, pool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(attention, terms, their sum [b s e]) of x [b s l e] by one stack of blocks and its weights."""
+  b, s, l, e = x.shape
+  x, attention = layers.scan(_attend, layers.split(x.reshape(b * s, l, e, out_sharding=RESIDUAL)), blocks)
+  x = layers.whole(x).reshape(b, s, l, e, out_sharding=RESIDUAL)
+  return attention, x * pool[...].astype(x.dtype)[:, None], einsum('bsle,l->bse', x, pool)
 
 
 def _attend(x: jax.Array, block) -> tuple[jax.Array, jax.Array]:
@@ -202,16 +217,18 @@ class Maps(NamedTuple):
   Attributes:
     attention: [n s h q l] of block, token, head, the layer that looks and the layer looked at.
     received: [n s l], the attention that each layer gets: the mean over heads, and over the layers that look, as much
-      as the learned weights count these.
+      as the learned weights of its kind of token count these.
     share: [s l], the projection of each tap's term onto the pooled state, by that state's length; they add up to 1.
-    weights: [l], the learned ones.
+    weights: [l], the learned ones; of a LAP that is `separate` those of the text.
     difference: root mean square of the condition tokens computed here minus the model's, in parts of these.
+    image_weights: [l], those of image tokens where LAP is `separate`; None elsewhere.
   """
   attention: np.ndarray
   received: np.ndarray
   share: np.ndarray
   weights: np.ndarray
   difference: float
+  image_weights: np.ndarray | None = None
 
   @property
   def by_tap(self) -> dict[str, np.ndarray]:
@@ -229,7 +246,7 @@ def maps(pipe: pipeline.UniFusionPipeline, read: Read) -> Maps:
     states = _rows([read.states])
     tokens = np.asarray(sharding.gather(conditioning.condition(model, states).tokens)[0], np.float32)[read.states.mask]
     attention, share, computed = (np.asarray(x, np.float32) for x in sharding.gather(_measured(model, states)))
-    weights = np.asarray(sharding.gather(model.lap.pool[...]), np.float32)
+    weights = [np.asarray(sharding.gather(pool[...]), np.float32) for pool in _pools(model.lap)]
   valid = read.states.mask
   difference = float(np.sqrt(np.mean((computed[0][valid] - tokens) ** 2) / np.mean(tokens ** 2)))
   if not difference < SAME:
@@ -237,14 +254,21 @@ def maps(pipe: pipeline.UniFusionPipeline, read: Read) -> Maps:
                     f'differ by {difference:.2g} of their size, so there are no maps of it')
   n, rows, groups, heads, l, _ = attention.shape
   attention = attention.reshape(n, rows // len(valid), len(valid), groups * heads, l, l)[:, 0, valid]
-  looks = np.abs(weights) / np.abs(weights).sum()
-  return Maps(attention, np.einsum('nshql,q->nsl', attention, looks) / (groups * heads), share[0][valid], weights,
-              difference)
+  counts = np.abs(np.where(read.states.image[valid][:, None], weights[-1], weights[0]))
+  looks = counts / counts.sum(axis=1, keepdims=True)
+  return Maps(attention, np.einsum('nshql,sq->nsl', attention, looks) / (groups * heads), share[0][valid], weights[0],
+              difference, *weights[1:])
+
+
+def _pools(lap) -> list:
+  """Parameters of learned weights: the one, and where LAP is `separate` that of image tokens."""
+  return [lap.pool, lap.image_pool] if lap.config.separate else [lap.pool]
 
 
 @jax.jit
 def _measured(model, states: States):
-  attention, terms, tokens = layer_attention(model.lap, states.hidden.astype(model.dtype), states.mask)
+  attention, terms, tokens = layer_attention(model.lap, states.hidden.astype(model.dtype), states.mask,
+                                             states.image)
   terms = terms.astype(jnp.float32)
   pooled = jnp.sum(terms, axis=2, keepdims=True)
   share = jnp.sum(terms * pooled, axis=3) / jnp.maximum(jnp.sum(pooled * pooled, axis=3), 1e-30)
@@ -263,12 +287,12 @@ def replaced(states: States, positions: Sequence[int], how: str) -> States:
 
 
 def unweighted(model, positions: Sequence[int]):
-  """The model with some learned weights of LAP at 0; all else is shared with the model."""
+  """The model with some learned weights of LAP at 0, for both kinds of token; all else is shared with the model."""
   changed = jax.tree.map(lambda x: x, model)
-  pool = model.lap.pool[...]
-  keep = np.ones(pool.shape, bool)
-  keep[list(positions)] = False
-  changed.lap.pool[...] = jnp.where(keep, pool, jnp.zeros((), pool.dtype))
+  for pool in _pools(changed.lap):
+    keep = np.ones(pool.shape, bool)
+    keep[list(positions)] = False
+    pool[...] = jnp.where(keep, pool[...], jnp.zeros((), pool.dtype))
   return changed
 
 
