@@ -435,7 +435,7 @@ def test_other_files_under_the_same_names_are_refused(run, tmp_path):
   refused('pair 0000 is of another request')
 
 
-def test_several_processes_are_refused(run, tmp_path, monkeypatch):
+def test_several_processes_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   with pytest.raises(UserError, match='runs in one process and these are 2: start it on one host alone'):
     compare.run(command_line.read('compare', []), tmp_path)

@@ -90,7 +90,7 @@ def _of_prompts(config, size: int, unit: int) -> Iterator[Pair]:
 
 
 def _digests(references: tuple) -> tuple[str, ...]:
-  return tuple(metadata.reference(image, '')['digest'] for image in references)
+  return tuple(map(metadata.digest, references))
 
 
 def _pair(text: str, references: tuple, digests: tuple[str, ...], shape: tuple[int, int] | None, config, size: int,
