@@ -126,7 +126,8 @@ class Votes:
       except (ValueError, KeyError, TypeError) as error:
         if number == len(lines):  # without its end
           continue  # cut off as it was written, so the voter was never told that it is there
-        raise UserError(f'{path}:{number} is no vote of this comparison ({error}): take the line out') from error
+        raise UserError(f'{path}:{number} is no vote of this comparison ({error}): mend the line or take it '
+                        'out') from error
       found += [line] * bool(line)
     return found
 
