@@ -14,7 +14,7 @@ from unifusion_jax import config
 from unifusion_jax.errors import UserError
 from unifusion_jax.scenes import vlm
 from unifusion_jax.training import record, step
-from unifusion_jax.weights import safetensors_io
+from unifusion_jax.weights import hub, safetensors_io
 
 
 @pytest.fixture
@@ -53,6 +53,16 @@ def other_weights(folder: pathlib.Path) -> None:
   name = sorted(tensors)[len(tensors) // 2]
   tensors[name] = tensors[name] + 1
   safetensors_io.write(path, tensors)
+
+
+def test_a_file_is_known_by_all_of_its_tensors(tmp_path):
+  """Not by the last one alone, which may be as long as what `hub.fingerprint` reads."""
+  path, tensors = tmp_path / 'style.safetensors', {name: np.zeros(2 ** 19, np.float32) for name in 'ab'}
+  safetensors_io.write(path, tensors)
+  before = record.fingerprint(path)
+  safetensors_io.write(path, tensors | dict(a=tensors['a'] + 1))
+  after = record.fingerprint(path)
+  assert before != after and before[:16] == after[:16] == hub.fingerprint(path)
 
 
 def test_another_config_in_the_same_workdir_is_refused(recipe, tmp_path):

@@ -6,6 +6,7 @@ where it stood, and reads no weights where all images are there.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -16,7 +17,7 @@ import threading
 import jax
 import numpy as np
 
-from unifusion_jax import json_file, metadata, parts, prompting, ranges
+from unifusion_jax import bucket, json_file, metadata, parts, prompting, ranges
 from unifusion_jax.data import imaging
 from unifusion_jax.description import ASSETS
 from unifusion_jax.errors import UserError
@@ -31,7 +32,8 @@ from unifusion_jax.ranges import Range
 from unifusion_jax.request import LIMITS, SampleConfig
 from unifusion_jax.scenes import examples
 from unifusion_jax.sharding import MeshConfig
-from unifusion_jax.weights import encoders
+from unifusion_jax.training import record
+from unifusion_jax.weights import encoders, lora_files
 
 RECORD = 'compare.json'  # of the workdir: what is compared
 
@@ -111,7 +113,8 @@ class CompareConfig:
 def run(config: CompareConfig, workdir: pathlib.Path) -> None:
   """Generates what is missing, writes page and summary, and serves the voting page where it is asked for."""
   if jax.process_count() > 1:
-    raise UserError('--mode=compare runs in one process: start it alone, without --distributed')
+    raise UserError(f'--mode=compare runs in one process and these are {jax.process_count()}: start it on one host '
+                    'alone, without --distributed')
   located = {side: _located(getattr(config, side)) for side in 'ab'}
   size, unit = located['a'].described.size, math.lcm(*(place.unit for place in located.values()))
   pairs = requests.pairs(config, size, unit)
@@ -120,9 +123,10 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> None:
     if wrong := settings.problems(unit, f'{side}.'):
       raise UserError('; '.join(wrong))
     prompting.check(place.prompt_encoder, [pair.request for pair in pairs], settings, place.max_positions)
-  _claim(config, pairs, located, workdir)
+  lpips = metrics.Lpips(config.lpips) if config.lpips else None
+  comparison = _claim(config, pairs, located, workdir)
   shown = [_shown(pair, workdir) for pair in pairs]
-  votes = Votes(workdir / 'votes', [pair.name for pair in pairs], config.seed)
+  votes = Votes(workdir / 'votes', [pair.name for pair in pairs], config.seed, comparison)
   make = lambda: page.Server(config.port, shown, votes, config.seed, config.question, config.labels())
   with make() if config.serve else contextlib.nullcontext() as server:  # has its port before anything slow
     for side in 'ab':
@@ -132,35 +136,62 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> None:
       with page.serving(server) as address:
         print(f'{address} (Ctrl-C ends it; the command without --config.serve sums up)', flush=True)
         threading.Event().wait()
-  page.write(workdir / 'page.html', shown, config.seed, config.question)
+  page.write(workdir / 'page.html', shown, config.seed, config.question, comparison)
   report = dict(**config.labels(), **summary.summary({pair.name: pair.category for pair in pairs}, votes.resolved()),
-                between=metrics.summary(_distances(shown, config)))
+                between=metrics.summary(_distances(shown, lpips)))
   (workdir / 'summary.json').write_text(json.dumps(report, indent=2) + '\n')
   print(json.dumps({name: value for name, value in report.items() if name not in ('categories', 'voters')}, indent=2))
-  print(f'{workdir / "page.html"}, {workdir / "summary.json"}')
+  print(', '.join(str(bucket.address(workdir / name)) for name in ('page.html', 'summary.json')))
 
 
 def _located(side: Side) -> parts.Parts:
   return parts.locate(side.weights, transformer=side.transformer, vlm=side.vlm, vae=side.vae)
 
 
-def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Parts], workdir: pathlib.Path) -> None:
-  """Writes what is compared into the workdir; UserError where that holds another comparison."""
-  now = {side: dataclasses.asdict(getattr(config, side)) | dict(
-      model=metadata.weights(place.transformer.name)) for side, place in located.items()}
-  now |= dict(dtype=config.dtype, seed=config.seed, pairs=[pair.to_json() for pair in pairs])
+def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Parts], workdir: pathlib.Path) -> str:
+  """Writes what is compared into the workdir, and returns a digest of it, the same when pairs are added.
+
+  UserError where the workdir holds another comparison, or more pairs.
+  """
+  compared = {side: _identity(getattr(config, side), place) for side, place in located.items()}
+  compared |= dict(dtype=config.dtype, seed=config.seed)
+  now = compared | dict(question=config.question, pairs=[pair.to_json() for pair in pairs])
   now = json.loads(json.dumps(now))  # tuples as the file has them
-  path = workdir / RECORD
+  path, place = workdir / RECORD, bucket.address(workdir)
   if path.exists():
     before = json_file.read(path)
-    kept = min(len(before['pairs']), len(now['pairs']))
-    both = [dict(found, pairs=found['pairs'][:kept]) for found in (before, now)]
-    if both[0] != both[1]:
-      changed = ', '.join(name for name in both[1] if both[0].get(name) != both[1][name])
-      raise UserError(f'{workdir} holds another comparison (its {changed} differ): give another --workdir')
-    if len(before['pairs']) >= len(now['pairs']):
-      return
+    changes = _changes(before, now, voted=any((workdir / 'votes').glob('*.jsonl')))
+    if changes:
+      raise UserError(f'{place} holds another comparison: {"; ".join(changes)}: give another --workdir')
+    if len(before['pairs']) > len(pairs):
+      raise UserError(f'{place} has {len(before["pairs"])} pairs, and {len(pairs)} are asked for: give examples='
+                      f'{len(before["pairs"])} or more with the same requests, or another --workdir')
+  elif found := [name for name in ('images', 'references') if (workdir / name).exists()]:
+    raise UserError(f'{place} has {" and ".join(found)} but no {RECORD}, which says of what: give another --workdir')
   imaging.write_bytes(path, json.dumps(now, indent=2).encode() + b'\n')
+  return hashlib.sha256(json.dumps(compared | dict(first=now['pairs'][0])).encode()).hexdigest()[:16]
+
+
+def _identity(side: Side, place: parts.Parts) -> dict:
+  """What the images of a side depend on beside the requests: settings, and the files at their commit or by content."""
+  content = lambda pinned: pinned.name if pinned.commit else record.fingerprint(pinned.folder)
+  files = {name: content(getattr(place, name)) for name in ('transformer', 'vlm', 'vae')}
+  adapters = [(lora_files.locate(name), scale) for name, scale in map(lora_files.split, side.loras)]
+  loras = [dict(file=record.fingerprint(file), settings=lora_files.settings_of(file), scale=scale)
+           for file, scale in adapters]
+  described = dataclasses.asdict(place.described) | dict(resolution_shift=place.resolution_shift)
+  return dataclasses.asdict(side) | dict(files=dict(files, loras=loras), described=described)
+
+
+def _changes(before: dict, now: dict, voted: bool) -> list[str]:
+  """A line for each thing in which two comparisons differ, but for pairs that one has more.
+
+  voted: whether there are votes, which are all on one question.
+  """
+  left_out = ('pairs',) if voted else ('pairs', 'question')
+  settings = [{name: value for name, value in found.items() if name not in left_out} for found in (before, now)]
+  pairs = [new['pair'] for old, new in zip(before.get('pairs', []), now['pairs']) if old != new]
+  return record.differences(*settings) + [f'pair {name} is of another request or size' for name in pairs[:1]]
 
 
 def _generate(config: CompareConfig, side: str, located: parts.Parts, pairs: list[Pair], folder: pathlib.Path) -> None:
@@ -194,17 +225,16 @@ def _image(folder: pathlib.Path, pair: Pair) -> pathlib.Path:
 def _shown(pair: Pair, workdir: pathlib.Path) -> page.Shown:
   """The pair with its references as files of the workdir, written where they are not there."""
   references = []
-  for i, image in enumerate(pair.request.references):
-    references.append(workdir / 'references' / f'{pair.name}-{i}.png')
+  for image, digest in zip(pair.request.references, pair.digests):
+    references.append(workdir / 'references' / f'{digest}.png')
     if not references[-1].exists():
       imaging.write_png(references[-1], imaging.read(image))
   a, b = (_image(workdir / 'images' / side, pair) for side in 'ab')
   return page.Shown(pair.name, pair.request.instruction, tuple(references), a, b)
 
 
-def _distances(shown: list[page.Shown], config: CompareConfig) -> dict[str, np.ndarray]:
+def _distances(shown: list[page.Shown], lpips: metrics.Lpips | None) -> dict[str, np.ndarray]:
   """{measure: its value for each pair} of a's images beside b's."""
-  lpips = metrics.Lpips(config.lpips) if config.lpips else None
   values: dict[str, list[np.ndarray]] = {}
   for files in shown:
     a, b = (imaging.read(path)[None] for path in (files.a, files.b))

@@ -57,11 +57,11 @@ def for_browser(pairs: list[Shown], seed: int, order: str, url) -> list[dict]:
   return rows
 
 
-def write(path: pathlib.Path, pairs: list[Shown], seed: int, question: str) -> None:
-  """Writes the page as one file, images within."""
-  rows = for_browser(pairs, seed, ballots.PAGE, _inlined)
-  digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-  data = json.dumps(dict(id=f'votes-{digest}', question=question, pairs=rows)).replace('<', '\\u003c')
+def write(path: pathlib.Path, pairs: list[Shown], seed: int, question: str, comparison: str) -> None:
+  """Writes the page as one file, images within. comparison: as of `Votes`."""
+  rows = for_browser(pairs, seed, ballots.PAGE, functools.cache(_inlined))
+  names = dict(pattern=ballots.VOTER.pattern.replace(r'\w', r'\p{L}\p{N}_'), rule=ballots.NAME_RULE)  # of JavaScript
+  data = json.dumps(dict(comparison=comparison, question=question, names=names, pairs=rows)).replace('<', '\\u003c')
   before, _, after = TEMPLATE.read_text().partition(SLOT)
   path.write_text(before + SLOT.replace('null', data) + after)
 
@@ -163,19 +163,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       voter = urllib.parse.parse_qs(url.query).get('voter', [''])[0]
       chosen = server.votes.choices(voter)
       rows = for_browser(server.pairs, server.seed, voter, lambda path: f'image/{server.tokens[path]}')
-      return _json([dict(row, choice=chosen.get(row['pair'])) for row in rows])
+      return _json(dict(comparison=server.votes.comparison,
+                        pairs=[dict(row, choice=chosen.get(row['pair'])) for row in rows]))
     _, _, token = url.path.partition('/image/')
     return 'image/png', imaging.png_bytes(imaging.read(server.files[token]))  # without the metadata, which has names
 
   def _post(self, url) -> tuple[str, bytes]:
     votes, asked = self.server.votes, self._body()
     voter = asked.get('voter', '')
+    if url.path in ('/vote', '/finish') and asked.get('comparison', '') != votes.comparison:
+      raise UserError('Another comparison is served here now: load the page again.')
     if url.path == '/vote':
       votes.cast(voter, asked.get('pair', ''), asked.get('choice', ''))
       return _json({})
     if url.path == '/finish':
-      votes.finish(voter)
-      winners = [winner for winner, _ in votes.resolved()[voter].values()]
+      winners = votes.finish(voter)
       labels = self.server.names | dict(tie='tie', bad='both bad')
       return _json({label: winners.count(winner) for winner, label in labels.items()})
     raise LookupError

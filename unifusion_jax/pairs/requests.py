@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from unifusion_jax import request
+from unifusion_jax import metadata, request
 from unifusion_jax.data import imaging, lists, storage
 from unifusion_jax.data.config import is_list
 from unifusion_jax.errors import UserError
@@ -20,17 +20,19 @@ class Pair:
   """One request, of which both checkpoints make an image of a size from the same noise.
 
   category: what rates are told apart by; a slash divides it into finer ones.
+  digests: of the references' pixels.
   """
   name: str
   category: str
   request: Request
   height: int
   width: int
+  digests: tuple[str, ...] = ()
 
   def to_json(self) -> dict:
-    """What the images depend on, but for the references' pixels."""
+    """What the images depend on beside the checkpoints."""
     return dict(pair=self.name, category=self.category, prompt=self.request.instruction, seed=self.request.seed,
-                references=len(self.request.references), height=self.height, width=self.width)
+                references=list(self.digests), height=self.height, width=self.width)
 
 
 def pairs(config, size: int, unit: int) -> list[Pair]:
@@ -58,8 +60,9 @@ def _of_scenes(config, size: int) -> Iterator[Pair]:
   for i in itertools.count():
     task = config.tasks[i % len(config.tasks)]
     record = examples.example(task, 'test', i // len(config.tasks), size=size)
-    yield Pair('', f'{task}/{record["kind"]}', Request(record['instruction'], tuple(record['references'])),
-               *record['target'].shape[:2])
+    references = tuple(record['references'])
+    yield Pair('', f'{task}/{record["kind"]}', Request(record['instruction'], references),
+               *record['target'].shape[:2], _digests(references))
 
 
 def _of_list(config, size: int, unit: int) -> Iterator[Pair]:
@@ -73,20 +76,25 @@ def _of_list(config, size: int, unit: int) -> Iterator[Pair]:
       shape = imaging.read_size(image(record['target']))
     except UserError as error:
       raise UserError(f'{rows.where(i)}: {error}') from error
-    yield _pair(record['instruction'] or record['caption'], references, shape, config, size, unit)
+    yield _pair(record['instruction'] or record['caption'], references, _digests(references), shape, config, size, unit)
 
 
 def _of_prompts(config, size: int, unit: int) -> Iterator[Pair]:
   """`config.num_images` of each line, all with the same references."""
   references = tuple(imaging.read(path) for path in config.references)
-  shape = references[0].shape[:2] if references else None
+  digests, shape = _digests(references), references[0].shape[:2] if references else None
   for place, text in request.prompt_lines(config.prompt).items():
     for _ in range(config.num_images):
-      pair = _pair(text, references, shape, config, size, unit)
+      pair = _pair(text, references, digests, shape, config, size, unit)
       yield dataclasses.replace(pair, request=dataclasses.replace(pair.request, place=place))
 
 
-def _pair(text: str, references: tuple, shape: tuple[int, int] | None, config, size: int, unit: int) -> Pair:
+def _digests(references: tuple) -> tuple[str, ...]:
+  return tuple(map(metadata.digest, references))
+
+
+def _pair(text: str, references: tuple, digests: tuple[str, ...], shape: tuple[int, int] | None, config, size: int,
+          unit: int) -> Pair:
   like = None if shape is None else np.broadcast_to(np.uint8(0), (*shape, 3))
   height, width = request.shape_like(like, size, unit, config.height, config.width)
-  return Pair('', ('t2i', 'edit', 'multi')[min(len(references), 2)], Request(text, references), height, width)
+  return Pair('', ('t2i', 'edit', 'multi')[min(len(references), 2)], Request(text, references), height, width, digests)

@@ -38,7 +38,8 @@ def rates(winners: dict[str, dict[str, str]], pairs: set[str]) -> dict:
 
   judged: pairs with votes.  a, b, tie, bad: votes.
   wins_a: mean score of a, 1 for a, 0 for b and 0.5 for a tie or two bad ones, with its bootstrap interval.
-  decided_a: of the pairs that most voters decide, ties apart, the share that a wins, with Wilson's interval.
+  decided_a: of the pairs where one side has more votes than the other, however many ties, the share that a wins, with
+    Wilson's interval.
   p: two-sided sign test over these pairs.
   """
   counts, scores = collections.Counter(), collections.defaultdict(list)

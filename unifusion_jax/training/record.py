@@ -78,7 +78,7 @@ def claim(config, workdir: pathlib.Path) -> dict | None:
       if planned['minutes'] != config.train.minutes:
         more = dict(earlier=dict(until=reached, minutes=planned['minutes']))
     elif config.init and 'init' not in files:
-      files['init'] = _fingerprint(hub.resolve(config.init))
+      files['init'] = fingerprint(hub.resolve(config.init))
   write(config, workdir, 'config.json', files=files, **more)
   return planned
 
@@ -111,7 +111,7 @@ def write(config, workdir: pathlib.Path, name: str, **more) -> None:
 
 def fingerprints(config) -> dict[str, str]:
   """{setting: fingerprint} of the weights and tokenizers that the objective reads, the same wherever they lie."""
-  weights = {name: _fingerprint(hub.resolve(getattr(config, name))) for name in config.objective.pretrained}
+  weights = {name: fingerprint(hub.resolve(getattr(config, name))) for name in config.objective.pretrained}
   folders = {name: hub.resolve(getattr(config, name), weights=False) for name in config.objective.tokenizers}
   return weights | {name: _digest(folder / file for file in TOKENIZER) for name, folder in folders.items()}
 
@@ -201,15 +201,15 @@ def _change_of_init(config, before: dict) -> list[str]:
   if there is None:
     return [f'init: None there, {config.init!r} now; a run goes on from its own checkpoint']
   folder = pathlib.Path(config.init).expanduser()
-  if old is None or not folder.is_dir() or _fingerprint(folder) == old:
+  if old is None or not folder.is_dir() or fingerprint(folder) == old:
     return []
   return [f'init: {there!r} there, {config.init!r} now, whose files are others']
 
 
-def _fingerprint(folder: pathlib.Path) -> str:
-  """`hub.fingerprint` and a digest of the middle of every tensor: two finetunes of one model may end alike."""
+def fingerprint(folder: pathlib.Path) -> str:
+  """`hub.fingerprint` of a folder or file and a digest of the middle of every tensor: two finetunes may end alike."""
   digest = hashlib.sha256()
-  for path in sorted(folder.glob('*.safetensors')):
+  for path in [folder] if folder.is_file() else sorted(folder.glob('*.safetensors')):
     with path.open('rb') as file:
       try:
         length, = struct.unpack('<Q', file.read(8))
