@@ -55,7 +55,7 @@ def of(pipe, request: Request, sample, settings: SampleConfig) -> dict:
   files = request.files or [''] * len(request.references)
   return dict(prompt=request.instruction, rewrite=sample.rewrite, warning=sample.warning,
               remark=sample.remark, seed=request.seed, settings=settings.settings() | used,
-              references=list(map(_reference, request.references, files)),
+              references=[dict(file=file, digest=digest(image)) for image, file in zip(request.references, files)],
               origin=pipe.origin | pipeline | software)
 
 
@@ -96,7 +96,7 @@ def _quoted(value: str) -> str:
   return json.dumps(value, ensure_ascii=False) if re.search('[,:"\n]', value) else value
 
 
-def _reference(image, file: str) -> dict[str, str]:
-  """A reference's file ('' for none) and a digest of its pixels, as `imaging.read` gives them."""
+def digest(image) -> str:
+  """A digest of an image's pixels, as `imaging.read` gives them."""
   pixels = np.ascontiguousarray(imaging.read(image))
-  return dict(file=file, digest=hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16])
+  return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16]
