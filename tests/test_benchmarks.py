@@ -369,7 +369,7 @@ def test_scenes_are_a_list_of_ones_own():
   assert files.digests == {} and len(found) == scenes.PROMPTS
   chosen = benchmark.choose(found, benchmark.BenchmarkSettings(only=('3-4 objects',), examples=2))
   assert [i for i, _ in chosen] == [1, 3]
-  with pytest.raises(UserError, match="no category '5 objects'; there are 1-2 objects, 3-4 objects, object, "):
+  with pytest.raises(UserError, match="no category '5 objects'; there are 1-2 objects, 3-4 objects, background, "):
     benchmark.choose(found, benchmark.BenchmarkSettings(only=('5 objects',)))
 
 

@@ -135,7 +135,7 @@ def read(settings: BenchmarkSettings) -> tuple[Files, list[Record]]:
 
 def choose(records: list[Record], settings: BenchmarkSettings) -> list[tuple[int, Record]]:
   """(number in the set, record) of those that are measured. UserError for a category that is not there."""
-  there = dict.fromkeys(category for record in records for category in record.all_categories)
+  there = sorted({category for record in records for category in record.all_categories})
   if unknown := [name for name in settings.only if name not in there]:
     raise UserError(f'benchmark.only: there is no category {unknown[0]!r}; there are {", ".join(there) or "none"}')
   chosen = [(i, record) for i, record in enumerate(records)

@@ -112,10 +112,8 @@ def log(workdir: pathlib.Path) -> dict[str, dict]:
   return lines
 
 
-def is_whole(workdir: pathlib.Path, entry: dict | None) -> bool:
+def is_whole(workdir: pathlib.Path, entry: dict) -> bool:
   """Whether the file of a line of `log` is there as it was written."""
-  if entry is None:
-    return False
   path = workdir / IMAGES / entry['file']
   return (path.is_file() and path.stat().st_size == entry['bytes']
           and zlib.crc32(path.read_bytes()) == entry['crc32'])
@@ -127,7 +125,8 @@ def missing(workdir: pathlib.Path, wanted: Sequence[Job]) -> list[Job]:
 
   def is_made(job: Job) -> bool:
     entry = lines.get(job.output.path)
-    return is_whole(workdir, entry) and entry.get('references', []) == _digests(job.record)
+    return (entry is not None and is_whole(workdir, entry)
+            and entry.get('references', []) == _digests(job.record))
 
   absent = sharding.from_main_process(np.array([not is_made(job) for job in wanted], np.uint8))
   return [job for job, is_absent in zip(wanted, absent) if is_absent]
