@@ -35,8 +35,9 @@ def test_geneval2(tmp_path):
 def test_dpg(tmp_path):
   one, two = read('dpg', lay(tmp_path, 'dpg'))
   assert (one.id, two.id, one.prompt) == ('7', 'COCOval1', 'a red circle, and a star')
-  assert [(q.category, q.parents) for q in one.questions] == [
-      ('entity - whole', ()), ('attribute - color', (0,)), ('relation - spatial', (0, 1))]
+  assert [(q.category, q.broad, q.parents) for q in one.questions] == [
+      ('entity - whole', 'entity', ()), ('attribute - color', 'attribute', (0,)),
+      ('relation - spatial', 'relation', (0, 1))]
 
 
 def test_genai(tmp_path):
@@ -80,9 +81,10 @@ def test_gedit(tmp_path, suffix):
   assert one.categories == ('style_change', 'intersection') and two.categories == ('style_change',)
   assert one.folder == 'fullset/style_change/en' and imaging.read_size(one.references[0]) == (64, 96)
   assert [record.id for record in read('gedit', tmp_path, 'zh')] == ['1a']
-  beside = SETS['gedit'].beside(one)
-  assert list(beside) == ['fullset/style_change/en/0a_SRCIMG.png']
-  assert imaging.read_size(beside['fullset/style_change/en/0a_SRCIMG.png']) == (64, 64)
+  for images, prefixes in ((1, ['']), (2, ['0/', '1/'])):
+    files = [SETS['gedit'].beside(one, output) for output in SETS['gedit'].layout(one, images)]
+    assert [list(each) for each in files] == [[f'{prefix}fullset/style_change/en/0a_SRCIMG.png'] for prefix in prefixes]
+    assert all(imaging.read_size(content) == (64, 64) for each in files for content in each.values())
 
 
 def test_own(tmp_path):
@@ -90,6 +92,24 @@ def test_own(tmp_path):
   assert one.id == 'one' and one.questions[1] == Question('how many?', 'one', 'count', (0,))
   assert two.id == '00001' and two.target == str(tmp_path / 'b.png') and two.caption == 'a blue square'
   assert read('own', tmp_path / 'prompts.jsonl') == [one, two]
+
+
+def test_a_file_itself(tmp_path):
+  """Whatever its name, and whatever lies beside it; other files of its set are those beside it."""
+  for name, file in (('genai', 'genai_image.json'), ('oneig', 'OneIG-Bench.csv'), ('dpg', 'dpg_bench/dpg_bench.csv')):
+    folder = lay(tmp_path / name, name)
+    whole = read(name, folder)
+    assert [record.id for record in read(name, folder / file)] == [record.id for record in whole]
+    renamed = (folder / file).with_stem('mine')
+    (folder / file).rename(renamed)
+    assert [record.questions for record in read(name, renamed)] == [record.questions for record in whole]
+  lay(tmp_path, 'own')
+  (tmp_path / 'hard.jsonl').write_text(lines(dict(prompt='x', references=['a.png'])))
+  (hard,) = read('own', tmp_path / 'hard.jsonl')
+  assert hard.prompt == 'x' and hard.references == (str(tmp_path / 'a.png'),)
+  (tmp_path / 'genai' / 'genai_skills.json').unlink()
+  with pytest.raises(UserError, match='genai has no genai_skills.json'):
+    read('genai', tmp_path / 'genai' / 'mine.json')
 
 
 @pytest.mark.parametrize('name, file, content, sentence', [
@@ -116,6 +136,15 @@ def test_own(tmp_path):
     ('own', 'prompts.jsonl', '{"prompt": " "}\n', 'line 1: its prompt is empty'),
     ('own', 'prompts.jsonl', lines(dict(prompt='x', questions=[dict(question='a?', parents=[2])])),
      "line 1: a question of '00000' depends on question 2"),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "category": ""}\n', 'line 1: a category is empty'),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "category": ["a", 3]}\n', 'line 1: category is a int, wanted text'),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "category": 3}\n', 'line 1: category is a int, wanted a list'),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "caption": 3}\n', 'line 1: caption is a int, wanted text'),
+    ('own', 'prompts.jsonl', '{"prompt": "x", "questions": "a?"}\n', 'line 1: questions is a str, wanted a list'),
+    ('own', 'prompts.jsonl', lines(dict(prompt='x', questions=[dict(question='a?', category=' ')])),
+     'line 1: a category is empty'),
+    ('own', 'prompts.jsonl', lines(dict(prompt='x', questions=[dict(question='a?', anwser='no')])),
+     "line 1: a question: there is no column 'anwser': there are answer, category, parents, question"),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, name, file, content, sentence):
   with pytest.raises(UserError, match=sentence) as error:

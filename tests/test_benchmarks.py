@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import zlib
 
 from benchmark_sets import lay, lines, png, read
 import jax
@@ -10,17 +11,17 @@ from PIL import Image
 import pytest
 from test_pipeline import random_pipe
 
-from unifusion_jax import command_line, sharding
+from unifusion_jax import command_line, parts, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.commands import benchmark, describe
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
-from unifusion_jax.evaluation import answers, images, statistics
-from unifusion_jax.evaluation.benchmarks import generation, judging, records, scoring, tables
-from unifusion_jax.evaluation.benchmarks.records import Question, Record
+from unifusion_jax.evaluation import answers, statistics
+from unifusion_jax.evaluation.benchmarks import generation, judging
+from unifusion_jax.evaluation.benchmarks.records import Record
 from unifusion_jax.evaluation.benchmarks.sets import SETS
 from unifusion_jax.request import SampleConfig, shape_like
-from unifusion_jax.scenes import examples, language
+from unifusion_jax.scenes import examples
 from unifusion_jax.scenes.evaluation import benchmark as scenes
 
 QUICK = SampleConfig(steps=1, guidance=1.0, verifi=False)
@@ -109,13 +110,31 @@ def test_grids_edits_and_a_part_have_the_images_of_the_whole(pipe, tmp_path):
   for one, other in zip(generation.read(tmp_path / 'whole', [wanted[1].output]),
                         generation.read(tmp_path / 'part', [part[0].output]), strict=True):
     assert np.abs(one.astype(int) - other).max() <= 1
-  (two,) = read('geneval2', lay(tmp_path, 'geneval2'))
-  generation.generate(pipe, SETS['geneval2'], jobs(pipe, 'geneval2', [two], 1), tmp_path / 'two')
-  assert json.loads((tmp_path / 'two' / 'image_paths.json').read_text()) == {
-      'two red stars': str(tmp_path / 'two/images/00000.png')}
+
+
+def test_images_of_other_references_are_made_again(pipe, tmp_path):
   edits = read('imgedit', lay(tmp_path, 'imgedit', **{'1.png': png(size=(96, 64))}))
-  (job,) = jobs(pipe, 'imgedit', edits, 1)
-  assert (job.height, job.width) == (48, 72) and len(job.requests[0].references) == 1
+  wanted = jobs(pipe, 'imgedit', edits, 1)
+  assert (wanted[0].height, wanted[0].width) == (48, 72) and len(wanted[0].requests[0].references) == 1
+  generation.generate(pipe, SETS['imgedit'], wanted, tmp_path / 'run')
+  assert generation.missing(tmp_path / 'run', wanted) == []
+  lay(tmp_path, 'imgedit', **{'1.png': png('blue', size=(96, 64))})
+  assert generation.missing(tmp_path / 'run', wanted) == wanted
+  generation.generate(pipe, SETS['imgedit'], wanted, tmp_path / 'run')
+  assert generation.missing(tmp_path / 'run', wanted) == []
+
+
+def test_an_index_names_the_images_where_they_lie(tmp_path):
+  (two,) = read('geneval2', lay(tmp_path, 'geneval2'))
+  names = lambda path: json.loads((tmp_path / path).read_text())
+  generation.write_index(tmp_path / 'one', SETS['geneval2'], [two], 1)
+  assert names('one/image_paths.json') == {'two red stars': str(tmp_path / 'one/images/00000.png')}
+  (tmp_path / 'one').rename(tmp_path / 'moved')
+  generation.write_index(tmp_path / 'moved', SETS['geneval2'], [two], 1)
+  assert names('moved/image_paths.json') == {'two red stars': str(tmp_path / 'moved/images/00000.png')}
+  generation.write_index(tmp_path / 'several', SETS['geneval2'], [two], 2)
+  assert [names(f'several/{i}/image_paths.json') for i in range(2)] == [
+      {'two red stars': str(tmp_path / f'several/images/{i}/00000.png')} for i in range(2)]
 
 
 def test_one_device_makes_what_eight_make(pipe, recipe, tmp_path):
@@ -219,129 +238,6 @@ def test_a_first_token_of_two_answers_is_told_apart_by_the_second():
   assert answers.second_ids(Digits(), [('one', '1'), ('maybe',)]) == {}
 
 
-# Dependencies
-
-
-def test_a_question_counts_with_those_that_it_depends_on():
-  """DPG's own rule, through a chain: the grandchild of a wrong one counts nothing either. Of two images."""
-  asked = (Question('a'), Question('b', parents=(0,)), Question('c', parents=(1,)), Question('d'),
-           Question('e', parents=(0, 3)))
-  right = np.array([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1]], bool).T
-  np.testing.assert_array_equal(records.with_parents(asked, right).T,
-                                [[1, 0, 0, 1, 1], [1, 1, 1, 0, 0]])
-  circle = (Question('a', parents=(1,)), Question('b', parents=(0,)), Question('c', parents=(2,)))
-  np.testing.assert_array_equal(records.with_parents(circle, np.array([[1, 0, 1], [1, 1, 0]], bool).T).T,
-                                [[0, 0, 1], [1, 1, 0]])
-
-
-def test_questions_of_scenes_know_their_parents():
-  constraints = language.parse('a red circle left of a blue star')
-  made = scenes.questions(constraints)
-  assert [question.text for question in made] == [
-      'is there a red circle in the picture?', 'is there a blue star in the picture?', 'how many shapes are there?',
-      'is the red circle left of the blue star?']
-  assert made[2].answer == 'two' and made[3].parents == (0, 1)
-
-
-# Tables
-
-
-def test_macro_micro_and_the_best_of_several():
-  """By hand: a has the prompts 1 and 2, b the prompts 2 and 3; all is a summary."""
-  values = {'1': [0.0, 1.0], '2': [0.2, 0.4], '3': [0.6, 0.6]}
-  categories = {'a': {k: values[k] for k in '12'}, 'b': {k: values[k] for k in '23'}, 'all': values}
-  made = tables.report(tables.Scores('x', values, categories), summaries=('all',))
-  mean = {name: row['mean']['value'] for name, row in made['categories'].items()}
-  assert mean == {'a': 0.4, 'b': 0.45, 'all': 0.4667}
-  assert {name: row['top']['value'] for name, row in made['categories'].items()} == {'a': 0.7, 'b': 0.5, 'all': 0.6667}
-  assert made['macro']['mean']['value'] == 0.425 and made['macro']['top']['value'] == 0.6
-  assert made['micro']['mean']['value'] == 0.4667 and made['micro']['top']['value'] == 0.6667
-  assert made['macro']['categories'] == 2 and made['micro']['prompts'] == 3
-  for row in (*made['categories'].values(), made['macro'], made['micro']):
-    assert all(row[kind]['low'] <= row[kind]['value'] <= row[kind]['high'] for kind in ('mean', 'top'))
-  lower = tables.report(tables.Scores('lpips', values, {}, higher=False))
-  assert lower['micro']['top']['value'] == 0.2667 and 'macro' not in lower
-  text = tables.markdown(made, 2)
-  assert '| a | 2 | 0.400 |' in text and 'best of 2' in text and '| **macro**, mean of 2 categories |' in text
-  single = tables.report(tables.Scores('x', {'1': [0.5]}, {}))
-  assert 'top' not in single['micro'] and 'best of' not in tables.markdown(single, 1)
-
-
-def test_intervals_shrink_with_the_number_of_prompts():
-  rng = np.random.default_rng(0)
-  width = []
-  for n in (10, 1000):
-    values = {str(i): [float(x)] for i, x in enumerate(rng.random(n))}
-    row = tables.report(tables.Scores('x', values, dict(a=values, b=values)))
-    width.append([row[name]['mean']['high'] - row[name]['mean']['low'] for name in ('micro', 'macro')])
-  assert np.all(np.array(width[0]) > 5 * np.array(width[1]))
-
-
-class Said:
-  """A judge whose answers are given: a probability for each image, and of its questions those that are right."""
-
-  def distances(self, images, others):
-    return np.abs(images.astype(float) - others).mean(axis=(1, 2, 3))
-
-  def shown(self, found, images):
-    return np.array([image[0, 0, 0] / 100 for image in images])
-
-  def answer(self, found, images):
-    return [judging.Answer(np.arange(len(record.questions)) < image[0, 0, 1], np.full(len(record.questions), 0.25),
-                           np.full(len(record.questions), image[0, 0, 1] > 0)) for record, image in zip(found, images)]
-
-
-def painted(workdir, outputs, *colours):
-  """A file of images of the colours given."""
-  image = generation.grid([np.full((8, 8, 3), colour, np.uint8) for colour in colours])
-  imaging.write_bytes(workdir / 'images' / outputs[0].path, imaging.encoded(image, outputs[0].encoding, 100))
-
-
-def test_scores_of_a_set(tmp_path):
-  """DPG by hand: of four images of a prompt with a chain of three questions 3, 1, 0, 2 are right."""
-  found = read('dpg', lay(tmp_path, 'dpg'))
-  layouts = [SETS['dpg'].layout(record, 4) for record in found]
-  painted(tmp_path, layouts[0], (90, 3, 0), (10, 1, 0), (20, 0, 0), (40, 2, 0))
-  with pytest.raises(UserError, match='1 of 2 prompts have not all their images.*images/COCOval1.png'):
-    scoring.score(SETS['dpg'], found, 4, tmp_path, scoring.SCORES, {}, Said)
-  painted(tmp_path, layouts[1], *[(50, 1, 0)] * 4)
-  scored = scoring.score(SETS['dpg'], found, 4, tmp_path, scoring.SCORES, {}, Said)
-  by_name = {table['name']: table for table in scored.tables}
-  assert list(by_name) == ['vqascore', 'questions', 'questions_soft', 'questions_geometric']
-  assert by_name['vqascore']['micro']['mean']['value'] == 0.45 and by_name['vqascore']['micro']['top']['value'] == 0.7
-  questions = by_name['questions']
-  assert scored.prompts[0]['questions'] == pytest.approx([1, 1 / 3, 0, 2 / 3])
-  assert questions['micro']['mean']['value'] == 0.75 and questions['micro']['top']['value'] == 1
-  assert {name: (row['prompts'], row['mean']['value']) for name, row in questions['categories'].items()} == {
-      'entity - whole': (2, 0.875), 'attribute - color': (1, 0.5), 'relation - spatial': (1, 0.25)}
-  assert questions['macro']['mean']['value'] == pytest.approx((0.875 + 0.5 + 0.25) / 3, abs=1e-4)
-  assert by_name['questions_geometric']['micro']['mean']['value'] == 0.25
-  assert scored.notes == ['3 of 16 questions were given none of their options as an answer, and count as wrong']
-
-
-def test_prompts_without_questions_are_counted(tmp_path):
-  found = read('oneig', lay(tmp_path, 'oneig'))
-  for record in found:
-    painted(tmp_path, SETS['oneig'].layout(record, 1), (30, 2, 0))
-  scored = scoring.score(SETS['oneig'], found, 1, tmp_path, ('questions',), {}, Said)
-  assert scored.notes == [
-      'questions, questions_soft, questions_geometric: 1 of 2 prompts have what it wants']
-  with pytest.raises(UserError, match='nothing of benchmark.scores=images can be measured'):
-    scoring.score(SETS['oneig'], found, 1, tmp_path, ('images',), {}, Said)
-
-
-def test_images_beside_the_truth_and_the_reference(tmp_path):
-  """The true image is scaled to the size of the one that was made."""
-  found = read('own', lay(tmp_path, 'own'))
-  for record in found:
-    painted(tmp_path, SETS['own'].layout(record, 1), (0, 0, 255))
-  red = lambda images, truths: np.mean(truths[..., 0], axis=(1, 2)) - np.mean(images[..., 0], axis=(1, 2))
-  scored = scoring.score(SETS['own'], found, 1, tmp_path, ('images',),
-                         dict(psnr=images.psnr, lpips=red), Said)
-  assert scored.prompts[0] == {} and scored.prompts[1]['lpips'] == [0] and scored.prompts[1]['psnr'][0] > 60
-  assert scored.prompts[1]['lpips_to_reference'] == [255] and scored.prompts[1]['psnr_to_reference'][0] < 3
-
-
 # The command
 
 
@@ -398,12 +294,82 @@ def test_a_whole_list_of_ones_own_and_images_of_elsewhere(tmp_path, mesh):
   assert values == dict(psnr_db=78.1308, ssim=1, embedding_distance=pytest.approx(0, abs=1e-4))
 
 
+def test_what_no_judge_was_asked_about_is_judged_by_none(tmp_path, mesh):
+  imaging.write_png(tmp_path / 'images/00000.png', np.zeros((64, 64, 3), np.uint8))
+  benchmark.run(command_line.read('benchmark', [
+      'benchmark.stage=score', 'benchmark.scores=exact', 'benchmark.examples=1']), tmp_path)
+  report = json.loads((tmp_path / 'report_part.json').read_text())
+  assert report['judge'] is None and [table['name'] for table in report['tables']] == ['exact']
+  assert 'judged by' not in (tmp_path / 'report_part.md').read_text()
+
+
+def noted(settings, workdir, **changes):
+  """The command's configuration, and a workdir of which it is noted that its images were made by it."""
+  config = command_line.read('benchmark', [f'benchmark.{name}={value}' for name, value in settings.items()])
+  made_by = benchmark.made_by(config, parts.locate(config.weights))
+  files = benchmark.read(config.benchmark)[0].digests
+  generation.identity(workdir, dict(set=settings['set'], language='en', images=1, files=files) | made_by | changes)
+  return config
+
+
+def test_images_of_something_else_are_not_scored(tmp_path):
+  """Another number, list or language than that of which they were made; sampling settings are not asked for."""
+  folder, workdir = lay(tmp_path, 'own', **{'prompts.jsonl': lines(dict(prompt='a red circle'))}), tmp_path / 'run'
+  settings = dict(set='own', path=folder, stage='score', images=1)
+  config = noted(settings, workdir, seed=5)
+  with pytest.raises(UserError, match='1 of 1 prompts have not all their images'):
+    benchmark.run(config, workdir)
+  with pytest.raises(UserError, match='holds images of images=1, and now it is 4: give another --workdir'):
+    benchmark.run(command_line.read('benchmark', ['benchmark.set=own', f'benchmark.path={folder}',
+                                                  'benchmark.stage=score', 'benchmark.images=4']), workdir)
+  lay(tmp_path, 'own', **{'prompts.jsonl': lines(dict(prompt='a blue circle'))})
+  with pytest.raises(UserError, match='holds images of files.prompts.jsonl='):
+    benchmark.run(config, workdir)
+  with pytest.raises(UserError, match="holds images of language='zh', and now it is 'en'"):
+    benchmark.run(noted(settings, tmp_path / 'zh', language='zh'), tmp_path / 'zh')
+
+
+def test_an_index_is_written_where_no_image_is(tmp_path, monkeypatch):
+  """A run that was ended before it, or whose workdir moved, gets it by the same command."""
+  monkeypatch.setitem(SETS['geneval2'].known, 'geneval2_data.jsonl', '')
+  workdir, image = tmp_path / 'run', png()
+  config = noted(dict(set='geneval2', path=lay(tmp_path, 'geneval2'), stage='generate'), workdir)
+  imaging.write_bytes(workdir / 'images/00000.png', image)
+  (workdir / generation.LOG).write_text(lines(
+      dict(file='00000.png', id='00000', bytes=len(image), crc32=zlib.crc32(image))))
+  benchmark.run(config, workdir)
+  assert json.loads((workdir / 'image_paths.json').read_text()) == {
+      'two red stars': str(workdir / 'images/00000.png')}
+
+
+def test_a_lora_is_known_by_its_weights(tmp_path):
+  path = tmp_path / 'lora.safetensors'
+  path.write_bytes(b'before')
+  found = lambda scale: benchmark.made_by(
+      command_line.read('benchmark', [f'sample.loras={path}:{scale}']), parts.locate('tiny'))
+  generation.identity(tmp_path / 'run', found(0.5))
+  generation.identity(tmp_path / 'run', found(0.5))
+  with pytest.raises(UserError, match='loras.0.scale=0.5, and now it is 0.8'):
+    generation.identity(tmp_path / 'run', found(0.8))
+  path.write_bytes(b'after')
+  with pytest.raises(UserError, match='loras.0.fingerprint='):
+    generation.identity(tmp_path / 'run', found(0.5))
+
+
+@pytest.mark.parametrize('name, category, chosen', [
+    ('dpg', 'entity - whole', [0, 1]), ('dpg', 'attribute - color', [0]), ('dpg', 'entity', [0, 1]),
+    ('geneval2', 'count', [0]), ('geneval2', '3 atoms', [0]), ('geneval', 'counting', [1])])
+def test_a_part_by_a_category_of_prompts_or_of_questions(tmp_path, name, category, chosen):
+  found, settings = read(name, lay(tmp_path, name)), command_line.read('benchmark', [f'benchmark.only={category}'])
+  assert [i for i, _ in benchmark.choose(found, settings.benchmark)] == chosen
+
+
 def test_scenes_are_a_list_of_ones_own():
   files, found = benchmark.read(command_line.read('benchmark').benchmark)
   assert files.digests == {} and len(found) == scenes.PROMPTS
   chosen = benchmark.choose(found, benchmark.BenchmarkSettings(only=('3-4 objects',), examples=2))
   assert [i for i, _ in chosen] == [1, 3]
-  with pytest.raises(UserError, match="no category '5 objects'; there are 1-2 objects, 3-4 objects"):
+  with pytest.raises(UserError, match="no category '5 objects'; there are 1-2 objects, 3-4 objects, background, "):
     benchmark.choose(found, benchmark.BenchmarkSettings(only=('5 objects',)))
 
 

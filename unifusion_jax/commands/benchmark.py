@@ -20,7 +20,7 @@ from unifusion_jax.evaluation.benchmarks.sets import SETS
 from unifusion_jax.fields import Path
 from unifusion_jax.ranges import Range
 from unifusion_jax.request import shape_like
-from unifusion_jax.weights import encoders, hub
+from unifusion_jax.weights import encoders, hub, lora_files
 
 STAGES = ('all', 'generate', 'score')
 CHECKED = 64  # requests that are checked at a time, their references being read for it
@@ -95,8 +95,12 @@ def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
   chosen = choose(records, settings)
   images = settings.images or benchmark.images
   located = parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
-  if settings.stage != 'score':
-    _generate(config, located, chosen, images, files, workdir)
+  shown = dict(set=settings.set, language=settings.language, images=images, files=files.digests)
+  if settings.stage == 'score':
+    generation.check(workdir, shown)
+  else:
+    _generate(config, located, chosen, images, shown, workdir)
+    generation.write_index(workdir, benchmark, records, images)
   if settings.stage == 'generate':
     return
   judge = hub.pin(settings.judge) if settings.judge else located.vlm
@@ -108,7 +112,7 @@ def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
   with sharding.together('write the report'):
     if sharding.is_main_process():
       _write_report(workdir, settings, files, records, [record for _, record in chosen], images,
-                    metadata.weights(judge.name), scored)
+                    metadata.weights(judge.name) if scored.judged else None, scored)
 
 
 def read(settings: BenchmarkSettings) -> tuple[Files, list[Record]]:
@@ -131,28 +135,24 @@ def read(settings: BenchmarkSettings) -> tuple[Files, list[Record]]:
 
 def choose(records: list[Record], settings: BenchmarkSettings) -> list[tuple[int, Record]]:
   """(number in the set, record) of those that are measured. UserError for a category that is not there."""
-  there = dict.fromkeys(category for record in records for category in record.categories)
+  there = sorted({category for record in records for category in record.all_categories})
   if unknown := [name for name in settings.only if name not in there]:
     raise UserError(f'benchmark.only: there is no category {unknown[0]!r}; there are {", ".join(there) or "none"}')
   chosen = [(i, record) for i, record in enumerate(records)
-            if not settings.only or {*settings.only} & {*record.categories}]
+            if not settings.only or {*settings.only} & {*record.all_categories}]
   return chosen[:settings.examples or None]
 
 
 def _generate(config: BenchmarkConfig, located: parts.Parts, chosen: list[tuple[int, Record]], images: int,
-              files: Files, workdir: pathlib.Path) -> None:
-  """The images that are not there yet; nothing is loaded where all are."""
+              shown: dict, workdir: pathlib.Path) -> None:
+  """The images that are not there yet; nothing is loaded where all are.
+
+  shown: what they are of, for `generation.identity`.
+  """
   s, benchmark = config.sample, SETS[config.benchmark.set]
   size_of = lambda reference: shape_like(reference, located.described.size, located.unit, s.height, s.width)
   jobs = generation.jobs(benchmark, chosen, images, s.seed, size_of)
-  origin = metadata.origin(located.name, located.vlm.name, located.vae.name, config.dtype, config.dtype,
-                           config.vlm_quantized, config.transformer_quantized)
-  if located.transformer.name != located.name:
-    origin['transformer'] = metadata.weights(located.transformer.name)
-  generation.identity(workdir, dict(
-      set=config.benchmark.set, files=files.digests, language=config.benchmark.language, images=images, seed=s.seed,
-      width=s.width, height=s.height, size=located.described.size, settings=s.settings(), loras=list(s.loras),
-      origin=origin))
+  generation.identity(workdir, shown | made_by(config, located))
   wanted = generation.missing(workdir, jobs)
   if not wanted:
     return
@@ -162,8 +162,21 @@ def _generate(config: BenchmarkConfig, located: parts.Parts, chosen: list[tuple[
   generation.generate(sample.load(config, workdir, located), benchmark, wanted, workdir)
 
 
+def made_by(config: BenchmarkConfig, located: parts.Parts) -> dict:
+  """What makes the images: sampling settings, and the weights by name and fingerprint, those of LoRAs too."""
+  s = config.sample
+  origin = metadata.origin(located.name, located.vlm.name, located.vae.name, config.dtype, config.dtype,
+                           config.vlm_quantized, config.transformer_quantized)
+  if located.transformer.name != located.name:
+    origin['transformer'] = metadata.weights(located.transformer.name)
+  loras = [metadata.weights(hub.pin(name, files=True, variants=()).name) | dict(scale=scale)
+           for name, scale in map(lora_files.split, s.loras)]
+  return dict(seed=s.seed, width=s.width, height=s.height, size=located.described.size, settings=s.settings(),
+              loras=loras, origin=origin)
+
+
 def _write_report(workdir: pathlib.Path, settings: BenchmarkSettings, files: Files, records: list[Record],
-                  chosen: list[Record], images: int, judge: dict, scored: scoring.Scored) -> None:
+                  chosen: list[Record], images: int, judge: dict | None, scored: scoring.Scored) -> None:
   """report.json, report.md and scores.jsonl, or those of a part, which never have the names of the whole."""
   published = SETS[settings.set].prompts.get(settings.language, (len(records),))
   of = len(records) if len(records) in published else max(len(records), published[0])
@@ -190,7 +203,7 @@ def markdown(report: dict, settings: BenchmarkSettings) -> str:
   """The report as a page: what was measured, on how much of the set, by whom, and the tables."""
   part = [f'benchmark.{name}={getattr(settings, name)}' for name in ('only', 'examples') if getattr(settings, name)]
   whole = report['prompts'] == report['prompts_of_set']
-  model = report['made_by'] and report['made_by']['origin']
+  model, judge = report['made_by'] and report['made_by']['origin'], report['judge']
   lines = [f'# {report["set"]}: {report["prompts"]} of {report["prompts_of_set"]} prompts', '']
   if not whole:
     why = ', '.join(part) or 'its files hold no more'
@@ -198,7 +211,8 @@ def markdown(report: dict, settings: BenchmarkSettings) -> str:
   lines += [f'- {report["images_per_prompt"]} images of each prompt, made by '
             + (f'{model.get("transformer", model["model"])["name"]}' if model else 'another program')
             + f'; {report["fallbacks"]} on the request itself, as the rewrite was unusable' * bool(report['fallbacks']),
-            f'- judged by {report["judge"]["name"]}, whose figures are not those of the judge of published tables',
+            *([f'- judged by {judge["name"]}, whose figures are not those of the judge of published tables'] if judge
+              else []),
             *(f'- {name}: SHA-256 {file["sha256"]}'
               + (', that of the published file' if file['published'] else ', not known before')
               for name, file in report['files'].items()),

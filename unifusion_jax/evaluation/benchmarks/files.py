@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pathlib
 import types
 
@@ -56,8 +57,11 @@ class Files:
     return cls(found.name, found.folder, known=known, pinned=pinned)
 
   def path(self, *places: str) -> pathlib.Path:
-    """The first of these places in the folder that is there; of a single file itself. UserError where none is."""
-    if self.file:
+    """The first of these places in the folder that is there. UserError where none is.
+
+    A single file is what is read first, whatever its name; the set's other files are those beside it.
+    """
+    if self.file and (self.file not in self.digests or self.file in map(os.path.basename, places)):
       return self.folder / self.file
     for place in places:
       if (self.folder / place).is_file():
@@ -186,4 +190,11 @@ def text(value, name: str) -> str:
   """A text of a record; UserError for anything else."""
   if not isinstance(value, str):
     raise UserError(f'{name} is a {type(value).__name__}, wanted text')
+  return value
+
+
+def listed(value, name: str) -> list:
+  """A list of a record; UserError for anything else."""
+  if not isinstance(value, list):
+    raise UserError(f'{name} is a {type(value).__name__}, wanted a list')
   return value

@@ -1,8 +1,9 @@
 """Images of a set's prompts in the files of its layout, made once: what is there whole is not made again.
 
-`generation.json` in the workdir says by which model and settings, and `generated.jsonl` has a line for each file, with
-the request, seed and rewrite of its images. Image k of prompt i of a whole set has the seed sample.seed + i n + k, n
-being the images of a prompt, so a part of a set has the images that the whole has.
+`generation.json` in the workdir says of which set and by which model and settings, and `generated.jsonl` has a line for
+each file, with the request, seeds and rewrites of its images and the digests of their references. Image k of prompt i
+of a whole set has the seed sample.seed + i n + k, n being the images of a prompt, so a part of a set has the images
+that the whole has.
 """
 
 import collections
@@ -64,24 +65,32 @@ def _shape(reference) -> np.ndarray:
 
 def identity(workdir: pathlib.Path, made_by: dict) -> None:
   """Notes what makes the images; UserError where the workdir has images of another model or other settings."""
+  check(workdir, made_by)
   path = workdir / IDENTITY
   with sharding.together('open the workdir'):
-    if not sharding.is_main_process():
+    if not sharding.is_main_process() or path.exists():
       return
-    if path.exists():
-      before = json.loads(path.read_text())
-      if wrong := _difference(before, json.loads(json.dumps(made_by))):
-        raise UserError(f'{workdir} holds images of {wrong[0]}={wrong[1]!r}, and now it is {wrong[2]!r}: give another '
-                        '--workdir, or the settings of before')
-    elif (workdir / IMAGES).exists():
+    if (workdir / IMAGES).exists():
       raise UserError(f'{workdir / IMAGES} has images of which nothing says what made them: give another --workdir, or '
                       '--config.benchmark.stage=score to score them as they are')
-    else:
-      imaging.write_bytes(path, json.dumps(made_by, indent=2).encode())
+    imaging.write_bytes(path, json.dumps(made_by, indent=2).encode())
+
+
+def check(workdir: pathlib.Path, made_by: dict) -> None:
+  """UserError where `identity` noted another value of what is named here; nothing where it noted none."""
+  path = workdir / IDENTITY
+  with sharding.together('open the workdir'):
+    if sharding.is_main_process() and path.exists():
+      before, now = json.loads(path.read_text()), json.loads(json.dumps(made_by))
+      if wrong := _difference({name: before.get(name) for name in now}, now):
+        raise UserError(f'{workdir} holds images of {wrong[0]}={wrong[1]!r}, and now it is {wrong[2]!r}: give another '
+                        '--workdir, or the settings of before')
 
 
 def _difference(before, now, name: str = ''):
   """(dotted name, before, now) of the first difference of two JSON values; None for none."""
+  if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    before, now = dict(enumerate(before)), dict(enumerate(now))
   if isinstance(before, dict) and isinstance(now, dict):
     for key in dict.fromkeys((*before, *now)):
       if found := _difference(before.get(key), now.get(key), f'{name}.{key}'.lstrip('.')):
@@ -103,21 +112,42 @@ def log(workdir: pathlib.Path) -> dict[str, dict]:
   return lines
 
 
-def is_whole(workdir: pathlib.Path, entry: dict | None) -> bool:
+def is_whole(workdir: pathlib.Path, entry: dict) -> bool:
   """Whether the file of a line of `log` is there as it was written."""
-  if entry is None:
-    return False
   path = workdir / IMAGES / entry['file']
   return (path.is_file() and path.stat().st_size == entry['bytes']
           and zlib.crc32(path.read_bytes()) == entry['crc32'])
 
 
 def missing(workdir: pathlib.Path, wanted: Sequence[Job]) -> list[Job]:
-  """The files that are not there whole, as the first process sees it."""
+  """The files that are not there whole, or are of other references, as the first process sees it."""
   lines = log(workdir) if sharding.is_main_process() else {}
-  absent = sharding.from_main_process(np.array(
-      [not is_whole(workdir, lines.get(job.output.path)) for job in wanted], np.uint8))
+
+  def is_made(job: Job) -> bool:
+    entry = lines.get(job.output.path)
+    return (entry is not None and is_whole(workdir, entry)
+            and entry.get('references', []) == _digests(job.record))
+
+  absent = sharding.from_main_process(np.array([not is_made(job) for job in wanted], np.uint8))
   return [job for job, is_absent in zip(wanted, absent) if is_absent]
+
+
+def _digests(record: Record) -> list[str]:
+  return [metadata.digest(reference) for reference in record.references]
+
+
+def write_index(workdir: pathlib.Path, benchmark: Set, records: Sequence[Record], images: int) -> None:
+  """The benchmark's index, where it has one: the path of each prompt's image, of all records, where it lies now."""
+  with sharding.together('write the index'):
+    if not benchmark.index or not sharding.is_main_process():
+      return
+    paths = collections.defaultdict(dict)
+    for record in records:
+      for output in benchmark.layout(record, images):
+        folder = str(output.numbers[0]) if images > 1 else ''
+        paths[folder][record.prompt] = str((workdir / IMAGES / output.path).absolute())
+    for folder, each in paths.items():
+      imaging.write_bytes(workdir / folder / benchmark.index, json.dumps(each, indent=2).encode())
 
 
 def generate(pipe: pipeline.UniFusionPipeline, benchmark: Set, wanted: Sequence[Job], workdir: pathlib.Path) -> None:
@@ -137,9 +167,6 @@ def generate(pipe: pipeline.UniFusionPipeline, benchmark: Set, wanted: Sequence[
         with sharding.together('write images'):
           if sharding.is_main_process():
             _write(pipe, benchmark, job, made, workdir)
-  if benchmark.index and sharding.is_main_process():
-    paths = {entry['prompt']: str((workdir / IMAGES / entry['file']).absolute()) for entry in log(workdir).values()}
-    imaging.write_bytes(workdir / benchmark.index, json.dumps(paths, indent=2).encode())
 
 
 def _samples(pipe, requests: list[Request], height: int, width: int, done) -> Iterator[pipeline.Sample]:
@@ -151,7 +178,7 @@ def _samples(pipe, requests: list[Request], height: int, width: int, done) -> It
 
 def _write(pipe, benchmark: Set, job: Job, made: list[pipeline.Sample], workdir: pathlib.Path) -> None:
   """The file, what the scorer reads beside it, and then its line in the log."""
-  for path, content in benchmark.beside(job.record).items():
+  for path, content in benchmark.beside(job.record, job.output).items():
     if not (workdir / IMAGES / path).exists():
       imaging.write_bytes(workdir / IMAGES / path, content)
   image = grid([sample.image for sample in made])
@@ -161,7 +188,8 @@ def _write(pipe, benchmark: Set, job: Job, made: list[pipeline.Sample], workdir:
     data = imaging.encoded(image, job.output.encoding, QUALITY[job.output.encoding])
   imaging.write_bytes(workdir / IMAGES / job.output.path, data)
   entry = dict(file=job.output.path, id=job.record.id, bytes=len(data), crc32=zlib.crc32(data),
-               prompt=job.record.prompt, seeds=[request.seed for request in job.requests],
+               prompt=job.record.prompt, references=_digests(job.record),
+               seeds=[request.seed for request in job.requests],
                rewrites=[sample.rewrite for sample in made],
                warnings=[sample.warning for sample in made], remarks=[sample.remark for sample in made])
   with (workdir / LOG).open('a+b') as file:

@@ -81,7 +81,7 @@ class Judge:
 
   def distances(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Distances of the states that the VLM's vision tower gives of images and others uint8 [n y x 3], [n]."""
-    return embedding_distance(self.vlm, self, images, others, self.batch_size)
+    return embedding_distance(self.vlm, self, images, others, min(self.batch_size, len(images)))
 
   def shown(self, records: Sequence[Record], images: Sequence[np.ndarray]) -> np.ndarray:
     """The probability that each image uint8 [y x 3] is what its record asks for, [n]."""

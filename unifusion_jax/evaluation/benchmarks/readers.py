@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from unifusion_jax.errors import UserError
-from unifusion_jax.evaluation.benchmarks.files import Files, named, text
+from unifusion_jax.evaluation.benchmarks.files import Files, listed, named, text
 from unifusion_jax.evaluation.benchmarks.records import Question, Record
 
 ONEIG = {'Anime_Stylization': 'anime', 'Portrait': 'human', 'General_Object': 'object', 'Text_Rendering': 'text',
@@ -38,7 +38,8 @@ def geneval2(files: Files, language: str, references: str | None) -> list[Record
 def dpg(files: Files, language: str, references: str | None) -> list[Record]:
   """DPG-Bench (arXiv 2403.05135): a row a question, with the prompt, in the order of the propositions of its prompt.
 
-  A question's category is the text of its `tuple` before the bracket, as its scorer takes it: 'entity - whole'.
+  A question's category is the text of its `tuple` before the bracket, as its scorer takes it: 'entity - whole'. The one
+  that holds it is that before the dash.
   """
   del language, references
   grouped: dict[str, list] = {}
@@ -57,9 +58,10 @@ def dpg(files: Files, language: str, references: str | None) -> list[Record]:
         parents = [int(number) for number in row['dependency'].split(',')]
         if missing := [parent for parent in parents if parent and parent not in numbered]:
           raise UserError(f'{place}: it depends on proposition {missing[0]} of {key!r}, which is not there')
-        questions.append(Question(row['question_natural_language'].strip(), 'yes',
-                                  row['tuple'].partition('(')[0].strip(),
-                                  tuple(numbered[parent] for parent in parents if parent)))
+        category = row['tuple'].partition('(')[0].strip()
+        broad = category.partition('-')[0].strip() if '-' in category else ''
+        questions.append(Question(row['question_natural_language'].strip(), 'yes', category,
+                                  tuple(numbered[parent] for parent in parents if parent), broad))
     place, row = rows[0]
     records.append(Record(key, row['text'].strip(), place, (), tuple(questions), row['text'].strip()))
   return records
@@ -167,7 +169,7 @@ def _bytes(value, name: str) -> bytes:
 
 
 def own(files: Files, language: str, references: str | None) -> list[Record]:
-  """A list of one's own, prompts.jsonl: an object a line.
+  """A list of one's own, prompts.jsonl: an object a line; null stands for what is left out.
 
     prompt     what is asked for, with references an instruction; the only one that every line must have.
     id         a name; without one the number of the line among all, from 00000.
@@ -178,27 +180,41 @@ def own(files: Files, language: str, references: str | None) -> list[Record]:
                and `parents`, the numbers from 1 of the questions that it depends on.
   """
   del language
-  records, rows = [], files.json_lines('prompts.jsonl')
   folder = pathlib.Path(references) if references else files.path('prompts.jsonl').parent
-  for i, (place, row) in enumerate(rows):
+  records = []
+  for i, (place, row) in enumerate(files.json_lines('prompts.jsonl')):
     with named(place):
-      known = {'prompt', 'id', 'category', 'references', 'target', 'caption', 'questions'}
-      if unknown := sorted({*row} - known):
-        raise UserError(f'{place}: there is no column {unknown[0]!r}: there are {", ".join(sorted(known))}')
-      prompt, category = text(row['prompt'], 'prompt'), row.get('category', ())
-      images = [str(folder / text(path, 'a reference')) for path in row.get('references', ())]
-      target = str(folder / text(row['target'], 'target')) if row.get('target') else None
+      row = _given(row, {'prompt', 'id', 'category', 'references', 'target', 'caption', 'questions'})
+      prompt, category = text(row['prompt'], 'prompt'), row.get('category', [])
+      categories = [category] if isinstance(category, str) else listed(category, 'category')
+      images = [str(folder / text(path, 'a reference')) for path in listed(row.get('references', []), 'references')]
+      target = str(folder / text(row['target'], 'target')) if 'target' in row else None
       for path in (*images, *filter(None, [target])):
         if not pathlib.Path(path).is_file():
           raise UserError(f'{place}: {path} is not there')
       questions = tuple(_own_question({'question': each} if isinstance(each, str) else each)
-                        for each in row.get('questions', ()))
+                        for each in listed(row.get('questions', []), 'questions'))
       records.append(Record(
-          str(row.get('id', f'{i:05}')), prompt, place, (category,) if isinstance(category, str) else tuple(category),
-          questions, row.get('caption') or ('' if images else prompt), tuple(images), target))
+          str(row.get('id', f'{i:05}')), prompt, place, tuple(map(_category, categories)), questions,
+          text(row.get('caption', ''), 'caption') or ('' if images else prompt), tuple(images), target))
   return records
 
 
 def _own_question(entry: dict) -> Question:
+  entry = _given(entry, {'question', 'answer', 'category', 'parents'}, 'a question: ')
   return Question(text(entry['question'], 'question'), text(entry.get('answer', 'yes'), 'answer').lower(),
-                  entry.get('category', ''), tuple(int(parent) - 1 for parent in entry.get('parents', ())))
+                  _category(entry['category']) if 'category' in entry else '',
+                  tuple(int(parent) - 1 for parent in listed(entry.get('parents', []), 'parents')))
+
+
+def _category(value) -> str:
+  if not text(value, 'category').strip():
+    raise UserError('a category is empty: name it, or leave it out')
+  return value
+
+
+def _given(row: dict, known: set[str], what: str = '') -> dict:
+  """The values that are given; UserError for an unknown name."""
+  if unknown := sorted({*row} - known):
+    raise UserError(f'{what}there is no column {unknown[0]!r}: there are {", ".join(sorted(known))}')
+  return {name: value for name, value in row.items() if value is not None}

@@ -18,12 +18,19 @@ class Question:
   Attributes:
     answer: the right one: 'yes', a number as a word, or another word.
     category: '' for none.
+    broad: the category that holds it, '' for none.
     parents: indices, in the record, of the questions that must be answered rightly for this one to count.
   """
   text: str
   answer: str = 'yes'
   category: str = ''
   parents: tuple[int, ...] = ()
+  broad: str = ''
+
+  @property
+  def all_categories(self) -> tuple[str, ...]:
+    """Its category and the one that holds it, where there are."""
+    return tuple(filter(None, (self.category, self.broad)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +59,12 @@ class Record:
   folder: str = ''
   line: dict | None = None
   exact: Callable[[np.ndarray], bool] | None = None
+
+  @property
+  def all_categories(self) -> tuple[str, ...]:
+    """Its categories, and then those of its questions."""
+    asked = (category for question in self.questions for category in question.all_categories)
+    return tuple(dict.fromkeys((*self.categories, *asked)))
 
 
 def checked(records: Sequence[Record]) -> list[Record]:

@@ -38,11 +38,13 @@ class Scored(NamedTuple):
     notes: what the tables do not say of themselves, a sentence each: questions without an answer, prompts without some
       measure.
     agreement: share of images on which the judge and the exact word agree; None where there is none.
+    judged: whether a judge was asked.
   """
   tables: list[dict]
   prompts: list[dict]
   notes: list[str]
   agreement: float | None
+  judged: bool
 
 
 def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathlib.Path, wanted: Sequence[str],
@@ -56,12 +58,12 @@ def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathl
   """
   outputs = [benchmark.layout(record, images) for record in records]
   _check_there(workdir, records, outputs)
-  asks = 'vqascore' in wanted or 'questions' in wanted and any(record.questions for record in records)
-  judge = load() if asks else None
+  asked = dict(vqascore=lambda record: True, questions=lambda record: record.questions, images=_beside)
+  judge = load() if any(name in wanted and any(map(of, records)) for name, of in asked.items()) else None
   if judge:
     metrics = {**metrics, 'embedding_distance': judge.distances}
   prompts: list[dict] = []
-  by_category: list[dict] = []  # of each prompt {(measure, category): score of each image}
+  by_category: list[dict] = []  # of each prompt {(measure, category): (score of each image, number of questions)}
   answered = []
   for start in range(0, len(records), PROMPTS):
     part = records[start:start + PROMPTS]
@@ -90,7 +92,8 @@ def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathl
   measures = list(dict.fromkeys(name for scores in prompts for name in scores))
   if not measures:
     raise UserError(f'nothing of benchmark.scores={",".join(wanted)} can be measured on this set')
-  reports = [tables.report(_measure(name, records, prompts, by_category), benchmark.summaries) for name in measures]
+  summaries = {*benchmark.summaries, *(question.broad for record in records for question in record.questions)} - {''}
+  reports = [tables.report(_measure(name, records, prompts, by_category), summaries) for name in measures]
   counts = {name: sum(name in scores for scores in prompts) for name in measures}
   notes = [f'{", ".join(name for name in measures if counts[name] == count)}: {count} of {len(prompts)} prompts have '
            'what it wants' for count in sorted(set(counts.values())) if count < len(prompts)]
@@ -98,7 +101,7 @@ def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathl
     each = np.concatenate(answered)
     notes += [f'{np.sum(~each)} of {len(each)} questions were given none of their options as an answer, and count as '
               'wrong'] * bool(np.any(~each))
-  return Scored(reports, prompts, notes, _agreement(prompts))
+  return Scored(reports, prompts, notes, _agreement(prompts), judge is not None)
 
 
 def _check_there(workdir: pathlib.Path, records: Sequence[Record], outputs: Sequence[Sequence]) -> None:
@@ -121,38 +124,44 @@ def _of_questions(record: Record, answers: Sequence[judging.Answer], scores: dic
   scores['questions_soft'] = soft.mean(axis=0).tolist()
   with np.errstate(divide='ignore'):
     scores['questions_geometric'] = np.exp(np.log(soft).mean(axis=0)).tolist()
-  for category in dict.fromkeys(question.category for question in record.questions if question.category):
-    chosen = [i for i, question in enumerate(record.questions) if question.category == category]
-    categories['questions', category] = counts[chosen].mean(axis=0).tolist()
-    categories['questions_soft', category] = soft[chosen].mean(axis=0).tolist()
+  for category in dict.fromkeys(each for question in record.questions for each in question.all_categories):
+    chosen = [i for i, question in enumerate(record.questions) if category in question.all_categories]
+    categories['questions', category] = counts[chosen].mean(axis=0).tolist(), len(chosen)
+    categories['questions_soft', category] = soft[chosen].mean(axis=0).tolist(), len(chosen)
 
 
 def _of_images(record: Record, images: Sequence[np.ndarray], metrics: Metrics) -> dict[str, list[float]]:
   """Each metric of each image beside the true one and beside the first reference, those scaled to its size."""
-  beside = {'': record.target} | ({TO_REFERENCE: record.references[0]} if record.references else {})
   height, width = images[0].shape[:2]
   scores = {}
-  for suffix, truth in beside.items():
-    if truth is not None:
-      others = np.stack([imaging.resize_cover(imaging.read(truth), width, height)] * len(images))
-      scores |= {f'{name}{suffix}': np.asarray(of(np.stack(images), others)).tolist() for name, of in metrics.items()}
+  for suffix, truth in _beside(record).items():
+    others = np.stack([imaging.resize_cover(imaging.read(truth), width, height)] * len(images))
+    scores |= {f'{name}{suffix}': np.asarray(of(np.stack(images), others)).tolist() for name, of in metrics.items()}
   return scores
+
+
+def _beside(record: Record) -> dict:
+  """{end of the metrics' names: the image that an image of the record is measured beside}."""
+  found = {'': record.target} if record.target is not None else {}
+  return found | ({TO_REFERENCE: record.references[0]} if record.references else {})
 
 
 def _measure(name: str, records: Sequence[Record], prompts: list[dict], by_category: list[dict]) -> tables.Scores:
   """A measure by category: those of its questions where it has any, else those of the prompts."""
   values = {record.id: scores[name] for record, scores in zip(records, prompts) if name in scores}
   categories: dict[str, dict] = {}
+  counts: dict[str, dict] = {}
   for record, split in zip(records, by_category):
-    for measure, category in split:
+    for (measure, category), (score, count) in split.items():
       if measure == name:
-        categories.setdefault(category, {})[record.id] = split[measure, category]
+        categories.setdefault(category, {})[record.id] = score
+        counts.setdefault(category, {})[record.id] = count
   if not categories:
     for record in records:
       for category in record.categories:
         if record.id in values:
           categories.setdefault(category, {})[record.id] = values[record.id]
-  return tables.Scores(name, values, categories, higher=name.removesuffix(TO_REFERENCE) not in LOWER_IS_BETTER)
+  return tables.Scores(name, values, categories, counts, name.removesuffix(TO_REFERENCE) not in LOWER_IS_BETTER)
 
 
 def _agreement(prompts: Sequence[dict]) -> float | None:

@@ -41,8 +41,9 @@ class Set:
     prompts: {language: numbers of prompts} of the published editions, the usual one first; {} for a list of one's own.
     images: of each prompt, as its scorer expects them.
     layout: `layout(record, images)` -> the files.
-    beside: `beside(record)` -> {path below images/: content} of further files that the scorer reads.
-    index: name of a file beside images/ that gives its scorer the path of each prompt's image; '' for none.
+    beside: `beside(record, output)` -> {path below images/: content} of further files that the scorer reads.
+    index: name of a file beside images/ that gives its scorer the path of each prompt's image, '' for none; where there
+      are several of a prompt, in a folder for each number.
     summaries: categories that hold others: rows of the tables that no macro average counts.
   """
   read: Callable[[Files, str, str | None], list[Record]]
@@ -53,7 +54,7 @@ class Set:
   known: dict[str, str] = dataclasses.field(default_factory=dict)
   prompts: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   images: int = 1
-  beside: Callable[[Record], dict[str, bytes]] = lambda record: {}
+  beside: Callable[[Record, Output], dict[str, bytes]] = lambda record, output: {}
   index: str = ''
   summaries: tuple[str, ...] = ()
 
@@ -92,7 +93,7 @@ SETS = {
         readers.geneval, 'https://github.com/djghosh13/geneval at af4902f, prompts/evaluation_metadata.jsonl', _geneval,
         known={'evaluation_metadata.jsonl': '5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13'},
         prompts={'en': (553,)}, images=4,
-        beside=lambda record: {f'{record.id}/metadata.jsonl': json.dumps(record.line).encode()}),
+        beside=lambda record, output: {f'{record.id}/metadata.jsonl': json.dumps(record.line).encode()}),
     'geneval2': Set(
         readers.geneval2, 'https://github.com/facebookresearch/GenEval2 at a6e82d2, geneval2_data.jsonl',
         _each('{id}.png'),
@@ -127,7 +128,7 @@ SETS = {
     'gedit': Set(
         readers.gedit, 'the dataset stepfun-ai/GEdit-Bench', _each('{folder}/{id}.png'), hub='stepfun-ai/GEdit-Bench',
         patterns=('*.arrow', '*.parquet'), prompts={'en': (606,), 'zh': (606,)}, summaries=('intersection',),
-        beside=lambda record: {f'{record.folder}/{record.id}_SRCIMG.png': imaging.png_bytes(
+        beside=lambda record, output: {f'{output.path.removesuffix(".png")}_SRCIMG.png': imaging.png_bytes(
             imaging.read(record.line['input_image']))}),  # pyrefly: ignore[unsupported-operation]
     'own': Set(readers.own, 'a folder with prompts.jsonl', _each('{id}.png')),
 }

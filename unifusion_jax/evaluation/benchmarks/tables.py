@@ -1,10 +1,11 @@
 """Tables of scores: a row a category, the mean over categories (macro) and over prompts (micro), best of n (top).
 
 A prompt's score is the mean of its images'; with `top` it is that of its best image, as in the paper's table of
-DPG-Bench (best of four). Intervals are 95%, by resampling prompts; those of the macro average too.
+DPG-Bench (best of four). In the row of a category of questions a prompt counts once for each of its questions there, so
+that the row is the mean of all its questions. Intervals are 95%, by resampling prompts; those of the macro average too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -20,56 +21,55 @@ class Scores:
     name: of the measure.
     prompts: {id: score of each image} of every prompt that it was measured on.
     categories: {category: the same}, where a prompt may have another score than of all of it.
+    counts: {category: {id: number of questions that the score is a mean of}}, of categories of questions.
     higher: whether more is better.
   """
   name: str
   prompts: Mapping[str, Sequence[float]]
   categories: Mapping[str, Mapping[str, Sequence[float]]]
+  counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
   higher: bool = True
 
 
-def report(scores: Scores, summaries: Sequence[str] = ()) -> dict:
+def report(scores: Scores, summaries: Collection[str] = ()) -> dict:
   """Rows of a measure: `categories`, each with prompts, mean, interval and top, then `macro` and `micro`.
 
-  summaries: categories that hold others, which no macro average counts.
+  summaries: categories that hold others, which no macro average counts and which stand last.
   """
-  best = np.max if scores.higher else np.min
   several = any(len(values) > 1 for values in scores.prompts.values())
-  kinds = dict(mean=np.mean) | (dict(top=best) if several else {})
-  reduced = {kind: {name: {key: float(of(values)) for key, values in part.items()}
-                    for name, part in (*scores.categories.items(), ('', scores.prompts))}
-             for kind, of in kinds.items()}
-  rows = {name: dict(prompts=len(part)) | {
-      kind: _figure(list(reduced[kind][name].values())) for kind in kinds}
-          for name, part in scores.categories.items()}
+  kinds = dict(mean=np.mean) | (dict(top=np.max if scores.higher else np.min) if several else {})
   counted = [name for name in scores.categories if name not in summaries]
-  made = dict(name=scores.name, categories=rows)
+  parts = {name: scores.categories[name] for name in sorted(scores.categories, key=lambda name: name in summaries)}
+
+  def figures(*names: str | None) -> dict:  # None: all prompts
+    wanted = [(scores.prompts if name is None else parts[name], scores.counts.get(name, {})) for name in names]
+    return {kind: _figure([{key: (float(of(values)), counts.get(key, 1)) for key, values in part.items()}
+                           for part, counts in wanted]) for kind, of in kinds.items()}
+
+  made = dict(name=scores.name,
+              categories={name: dict(prompts=len(part)) | figures(name) for name, part in parts.items()})
   if len(counted) > 1:
-    made['macro'] = dict(categories=len(counted)) | {
-        kind: _macro([reduced[kind][name] for name in counted]) for kind in kinds}
-  made['micro'] = dict(prompts=len(scores.prompts)) | {
-      kind: _figure(list(reduced[kind][''].values())) for kind in kinds}
+    made['macro'] = dict(categories=len(counted)) | figures(*counted)
+  made['micro'] = dict(prompts=len(scores.prompts)) | figures(None)
   return made
 
 
-def _figure(values: list[float]) -> dict:
-  low, high = statistics.bootstrap(values)
-  return dict(value=_rounded(np.mean(values)), low=_rounded(low), high=_rounded(high))
+def _figure(categories: list[dict[str, tuple[float, int]]]) -> dict:
+  """The mean of categories' means; a prompt that is resampled is in all of its categories.
 
-
-def _macro(categories: list[dict[str, float]]) -> dict:
-  """The mean of categories' means; a prompt that is resampled is in all of its categories."""
+  categories: {id: (value, how often it counts)} of each.
+  """
   keys = list(dict.fromkeys(key for category in categories for key in category))
-  there = np.array([[key in category for category in categories] for key in keys], float)
-  values = np.array([[category.get(key, 0.0) for category in categories] for key in keys])
+  values, counts = np.moveaxis(np.array(
+      [[category.get(key, (0.0, 0)) for category in categories] for key in keys], float), -1, 0)
 
-  def macro(columns: np.ndarray) -> float:
+  def mean(columns: np.ndarray) -> float:
     sums, counts = np.split(columns.sum(axis=0), 2)
     return float(np.mean(sums[counts > 0] / counts[counts > 0]))
 
-  columns = np.concatenate([values * there, there], axis=1)
-  low, high = statistics.bootstrap(columns, macro)
-  return dict(value=_rounded(macro(columns)), low=_rounded(low), high=_rounded(high))
+  columns = np.concatenate([values * counts, counts], axis=1)
+  low, high = statistics.bootstrap(columns, mean)
+  return dict(value=_rounded(mean(columns)), low=_rounded(low), high=_rounded(high))
 
 
 def _rounded(value) -> float:
