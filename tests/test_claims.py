@@ -44,6 +44,7 @@ experiments.STAGES |= dict(more_edit=experiments.Stage(make, 'edit'),
 (job,) = (each for each in run.plan(['e'], 1, size) if each.name == name)
 if name == 'more_edit_0' and not (folder / 'killed').exists():
   (folder / 'killed').touch()
+  run.claim_stages(job, folder, size)
   config = experiments.config(job.stage, job.seed, size, folder)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     train.run(config, experiments.workdir(folder, job.stage, job.seed), stop_at=1)
@@ -228,11 +229,13 @@ def test_results_of_another_device_are_found_before_anything_is_trained(tmp_path
   assert not (tmp_path / 'stages').exists()
 
 
-def test_checkpoints_that_a_kill_left_are_removed(tmp_path):
+def test_checkpoints_that_a_kill_left_are_removed(tmp_path, monkeypatch):
   """The export is whole, the checkpoints half removed: nothing is trained again."""
+  size = dataclasses.replace(TRY, scale=dataclasses.replace(TRY.scale, vlm_batch=jax.device_count()))
+  monkeypatch.setitem(experiments.SIZES, 'try', size)
   (job,) = (job for job in run.plan(['f'], 1, TRY) if job.stage == 'vlm_multi')
   workdir = experiments.workdir(tmp_path, 'vlm_multi', 0)
-  run.claim_stages(job, tmp_path, TRY)
+  run.claim_stages(job, tmp_path, size)
   (workdir / 'config_export.json').write_text('{}')
   (workdir / 'checkpoints' / '2').mkdir(parents=True)
   run.work(job, 'try', tmp_path, 1)

@@ -205,14 +205,13 @@ def work(job: Job, size_name: str, folder: pathlib.Path, cores: int) -> None:
   UserError where the folder has results of other settings or another kind of device, or another training of a stage.
   cores: for this job; on an accelerator all but one of them prepare batches, in processes.
   """
-  size = experiments.SIZES[size_name]
+  size, common = experiments.SIZES[size_name], results.settings(size_name, jax.devices()[0].device_kind)
+  results.check(folder, common)
+  claim_stages(job, folder, size)
   config = experiments.config(job.stage, job.seed, size, folder)
   config.data.workers = size.scale.workers and max(1, cores - 1)
   workdir = experiments.workdir(folder, job.stage, job.seed)
   configuration.check(config, jax.device_count())
-  common = results.settings(size_name, jax.devices()[0].device_kind)
-  results.check(folder, common)
-  claim_stages(job, folder, size)
   with jax.set_mesh(sharding.make_mesh(config.mesh)):
     if not exported(job, folder):
       train.run(config, workdir)
@@ -254,8 +253,8 @@ def main(argv):
     return None
   claim_folder(folder, values.size)
   if values.docs and results.read(pathlib.Path(values.docs)):
-    count = results.restore(pathlib.Path(values.docs), folder, values.size, device_kind())
-    print(f'{count} results are in {values.docs}/results already; --docs= measures them again', flush=True)
+    if count := results.restore(pathlib.Path(values.docs), folder, values.size, device_kind()):
+      print(f'{count} results are in {values.docs}/results already; --docs= measures them again', flush=True)
   signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # through `run`, which stops its processes
   command = [sys.executable, '-m', 'unifusion_jax.scenes.claims.run', *sys.argv[1:]]
   failed = run(jobs, folder, size, command, values.jobs, values.minutes)
