@@ -103,8 +103,8 @@ def _without_verifi() -> configuration.Config:
   return config
 
 
-def _prompts_alone(config: configuration.Config) -> configuration.Config:
-  """The configuration of a training on edits on text to image alone: as many steps by the same optimizer."""
+def _on_prompts(config: configuration.Config) -> configuration.Config:
+  """A training on edits made one on the tasks of configs/t2i.py: as many steps by the same optimizer."""
   config.data = dataclasses.replace(config.data, tasks=t2i.get_config().data.tasks)
   return config
 
@@ -145,9 +145,9 @@ STAGES = {
        for name in ('lap', 'last', 'lap_two')},
     'shipped_t2i': Stage(lambda: dataclasses.replace(t2i.get_config(), init=str(ASSETS / 't2i'))),
     'shipped_edit': Stage(_shipped_edit),
-    'more_t2i': Stage(lambda: _prompts_alone(edit.get_config()), 'edit'),
+    'more_t2i': Stage(lambda: _on_prompts(edit.get_config()), 'edit'),
     'more_edit': Stage(edit.get_config, 'edit'),
-    'more_t2i_lap': Stage(lambda: _prompts_alone(_edits_of('lap')), 'edit', {'init': 't2i_lap'}),
+    'more_t2i_lap': Stage(lambda: _on_prompts(_edits_of('lap')), 'edit', {'init': 't2i_lap'}),
     'vlm_tiles': Stage(lambda: _several_tiles(_vlm(dict(edit=0.5, caption=0.3, question=0.2))), 'vlm_tiles'),
     'tiles': Stage(_edits_in_tiles, 'tiles', {'vlm': 'vlm_tiles'}),
     'vlm_multi': Stage(lambda: _vlm(retrain.MORE['vlm'] | {'multi': 1.0}), 'vlm'),
