@@ -14,8 +14,10 @@ The ways of the paper's comparison:
   :kv             keys and values for each block of the DiT
   :hidden         a hidden state added before each block of the DiT
   :text           token embeddings alone, read by an encoder that trains with the DiT: the text-only baseline
-Variants of LAP:
+Variants:
   :lap_all        every layer of the VLM and not every second
+  :kv_all         key-value fusion of every layer: each block of the DiT reads the layer of its own depth
+  :hidden_all     hidden states of every layer, likewise
   :lap_mean       a learnt mean of the taps, without blocks over them
   :lap_no_refiner without a refiner
   :lap_norm       each tap normalised
@@ -39,6 +41,8 @@ SCALES = {
     'hidden': ('hidden', (2, 4, 6), {}),
     'text': ('text', (0,), {}),
     'lap_all': ('lap', (1, 2, 3, 4, 5, 6), {}),
+    'kv_all': ('kv', (1, 2, 3, 4, 5, 6), {}),
+    'hidden_all': ('hidden', (1, 2, 3, 4, 5, 6), {}),
     'lap_mean': ('lap', (2, 4, 6), dict(depth=0)),
     'lap_no_refiner': ('lap', (2, 4, 6), dict(refiner_depth=0)),
     'lap_norm': ('lap', (2, 4, 6), dict(tap_norm=True)),

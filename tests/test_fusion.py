@@ -25,7 +25,7 @@ from unifusion_jax.models.dit import DiTConfig
 from unifusion_jax.models.lap import LAPConfig
 from unifusion_jax.models.unifusion import UniFusion, UniFusionConfig
 from unifusion_jax.pipeline import UniFusionPipeline
-from unifusion_jax.planning import estimate, replication
+from unifusion_jax.planning import estimate, model_flops, replication
 from unifusion_jax.request import Request
 from unifusion_jax.sharding import BATCH
 from unifusion_jax.weights import lora, lora_files, safetensors_io
@@ -109,6 +109,7 @@ def test_taps_that_are_read(name, read):
 
 def test_each_block_has_the_tap_of_its_depth():
   assert fusion.taps_of_blocks(6, 3).tolist() == [0, 0, 1, 1, 2, 2]
+  assert fusion.taps_of_blocks(6, 6).tolist() == [0, 1, 2, 3, 4, 5]  # of :kv_all and :hidden_all
   assert fusion.taps_of_blocks(26, 10).tolist() == sorted(fusion.taps_of_blocks(26, 10)) and set(
       fusion.taps_of_blocks(26, 10)) == set(range(10))
   hidden = example()[0]
@@ -364,6 +365,17 @@ def test_bytes_by_formula(mesh, recipe):
   assert temporaries['last'] == temporaries['text'] < temporaries['hidden'] and temporaries['lap'] < temporaries['two']
 
 
+def megaflops_a_token(config, tokens=96) -> float:
+  """Of a forward pass between VLM and DiT over one prompt."""
+  whole, none = sharding.abstract_mesh(sharding.MeshConfig(1, 1, 1), 1), jax.sharding.AbstractMesh((), ())
+  with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(whole):
+    module = jax.eval_shape(lambda: fusion.make(config.model, rngs=nnx.Rngs(0)))
+    hidden = jax.ShapeDtypeStruct((1, tokens, len(config.taps), config.model.lap.width), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, tokens), bool)
+    counted = model_flops.count(lambda module, *inputs: module(*inputs), module, hidden, mask, mask, trained=1)
+  return counted.forward / tokens / 1e6
+
+
 def test_recipes_differ_in_the_condition_alone():
   """All scales can run, have one budget, and docs/ablations.md says their counts."""
   page = (pathlib.Path(__file__).parent.parent / 'docs' / 'ablations.md').read_text()
@@ -375,7 +387,8 @@ def test_recipes_differ_in_the_condition_alone():
     configuration.check(made, 1)
     counts = fusion.parameters(made.model)
     assert counts['fusion'] == pytest.approx(budget['fusion'], rel=0.01) and counts['dit'] == budget['dit']
-    assert re.search(rf'`:?{scale}`.*\| {made.model.lap.mlp} \| {counts["fusion"]:,} \|', page), scale
+    row = rf'`:?{scale}`.*\| {made.model.lap.mlp} \| {counts["fusion"]:,} \| {megaflops_a_token(made):.2f} \|'
+    assert re.search(row, page), scale
     lap = dataclasses.replace(base.model.lap, **{name: getattr(made.model.lap, name) for name in (
         'mlp', 'taps', 'depth', 'refiner_depth', 'tap_norm', 'separate')})
     assert made.model == dataclasses.replace(base.model, fusion=made.model.fusion, lap=lap)

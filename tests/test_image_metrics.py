@@ -129,6 +129,8 @@ def test_reports_have_them(pipe, recipe, folder, tmp_path):
   truths = np.stack([imaging.read(tmp_path / f'{name}.png') for name in COLOURS])
   same = metrics.summary(metrics.measures(truths, truths))
   assert same['ssim'] == dict(mean=1, low=1, high=1) and 'lpips' not in same
+  one = metrics.summary(metrics.measures(truths[:1], truths[:1]))
+  assert one['ssim'] == dict(mean=1)  # a single image has no interval
   made.eval.lpips = str(tmp_path / 'nowhere')
   with pytest.raises(UserError, match='nowhere'):
     records.evaluate(pipe, made, tmp_path)

@@ -74,31 +74,70 @@ def test_paired_of_equals():
   assert statistics.paired([1, 2, 3], [1, 2, 3]) == (0, 0, 0, 1)
 
 
-def test_paired_over_seeds():
-  """A seed's own shift widens the interval, and none of it comes from the number of examples."""
-  rng = np.random.default_rng(0)
-  noise = rng.normal(scale=0.01, size=(2, 4, 300))
-  shifts = np.array([0.0, 0.2, 0.4, 0.6])[:, None]
-  a, b = noise[0] + shifts, noise[1]
-  difference, low, high, p = statistics.paired(a, b)
-  np.testing.assert_allclose(difference, 0.3, atol=0.01)
-  np.testing.assert_allclose(high - low, 2 * 1.96 * np.std(shifts) / 2, rtol=0.15)
-  assert p < 0.001  # on these examples these runs do differ
-  with pytest.raises(ValueError, match='not matched'):
-    statistics.paired(a, b[:3])
+def test_paired_is_of_examples_alone():
+  for a, b in (([1, 2, 3], [1, 2]), ([[1, 2]], [[2, 1]])):
+    with pytest.raises(ValueError, match='not matched'):
+      statistics.paired(a, b)
 
 
-def test_seeds():
-  runs = np.random.default_rng(0).normal(size=(3, 100)) + [[0.1], [0.2], [0.6]]
-  mean, std, low, high = statistics.seeds(runs)
-  assert mean == runs.mean() and low < mean < high
-  np.testing.assert_allclose(std, np.std(runs.mean(axis=1), ddof=1))
-  one = statistics.seeds(runs[:1])
-  assert math.isnan(one[1])
-  np.testing.assert_allclose(one[2:], statistics.bootstrap(runs[0]), atol=0.03)
-  for wrong in ([1, 2, 3], [[1, 2], [3]], [], [[math.nan, 1]]):
+@pytest.mark.parametrize('values', [[3.0], [[1.0, 2.0]]])
+def test_one_value_has_no_interval(values):
+  """Of itself alone it says nothing of others."""
+  assert np.isnan(statistics.bootstrap(values, np.mean)).all()
+  assert np.isnan(statistics.bootstrap([1, 2, 3], groups=['a', 'a', 'a'])).all()
+  assert not np.isnan(statistics.bootstrap([1, 2, 3], groups=['a', 'a', 'b'])).any()
+
+
+def test_over_seeds_of_hand_computed_numbers():
+  """Means of seeds 1 and 4, of examples 1, 2 and 4.5; residuals -0.5, 0, 0.5 and their opposites."""
+  values = np.array([[1.0], [4.0]]) + [1, 2, 4.5] - 2.5 + [[-0.5, 0, 0.5], [0.5, 0, -0.5]]
+  mean, low, high, p = statistics.over_seeds(values)
+  seeds, examples, residuals = 3 * 4.5, 2 * np.var([1, 2, 4.5], ddof=1), 4 * 0.25 / 2
+  square = seeds + examples - residuals
+  freedom = square ** 2 / (seeds ** 2 + examples ** 2 / 2 + residuals ** 2 / 2)
+  error = math.sqrt(square / 6)
+  assert mean == 2.5
+  np.testing.assert_allclose((low, high), 2.5 + stats.t.ppf([0.025, 0.975], freedom) * error)
+  np.testing.assert_allclose(p, 2 * stats.t.sf(2.5 / error, freedom))
+
+
+def test_over_seeds_of_one_seed_is_the_t_test():
+  values = np.random.default_rng(0).normal(0.2, 1, size=(1, 30))
+  mean, low, high, p = statistics.over_seeds(values)
+  wanted = stats.ttest_1samp(values[0], 0)
+  np.testing.assert_allclose((low, high), wanted.confidence_interval())
+  np.testing.assert_allclose((mean, p), (values.mean(), wanted.pvalue))
+
+
+def test_over_seeds_whose_examples_are_alike_is_the_t_test_of_their_means():
+  """A variance below 0 counts as 0."""
+  rng = np.random.default_rng(1)
+  values = rng.normal(size=(3, 1)) + rng.normal(scale=0.5, size=(3, 40))
+  values -= values.mean(axis=0) - values.mean()
+  wanted = stats.ttest_1samp(values.mean(axis=1), 0)
+  _, low, high, p = statistics.over_seeds(values)
+  np.testing.assert_allclose((low, high, p), (*wanted.confidence_interval(), wanted.pvalue))
+
+
+def test_over_seeds_of_equals_and_of_what_it_cannot_take():
+  mean, low, high, p = statistics.over_seeds(np.zeros((3, 5)))
+  assert mean == 0 and p == 1 and -1e-9 < low <= high < 1e-9
+  for wrong in ([1, 2, 3], [[1], [2]], [[math.nan, 1]], np.zeros((0, 4))):
     with pytest.raises(ValueError):
-      statistics.seeds(wrong)
+      statistics.over_seeds(wrong)
+
+
+@pytest.mark.parametrize('seeds, low, high', [(2, 0.88, 0.99), (3, 0.92, 0.98)])
+@pytest.mark.parametrize('of_seeds, of_examples', [(0.003, 0.0), (0.003, 0.02), (0.0, 0.01)])
+def test_over_seeds_covers_the_truth(seeds, low, high, of_seeds, of_examples):
+  """Without a true difference about one interval in twenty leaves 0 out, however much is the seeds'."""
+  rng, repeats = np.random.default_rng(0), 600
+  values = (rng.normal(scale=0.007, size=(repeats, seeds, 100)) + rng.normal(size=(repeats, seeds, 1)) * of_seeds
+            + rng.normal(size=(repeats, 1, 100)) * of_examples)
+  found = np.array([statistics.over_seeds(each) for each in values])
+  covered = (found[:, 1] <= 0) & (0 <= found[:, 2])
+  assert low <= covered.mean() <= high, covered.mean()
+  np.testing.assert_array_equal(covered, found[:, 3] >= 0.05)
 
 
 def test_intervals_cover_what_they_are_of():

@@ -155,9 +155,10 @@ def measures(images: np.ndarray, others: np.ndarray, lpips: Lpips | None = None)
 
 
 def summary(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-  """{name: mean, and low and high of its interval} of measures of independent images."""
+  """{name: mean, and of two images or more low and high of its interval} of measures of independent images."""
   report = {}
   for name, each in values.items():
     low, high = statistics.bootstrap(each)
-    report[name] = {key: round(float(value), 4) for key, value in dict(mean=np.mean(each), low=low, high=high).items()}
+    interval = {} if np.isnan(low) else dict(low=low, high=high)
+    report[name] = {key: round(float(value), 4) for key, value in dict(mean=np.mean(each), **interval).items()}
   return report

@@ -3,9 +3,11 @@
   wilson: shares, by E. B. Wilson, Probable inference, the law of succession, and statistical inference (1927).
   bootstrap: any statistic, by percentiles of resamples: B. Efron, R. Tibshirani, An Introduction to the Bootstrap
     (1993), chapter 13.
-  paired, seeds: several training seeds on the same examples. A resample takes seeds and examples, both with
-    replacement, so that the interval holds for another seed and other examples. With few seeds it is too narrow, by
-    about sqrt((seeds - 1) / seeds) of the seeds' part: three are the least that say anything of the spread.
+  paired: matched examples, by resamples and flips of signs. It knows nothing of training seeds.
+  over_seeds: several training seeds on the same examples, for another seed and other examples: a t interval with two
+    crossed random effects, H. H. Clark, The language-as-fixed-effect fallacy (1973), whose degrees of freedom are
+    F. E. Satterthwaite's, An approximate distribution of estimates of variance components (1946). Simulated coverage
+    is 0.93 to 0.97 with three seeds, 0.88 to 0.96 with two. With one it is of the examples alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ import statistics
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special
 
 RESAMPLES = 4000
 FLIPS = 20_000  # random flips of signs, where there are too many examples for all
@@ -42,43 +45,66 @@ def bootstrap(values: ArrayLike, statistic: Callable[[np.ndarray], float] = np.m
 
   groups: a label for each value, such as the prompt of an image; whole groups are resampled then, for values of one
     group are not independent.
+  (nan, nan) for a single value or group, which says nothing of others.
   """
   values, rng = _finite(values), np.random.default_rng(seed)
-  if groups is None:
-    draws = (rng.integers(len(values), size=len(values)) for _ in range(RESAMPLES))
-  else:
-    _, labels = np.unique(np.asarray(groups), return_inverse=True)
-    if labels.shape != values.shape[:1]:
-      raise ValueError(f'{len(values)} values, labels of shape {labels.shape}')
-    members = np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1])
-    draws = (np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-             for _ in range(RESAMPLES))
+  labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+  if labels.shape != values.shape[:1]:
+    raise ValueError(f'{len(values)} values, labels of shape {labels.shape}')
+  sizes = np.bincount(labels)
+  if len(sizes) < 2:
+    return math.nan, math.nan
+  draws = (rng.integers(len(sizes), size=len(sizes)) for _ in range(RESAMPLES))
+  if groups is not None:
+    members = np.split(np.argsort(labels, kind='stable'), np.cumsum(sizes)[:-1])
+    draws = (np.concatenate([members[i] for i in draw]) for draw in draws)
   return _interval([statistic(values[draw]) for draw in draws])
 
 
 def paired(a: ArrayLike, b: ArrayLike, seed: int = 0) -> tuple[float, float, float, float]:
-  """(difference, low, high, p) of mean(a) - mean(b) over matched examples, both [examples] or [seeds examples].
+  """(difference, low, high, p) of mean(a) - mean(b) over matched examples [examples].
 
-  The interval is a percentile bootstrap. p is of the sign-flip permutation test on the examples' differences, each
-  the mean over seeds (R. A. Fisher, The Design of Experiments, 1935): of all flips where at most 14 differ, else of
-  20,000 random ones, by (1 + those as large) / (1 + flips). It asks whether these two sets of runs differ on other
-  examples; whether another training seed would agree is what the interval says.
+  The interval is a percentile bootstrap. p is of the sign-flip permutation test (R. A. Fisher, The Design of
+  Experiments, 1935): of all flips where at most 14 differ, else of 20,000 random ones, by (1 + those as large) /
+  (1 + flips).
   """
-  a, b = np.atleast_2d(_finite(a)), np.atleast_2d(_finite(b))
-  if a.shape != b.shape:
+  a, b = _finite(a), _finite(b)
+  if a.shape != b.shape or a.ndim != 1:
     raise ValueError(f'not matched: shapes {a.shape} and {b.shape}')
   rng = np.random.default_rng(seed)
   low, high = _interval(_means_of_resamples(a - b, rng))
-  return float(np.mean(a - b)), low, high, _sign_flips(np.mean(a - b, axis=0), rng)
+  return float(np.mean(a - b)), low, high, _sign_flips(a - b, rng)
 
 
-def seeds(runs: ArrayLike, seed: int = 0) -> tuple[float, float, float, float]:
-  """(mean, std, low, high) of runs [seeds examples]: std of the seeds' means, nan for one seed; bootstrap interval."""
-  runs = _finite(runs)
-  if runs.ndim != 2:
-    raise ValueError(f'runs of shape {runs.shape}, not [seeds examples]')
-  std = float(np.std(np.mean(runs, axis=1), ddof=1)) if len(runs) > 1 else math.nan
-  return float(np.mean(runs)), std, *_interval(_means_of_resamples(runs, np.random.default_rng(seed)))
+def over_seeds(values: ArrayLike) -> tuple[float, float, float, float]:
+  """(mean, low, high, p) of values [seeds examples], such as differences of two arms; p of a mean of 0, two-sided.
+
+  A value is mean + effect of its seed + effect of its example + residual, with variances of their own, so that
+    mean square of seeds = examples * Var(seed) + Var(residual), of s - 1 degrees of freedom;
+    mean square of examples = seeds * Var(example) + Var(residual), of e - 1;
+    mean square of residuals = Var(residual), of (s - 1) (e - 1);
+    Var(mean) = Var(seed) / s + Var(example) / e + Var(residual) / (s e) = (seeds + examples - residuals) / (s e).
+  An estimate that says a variance is below 0 takes 0 in its place: the larger of the first two is the least.
+  """
+  values = _finite(values)
+  if values.ndim != 2 or values.shape[1] < 2:
+    raise ValueError(f'values of shape {values.shape}, not [seeds examples] of two examples or more')
+  (s, e), mean = values.shape, float(np.mean(values))
+  of_seeds, of_examples = values.mean(axis=1), values.mean(axis=0)
+  examples, freedom = s * np.var(of_examples, ddof=1), e - 1  # the mean square, and its degrees of freedom
+  square = examples
+  if s > 1:
+    seeds = e * np.var(of_seeds, ddof=1)
+    residuals = np.sum((values - of_seeds[:, None] - of_examples + mean) ** 2) / ((s - 1) * (e - 1))
+    square = seeds + examples - residuals
+    if square > max(seeds, examples):
+      freedom = max(1.0, square ** 2 / (seeds ** 2 / (s - 1) + examples ** 2 / (e - 1)
+                                        + residuals ** 2 / ((s - 1) * (e - 1))))
+    else:
+      square, freedom = max((seeds, s - 1), (examples, e - 1))
+  error = math.sqrt(max(square / (s * e), 1e-300))
+  half = float(special.stdtrit(freedom, PERCENTILES[1] / 100)) * error
+  return mean, mean - half, mean + half, 2 * float(special.stdtr(freedom, -abs(mean) / error))
 
 
 def _finite(values: ArrayLike) -> np.ndarray:
@@ -98,11 +124,9 @@ def _chunks(count: int) -> Iterator[int]:
 
 
 def _means_of_resamples(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Means of resamples of both axes of values [s e], [RESAMPLES]."""
-  weights = lambda n, rows: rng.multinomial(n, np.full(n, 1 / n), size=rows) / n
-  s, e = values.shape
-  return np.concatenate([np.einsum('rs,se,re->r', weights(s, rows), values, weights(e, rows), optimize=True)
-                         for rows in _chunks(RESAMPLES)])
+  """Means of resamples of values [e], [RESAMPLES]."""
+  n = len(values)
+  return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=rows) / n @ values for rows in _chunks(RESAMPLES)])
 
 
 def _sign_flips(differences: np.ndarray, rng: np.random.Generator) -> float:

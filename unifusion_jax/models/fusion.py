@@ -7,8 +7,9 @@
 
 Each has as many trainable blocks between VLM and DiT as LAP and refiner together, attending over the tokens in both
 directions, after a norm of each tap; `matched` gives all ways the same number of parameters there. Sizes are those of a
-LAPConfig. With fewer taps than blocks of the DiT, consecutive blocks read one tap. The paper's key-value fusion takes
-the VLM's own keys and values; here they are made of its hidden states, as the VLM makes its own.
+LAPConfig. With fewer taps than blocks of the DiT, consecutive blocks read one tap. Of `kv` and `hidden` the trainable
+blocks run on each tap. The keys and values are made of the VLM's hidden states after the trainable blocks, by
+projections of their own; the paper's figure shows neither.
 """
 
 import dataclasses

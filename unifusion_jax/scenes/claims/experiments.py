@@ -38,7 +38,7 @@ class Size:
     sampling_steps: of every image.
     seconds: estimates for the plan: of a step of each kind; 'start', of a process and its compiling; 'image', of an
       image in a measurement.
-    variants: whether the variants of LAP are trained too.
+    variants: whether what is a variant is trained too (`Arm`).
   """
   scale: retrain.Scale
   steps: Mapping[str, int]
@@ -83,7 +83,7 @@ class Stage:
 
 
 CONDITIONINGS = ('lap', 'last', 'kv', 'hidden', 'text')
-VARIANTS = ('lap_all', 'lap_mean', 'lap_no_refiner', 'lap_norm', 'lap_two')
+VARIANTS = ('lap_all', 'kv_all', 'hidden_all', 'lap_mean', 'lap_no_refiner', 'lap_norm')
 
 
 def _conditioned(name: str) -> Any:
@@ -103,10 +103,9 @@ def _without_verifi() -> configuration.Config:
   return config
 
 
-def _more_prompts() -> configuration.Config:
-  """As many steps as configs/edit.py takes, by its optimizer, of text to image alone."""
-  config, recipe = edit.get_config(), t2i.get_config()
-  config.data = dataclasses.replace(config.data, tasks=recipe.data.tasks)
+def _on_prompts(config: configuration.Config) -> configuration.Config:
+  """A training on edits made one on the tasks of configs/t2i.py: as many steps by the same optimizer."""
+  config.data = dataclasses.replace(config.data, tasks=t2i.get_config().data.tasks)
   return config
 
 
@@ -139,19 +138,22 @@ def _shipped_edit() -> configuration.Config:
 
 
 STAGES = {
-    **{f't2i_{name}': Stage(functools.partial(_conditioned, name), 't2i') for name in CONDITIONINGS + VARIANTS},
+    **{f't2i_{name}': Stage(functools.partial(_conditioned, name), 't2i')
+       for name in (*CONDITIONINGS, *VARIANTS, 'lap_two')},
     't2i_raw': Stage(_without_verifi, 't2i'),
     **{f'edit_{name}': Stage(functools.partial(_edits_of, name), 'edit', {'init': f't2i_{name}'})
-       for name in ('lap', 'last')},
+       for name in ('lap', 'last', 'lap_two')},
     'shipped_t2i': Stage(lambda: dataclasses.replace(t2i.get_config(), init=str(ASSETS / 't2i'))),
     'shipped_edit': Stage(_shipped_edit),
-    'more_t2i': Stage(_more_prompts, 'edit'),
+    'more_t2i': Stage(lambda: _on_prompts(edit.get_config()), 'edit'),
     'more_edit': Stage(edit.get_config, 'edit'),
+    'more_t2i_lap': Stage(lambda: _on_prompts(_edits_of('lap')), 'edit', {'init': 't2i_lap'}),
     'vlm_tiles': Stage(lambda: _several_tiles(_vlm(dict(edit=0.5, caption=0.3, question=0.2))), 'vlm_tiles'),
     'tiles': Stage(_edits_in_tiles, 'tiles', {'vlm': 'vlm_tiles'}),
     'vlm_multi': Stage(lambda: _vlm(retrain.MORE['vlm'] | {'multi': 1.0}), 'vlm'),
     'shipped_edit_multi': Stage(_shipped_edit, '', {'vlm': 'vlm_multi'}),
-    'edit_multi': Stage(_shipped_edit, 'edit', {'vlm': 'vlm_multi'})}
+    'edit_multi': Stage(_shipped_edit, 'edit', {'vlm': 'vlm_multi'}),
+    'edit_more': Stage(_shipped_edit, 'edit')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +205,7 @@ CLAIMS = {
     'b': Claim(
         'Detail of a picture stays in edits',
         {**{name: Arm(f'edit_{name}', measures.edits) for name in ('lap', 'last')},
+         'lap_two': Arm('edit_lap_two', measures.edits, variant=True),
          **{f'{name}_text': Arm(f'edit_{name}', measures.edits, dict(image_tokens=False)) for name in ('lap', 'last')},
          'shipped': Arm('shipped_edit', measures.edits),
          'shipped_text': Arm('shipped_edit', measures.edits, dict(image_tokens=False)),
@@ -210,7 +213,7 @@ CLAIMS = {
         _EDITS, ('edit/psnr', 'edit/all'),
         [('edit/psnr', 'lap', 'last'), ('edit/psnr', 'lap', 'lap_text'), ('edit/psnr', 'last', 'last_text'),
          ('edit/psnr', 'shipped', 'shipped_text'), ('edit/all', 'shipped', 'shipped_text'),
-         ('edit/psnr', 'tiles_9', 'tiles_1')]),
+         ('edit/psnr', 'tiles_9', 'tiles_1'), ('edit/psnr', 'lap_two', 'lap'), ('edit/all', 'lap_two', 'lap')]),
     'c': Claim(
         'VERIFI: the VLM rewrites the request',
         {'shipped': Arm('shipped_t2i', measures.styles),
@@ -237,19 +240,25 @@ CLAIMS = {
     'e': Claim(
         'Learning to edit helps text to image',
         {'before': Arm('shipped_t2i', measures.prompts), 'more_t2i': Arm('more_t2i', measures.prompts),
-         'more_edit': Arm('more_edit', measures.prompts)},
+         'more_edit': Arm('more_edit', measures.prompts),
+         **{name: Arm(stage, measures.prompts, variant=True) for name, stage in (
+             ('lap', 't2i_lap'), ('lap_more_t2i', 'more_t2i_lap'), ('lap_more_edit', 'edit_lap'))}},
         _PROMPTS, ('1-2/all', '3-4/all'),
-        [(value, 'more_edit', other) for value in ('1-2/all', '3-4/all') for other in ('more_t2i', 'before')]),
+        [(value, *arms) for value in ('1-2/all', '3-4/all') for arms in (
+            ('more_edit', 'more_t2i'), ('more_edit', 'before'), ('lap_more_edit', 'lap_more_t2i'),
+            ('lap_more_edit', 'lap'))]),
     'f': Claim(
         'Several references, without training on them',
         {'shipped': Arm('shipped_edit', measures.several),
          'shipped_truth': Arm('shipped_edit', measures.several, how=dict(truth=True)),
          'vlm': Arm('shipped_edit_multi', measures.several), 'vlm_edit': Arm('edit_multi', measures.several),
-         'vlm_edit_truth': Arm('edit_multi', measures.several, how=dict(truth=True))},
+         'vlm_edit_truth': Arm('edit_multi', measures.several, how=dict(truth=True)),
+         'edit_more': Arm('edit_more', measures.several)},
         {'2/all': 'two references, exact', '3/all': 'three, exact', '2/written': 'text exact, two',
          '3/written': 'text exact, three'},
         ('2/all', '3/all'),
-        [('2/all', 'vlm_edit', 'shipped'), ('3/all', 'vlm_edit', 'shipped'), ('2/all', 'vlm_edit_truth', 'vlm_edit')])}
+        [*((f'{n}/all', 'vlm_edit', other) for n in (2, 3) for other in ('shipped', 'edit_more')),
+         ('2/all', 'vlm_edit_truth', 'vlm_edit')])}
 
 
 def arms(claim: str, size: Size) -> dict[str, Arm]:
@@ -295,12 +304,26 @@ def config(stage: str, seed: int, size: Size, folder: pathlib.Path) -> configura
 
 
 def digest(stage: str, size: Size) -> str:
-  """Digest of the settings of a stage and of those before it; the same for every seed, folder and machine."""
+  """Digest of what is trained: the settings of a stage and of those before it; the same for every seed and folder."""
   settings = [dataclasses.asdict(config(each, 0, size, pathlib.Path('FOLDER'))) for each in chain(stage)]
   for each in settings:
     each['data'].pop('workers')
-  text = json.dumps(settings, sort_keys=True).replace(str(ASSETS), 'tiny')
+  return _hashed(settings)
+
+
+def measured(arm: Arm) -> str:
+  """Digest of how an arm's stage is measured."""
+  return _hashed([arm.measure.__name__, dict(arm.settings), dict(arm.how)])
+
+
+def _hashed(content: list) -> str:
+  text = json.dumps(content, sort_keys=True).replace(str(ASSETS), 'tiny')
   return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def trains(stage: str) -> list[str]:
+  """Those stages of its chain that train."""
+  return [each for each in chain(stage) if STAGES[each].kind]
 
 
 def settings(name: str) -> dict:

@@ -21,6 +21,7 @@ from unifusion_jax.evaluation import statistics
 from unifusion_jax.scenes.claims import experiments, results
 
 LEVEL = 0.05  # below this p, adjusted, and with an interval without 0 a difference is called one
+LEAST = 2  # examples that say anything of others
 MARKED = re.compile(r'(<!-- claim (\w) -->\n).*?(<!-- end of claim \2 -->)', re.DOTALL)
 
 
@@ -35,20 +36,45 @@ def matched(result: Mapping, value: str, *arms: str) -> list[np.ndarray]:
 
 
 def has(result: Mapping, value: str, *arms: str) -> bool:
-  """Whether the arms have this value, in a seed that they share."""
-  return all(name in result['arms'] and value in result['arms'][name]['values'] for name in arms) and bool(
-      results.shared(result, *arms))
+  """Whether the arms have this value of two examples or more, in a seed that they share."""
+  there = all(name in result['arms'] and value in result['arms'][name]['values'] for name in arms)
+  return there and bool(results.shared(result, *arms)) and matched(result, value, *arms)[0].shape[1] >= LEAST
+
+
+def _verdicts(*tables: np.ndarray) -> bool:
+  return all(np.isin(table, (0, 1)).all() for table in tables)
 
 
 def spread(runs: np.ndarray) -> tuple[float, float, float, float]:
-  """(mean, std over seeds, low, high) of values [seeds examples], as of `statistics.seeds`.
+  """(mean, std over seeds, low, high) of values [seeds examples], as of `statistics.over_seeds`; std nan for one seed.
 
-  Verdicts that are all alike leave nothing to resample: their interval is Wilson's of one seed.
+  Shares of verdicts end at 0 and 1. The interval of verdicts that are all alike is Wilson's of one seed.
   """
-  mean, std, low, high = statistics.seeds(runs)
-  if mean in (0.0, 1.0) and np.all(runs == mean):
-    low, high = statistics.wilson(mean * runs.shape[1], runs.shape[1])
+  mean, low, high, _ = statistics.over_seeds(runs)
+  std = float(np.std(np.mean(runs, axis=1), ddof=1)) if len(runs) > 1 else math.nan
+  if _verdicts(runs):
+    alike = np.ptp(runs) == 0
+    low, high = statistics.wilson(mean * runs.shape[1], runs.shape[1]) if alike else (max(low, 0.0), min(high, 1.0))
   return mean, std, low, high
+
+
+def difference(mine: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, float]:
+  """(mean, low, high, p) of mine - theirs [seeds examples], as of `statistics.over_seeds`.
+
+  Where verdicts differ alike in all examples, or in none, the interval is Wilson's: of the share of examples that
+  differ, in either direction where none does; p is the sign test's. Other values that are all equal have low = high.
+  """
+  values = mine - theirs
+  mean, low, high, p = statistics.over_seeds(values)
+  if not _verdicts(mine, theirs):
+    return (mean, low, high, p) if values.any() else (0.0, 0.0, 0.0, 1.0)
+  if np.ptp(values):
+    return mean, max(low, -1.0), min(high, 1.0), p
+  n = values.shape[1]
+  low, high = statistics.wilson(abs(mean) * n, n)
+  if mean == 0:
+    return 0.0, -high, high, 1.0
+  return mean, *sorted((mean * low, mean * high)), 2.0 ** (1 - n)
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -66,20 +92,27 @@ def statements(result: Mapping) -> list[str]:
   for value, arm, other in claim.compared:
     if has(result, value, arm, other):
       tables = matched(result, value, arm, other)
-      found.append((value, arm, other, statistics.paired(*tables), tables[0].shape))
-  adjusted = holm([numbers[3] for *_, numbers, _ in found])
+      found.append((value, arm, other, tables[0].shape, difference(*tables)))
+  adjusted = holm([p for *_, (_, _, _, p) in found])
   sentences = []
-  for (value, arm, other, (difference, low, high, _), (seeds, examples)), p in zip(found, adjusted):
-    digits = _digits(value)
+  for (value, arm, other, (seeds, examples), (mean, low, high, _)), p in zip(found, adjusted):
+    digits, trained = _digits(value), {claim.arms[name].stage for name in (arm, other)}
+    trained = [stage for stage in trained if experiments.trains(stage)]
     interval = f'[{low:.{digits}f}, {high:.{digits}f}]'
-    shown_p = 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
-    about = f'{shown_p}, {seeds} seed{"s" * (seeds > 1)}, {examples} examples'
-    if p < LEVEL and (low > 0 or high < 0):
-      said = f'`{arm}` {"above" if difference > 0 else "below"} `{other}` by {abs(difference):.{digits}f}'
-      said += f' {interval if difference > 0 else f"[{-high:.{digits}f}, {-low:.{digits}f}]"}'
+    about = [f'{seeds} seed{"s" * (seeds > 1)}', f'{examples} examples']
+    if not low == high == 0:
+      about.insert(0, 'p < 0.001' if p < 0.001 else f'p = {p:.3f}')
+    if low == high == 0:
+      said = f'`{arm}` and `{other}` are the same to the last digit'
+    elif p >= LEVEL or low <= 0 <= high:
+      said = f'no difference seen between `{arm}` and `{other}`: {mean:.{digits}f} {interval}'
+    elif seeds == 1 and trained:
+      said = (f"one training{' each' * (len(trained) > 1)}: the difference between `{arm}` and `{other}` may be the "
+              f"seed's: {mean:.{digits}f} {interval}")
     else:
-      said = f'no difference seen between `{arm}` and `{other}`: {difference:.{digits}f} {interval}'
-    sentences.append(f'{claim.shown[value]}: {said}, {about}.')
+      said = f'`{arm}` {"above" if mean > 0 else "below"} `{other}` by {abs(mean):.{digits}f}'
+      said += f' {interval if mean > 0 else f"[{-high:.{digits}f}, {-low:.{digits}f}]"}'
+    sentences.append(f'{claim.shown[value]}: {said}, {", ".join(about)}.')
   return sentences
 
 
@@ -122,15 +155,14 @@ def section(claim: str, result: Mapping | None) -> str:
   if result is None:
     return '*Not yet run: there are no results of it in `docs/results/`.*\n'
   at, dates = result['settings'], sorted({date for arm in result['arms'].values() for date in arm['dates']})
-  steps = ', '.join(f'{name} {count}' for name, count in at['steps'].items())
-  kinds = {experiments.STAGES[stage].kind for arm in experiments.CLAIMS[claim].arms.values()
-           for stage in experiments.chain(arm.stage)}
+  kinds = {experiments.STAGES[stage].kind for name in result['arms']
+           for stage in experiments.chain(experiments.CLAIMS[claim].arms[name].stage)}
   steps = ', '.join(f'{name} {count}' for name, count in at['steps'].items() if name in kinds) or 'none'
   examples, noises, texts = at['batch']
   parts = [
       f'Size `{at["size"]}`: steps of each training: {steps}; batches of {examples} noised {noises} times, of the VLM '
       f'{texts}; {at["examples"]} test examples of each kind, {at["sampling_steps"]} sampling steps. '
-      f'{at["devices"]} x {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.',
+      f'Device {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.',
       table(result),
       '\n'.join(f'- {sentence}' for sentence in statements(result)) or '- No comparison has both of its arms yet.']
   missing = [name for name in experiments.arms(claim, experiments.SIZES[at['size']]) if name not in result['arms']]
@@ -176,26 +208,42 @@ def plot(result: Mapping, file: pathlib.Path) -> None:
   pyplot.close(figure)
 
 
-def report(folder: pathlib.Path | None, docs: pathlib.Path) -> None:
-  """Writes the results of a run's folder, if one is given, and their plots into `docs`, and the page of all results."""
-  for claim, result in (results.collect(folder) if folder else {}).items():
-    results.write(docs / 'results' / f'{claim}.json', result)
-    plot(result, docs / 'results' / f'{claim}.png')
+def report(folder: pathlib.Path | None, docs: pathlib.Path, replace: bool = False) -> None:
+  """Writes the results of a run's folder, if one is given, and their plots into `docs`, and the page of all results.
+
+  UserError, at the end, for claims whose results do not belong together, and without `replace` for those of which
+  docs/results has what the run has not; the others are written.
+  """
+  problems = []
+  for claim in experiments.CLAIMS if folder else ():
+    file = docs / 'results' / f'{claim}.json'
+    try:
+      if (result := results.collect(folder, claim)) is None:
+        continue
+      if not replace:
+        results.check_replaced(file, result)
+      results.write(file, result)
+      plot(result, file.with_suffix('.png'))
+    except UserError as error:
+      problems.append(f'({claim}) {error}')
   file, found = docs / 'paper.md', results.read(docs)
   file.write_text(page(file.read_text(), found))
   for claim, result in found.items():
     print('\n'.join([f'({claim}) {experiments.CLAIMS[claim].title}', *statements(result)]))
+  if problems:
+    raise UserError('; '.join(problems))
 
 
 def main(argv):
   del argv
   folder = flags.FLAGS.folder
-  report(pathlib.Path(folder) if folder else None, pathlib.Path(flags.FLAGS.docs))
+  report(pathlib.Path(folder) if folder else None, pathlib.Path(flags.FLAGS.docs or 'docs'), flags.FLAGS.replace)
 
 
 if __name__ == '__main__':
   flags.DEFINE(command_line.PathParser(), 'folder', 'runs/claims', 'Folder of a run of the claims; empty: none, the '
                'page alone is written.')
-  flags.DEFINE(command_line.PathParser(), 'docs', 'docs', 'Folder of paper.md and results/.')
+  flags.DEFINE(command_line.PathParser(), 'docs', 'docs', 'Folder of paper.md and results/; empty: docs.')
+  flags.DEFINE_bool('replace', False, 'Write over results in docs that the run has not.')
   with errors.at_the_terminal():
     app.run(main)

@@ -8,7 +8,8 @@
 
 Run again with the same flags it goes on, also after a kill: a training from its checkpoint. All arms of one seed come
 before those of the next, so what is there when the minutes are over can be compared. What docs/results has of the same
-settings is not measured again, so a run goes on on another machine. experiments.py has the table.
+settings is not measured again, so a run goes on on another machine. A training and a result belong to the settings
+that they were made with: of others they are refused. experiments.py has the table.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import time
 from absl import app, flags, logging
 import jax
 
-from unifusion_jax import command_line, errors, sharding
+from unifusion_jax import command_line, errors, json_file, sharding
 from unifusion_jax import config as configuration
 from unifusion_jax.commands import export, train
 from unifusion_jax.errors import UserError
@@ -58,7 +59,8 @@ class Job:
 def plan(claims: Sequence[str], seeds: int, size: experiments.Size, only: Sequence[str] = ()) -> list[Job]:
   """The jobs of these claims, in the order in which they start: by seed, then by claim; each stage once.
 
-  only: stages that are measured, and trained with those before them; empty: all.
+  only: stages that are measured, and trained with those before them; empty: all. UserError for one that none of the
+    claims measures.
   """
   arms: dict[str, list] = {}
   for claim in claims:
@@ -68,6 +70,9 @@ def plan(claims: Sequence[str], seeds: int, size: experiments.Size, only: Sequen
       for stage in experiments.chain(arm.stage):
         arms.setdefault(stage, [])
       arms[arm.stage].append((claim, name))
+  if idle := [stage for stage in only if not arms.get(stage)]:
+    raise UserError(f'--only={",".join(idle)}: none of --claims={",".join(claims)} measures it at this size; --plan '
+                    'without --only says what they measure')
   return [Job(stage, seed, tuple(each)) for seed in range(seeds) for stage, each in arms.items()]
 
 
@@ -97,14 +102,15 @@ def exported(job: Job, folder: pathlib.Path) -> bool:
       experiments.workdir(folder, job.stage, job.seed) / 'config_export.json').exists()
 
 
-def remaining(jobs: Sequence[Job], folder: pathlib.Path) -> list[Job]:
+def remaining(jobs: Sequence[Job], folder: pathlib.Path, size: experiments.Size) -> list[Job]:
   """Jobs that have something to measure, or to train for one of these; in order.
 
-  Results alone are enough: a folder that has lost its trainings goes on with the measurements that it lacks.
+  Results alone are enough: a folder that has lost its trainings goes on with the measurements that it lacks. Results
+  of other settings than an arm has now are measured again.
   """
   wanted, needed = [], set()
   for job in reversed(jobs):  # what a job needs comes before it
-    measured = all(results.result_file(folder, *arm, job.seed).exists() for arm in job.arms)
+    measured = all(results.is_measured(folder, *arm, job.seed, size) for arm in job.arms)
     if not measured or (job.name in needed and not exported(job, folder)):
       wanted.append(job)
       needed.update(job.after)
@@ -122,13 +128,38 @@ def claim_folder(folder: pathlib.Path, size: str) -> None:
     raise UserError(f'{folder} holds a run with another {changed}: give another --folder, or remove that one')
 
 
-def run(jobs: Sequence[Job], folder: pathlib.Path, command: Sequence[str], at_once: int, minutes: float) -> list[str]:
+def claim_stages(job: Job, folder: pathlib.Path, size: experiments.Size) -> None:
+  """Writes the digest of what the job trains into its workdir, where nothing is trained yet.
+
+  UserError where that workdir, or the one of a stage that it starts from, holds a training of other settings.
+  """
+  for stage in experiments.trains(job.stage):
+    workdir, digest = experiments.workdir(folder, stage, job.seed), experiments.digest(stage, size)
+    file = workdir / 'stage.json'
+    there = json_file.read(file).get('digest') if file.exists() else None
+    begun = any((workdir / name).exists() for name in ('checkpoints', 'export'))
+    if there != digest and (there or begun):
+      raise UserError(f'{workdir} holds a training of other settings (their digest is {there or "not known"}, that of '
+                      f'this run {digest}): remove it, or give another --folder')
+    if stage == job.stage and there is None:
+      results.write(file, dict(digest=digest))
+
+
+def device_kind() -> str:
+  """Kind of this machine's devices, as jax names it in a process of its own: the jobs need them, not this one."""
+  program = 'import jax; print(jax.devices()[0].device_kind)'
+  done = subprocess.run([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True, check=True)
+  return done.stdout.splitlines()[-1]
+
+
+def run(jobs: Sequence[Job], folder: pathlib.Path, size: experiments.Size, command: Sequence[str], at_once: int,
+        minutes: float) -> list[str]:
   """Runs the remaining jobs, `at_once` at a time, until the minutes are over (0: all): names of those that failed.
 
   command: the program and flags of a job's process, without its --job. What needs the export of a failed job is left
   out.
   """
-  left = remaining(jobs, folder)
+  left = remaining(jobs, folder, size)
   ready = {job.name for job in jobs if exported(job, folder)}
   end = time.monotonic() + 60 * minutes if minutes else math.inf
   environment = dict(os.environ)
@@ -171,9 +202,12 @@ def run(jobs: Sequence[Job], folder: pathlib.Path, command: Sequence[str], at_on
 def work(job: Job, size_name: str, folder: pathlib.Path, cores: int) -> None:
   """Trains and exports a job's stage if that is not done, then measures its arms that are not measured yet.
 
+  UserError where the folder has results of other settings or another kind of device, or another training of a stage.
   cores: for this job; on an accelerator all but one of them prepare batches, in processes.
   """
-  size = experiments.SIZES[size_name]
+  size, common = experiments.SIZES[size_name], results.settings(size_name, jax.devices()[0].device_kind)
+  results.check(folder, common)
+  claim_stages(job, folder, size)
   config = experiments.config(job.stage, job.seed, size, folder)
   config.data.workers = size.scale.workers and max(1, cores - 1)
   workdir = experiments.workdir(folder, job.stage, job.seed)
@@ -182,15 +216,13 @@ def work(job: Job, size_name: str, folder: pathlib.Path, cores: int) -> None:
     if not exported(job, folder):
       train.run(config, workdir)
       export.run(config, workdir)
-      shutil.rmtree(workdir / 'checkpoints')  # of which there would be gigabytes
-    arms = [arm for arm in job.arms if not results.result_file(folder, *arm, job.seed).exists()]
+    shutil.rmtree(workdir / 'checkpoints', ignore_errors=True)  # gigabytes, also what an earlier run left of them
+    arms = [arm for arm in job.arms if not results.is_measured(folder, *arm, job.seed, size)]
     if not arms:
       return
     config.sample.weights = str(workdir / 'export') if experiments.STAGES[job.stage].kind else config.init
     params, _ = checkpoint.trained(config, workdir)
     pipe = config.objective.pipeline(config, params, config.objective.frozen(config))
-    common = experiments.settings(size_name) | dict(
-        jax=jax.__version__, device=jax.devices()[0].device_kind, devices=jax.device_count())
     measured = []  # (arm, its values): some claims measure the same
     for claim, name in arms:
       arm, start = experiments.CLAIMS[claim].arms[name], time.monotonic()
@@ -200,8 +232,9 @@ def work(job: Job, size_name: str, folder: pathlib.Path, cores: int) -> None:
         measured.append((arm, values))
       results.write(results.result_file(folder, claim, name, job.seed), dict(
           claim=claim, arm=name, seed=job.seed, settings=common, digest=experiments.digest(job.stage, size),
-          parameters=sum(leaf.size for leaf in jax.tree.leaves(params)), date=datetime.date.today().isoformat(),
-          seconds=round(time.monotonic() - start, 1), values=values))
+          measure=experiments.measured(arm), parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+          date=datetime.date.today().isoformat(), seconds=round(time.monotonic() - start, 1),
+          devices=jax.device_count(), values=values))
 
 
 def main(argv):
@@ -219,12 +252,13 @@ def main(argv):
   if values.plan:
     return None
   claim_folder(folder, values.size)
-  if values.docs and (count := results.restore(pathlib.Path(values.docs), folder, values.size)):
-    print(f'{count} results are in {values.docs}/results already; --docs= measures them again', flush=True)
+  if values.docs and results.read(pathlib.Path(values.docs)):
+    if count := results.restore(pathlib.Path(values.docs), folder, values.size, device_kind()):
+      print(f'{count} results are in {values.docs}/results already; --docs= measures them again', flush=True)
   signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # through `run`, which stops its processes
   command = [sys.executable, '-m', 'unifusion_jax.scenes.claims.run', *sys.argv[1:]]
-  failed = run(jobs, folder, command, values.jobs, values.minutes)
-  left = remaining(jobs, folder)
+  failed = run(jobs, folder, size, command, values.jobs, values.minutes)
+  left = remaining(jobs, folder, size)
   print(f'{len(jobs) - len(left)} of {len(jobs)} jobs are done' + (
       '; the same command goes on with the others' if left else ''), flush=True)
   if failed:

@@ -158,4 +158,6 @@ def _answers(pipe: pipeline.UniFusionPipeline, encoder, config, pairs: list[tupl
 
 
 def _with_interval(value: float, low: float, high: float) -> dict[str, float]:
-  return {name: round(float(each), 4) for name, each in dict(value=value, low=low, high=high).items()}
+  """The value, and its interval where it has one: a single image has none."""
+  interval = {} if np.isnan(low) else dict(low=low, high=high)
+  return {name: round(float(each), 4) for name, each in dict(value=value, **interval).items()}
