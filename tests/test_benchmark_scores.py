@@ -65,6 +65,8 @@ def test_macro_micro_and_the_best_of_several():
   assert '| a | 2 | 0.400 |' in text and 'best of 2' in text and '| **macro**, mean of 2 categories |' in text
   single = tables.report(tables.Scores('x', {'1': [0.5]}, {}))
   assert 'top' not in single['micro'] and 'best of' not in tables.markdown(single, 1)
+  assert single['micro']['mean'] == dict(value=0.5, low=None, high=None)  # one prompt has no interval
+  assert tables.markdown(single, 1).endswith('| 1 | 0.500 |  |')
 
 
 def test_a_row_of_questions_is_the_mean_of_all_of_them():

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+import safetensors.numpy
 from test_pipeline import random_pipe
 
 from unifusion_jax import command_line, parts, sharding
@@ -344,15 +345,16 @@ def test_an_index_is_written_where_no_image_is(tmp_path, monkeypatch):
 
 def test_a_lora_is_known_by_its_weights(tmp_path):
   path = tmp_path / 'lora.safetensors'
-  path.write_bytes(b'before')
+  adapt = lambda value: safetensors.numpy.save_file({'blocks.0.attn.to_q.lora_A.weight': np.full((1, 4), value)}, path)
+  adapt(1.0)
   found = lambda scale: benchmark.made_by(
       command_line.read('benchmark', [f'sample.loras={path}:{scale}']), parts.locate('tiny'))
   generation.identity(tmp_path / 'run', found(0.5))
   generation.identity(tmp_path / 'run', found(0.5))
-  with pytest.raises(UserError, match='loras.0.scale=0.5, and now it is 0.8'):
+  with pytest.raises(UserError, match='weights.loras.0.scale=0.5, and now it is 0.8'):
     generation.identity(tmp_path / 'run', found(0.8))
-  path.write_bytes(b'after')
-  with pytest.raises(UserError, match='loras.0.fingerprint='):
+  adapt(2.0)
+  with pytest.raises(UserError, match='weights.loras.0.file='):
     generation.identity(tmp_path / 'run', found(0.5))
 
 

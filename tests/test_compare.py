@@ -319,6 +319,7 @@ def test_the_summary():
   winners = dict(Ann=dict(x='a', y='a'), Bo=dict(x='tie', y='b'), Cleo=dict(x='tie', y='tie'))
   rates = summary.rates(winners, {'x', 'y'})
   assert rates['decided_a']['n'] == rates['decided_a']['share'] == rates['p'] == 1
+  assert summary.rates(winners, {'x'})['wins_a'] == dict(share=round(2 / 3, 4), low=None, high=None)  # one pair
 
 
 def test_requests_of_prompts_and_lists(tmp_path):

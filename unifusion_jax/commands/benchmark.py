@@ -20,7 +20,8 @@ from unifusion_jax.evaluation.benchmarks.sets import SETS
 from unifusion_jax.fields import Path
 from unifusion_jax.ranges import Range
 from unifusion_jax.request import shape_like
-from unifusion_jax.weights import encoders, hub, lora_files
+from unifusion_jax.training import record as training_record
+from unifusion_jax.weights import encoders, hub
 
 STAGES = ('all', 'generate', 'score')
 CHECKED = 64  # requests that are checked at a time, their references being read for it
@@ -163,16 +164,14 @@ def _generate(config: BenchmarkConfig, located: parts.Parts, chosen: list[tuple[
 
 
 def made_by(config: BenchmarkConfig, located: parts.Parts) -> dict:
-  """What makes the images: sampling settings, and the weights by name and fingerprint, those of LoRAs too."""
+  """What makes the images: sampling settings, and the weights by name and by content, those of LoRAs too."""
   s = config.sample
   origin = metadata.origin(located.name, located.vlm.name, located.vae.name, config.dtype, config.dtype,
                            config.vlm_quantized, config.transformer_quantized)
   if located.transformer.name != located.name:
     origin['transformer'] = metadata.weights(located.transformer.name)
-  loras = [metadata.weights(hub.pin(name, files=True, variants=()).name) | dict(scale=scale)
-           for name, scale in map(lora_files.split, s.loras)]
   return dict(seed=s.seed, width=s.width, height=s.height, size=located.described.size, settings=s.settings(),
-              loras=loras, origin=origin)
+              weights=training_record.contents(located, s.loras), origin=origin)
 
 
 def _write_report(workdir: pathlib.Path, settings: BenchmarkSettings, files: Files, records: list[Record],

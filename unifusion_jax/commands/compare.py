@@ -33,7 +33,7 @@ from unifusion_jax.request import LIMITS, SampleConfig
 from unifusion_jax.scenes import examples
 from unifusion_jax.sharding import MeshConfig
 from unifusion_jax.training import record
-from unifusion_jax.weights import encoders, lora_files
+from unifusion_jax.weights import encoders
 
 RECORD = 'compare.json'  # of the workdir: what is compared
 
@@ -174,13 +174,8 @@ def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Pa
 
 def _identity(side: Side, place: parts.Parts) -> dict:
   """What the images of a side depend on beside the requests: settings, and the files at their commit or by content."""
-  content = lambda pinned: pinned.name if pinned.commit else record.fingerprint(pinned.folder)
-  files = {name: content(getattr(place, name)) for name in ('transformer', 'vlm', 'vae')}
-  adapters = [(lora_files.locate(name), scale) for name, scale in map(lora_files.split, side.loras)]
-  loras = [dict(file=record.fingerprint(file), settings=lora_files.settings_of(file), scale=scale)
-           for file, scale in adapters]
   described = dataclasses.asdict(place.described) | dict(resolution_shift=place.resolution_shift)
-  return dataclasses.asdict(side) | dict(files=dict(files, loras=loras), described=described)
+  return dataclasses.asdict(side) | dict(files=record.contents(place, side.loras), described=described)
 
 
 def _changes(before: dict, now: dict, voted: bool) -> list[str]:

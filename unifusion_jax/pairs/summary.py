@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def rates(winners: dict[str, dict[str, str]], pairs: set[str]) -> dict:
   """Counts of votes {voter: {pair: winner}} on some pairs, and rates of which each pair, however often judged, is one.
 
   judged: pairs with votes.  a, b, tie, bad: votes.
-  wins_a: mean score of a, 1 for a, 0 for b and 0.5 for a tie or two bad ones, with its bootstrap interval.
+  wins_a: mean score of a, 1 for a, 0 for b and 0.5 for a tie or two bad ones, with its bootstrap interval,
+    None of one pair.
   decided_a: of the pairs where one side has more votes than the other, however many ties, the share that a wins, with
     Wilson's interval.
   p: two-sided sign test over these pairs.
@@ -76,4 +78,6 @@ def _share(successes: int, n: int) -> dict:
 
 
 def _rounded(value, low: float, high: float) -> dict:
-  return dict(share=None if value is None else round(float(value), 4), low=round(low, 4), high=round(high, 4))
+  """None in the place of what there is not: a share of nothing, an interval of one pair."""
+  known = dict(share=value, low=low, high=high)
+  return {name: None if each is None or math.isnan(each) else round(float(each), 4) for name, each in known.items()}

@@ -17,7 +17,7 @@ from unifusion_jax import bucket, sharding
 from unifusion_jax.data import rewrites
 from unifusion_jax.data.config import SCENES
 from unifusion_jax.errors import UserError
-from unifusion_jax.weights import hub
+from unifusion_jax.weights import hub, lora_files
 
 # Groups and settings that do not change what is trained: how a run computes, keeps its books, samples and measures.
 # `step.rescheduled` follows a change of train.steps and train.minutes.
@@ -222,6 +222,18 @@ def fingerprint(folder: pathlib.Path) -> str:
         file.seek(8 + length + max(start, (start + end - _MIDDLE) // 2))
         digest.update(file.read(min(_MIDDLE, end - start)))
   return hub.fingerprint(folder) + digest.hexdigest()[:16]
+
+
+def contents(pipeline, loras: Iterable[str]) -> dict:
+  """What the images of a pipeline's parts (`parts.Parts`) and LoRAs, as of `sample.loras`, depend on.
+
+  Weights by their commit on the hub or their fingerprint; of LoRAs their scale and alpha too.
+  """
+  content = lambda pinned: pinned.name if pinned.commit else fingerprint(pinned.folder)
+  adapters = [(lora_files.locate(name), scale) for name, scale in map(lora_files.split, loras)]
+  return {name: content(getattr(pipeline, name)) for name in ('transformer', 'vlm', 'vae')} | dict(
+      loras=[dict(file=fingerprint(file), settings=lora_files.settings_of(file), scale=scale)
+             for file, scale in adapters])
 
 
 def _fingerprints_of_data(config) -> dict[str, str]:

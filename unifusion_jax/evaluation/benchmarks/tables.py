@@ -57,7 +57,7 @@ def report(scores: Scores, summaries: Collection[str] = ()) -> dict:
 def _figure(categories: list[dict[str, tuple[float, int]]]) -> dict:
   """The mean of categories' means; a prompt that is resampled is in all of its categories.
 
-  categories: {id: (value, how often it counts)} of each.
+  categories: {id: (value, how often it counts)} of each. Of one prompt there is no interval: low and high are None.
   """
   keys = list(dict.fromkeys(key for category in categories for key in category))
   values, counts = np.moveaxis(np.array(
@@ -72,8 +72,8 @@ def _figure(categories: list[dict[str, tuple[float, int]]]) -> dict:
   return dict(value=_rounded(mean(columns)), low=_rounded(low), high=_rounded(high))
 
 
-def _rounded(value) -> float:
-  return round(float(value), 4)
+def _rounded(value) -> float | None:
+  return None if np.isnan(value) else round(float(value), 4)
 
 
 def markdown(made: dict, images: int) -> str:
@@ -88,6 +88,7 @@ def markdown(made: dict, images: int) -> str:
     named[f'**macro**, mean of {made["macro"]["categories"]} categories'] = made['macro']
   named['**micro**, mean of all prompts'] = made['micro']
   for name, row in named.items():
-    cells = [f'{row[kind]["value"]:.3f} | {row[kind]["low"]:.3f} to {row[kind]["high"]:.3f}' for kind in kinds]
+    cells = [f'{row[kind]["value"]:.3f} | ' + (
+        '' if row[kind]['low'] is None else f'{row[kind]["low"]:.3f} to {row[kind]["high"]:.3f}') for kind in kinds]
     lines.append(f'| {name} | {row.get("prompts", "")} | {" | ".join(cells)} |')
   return '\n'.join(lines)

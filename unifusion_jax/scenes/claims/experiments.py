@@ -191,6 +191,7 @@ class Claim:
 
 _PROMPTS = {'1-2/all': '1-2 objects as asked', '3-4/all': '3-4 objects as asked', '1-2/share': 'constraints met, 1-2',
             '3-4/share': 'constraints met, 3-4', '1-2/vqascore': 'VQAScore, 1-2'}
+_LOSS = {'loss': 'flow loss at t of 0.7 and 0.9'}
 _EDITS = {'edit/all': 'as asked, all else kept', 'edit/asked': 'change made', 'edit/kept': 'all else kept',
           'edit/psnr': 'PSNR of what stays, dB', 'edit/ssim': 'SSIM of what stays'}
 _TILES = tuple(f'{name}_{n}' for name in ('image', 'text', 'shipped') for n in TILES)
@@ -200,7 +201,7 @@ CLAIMS = {
         'The order of the ways to condition',
         {name: Arm(f't2i_{name}', measures.prompts, how=dict(loss=True), variant=name in VARIANTS)
          for name in CONDITIONINGS + VARIANTS},
-        {**_PROMPTS, 'loss': 'flow loss at t of 0.7 and 0.9'}, ('1-2/share', 'loss'),
+        {**_PROMPTS, **_LOSS}, ('1-2/share', 'loss'),
         [(value, 'lap', other) for value in ('1-2/share', 'loss') for other in CONDITIONINGS[1:] + VARIANTS]),
     'b': Claim(
         'Detail of a picture stays in edits',
@@ -239,12 +240,12 @@ CLAIMS = {
         relative=('rmse', 'dissimilarity', 'distance')),
     'e': Claim(
         'Learning to edit helps text to image',
-        {'before': Arm('shipped_t2i', measures.prompts), 'more_t2i': Arm('more_t2i', measures.prompts),
-         'more_edit': Arm('more_edit', measures.prompts),
-         **{name: Arm(stage, measures.prompts, variant=True) for name, stage in (
+        {**{name: Arm(stage, measures.prompts, how=dict(loss=True)) for name, stage in (
+             ('before', 'shipped_t2i'), ('more_t2i', 'more_t2i'), ('more_edit', 'more_edit'))},
+         **{name: Arm(stage, measures.prompts, how=dict(loss=True), variant=True) for name, stage in (
              ('lap', 't2i_lap'), ('lap_more_t2i', 'more_t2i_lap'), ('lap_more_edit', 'edit_lap'))}},
-        _PROMPTS, ('1-2/all', '3-4/all'),
-        [(value, *arms) for value in ('1-2/all', '3-4/all') for arms in (
+        {**_PROMPTS, **_LOSS}, ('1-2/all', '3-4/all', 'loss'),
+        [(value, *arms) for value in ('1-2/all', '3-4/all', 'loss') for arms in (
             ('more_edit', 'more_t2i'), ('more_edit', 'before'), ('lap_more_edit', 'lap_more_t2i'),
             ('lap_more_edit', 'lap'))]),
     'f': Claim(
