@@ -73,7 +73,7 @@ def test_image_tokens_have_their_own_maps():
   plain = some_lap()
   for blocks, pool, where in ((model.blocks, model.pool, ~image), (model.image_blocks, model.image_pool, image)):
     plain.blocks, plain.pool, where = blocks, pool, np.asarray(where)
-    one, two, _ = jax.jit(inside.layer_attention)(plain, hidden, mask)
+    one, two, _ = jax.jit(inside.layer_attention)(plain, hidden, mask, image)
     np.testing.assert_allclose(np.asarray(attention)[:, where.ravel()], np.asarray(one)[:, where.ravel()], atol=1e-5)
     np.testing.assert_allclose(np.asarray(terms)[where], np.asarray(two)[where], rtol=1e-4, atol=1e-5)
 

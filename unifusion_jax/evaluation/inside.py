@@ -159,11 +159,11 @@ def position_of(read: Read, word: str) -> int | None:
 # LAP
 
 
-def layer_attention(lap, hidden: jax.Array, mask: jax.Array, image: jax.Array | None = None
+def layer_attention(lap, hidden: jax.Array, mask: jax.Array, image: jax.Array
                     ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """LAP of hidden [b s l e] with mask [b s], step by step, from its own parameters.
 
-  image: [b s], which tokens are an image's; only where LAP is `separate`, and these have their own blocks and weights.
+  image: [b s], which tokens are an image's: those of a `separate` LAP have their own blocks and weights.
 
   Returns:
     attention [n b*s g h q l] f32 of each block: in the g-th group of heads that share keys and values, by the h-th of

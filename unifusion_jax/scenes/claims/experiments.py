@@ -236,7 +236,7 @@ CLAIMS = {
         {'rmse': 'root mean square error', 'dissimilarity': '1 - SSIM', 'distance': "distance of the VLM's states",
          'exact': 'read back exactly'},
         ('rmse', 'dissimilarity'),
-        [(value, f'{name}_9', f'{name}_1') for name in ('image', 'text') for value in ('rmse', 'dissimilarity')],
+        [(value, f'{name}_9', f'{name}_1') for name in ('image', 'text', 'shipped') for value in ('rmse', 'dissimilarity')],
         relative=('rmse', 'dissimilarity', 'distance')),
     'e': Claim(
         'Learning to edit helps text to image',
@@ -259,7 +259,8 @@ CLAIMS = {
          '3/written': 'text exact, three'},
         ('2/all', '3/all'),
         [*((f'{n}/all', 'vlm_edit', other) for n in (2, 3) for other in ('shipped', 'edit_more')),
-         ('2/all', 'vlm_edit_truth', 'vlm_edit')])}
+         ('2/all', 'vlm_edit_truth', 'vlm_edit'),
+         *((f'{n}/all', 'shipped_truth', 'shipped') for n in (2, 3))])}
 
 
 def arms(claim: str, size: Size) -> dict[str, Arm]:
