@@ -236,7 +236,8 @@ CLAIMS = {
         {'rmse': 'root mean square error', 'dissimilarity': '1 - SSIM', 'distance': "distance of the VLM's states",
          'exact': 'read back exactly'},
         ('rmse', 'dissimilarity'),
-        [(value, f'{name}_9', f'{name}_1') for name in ('image', 'text', 'shipped') for value in ('rmse', 'dissimilarity')],
+        [(value, f'{name}_9', f'{name}_1') for name in ('image', 'text', 'shipped')
+         for value in ('rmse', 'dissimilarity')],
         relative=('rmse', 'dissimilarity', 'distance')),
     'e': Claim(
         'Learning to edit helps text to image',

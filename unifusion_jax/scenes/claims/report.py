@@ -159,11 +159,11 @@ def section(claim: str, result: Mapping | None) -> str:
            for stage in experiments.chain(experiments.CLAIMS[claim].arms[name].stage)}
   steps = ', '.join(f'{name} {count}' for name, count in at['steps'].items() if name in kinds)
   examples, noises, texts = at['batch']
-  trained = (f'steps of each training: {steps}; batches of {examples} noised {noises} times, of the VLM {texts}' if steps
-             else 'nothing is trained')
+  batches = f'batches of {examples} noised {noises} times, of the VLM {texts}'
+  trained = f'steps of each training: {steps}; {batches}' if steps else 'nothing is trained'
   parts = [
-      f'Size `{at["size"]}`: {trained}; {at["examples"]} test examples of each kind, {at["sampling_steps"]} sampling steps. '
-      f'Device {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.',
+      f'Size `{at["size"]}`: {trained}; {at["examples"]} test examples of each kind, {at["sampling_steps"]} sampling '
+      f'steps. Device {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.',
       table(result),
       '\n'.join(f'- {sentence}' for sentence in statements(result)) or '- No comparison has both of its arms yet.']
   missing = [name for name in experiments.arms(claim, experiments.SIZES[at['size']]) if name not in result['arms']]
