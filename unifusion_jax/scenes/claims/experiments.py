@@ -204,7 +204,7 @@ CLAIMS = {
         {**_PROMPTS, **_LOSS}, ('1-2/share', 'loss'),
         [(value, 'lap', other) for value in ('1-2/share', 'loss') for other in CONDITIONINGS[1:] + VARIANTS]),
     'b': Claim(
-        'Detail of a picture stays in edits',
+        'Detail of an image stays in edits',
         {**{name: Arm(f'edit_{name}', measures.edits) for name in ('lap', 'last')},
          'lap_two': Arm('edit_lap_two', measures.edits, variant=True),
          **{f'{name}_text': Arm(f'edit_{name}', measures.edits, dict(image_tokens=False)) for name in ('lap', 'last')},
