@@ -18,7 +18,8 @@ from unifusion_jax.errors import UserError
 
 CHOICES = ('left', 'right', 'tie', 'bad')  # bad: both are
 PAGE = 'page.html'  # the order of the page that is a file
-VOTER = re.compile(r'[\w][\w .-]{0,39}')  # Unicode letters, digits, spaces, dots, hyphens: also the name of a file
+# Unicode letters, digits, spaces, dots, hyphens: also the name of a file. \w stands in classes alone, as page.py wants.
+VOTER = re.compile(r'[\w][\w .-]{0,39}')
 NAME_RULE = 'a name has 1 to 40 letters, digits, spaces, dots and hyphens, and begins with a letter or digit'
 MOST_VOTERS = 100
 MOST_PER_PAIR = 20  # votes of a voter on a pair, on average
@@ -41,7 +42,8 @@ def _digest(seed: int, order: str, pair: str) -> bytes:
 class Votes:
   """The votes in a folder; thread-safe, and each is in its file before `cast` returns.
 
-  pairs: the names of all pairs. comparison: a digest of what is compared, by which votes on another are known.
+  pairs: the names of all pairs.
+  comparison: a digest of what is compared; votes with another one are refused.
   A file of another program, such as one that the page saved, is read as well.
   """
 

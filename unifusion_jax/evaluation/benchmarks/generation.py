@@ -77,7 +77,7 @@ def identity(workdir: pathlib.Path, made_by: dict) -> None:
 
 
 def check(workdir: pathlib.Path, made_by: dict) -> None:
-  """UserError where `identity` noted another value of what is named here; nothing where it noted none."""
+  """UserError where generation.json has another value of one of these; a workdir without that file passes."""
   path = workdir / IDENTITY
   with sharding.together('open the workdir'):
     if sharding.is_main_process() and path.exists():

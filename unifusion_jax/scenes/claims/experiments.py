@@ -50,10 +50,10 @@ class Size:
 
 GPU, CPU = (retrain.scale_of(platform, 1) for platform in ('gpu', 'cpu'))
 # Seconds of a step. One H100, 2026-11-27: 0.175 for 256 examples noised 8 times, 0.047 of the VLM (docs/training.md),
-# by the number of noises. Two cores of an AMD EPYC (family 25), 2026-11-27, by logs of such runs; `vlm` is stage 13 in
-# assets/tiny/provenance.json. With several tiles, and the start and the images of a GPU: guesses.
+# by the number of noises. Two cores of an AMD EPYC (family 25), 2026-11-27: t2i, edit, vlm (half of its examples with
+# several images) and images as measured. With several tiles, and the start and the images of a GPU: guesses.
 ON_GPU = dict(t2i=0.09, edit=0.10, vlm=0.05, vlm_tiles=0.15, tiles=0.2, start=40.0, image=0.02)
-ON_CPU = dict(t2i=2.7, edit=3.3, vlm=1.4, vlm_tiles=2.8, tiles=4.0, start=60.0, image=0.35)
+ON_CPU = dict(t2i=2.7, edit=3.3, vlm=2.0, vlm_tiles=2.8, tiles=4.0, start=60.0, image=0.35)
 SIZES = {
     'full': Size(dataclasses.replace(GPU, noises=4),
                  dict(t2i=3000, edit=1500, vlm=4000, vlm_tiles=2000, tiles=2000), examples=400, sampling_steps=24,
@@ -307,7 +307,7 @@ def config(stage: str, seed: int, size: Size, folder: pathlib.Path) -> configura
 
 
 def digest(stage: str, size: Size) -> str:
-  """Digest of what is trained: the settings of a stage and of those before it; the same for every seed and folder."""
+  """Digest of the settings of a stage and of the stages before it; every seed and folder has the same."""
   settings = [dataclasses.asdict(config(each, 0, size, pathlib.Path('FOLDER'))) for each in chain(stage)]
   for each in settings:
     each['data'].pop('workers')
