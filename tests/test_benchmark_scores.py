@@ -1,9 +1,12 @@
 """Scores of public benchmarks: dependencies of questions, tables, and what is measured of a set's images."""
 
+import json
+
 from benchmark_sets import lay, read
 import numpy as np
 import pytest
 
+from unifusion_jax import metadata
 from unifusion_jax.data import imaging
 from unifusion_jax.errors import UserError
 from unifusion_jax.evaluation import images, statistics
@@ -181,6 +184,23 @@ def test_images_beside_the_truth_and_the_reference(tmp_path):
   assert scored.prompts[1]['lpips_to_reference'] == [255] and scored.prompts[1]['psnr_to_reference'][0] < 3
   assert scored.judged and scored.prompts[1]['embedding_distance'] == [0]
   assert scored.prompts[1]['embedding_distance_to_reference'] == [170]
+
+
+def test_images_of_other_references_are_not_scored(tmp_path):
+  folder = lay(tmp_path, 'own')
+  found = read('own', folder)
+  outputs = [SETS['own'].layout(record, 1) for record in found]
+  for each in outputs:
+    painted(tmp_path, each, (0, 0, 255))
+  made_of = [[metadata.digest(reference) for reference in record.references] for record in found]
+  assert [len(each) for each in made_of] == [0, 1]
+  (tmp_path / generation.LOG).write_text(''.join(
+      json.dumps(dict(file=each[0].path, references=digests)) + '\n' for each, digests in zip(outputs, made_of)))
+  scored = lambda: scoring.score(SETS['own'], found, 1, tmp_path, ('images',), dict(psnr=images.psnr), Said)
+  assert 'psnr' in scored().prompts[1]
+  imaging.write_png(found[1].references[0], np.full((8, 8, 3), 7, np.uint8))
+  with pytest.raises(UserError, match=f'1 images .* other references .* images/{outputs[1][0].path}'):
+    scored()
 
 
 def test_no_more_images_are_embedded_than_there_are(monkeypatch):

@@ -320,6 +320,13 @@ def test_the_summary():
   rates = summary.rates(winners, {'x', 'y'})
   assert rates['decided_a']['n'] == rates['decided_a']['share'] == rates['p'] == 1
   assert summary.rates(winners, {'x'})['wins_a'] == dict(share=round(2 / 3, 4), low=None, high=None)  # one pair
+  # Four images of each of two requests are evidence of two, not of eight
+  images = {f'{request}{i}': request for request in 'xy' for i in range(4)}
+  votes = dict(Ann={pair: ('a', 'left') for pair in images} | {'y0': ('b', 'right')})
+  for requests_of, judged, p in (None, 8, 0.07031), (images, 2, 0.5):
+    rates = summary.summary(dict.fromkeys(images, 't2i'), votes, requests_of)['all']
+    assert (rates['judged'], rates['decided_a']['n'], rates['p']) == (8, judged, p)
+    assert rates['wins_a']['share'] == 7 / 8
 
 
 def test_requests_of_prompts_and_lists(tmp_path):
@@ -329,6 +336,7 @@ def test_requests_of_prompts_and_lists(tmp_path):
   assert [(pair.request.instruction, pair.request.seed, pair.category) for pair in pairs] == [
       ('a red circle', 5, 't2i'), ('a red circle', 6, 't2i'), ('a blue star', 7, 't2i')]
   assert {(pair.height, pair.width) for pair in pairs} == {(64, 64)}
+  assert pairs[0].asked == pairs[1].asked != pairs[2].asked
   made = command_line.read('compare', [f'data={write_list(tmp_path / "own.jsonl")}'])
   pairs = requests.pairs(made, 64, 8)
   assert [pair.category for pair in pairs] == ['t2i', 't2i', 'edit', 'edit']

@@ -116,6 +116,8 @@ def test_another_fusion_is_said(pipe):
   bare = UniFusionPipeline(other, pipe.frozen, pipe.prompt_encoder)
   with pytest.raises(inside.NotPooled, match='pools no taps by LAP'):
     inside.maps(bare, read)
+  with pytest.raises(inside.NotPooled, match='pools no taps by LAP'):
+    inside.generate(bare, [EDIT], [read.states], 64, 64, pipe.settings.changed(guidance=1.0), (0,), 'weight')
   for replace, end in ((), 'no weights and no shares'), (('weight',), 'no shares, and no images with weights of 0'):
     config = inside.InspectConfig(replace=replace, scenes='edit')
     report, figures = inspect.inspect(bare, [EDIT], 64, 64, pipe.settings.changed(guidance=1.0), config, {})

@@ -137,7 +137,8 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> None:
         print(f'{address} (Ctrl-C ends it; the command without --config.serve sums up)', flush=True)
         threading.Event().wait()
   page.write(workdir / 'page.html', shown, config.seed, config.question, comparison)
-  report = dict(**config.labels(), **summary.summary({pair.name: pair.category for pair in pairs}, votes.resolved()),
+  report = dict(**config.labels(), **summary.summary({pair.name: pair.category for pair in pairs}, votes.resolved(),
+                                                    {pair.name: pair.asked for pair in pairs}),
                 between=metrics.summary(_distances(shown, lpips)))
   (workdir / 'summary.json').write_text(json.dumps(report, indent=2) + '\n')
   print(json.dumps({name: value for name, value in report.items() if name not in ('categories', 'voters')}, indent=2))

@@ -241,8 +241,7 @@ def maps(pipe: pipeline.UniFusionPipeline, read: Read) -> Maps:
   """The maps of one request. NotPooled where the model fuses the layers in another way than `layer_attention`."""
   with jax.set_mesh(pipe.mesh):
     model = pipe.model
-    if getattr(model, 'lap', None) is None:
-      raise NotPooled('this model pools no taps by LAP, so it has no attention over layers, no weights and no shares')
+    _check_pooled(model)
     states = _rows([read.states])
     tokens = np.asarray(sharding.gather(conditioning.condition(model, states).tokens)[0], np.float32)[read.states.mask]
     attention, share, computed = (np.asarray(x, np.float32) for x in sharding.gather(_measured(model, states)))
@@ -258,6 +257,11 @@ def maps(pipe: pipeline.UniFusionPipeline, read: Read) -> Maps:
   looks = counts / counts.sum(axis=1, keepdims=True)
   return Maps(attention, np.einsum('nshql,sq->nsl', attention, looks) / (groups * heads), share[0][valid], weights[0],
               difference, *weights[1:])
+
+
+def _check_pooled(model) -> None:
+  if getattr(model, 'lap', None) is None:
+    raise NotPooled('this model pools no taps by LAP, so it has no attention over layers, no weights and no shares')
 
 
 def _pools(lap) -> list:
@@ -287,7 +291,11 @@ def replaced(states: States, positions: Sequence[int], how: str) -> States:
 
 
 def unweighted(model, positions: Sequence[int]):
-  """The model with some learned weights of LAP at 0, for both kinds of token; all else is shared with the model."""
+  """The model with some learned weights of LAP at 0, for both kinds of token; all else is shared with the model.
+
+  NotPooled for a model without LAP.
+  """
+  _check_pooled(model)
   changed = jax.tree.map(lambda x: x, model)
   for pool in _pools(changed.lap):
     keep = np.ones(pool.shape, bool)

@@ -29,6 +29,11 @@ class Pair:
   width: int
   digests: tuple[str, ...] = ()
 
+  @property
+  def asked(self) -> str:
+    """Prompt and references in one text, the same of pairs that differ in their noise alone."""
+    return '\n'.join((self.request.instruction, *self.digests))
+
   def to_json(self) -> dict:
     """What the images depend on beside the checkpoints."""
     return dict(pair=self.name, category=self.category, prompt=self.request.instruction, seed=self.request.seed,

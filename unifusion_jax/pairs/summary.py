@@ -11,8 +11,11 @@ from unifusion_jax.evaluation import statistics
 SCORES = {'a': 1.0, 'b': 0.0, 'tie': 0.5, 'bad': 0.5}
 
 
-def summary(categories: dict[str, str], votes: dict[str, dict[str, tuple[str, str]]]) -> dict:
+def summary(categories: dict[str, str], votes: dict[str, dict[str, tuple[str, str]]],
+            requests: dict[str, str] | None = None) -> dict:
   """The report of votes {voter: {pair: (winner, choice)}} on pairs {name: category}.
+
+  requests: {name: what was asked for}, the same of pairs that differ in their noise alone; None: each has its own.
 
   all, categories: `rates`, also of what stands before a category's slash.
   voters: those of each voter, who may have judged a part.
@@ -27,22 +30,24 @@ def summary(categories: dict[str, str], votes: dict[str, dict[str, tuple[str, st
     parts = category.split('/')
     for length in range(1, len(parts) + 1):
       members['/'.join(parts[:length])].add(pair)
-  report = dict(pairs=len(categories), all=rates(winners, set(categories)))
-  report['categories'] = {name: rates(winners, pairs) for name, pairs in sorted(members.items())}
-  report['voters'] = {voter: rates({voter: each}, set(categories)) for voter, each in winners.items()}
+  report = dict(pairs=len(categories), all=rates(winners, set(categories), requests))
+  report['categories'] = {name: rates(winners, pairs, requests) for name, pairs in sorted(members.items())}
+  report['voters'] = {voter: rates({voter: each}, set(categories), requests)
+                      for voter, each in winners.items()}
   report['agreement'] = [_agreement(*two, winners) for two in itertools.combinations(winners, 2)]
   return report | dict(left=_share(sides.count('left'), len(sides)))
 
 
-def rates(winners: dict[str, dict[str, str]], pairs: set[str]) -> dict:
-  """Counts of votes {voter: {pair: winner}} on some pairs, and rates of which each pair, however often judged, is one.
+def rates(winners: dict[str, dict[str, str]], pairs: set[str], requests: dict[str, str] | None = None) -> dict:
+  """Counts of votes {voter: {pair: winner}} on some pairs, and rates of which each request is one.
+
+  A pair's score is the mean over its voters, 1 for a, 0 for b and 0.5 for a tie or two bad ones; a request's is the
+  mean over its pairs, for images of one request are no independent evidence. requests: as of `summary`.
 
   judged: pairs with votes.  a, b, tie, bad: votes.
-  wins_a: mean score of a, 1 for a, 0 for b and 0.5 for a tie or two bad ones, with its bootstrap interval,
-    None of one pair.
-  decided_a: of the pairs where one side has more votes than the other, however many ties, the share that a wins, with
-    Wilson's interval.
-  p: two-sided sign test over these pairs.
+  wins_a: mean score of the requests with its bootstrap interval, None of one request.
+  decided_a: of the requests whose score is not 0.5, the share that a wins, with Wilson's interval.
+  p: two-sided sign test over these requests.
   """
   counts, scores = collections.Counter(), collections.defaultdict(list)
   for each in winners.values():
@@ -53,7 +58,10 @@ def rates(winners: dict[str, dict[str, str]], pairs: set[str]) -> dict:
   report = dict(judged=len(scores), **{name: counts[name] for name in SCORES})
   if not scores:
     return report
-  means = np.array([np.mean(scores[pair]) for pair in sorted(scores)])
+  asked = collections.defaultdict(list)
+  for pair in sorted(scores):
+    asked[requests[pair] if requests else pair].append(np.mean(scores[pair]))
+  means = np.array([np.mean(each) for each in asked.values()])
   low, high = statistics.bootstrap(means)
   wins, losses = means > 0.5, means < 0.5
   *_, p = statistics.paired(wins, losses)
@@ -78,6 +86,6 @@ def _share(successes: int, n: int) -> dict:
 
 
 def _rounded(value, low: float, high: float) -> dict:
-  """None in the place of what there is not: a share of nothing, an interval of one pair."""
+  """None in the place of what there is not: a share of nothing, an interval of one request."""
   known = dict(share=value, low=low, high=high)
   return {name: None if each is None or math.isnan(each) else round(float(each), 4) for name, each in known.items()}
