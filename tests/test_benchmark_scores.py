@@ -196,11 +196,11 @@ def test_images_of_other_references_are_not_scored(tmp_path):
   assert [len(each) for each in made_of] == [0, 1]
   (tmp_path / generation.LOG).write_text(''.join(
       json.dumps(dict(file=each[0].path, references=digests)) + '\n' for each, digests in zip(outputs, made_of)))
-  scored = lambda: scoring.score(SETS['own'], found, 1, tmp_path, ('images',), dict(psnr=images.psnr), Said)
-  assert 'psnr' in scored().prompts[1]
+  check = lambda: generation.check_references(tmp_path, SETS['own'], found, 1)
+  check()
   imaging.write_png(found[1].references[0], np.full((8, 8, 3), 7, np.uint8))
-  with pytest.raises(UserError, match=f'1 images .* other references .* images/{outputs[1][0].path}'):
-    scored()
+  with pytest.raises(UserError, match=f'1 files .* other references .* images/{outputs[1][0].path}'):
+    check()
 
 
 def test_no_more_images_are_embedded_than_there_are(monkeypatch):

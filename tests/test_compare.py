@@ -301,7 +301,8 @@ def test_the_summary():
   bo = {pair: 'a' if winner == 'a' else 'tie' for pair, winner in ann.items() if pair != '10'}
   votes = {name: {pair: (winner, 'left' if winner == 'a' else 'right' if winner == 'b' else winner)
                   for pair, winner in each.items()} for name, each in dict(Ann=ann, Bo=bo).items()}
-  report = summary.summary(categories, votes)
+  each = {pair: pair for pair in categories}  # a request of its own
+  report = summary.summary(categories, votes, each)
   own = report['voters']['Ann']
   assert (own['judged'], own['a'], own['b'], own['tie'], own['bad']) == (11, 8, 1, 1, 1)
   assert own['wins_a']['share'] == pytest.approx((8 + 1) / 11, abs=1e-4)
@@ -314,16 +315,16 @@ def test_the_summary():
   assert agreement['kappa'] == pytest.approx((0.9 - (0.8 * 0.8 + 0.1 * 0.2)) / (1 - 0.66), abs=1e-4)
   assert report['categories'].keys() == {'t2i', 't2i/even', 't2i/odd'}
   assert report['categories']['t2i/odd']['judged'] == 5 and report['left']['n'] == 17
-  assert summary.summary(categories, {})['all'] == dict(judged=0, a=0, b=0, tie=0, bad=0)
+  assert summary.summary(categories, {}, each)['all'] == dict(judged=0, a=0, b=0, tie=0, bad=0)
   # A pair is decided where one side has more votes than the other, however many ties
   winners = dict(Ann=dict(x='a', y='a'), Bo=dict(x='tie', y='b'), Cleo=dict(x='tie', y='tie'))
-  rates = summary.rates(winners, {'x', 'y'})
+  rates = summary.rates(winners, dict(x='x', y='y'))
   assert rates['decided_a']['n'] == rates['decided_a']['share'] == rates['p'] == 1
-  assert summary.rates(winners, {'x'})['wins_a'] == dict(share=round(2 / 3, 4), low=None, high=None)  # one pair
+  assert summary.rates(winners, dict(x='x'))['wins_a'] == dict(share=round(2 / 3, 4), low=None, high=None)  # one pair
   # Four images of each of two requests are evidence of two, not of eight
   images = {f'{request}{i}': request for request in 'xy' for i in range(4)}
   votes = dict(Ann={pair: ('a', 'left') for pair in images} | {'y0': ('b', 'right')})
-  for requests_of, judged, p in (None, 8, 0.07031), (images, 2, 0.5):
+  for requests_of, judged, p in ({pair: pair for pair in images}, 8, 0.07031), (images, 2, 0.5):
     rates = summary.summary(dict.fromkeys(images, 't2i'), votes, requests_of)['all']
     assert (rates['judged'], rates['decided_a']['n'], rates['p']) == (8, judged, p)
     assert rates['wins_a']['share'] == 7 / 8

@@ -99,6 +99,7 @@ def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
   shown = dict(set=settings.set, language=settings.language, images=images, files=files.digests)
   if settings.stage == 'score':
     generation.check(workdir, shown)
+    generation.check_references(workdir, benchmark, [record for _, record in chosen], images)
   else:
     _generate(config, located, chosen, images, shown, workdir)
     generation.write_index(workdir, benchmark, records, images)

@@ -12,10 +12,10 @@ SCORES = {'a': 1.0, 'b': 0.0, 'tie': 0.5, 'bad': 0.5}
 
 
 def summary(categories: dict[str, str], votes: dict[str, dict[str, tuple[str, str]]],
-            requests: dict[str, str] | None = None) -> dict:
+            requests: dict[str, str]) -> dict:
   """The report of votes {voter: {pair: (winner, choice)}} on pairs {name: category}.
 
-  requests: {name: what was asked for}, the same of pairs that differ in their noise alone; None: each has its own.
+  requests: {pair: what was asked for}, the same of pairs that differ in their noise alone.
 
   all, categories: `rates`, also of what stands before a category's slash.
   voters: those of each voter, who may have judged a part.
@@ -30,19 +30,19 @@ def summary(categories: dict[str, str], votes: dict[str, dict[str, tuple[str, st
     parts = category.split('/')
     for length in range(1, len(parts) + 1):
       members['/'.join(parts[:length])].add(pair)
-  report = dict(pairs=len(categories), all=rates(winners, set(categories), requests))
-  report['categories'] = {name: rates(winners, pairs, requests) for name, pairs in sorted(members.items())}
-  report['voters'] = {voter: rates({voter: each}, set(categories), requests)
-                      for voter, each in winners.items()}
+  report = dict(pairs=len(categories), all=rates(winners, requests))
+  report['categories'] = {name: rates(winners, {pair: requests[pair] for pair in pairs})
+                          for name, pairs in sorted(members.items())}
+  report['voters'] = {voter: rates({voter: each}, requests) for voter, each in winners.items()}
   report['agreement'] = [_agreement(*two, winners) for two in itertools.combinations(winners, 2)]
   return report | dict(left=_share(sides.count('left'), len(sides)))
 
 
-def rates(winners: dict[str, dict[str, str]], pairs: set[str], requests: dict[str, str] | None = None) -> dict:
-  """Counts of votes {voter: {pair: winner}} on some pairs, and rates of which each request is one.
+def rates(winners: dict[str, dict[str, str]], requests: dict[str, str]) -> dict:
+  """Counts of votes {voter: {pair: winner}} on the pairs of `requests`, and rates of which each request is one.
 
   A pair's score is the mean over its voters, 1 for a, 0 for b and 0.5 for a tie or two bad ones; a request's is the
-  mean over its pairs, for images of one request are no independent evidence. requests: as of `summary`.
+  mean over its pairs, for images of one request are no independent evidence.
 
   judged: pairs with votes.  a, b, tie, bad: votes.
   wins_a: mean score of the requests with its bootstrap interval, None of one request.
@@ -52,7 +52,7 @@ def rates(winners: dict[str, dict[str, str]], pairs: set[str], requests: dict[st
   counts, scores = collections.Counter(), collections.defaultdict(list)
   for each in winners.values():
     for pair, winner in each.items():
-      if pair in pairs:
+      if pair in requests:
         counts[winner] += 1
         scores[pair].append(SCORES[winner])
   report = dict(judged=len(scores), **{name: counts[name] for name in SCORES})
@@ -60,8 +60,8 @@ def rates(winners: dict[str, dict[str, str]], pairs: set[str], requests: dict[st
     return report
   asked = collections.defaultdict(list)
   for pair in sorted(scores):
-    asked[requests[pair] if requests else pair].append(np.mean(scores[pair]))
-  means = np.array([np.mean(each) for each in asked.values()])
+    asked[requests[pair]].append(np.mean(scores[pair]))
+  means = np.round([np.mean(each) for each in asked.values()], 9)  # thirds may make 0.49999
   low, high = statistics.bootstrap(means)
   wins, losses = means > 0.5, means < 0.5
   *_, p = statistics.paired(wins, losses)

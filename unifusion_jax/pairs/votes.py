@@ -43,7 +43,7 @@ class Votes:
   """The votes in a folder; thread-safe, and each is in its file before `cast` returns.
 
   pairs: the names of all pairs.
-  comparison: a digest of what is compared; votes with another one are refused.
+  comparison: digest of the comparison; a vote with another digest is refused.
   A file of another program, such as one that the page saved, is read as well.
   """
 

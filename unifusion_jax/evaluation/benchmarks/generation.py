@@ -125,22 +125,26 @@ def missing(workdir: pathlib.Path, wanted: Sequence[Job]) -> list[Job]:
 
   def is_made(job: Job) -> bool:
     entry = lines.get(job.output.path)
-    return entry is not None and is_whole(workdir, entry) and _is_of(entry, job.record)
+    return (entry is not None and is_whole(workdir, entry)
+            and entry.get('references', []) == _digests(job.record))
 
   absent = sharding.from_main_process(np.array([not is_made(job) for job in wanted], np.uint8))
   return [job for job, is_absent in zip(wanted, absent) if is_absent]
 
 
-def of_other_references(workdir: pathlib.Path, records: Sequence[Record], outputs: Sequence[Sequence[Output]]
-                        ) -> list[str]:
-  """Paths below images/ of files that the log says were made of other references than their record has now."""
-  lines = log(workdir)
-  return [output.path for record, each in zip(records, outputs) for output in each
-          if output.path in lines and not _is_of(lines[output.path], record)]
-
-
-def _is_of(entry: dict, record: Record) -> bool:
-  return entry.get('references', []) == _digests(record)
+def check_references(workdir: pathlib.Path, benchmark: Set, records: Sequence[Record], images: int) -> None:
+  """UserError for files that were made of other references than their record has now; what no line is of passes."""
+  with sharding.together('find the images'):
+    if sharding.is_main_process():
+      lines, others = log(workdir), []
+      for record in records:
+        made = [lines[output.path] for output in benchmark.layout(record, images) if output.path in lines]
+        now = _digests(record) if made else []
+        others += [entry['file'] for entry in made if entry.get('references', []) != now]
+      if others:
+        raise UserError(f'{len(others)} files in {workdir} were made of other references than the set has now: the '
+                        f'first is {IMAGES}/{others[0]}. Make them again with --config.benchmark.stage=all, or give '
+                        'the references of before')
 
 
 def _digests(record: Record) -> list[str]:

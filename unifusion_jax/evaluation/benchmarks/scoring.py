@@ -54,8 +54,7 @@ def score(benchmark: Set, records: Sequence[Record], images: int, workdir: pathl
   wanted: of SCORES.  load: the judge, called where one is wanted.
 
   Raises:
-    UserError: for images that are not there or are of other references, and where nothing that is wanted can be
-      measured.
+    UserError: for images that are not there, and where nothing that is wanted can be measured.
   """
   outputs = [benchmark.layout(record, images) for record in records]
   _check_there(workdir, records, outputs)
@@ -115,10 +114,6 @@ def _check_there(workdir: pathlib.Path, records: Sequence[Record], outputs: Sequ
         raise UserError(f'{prompts} of {len(records)} prompts have not all their images in {workdir}: the first that '
                         f'misses is {generation.IMAGES}/{absent[0][1]}. Make them with --config.benchmark.stage=all, '
                         'or score a part by its name (benchmark.only, benchmark.examples)')
-      if others := generation.of_other_references(workdir, records, outputs):
-        raise UserError(f'{len(others)} images in {workdir} were made of other references than the set has now: the '
-                        f'first is {generation.IMAGES}/{others[0]}. Make them again with '
-                        '--config.benchmark.stage=all, or give the references of before')
 
 
 def _of_questions(record: Record, answers: Sequence[judging.Answer], scores: dict, categories: dict) -> None:
