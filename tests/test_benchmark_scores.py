@@ -70,6 +70,11 @@ def test_macro_micro_and_the_best_of_several():
   assert 'top' not in single['micro'] and 'best of' not in tables.markdown(single, 1)
   assert single['micro']['mean'] == dict(value=0.5, low=None, high=None)  # one prompt has no interval
   assert tables.markdown(single, 1).endswith('| 1 | 0.500 |  |')
+  values = {name: [1.0] for name in '123'}
+  right = tables.report(tables.Scores('x', values, {'a': {name: [1.0] for name in '12'}, 'b': {'3': [1.0]}}))
+  low, high = statistics.wilson(3, 3)
+  assert right['micro']['mean'] == dict(value=1, low=round(low, 4), high=high)  # three right of three are no certainty
+  assert right['categories']['b']['mean']['low'] is right['macro']['mean']['low'] is None
 
 
 def test_a_row_of_questions_is_the_mean_of_all_of_them():

@@ -90,7 +90,9 @@ def test_images_are_made_once(pipe, tmp_path):
 
 def test_another_setting_in_the_same_folder_is_refused(tmp_path):
   made_by = dict(origin=dict(model=dict(name='a')), settings=dict(steps=2, strengths=()))
+  generation.identity(tmp_path, made_by | dict(settings=dict(steps=1, strengths=())))  # was refused before any image
   generation.identity(tmp_path, made_by)
+  (tmp_path / 'images').mkdir()
   generation.identity(tmp_path, made_by)
   for changed, sentence in ((made_by | dict(settings=dict(steps=3, strengths=())), 'settings.steps=2, and now it is 3'),
                             (made_by | dict(origin=dict(model=dict(name='b'))), "origin.model.name='a'")):
@@ -242,6 +244,7 @@ def test_a_first_token_of_two_answers_is_told_apart_by_the_second():
 # The command
 
 
+@pytest.mark.slow
 def test_the_embedded_model_from_prompts_to_tables(run, tmp_path):
   """GenEval's schema with prompts of scenes: images, the report of all and of a part, and a run that makes none."""
   prompts = lines(*(dict(tag=tag, include=[], prompt=prompt) for tag, prompt in (
@@ -350,6 +353,7 @@ def test_a_lora_is_known_by_its_weights(tmp_path):
   found = lambda scale: benchmark.made_by(
       command_line.read('benchmark', [f'sample.loras={path}:{scale}']), parts.locate('tiny'))
   generation.identity(tmp_path / 'run', found(0.5))
+  (tmp_path / 'run' / 'images').mkdir()
   generation.identity(tmp_path / 'run', found(0.5))
   with pytest.raises(UserError, match='weights.loras.0.scale=0.5, and now it is 0.8'):
     generation.identity(tmp_path / 'run', found(0.8))
@@ -380,11 +384,19 @@ def test_scenes_are_a_list_of_ones_own():
     ('benchmark.sha256=x', "benchmark.sha256: 'x' must be FILE=DIGEST"),
     ('benchmark.scores=fid', "benchmark.scores: 'fid' must be one of 'vqascore'"),
     ('benchmark.question=yes?', 'must have {} where'), ('sample.prompt=x', "sample.prompt is the set's to say"),
-    ('benchmark.images=-1', 'benchmark.images=-1 must be between')])
+    ('benchmark.images=-1', 'benchmark.images=-1 must be between'),
+    ('sample.num_images=4', 'sample.num_images is not read here: give benchmark.images')])
 def test_settings(setting, sentence):
   with pytest.raises(UserError) as error:
     configuration.check(command_line.read('benchmark', [setting]), 1)
   assert sentence in str(error.value)
+
+
+def test_sides_that_cannot_be_are_refused_before_anything_is_written(tmp_path):
+  config = command_line.read('benchmark', ['benchmark.path=scenes', 'sample.width=100'])
+  with pytest.raises(UserError, match='sample.width=100 must be a multiple of 8 pixels'):
+    benchmark.run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_recipe():

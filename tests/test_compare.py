@@ -16,7 +16,7 @@ import pytest
 from test_evaluation import write_list
 from test_record import other_weights
 
-from unifusion_jax import command_line, config
+from unifusion_jax import command_line, config, parts
 from unifusion_jax.commands import compare
 from unifusion_jax.data import imaging
 from unifusion_jax.description import ASSETS
@@ -354,8 +354,23 @@ def test_requests_of_prompts_and_lists(tmp_path):
                              (['a.vlm_quantized=int4'], 'must be one of')):
     with pytest.raises(UserError, match=sentence):
       config.check(command_line.read('compare', settings), 1)
+  with pytest.raises(UserError, match='^width=100 must be a multiple of 8 pixels'):
+    compare.run(command_line.read('compare', ['prompt=a red circle', 'width=100']), tmp_path / 'none')
+  assert not (tmp_path / 'none').exists()
 
 
+def test_what_was_claimed_and_has_no_image_may_change(tmp_path):
+  made = command_line.read('compare', ['prompt=a red circle'])
+  located = {side: parts.locate(getattr(made, side).weights) for side in 'ab'}
+  claim = lambda size: compare._claim(made, requests.pairs(made, size, 8), located, tmp_path)
+  claim(64)
+  claim(96)
+  (tmp_path / 'images').mkdir()
+  with pytest.raises(UserError, match='pair 0000 is of another request or size'):
+    claim(64)
+
+
+@pytest.mark.slow
 def test_the_command(run, tmp_path, capsys):
   """Images of both from the same noise; the same command again goes on, and refuses another comparison's folder."""
   arguments = ['--config=configs/compare.py', f'--workdir={tmp_path}', '--config.b.weights=tiny', '--config.b.steps=2',
@@ -402,6 +417,7 @@ def test_the_command(run, tmp_path, capsys):
   assert compare.CompareConfig().labels()['a'] == 'weights=tiny'
 
 
+@pytest.mark.slow
 def test_other_files_under_the_same_names_are_refused(run, tmp_path):
   """Weights, LoRAs and references are known by what they hold, not by where they lie."""
   def adapter(value: float):

@@ -128,7 +128,9 @@ def test_reports_have_them(pipe, recipe, folder, tmp_path):
   json.dumps(report)
   truths = np.stack([imaging.read(tmp_path / f'{name}.png') for name in COLOURS])
   same = metrics.summary(metrics.measures(truths, truths))
-  assert same['ssim'] == dict(mean=1, low=1, high=1) and 'lpips' not in same
+  assert same['ssim'] == dict(mean=1) and 'lpips' not in same
+  two = metrics.summary(dict(x=np.array([1.0, 1, 3, 3])), ['a', 'a', 'b', 'b'])['x']
+  assert (two['low'], two['high']) == (1, 3)  # of two requests, not of four images
   one = metrics.summary(metrics.measures(truths[:1], truths[:1]))
   assert one['ssim'] == dict(mean=1)  # a single image has no interval
   made.eval.lpips = str(tmp_path / 'nowhere')

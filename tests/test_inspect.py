@@ -39,6 +39,7 @@ def some_lap(**sizes):
   return random(jax.jit(lambda: lap.LAP(config, 24, rngs=nnx.Rngs(0)))())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, sizes', [
     ('float32', dict(kv_heads=2)), ('float32', dict(depth=0, refiner_depth=0)), ('bfloat16', {}), ('int8', {}),
     ('float32', dict(tap_norm=True)), ('float32', dict(separate=True)), ('float32', dict(depth=0, separate=True)),
@@ -84,7 +85,7 @@ def test_maps_of_a_request(pipe):
   tokens = len(read.labels)
   assert read.is_image.sum() == 16 and read.places.shape == (4, 4) and ''.join(read.labels[:16]) == ''
   assert read.labels[16:19] == ['a', 'small', 'blue'] and inside.position_of(read, 'blue') == 18
-  assert inside.position_of(read, 'dragon') is None
+  assert inside.position_of(read, 'dragon') is None and inside._label('') == "''"  # '' is an image's
   with pytest.raises(UserError, match="inspect.tokens=dragon: no text that conditions has it; they are 'a small blue"):
     inspect.inspect(pipe, [EDIT], 64, 64, pipe.settings, inside.InspectConfig(('dragon',)), {})
   assert maps.attention.shape == (1, tokens, 2, 2, 2) and maps.difference < 1e-4
@@ -151,6 +152,7 @@ def test_dropped_taps(pipe):
     inside.generate(pipe, requests, states, 64, 64, pipe.settings.changed(strengths=(2.0,)))
 
 
+@pytest.mark.slow
 def test_image_tokens_with_weights_of_their_own(recipe):
   """Both kinds of weights are read, shown and set to 0: without all of them the states are no longer in the images."""
   made = recipe()
@@ -229,6 +231,7 @@ def test_wrong_settings(recipe, settings, sentence):
   assert str(error.value).count('\n') == 1 and sentence in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command(run, tmp_path, capsys):
   """Of a request with an image: every figure, every number; what is not there ends in a sentence."""
   Image.fromarray(SCENE).save(tmp_path / 'scene.png')
@@ -254,6 +257,7 @@ def test_the_command(run, tmp_path, capsys):
   assert str(folder / 'inspect.md') in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_krea2s_layout_in_turn(run, theirs, tmp_path):  # noqa: F811
   """A tiny Krea 2: its own prompt and VLM, int8, one model at a time, no images."""
   run(f'--config=configs/inspect.py:{theirs[1]}', f'--workdir={tmp_path}', '--config.in_turn=true',

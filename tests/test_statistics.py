@@ -85,6 +85,7 @@ def test_one_value_has_no_interval(values):
   """Of itself alone it says nothing of others."""
   assert np.isnan(statistics.bootstrap(values, np.mean)).all()
   assert np.isnan(statistics.bootstrap([1, 2, 3], groups=['a', 'a', 'a'])).all()
+  assert np.isnan(statistics.bootstrap([1, 1, 1])).all()  # nor do equal ones, of how others vary
   assert not np.isnan(statistics.bootstrap([1, 2, 3], groups=['a', 'a', 'b'])).any()
 
 
@@ -99,6 +100,13 @@ def test_over_seeds_of_hand_computed_numbers():
   assert mean == 2.5
   np.testing.assert_allclose((low, high), 2.5 + stats.t.ppf([0.025, 0.975], freedom) * error)
   np.testing.assert_allclose(p, 2 * stats.t.sf(2.5 / error, freedom))
+
+
+def test_over_seeds_where_seeds_and_examples_differ_less_than_chance_is_of_the_residuals():
+  """Both variances count as 0, and what is left is all there is: mean squares 0, 0 and 1."""
+  mean, low, high, p = statistics.over_seeds([[1, 0], [0, 1]])
+  np.testing.assert_allclose((mean, low, high), (0.5, *(0.5 + stats.t.ppf([0.025, 0.975], 1) * math.sqrt(1 / 4))))
+  np.testing.assert_allclose(p, 2 * stats.t.sf(1, 1))
 
 
 def test_over_seeds_of_one_seed_is_the_t_test():

@@ -83,7 +83,9 @@ class BenchmarkConfig(sample.PipelineConfig):
     s = self.sample
     unused = [f'sample.{name}' for name in ('prompt', 'references', 'rewrite') if getattr(s, name)]
     return [*super().problems(devices), *self.benchmark.problems(),
-            *(f'{name} is the set\'s to say: leave it out' for name in unused)]
+            *(f'{name} is the set\'s to say: leave it out' for name in unused),
+            *['sample.num_images is not read here: give benchmark.images, the images of each prompt'
+              for _ in range(s.num_images != 1)]]
 
 
 def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
@@ -95,7 +97,7 @@ def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
   files, records = read(settings)
   chosen = choose(records, settings)
   images = settings.images or benchmark.images
-  located = parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
+  located = sample.locate(config)
   shown = dict(set=settings.set, language=settings.language, images=images, files=files.digests)
   if settings.stage == 'score':
     generation.check(workdir, shown)

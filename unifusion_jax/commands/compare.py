@@ -117,6 +117,8 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> None:
                     'alone, without --distributed')
   located = {side: _located(getattr(config, side)) for side in 'ab'}
   size, unit = located['a'].described.size, math.lcm(*(place.unit for place in located.values()))
+  if wrong := SampleConfig(width=config.width, height=config.height).problems(unit, ''):
+    raise UserError('; '.join(wrong))
   pairs = requests.pairs(config, size, unit)
   for side, place in located.items():
     settings = getattr(config, side).settings(SampleConfig().changed(**place.described.sample), config.batch_size)
@@ -139,7 +141,7 @@ def run(config: CompareConfig, workdir: pathlib.Path) -> None:
   page.write(workdir / 'page.html', shown, config.seed, config.question, comparison)
   report = dict(**config.labels(), **summary.summary({pair.name: pair.category for pair in pairs}, votes.resolved(),
                                                     {pair.name: pair.asked for pair in pairs}),
-                between=metrics.summary(_distances(shown, lpips)))
+                between=metrics.summary(_distances(shown, lpips), [pair.asked for pair in pairs]))
   (workdir / 'summary.json').write_text(json.dumps(report, indent=2) + '\n')
   print(json.dumps({name: value for name, value in report.items() if name not in ('categories', 'voters')}, indent=2))
   print(', '.join(str(bucket.address(workdir / name)) for name in ('page.html', 'summary.json')))
@@ -152,14 +154,15 @@ def _located(side: Side) -> parts.Parts:
 def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Parts], workdir: pathlib.Path) -> str:
   """Writes what is compared into the workdir, and returns a digest of it, the same when pairs are added.
 
-  UserError where the workdir holds another comparison, or more pairs.
+  UserError where the workdir has images or votes of another comparison, or more pairs.
   """
   compared = {side: _identity(getattr(config, side), place) for side, place in located.items()}
   compared |= dict(dtype=config.dtype, seed=config.seed)
   now = compared | dict(question=config.question, pairs=[pair.to_json() for pair in pairs])
   now = json.loads(json.dumps(now))  # tuples as the file has them
   path, place = workdir / RECORD, bucket.address(workdir)
-  if path.exists():
+  begun = [name for name in ('images', 'votes') if (workdir / name).exists()]
+  if begun and path.exists():
     before = json_file.read(path)
     changes = _changes(before, now, voted=any((workdir / 'votes').glob('*.jsonl')))
     if changes:
@@ -167,8 +170,8 @@ def _claim(config: CompareConfig, pairs: list[Pair], located: dict[str, parts.Pa
     if len(before['pairs']) > len(pairs):
       raise UserError(f'{place} has {len(before["pairs"])} pairs, and {len(pairs)} are asked for: give examples='
                       f'{len(before["pairs"])} or more with the same requests, or another --workdir')
-  elif found := [name for name in ('images', 'references') if (workdir / name).exists()]:
-    raise UserError(f'{place} has {" and ".join(found)} but no {RECORD}, which says of what: give another --workdir')
+  elif begun:
+    raise UserError(f'{place} has {" and ".join(begun)} but no {RECORD}, which says of what: give another --workdir')
   imaging.write_bytes(path, json.dumps(now, indent=2).encode() + b'\n')
   return hashlib.sha256(json.dumps(compared | dict(first=now['pairs'][0])).encode()).hexdigest()[:16]
 

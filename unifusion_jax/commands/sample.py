@@ -84,7 +84,7 @@ def prepare(config, workdir: pathlib.Path, folder: pathlib.Path) -> Prepared:
   folder: where images will be written.
   """
   if isinstance(config, PipelineConfig):
-    located = _located(config)
+    located = locate(config)
     wanted, height, width = requests(config.sample, located.described.size, located.unit)
     _check(located.prompt_encoder, wanted, config.sample, located.max_positions, folder)
     return Prepared(lambda: load(config, workdir, located), located.described.taps, wanted, height, width)
@@ -99,7 +99,7 @@ def load(config, workdir: pathlib.Path, located: parts.Parts | None = None) -> p
   """The pipeline of a PipelineConfig, whose parts may be `located` already, or of a config.Config as of `run`."""
   if isinstance(config, PipelineConfig):
     return pipeline.UniFusionPipeline.load(
-        located or _located(config), dtype=config.dtype, quantized=config.vlm_quantized,
+        located or locate(config), dtype=config.dtype, quantized=config.vlm_quantized,
         transformer_quantized=config.transformer_quantized, cache=config.vlm_cache, settings=config.sample,
         loras=config.sample.loras, in_turn=config.in_turn)
   _check_samples(config, workdir)
@@ -111,8 +111,12 @@ def load(config, workdir: pathlib.Path, located: parts.Parts | None = None) -> p
   return pipe
 
 
-def _located(config: PipelineConfig) -> parts.Parts:
-  return parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
+def locate(config: PipelineConfig) -> parts.Parts:
+  """The parts of a PipelineConfig, none of them loaded; UserError for sides of images that they cannot have."""
+  located = parts.locate(config.weights, transformer=config.transformer, vlm=config.vlm, vae=config.vae)
+  if wrong := config.sample.problems(located.unit):
+    raise UserError('; '.join(wrong))
+  return located
 
 
 def _check_samples(config, workdir: pathlib.Path) -> None:

@@ -154,11 +154,14 @@ def measures(images: np.ndarray, others: np.ndarray, lpips: Lpips | None = None)
   return values | (dict(lpips=lpips(images, others)) if lpips else {})
 
 
-def summary(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-  """{name: mean, and of two images or more low and high of its interval} of measures of independent images."""
+def summary(values: dict[str, np.ndarray], groups: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+  """{name: mean, and where there is an interval its low and high} of measures of images.
+
+  groups: a label for each image, such as its request, where several images of one are not independent.
+  """
   report = {}
   for name, each in values.items():
-    low, high = statistics.bootstrap(each)
+    low, high = statistics.bootstrap(each, groups=groups)
     interval = {} if np.isnan(low) else dict(low=low, high=high)
     report[name] = {key: round(float(value), 4) for key, value in dict(mean=np.mean(each), **interval).items()}
   return report

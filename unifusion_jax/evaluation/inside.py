@@ -130,7 +130,7 @@ def read_by(vlm, encoder: transforms.PromptEncoder, taps: tuple[int, ...], reque
 
 
 def _label(text: str) -> str:
-  return text.strip() or repr(text)[1:-1]
+  return text.strip() or repr(text)[1:-1] or "''"
 
 
 def _first_image(prompts: prompting.Prompts, settings: SampleConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ def layer_attention(titles: Sequence[str], attention: Sequence[np.ndarray], taps
     for block, line in enumerate(axes):
       drawn = _heat(line[column], values[block], numbers=7 if len(taps) <= 5 else 0, low=0, high=most,
                     cmap='viridis')
-      _ticks(line[column], taps, x=True, y=True, most=int(5 * side))
+      _ticks(line[column], taps, x=True, y=True, most=max(1, int(5 * side)))
   for block, line in enumerate(axes):
     line[0].set_ylabel(f'block {block + 1}\nlayer that looks', fontsize=8)
   figure.supxlabel('layer looked at', fontsize=8)

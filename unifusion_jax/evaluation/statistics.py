@@ -45,14 +45,14 @@ def bootstrap(values: ArrayLike, statistic: Callable[[np.ndarray], float] = np.m
 
   groups: a label for each value, such as the prompt of an image; whole groups are resampled then, for values of one
     group are not independent.
-  (nan, nan) for a single value or group, which says nothing of others.
+  (nan, nan) for a single value or group, and for values that are all alike, which say nothing of others.
   """
   values, rng = _finite(values), np.random.default_rng(seed)
   labels = np.arange(len(values)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
   if labels.shape != values.shape[:1]:
     raise ValueError(f'{len(values)} values, labels of shape {labels.shape}')
   sizes = np.bincount(labels)
-  if len(sizes) < 2:
+  if len(sizes) < 2 or np.all(values == values[0]):
     return math.nan, math.nan
   draws = (rng.integers(len(sizes), size=len(sizes)) for _ in range(RESAMPLES))
   if groups is not None:
@@ -84,7 +84,7 @@ def over_seeds(values: ArrayLike) -> tuple[float, float, float, float]:
     mean square of examples = seeds * Var(example) + Var(residual), of e - 1;
     mean square of residuals = Var(residual), of (s - 1) (e - 1);
     Var(mean) = Var(seed) / s + Var(example) / e + Var(residual) / (s e) = (seeds + examples - residuals) / (s e).
-  An estimate that says a variance is below 0 takes 0 in its place: the larger of the first two is the least.
+  A variance that is estimated below 0 counts as 0: Var(mean) is then the largest mean square / (s e).
   """
   values = _finite(values)
   if values.ndim != 2 or values.shape[1] < 2:
@@ -101,7 +101,7 @@ def over_seeds(values: ArrayLike) -> tuple[float, float, float, float]:
       freedom = max(1.0, square ** 2 / (seeds ** 2 / (s - 1) + examples ** 2 / (e - 1)
                                         + residuals ** 2 / ((s - 1) * (e - 1))))
     else:
-      square, freedom = max((seeds, s - 1), (examples, e - 1))
+      square, freedom = max((seeds, s - 1), (examples, e - 1), (residuals, (s - 1) * (e - 1)))
   error = math.sqrt(max(square / (s * e), 1e-300))
   half = float(special.stdtrit(freedom, PERCENTILES[1] / 100)) * error
   return mean, mean - half, mean + half, 2 * float(special.stdtr(freedom, -abs(mean) / error))

@@ -45,7 +45,7 @@ def rates(winners: dict[str, dict[str, str]], requests: dict[str, str]) -> dict:
   mean over its pairs, for images of one request are no independent evidence.
 
   judged: pairs with votes.  a, b, tie, bad: votes.
-  wins_a: mean score of the requests with its bootstrap interval, None of one request.
+  wins_a: mean score of the requests with its bootstrap interval, None where their scores are all alike.
   decided_a: of the requests whose score is not 0.5, the share that a wins, with Wilson's interval.
   p: two-sided sign test over these requests.
   """
@@ -86,6 +86,6 @@ def _share(successes: int, n: int) -> dict:
 
 
 def _rounded(value, low: float, high: float) -> dict:
-  """None in the place of what there is not: a share of nothing, an interval of one request."""
+  """None in the place of what there is not: a share of nothing, an interval of scores that are all alike."""
   known = dict(share=value, low=low, high=high)
   return {name: None if each is None or math.isnan(each) else round(float(each), 4) for name, each in known.items()}

@@ -65,26 +65,31 @@ def _shape(reference) -> np.ndarray:
 
 def identity(workdir: pathlib.Path, made_by: dict) -> None:
   """Notes what makes the images; UserError where the workdir has images of another model or other settings."""
-  check(workdir, made_by)
   path = workdir / IDENTITY
   with sharding.together('open the workdir'):
-    if not sharding.is_main_process() or path.exists():
+    if not sharding.is_main_process():
       return
-    if (workdir / IMAGES).exists():
+    if not (workdir / IMAGES).exists():
+      imaging.write_bytes(path, json.dumps(made_by, indent=2).encode())
+    elif path.exists():
+      _check(workdir, made_by)
+    else:
       raise UserError(f'{workdir / IMAGES} has images of which nothing says what made them: give another --workdir, or '
                       '--config.benchmark.stage=score to score them as they are')
-    imaging.write_bytes(path, json.dumps(made_by, indent=2).encode())
 
 
 def check(workdir: pathlib.Path, made_by: dict) -> None:
   """UserError where generation.json has another value of one of these; a workdir without that file passes."""
-  path = workdir / IDENTITY
   with sharding.together('open the workdir'):
-    if sharding.is_main_process() and path.exists():
-      before, now = json.loads(path.read_text()), json.loads(json.dumps(made_by))
-      if wrong := _difference({name: before.get(name) for name in now}, now):
-        raise UserError(f'{workdir} holds images of {wrong[0]}={wrong[1]!r}, and now it is {wrong[2]!r}: give another '
-                        '--workdir, or the settings of before')
+    if sharding.is_main_process() and (workdir / IDENTITY).exists():
+      _check(workdir, made_by)
+
+
+def _check(workdir: pathlib.Path, made_by: dict) -> None:
+  before, now = json.loads((workdir / IDENTITY).read_text()), json.loads(json.dumps(made_by))
+  if wrong := _difference({name: before.get(name) for name in now}, now):
+    raise UserError(f'{workdir} holds images of {wrong[0]}={wrong[1]!r}, and now it is {wrong[2]!r}: give another '
+                    '--workdir, or the settings of before')
 
 
 def _difference(before, now, name: str = ''):

@@ -87,9 +87,9 @@ class Judge:
     """The probability that each image uint8 [y x 3] is what its record asks for, [n]."""
     yes, no = answers.first_ids(self.chat, YES_NO)
     most = max(1 if record.caption else 1 + len(record.references) for record in records)
+    question = lambda record: (self.shows if record.caption else EDITED).replace('{}', record.caption or record.prompt)
     return answers.probabilities(self.vlm, (
-        self._asked((image,) if record.caption else (*record.references, image),
-                    (self.shows if record.caption else EDITED).format(record.caption or record.prompt), most, (yes, no))
+        self._asked((image,) if record.caption else (*record.references, image), question(record), most, (yes, no))
         for record, image in zip(records, images, strict=True)), self.batch_size)[:, 0]
 
   def answer(self, records: Sequence[Record], images: Sequence[np.ndarray]) -> list[Answer]:

@@ -3,6 +3,7 @@
 A prompt's score is the mean of its images'; with `top` it is that of its best image, as in the paper's table of
 DPG-Bench (best of four). In the row of a category of questions a prompt counts once for each of its questions there, so
 that the row is the mean of all its questions. Intervals are 95%, by resampling prompts; those of the macro average too.
+Where all prompts of a category are right or all are wrong they are Wilson's.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -57,7 +58,9 @@ def report(scores: Scores, summaries: Collection[str] = ()) -> dict:
 def _figure(categories: list[dict[str, tuple[float, int]]]) -> dict:
   """The mean of categories' means; a prompt that is resampled is in all of its categories.
 
-  categories: {id: (value, how often it counts)} of each. Of one prompt there is no interval: low and high are None.
+  categories: {id: (value, how often it counts)} of each.
+  low and high are Wilson's of the prompts where all of a category are right or none is; None of one prompt, and for
+  other values that are all alike, whose resamples are, too.
   """
   keys = list(dict.fromkeys(key for category in categories for key in category))
   values, counts = np.moveaxis(np.array(
@@ -67,8 +70,13 @@ def _figure(categories: list[dict[str, tuple[float, int]]]) -> dict:
     sums, counts = np.split(columns.sum(axis=0), 2)
     return float(np.mean(sums[counts > 0] / counts[counts > 0]))
 
-  columns = np.concatenate([values * counts, counts], axis=1)
-  low, high = statistics.bootstrap(columns, mean)
+  columns, found = np.concatenate([values * counts, counts], axis=1), values[counts > 0]
+  if np.ptp(found):
+    low, high = statistics.bootstrap(columns, mean)
+  elif len(keys) > 1 and len(categories) == 1 and found[0] in (0, 1):
+    low, high = statistics.wilson(found[0] * len(keys), len(keys))
+  else:
+    low = high = np.nan
   return dict(value=_rounded(mean(columns)), low=_rounded(low), high=_rounded(high))
 
 
