@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Environment, test requirements, a browser, linter, types and the tests, in a process a core (four at most: each takes up
-# to 4 GiB). Arguments go to pytest. LOWEST=1: with the lower bounds of all requirements, in a fresh clone.
+# to 4 GiB). Arguments go to pytest; --slow runs the tests that are marked slow, too.
+# LOWEST=1: with the lower bounds of all requirements, in a fresh clone.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 requirements=(requirements.txt requirements-test.txt)

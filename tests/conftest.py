@@ -15,6 +15,7 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):  # compiles twice a
       'XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 
 import gc
+import itertools
 import pathlib
 
 import jax
@@ -37,7 +38,16 @@ LONG = ('test_processes_modes.py', 'test_pipeline.py', 'test_colab.py', 'test_vl
         'test_lora_run.py')
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+  parser.addoption('--slow', action='store_true', help='run the tests that are marked slow, too')
+
+
+def pytest_collection_modifyitems(config, items):
+  """Slow tests run with --slow, or where tests are named: tests/test_x.py::test_y, -k y."""
+  is_slow = lambda item: item.get_closest_marker('slow') is not None
+  if not config.getoption('slow') and not config.getoption('keyword') and not any('::' in x for x in config.args):
+    config.hook.pytest_deselected(items=[*filter(is_slow, items)])
+    items[:] = itertools.filterfalse(is_slow, items)
   place = {name: i for i, name in enumerate(LONG)}
   items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 

@@ -64,6 +64,7 @@ def test_transformers_reads_the_vlm_and_writes_the_same():
     np.testing.assert_array_equal(ours[:n], row[:n])
 
 
+@pytest.mark.slow
 def test_diffusers_reads_the_autoencoder_and_the_judge_what_comes_back():
   records = [examples.example('reconstruct', 'test', i) for i in range(140)]
   records = [record for record in records if record['target'].shape == (64, 64, 3)][:96]

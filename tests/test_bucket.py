@@ -268,6 +268,7 @@ def run_recipe(run, tmp_path):
   return lambda *arguments: run(f'--config={tmp_path}/recipe.py', *arguments)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_a_run(run_recipe, there, mesh, tmp_path, capfd, caplog):
   """Trained, damaged, gone on with bit for bit, exported, and started from."""
   made = command_line.read(f'{tmp_path}/recipe.py')

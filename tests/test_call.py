@@ -31,6 +31,7 @@ def test_a_scene_is_edited_as_asked(tiny):
   assert sum(verdict['asked'] for verdict in verdicts) >= 3, (verdicts, result.rewrites)
 
 
+@pytest.mark.slow
 def test_paths_arrays_and_pillow_images_are_one(pipe, tmp_path):
   Image.fromarray(REFERENCES[0]).save(tmp_path / 'image.png')
   ways = [tmp_path / 'image.png', str(tmp_path / 'image.png'), REFERENCES[0], Image.fromarray(REFERENCES[0]),

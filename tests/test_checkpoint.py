@@ -31,6 +31,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 def test_state_and_position_come_back(name, mesh, tmp_path):
   objective, model, tasks = SMALL[name]
@@ -123,6 +124,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_of_a_damaged_checkpoint_nothing_is_loaded(kind, saved, mesh, tmp_path):
   """Whatever is wrong with whatever file of the newest: it is set aside, and the one before is taken."""

@@ -83,6 +83,7 @@ def measured(folder, claim: str, *arms: str) -> None:
                      measure=experiments.measured(arm)))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_kill_and_ends_in_a_table_and_a_plot(recipe, unpublished, tmp_path, monkeypatch, capfd):
   folder, docs = tmp_path / 'run', unpublished
   run.claim_folder(folder, 'try')
@@ -149,6 +150,7 @@ def test_the_estimate_of_a_plan_adds_up():
   assert lines[-1] == '6 jobs, about 0.4 h one after another (an estimate)'  # 1280 s
 
 
+@pytest.mark.slow
 def test_every_stage_is_a_configuration_that_runs(tmp_path):
   size = experiments.SIZES['full']
   configs = {stage: experiments.config(stage, 2, size, tmp_path) for stage in experiments.STAGES}
@@ -335,6 +337,7 @@ def test_references_are_shown_larger_and_measured_small(pipe, answers):
   assert all(record['rewrite'] == '' and record['references'][0].shape == (192, 192, 3) for record in answers.asked[0])
 
 
+@pytest.mark.slow
 def test_prompts_have_verdicts_scores_and_losses(pipe):
   values = measures.prompts(pipe, TRY, 0, {}, loss=True)
   assert set(values) == {'loss', *(f'{group}/{name}' for group in ('1-2', '3-4')

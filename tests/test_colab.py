@@ -84,6 +84,7 @@ def test_the_set_up_is_the_same(path):
   assert sources(path)[:2] == sources(FOLDER / 'edit.ipynb')[:2]
 
 
+@pytest.mark.slow
 def test_edit_runs_whole(run):
   """Every cell runs; the grid of edits has the reference and two images of 256 pixels each."""
   cell = cell_of(run('edit', STEPS=2), 'STEPS = 2 ')
@@ -91,6 +92,7 @@ def test_edit_runs_whole(run):
   assert shown(cell) == [(3 * 256, 256)]
 
 
+@pytest.mark.slow
 def test_inside_runs_whole(run):
   """Every cell runs, the check of LAP step by step among them; shares add up to 1, and no tap is without effect."""
   cells = run('inside', STEPS=2, SEEDS=2)
@@ -111,6 +113,7 @@ def test_inside_runs_whole(run):
   assert [len(shown(cell)) for cell in drawn] == [1, 1, 1, 1, 1, 3]
 
 
+@pytest.mark.slow
 def test_train_runs_whole(run, tmp_path):
   """Both stages are trained, drawn and exported. Samples and scores are those of the trained weights."""
   Image.new('RGB', (64, 64), 'red').save(tmp_path / 'red.png')
@@ -133,6 +136,7 @@ def test_train_runs_whole(run, tmp_path):
   assert rates == ['heldout_edit_1-4']
 
 
+@pytest.mark.slow
 def test_krea2_runs_whole(run, theirs, tmp_path):  # noqa: F811
   """With a small random pipeline in place of the hub's; a LoRA is trained and sampled, and diffusers reads its file."""
   raw, vlm = theirs[1], tmp_path / 'vlm'

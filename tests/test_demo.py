@@ -228,6 +228,7 @@ def downloaded(page) -> tuple[np.ndarray, dict[str, str]]:
   return imaging.read(path), Image.open(path).text
 
 
+@pytest.mark.slow
 def test_an_edit(visit, pipe, photos):
   """The image of the pipeline, with its metadata; then its settings come back from the gallery."""
   page = visit()
@@ -252,6 +253,7 @@ def test_an_edit(visit, pipe, photos):
   expect(page.locator('#seed input')).to_have_value('7')
 
 
+@pytest.mark.slow
 def test_text_that_is_edited_between_the_phases(visit, pipe, photos):
   page = visit()
   page.locator('#prompt textarea').fill(PROMPT)

@@ -59,6 +59,7 @@ def bare(folder, spans, tiles, stop_ids, **settings):
     return np.asarray(out.ids)[0, :int(out.lengths[0])]
 
 
+@pytest.mark.slow
 def test_says_what_the_model_says(recipe, images):
   """Three images, one of them cut into tiles."""
   folder = recipe().vlm
@@ -73,6 +74,7 @@ def test_says_what_the_model_says(recipe, images):
   assert describe.describe(asked(folder, image=','.join(images), prompt='what changed?')) == wanted
 
 
+@pytest.mark.slow
 def test_words_alone_and_sampling(recipe):
   folder = recipe().vlm
   chat = verifi.Chat(folder)
@@ -93,6 +95,7 @@ def test_another_system_prompt_is_read(recipe):
   assert describe.describe(asked(folder, prompt='draw a circle', system='a small circle')) == wanted
 
 
+@pytest.mark.slow
 def test_quantised_and_kept(recipe, tmp_path, images):
   """The second start, which reads what the first one kept, says the same."""
   settings = dict(image=images[0], prompt='describe', quantized='int8', cache=str(tmp_path / 'kept'),
@@ -102,6 +105,7 @@ def test_quantised_and_kept(recipe, tmp_path, images):
   assert describe.describe(asked(recipe().vlm, **settings)) == first
 
 
+@pytest.mark.slow
 def test_qwen3_vl(qwen, images):
   chat = verifi.Chat(qwen, ('<|vision_start|>', '<|image_pad|>', '<|vision_end|>'))
   image_processor = vision_inputs.for_model(encoders.config(qwen), 4, qwen)
@@ -206,6 +210,7 @@ def test_prompts_of_any_length_share_a_program(recipe, images):
   assert text_generation._generate._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_nothing_here_needs_torch(images):
   """The command line in a process for which there is no torch."""
   code = '''

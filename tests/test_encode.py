@@ -18,6 +18,7 @@ from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.request import Request
 
 
+@pytest.mark.slow
 def test_written_text_conditions_as_one_pass_over_it_does(tiny):
   """States kept while the VLM writes, over its cache, against one teacher-forced pass over the same text."""
   edits = [Request(e['instruction'], tuple(e['references']), i) for i, e in enumerate(SQUARE[:8])]
@@ -51,6 +52,7 @@ def test_a_reference_of_strength_two_is_its_condition_tokens_twice(pipe):
       pipe('make it blue', images=REFERENCES[:2], strengths=strengths)
 
 
+@pytest.mark.slow
 def test_a_precise_edit_changes_the_region_alone(tiny, tmp_path):
   edit = SQUARE[0]
   reference, mask = edit['references'][0], np.zeros((64, 64), np.uint8)
@@ -70,6 +72,7 @@ def test_a_precise_edit_changes_the_region_alone(tiny, tmp_path):
       tiny('make it blue', **dict(images=reference) | changes)
 
 
+@pytest.mark.slow
 def test_only_the_rows_whose_rewrite_is_no_use_fall_back(tiny):
   """With room for short rewrites alone, long ones find no end: those rows are what they are without VERIFI, alone."""
   edits = [Request(e['instruction'], tuple(e['references']), i) for i, e in enumerate(SQUARE[:8])]
@@ -108,6 +111,7 @@ def test_rewrites_that_are_no_use_are_told_from_others(tiny):
   assert valid.tolist() == [i not in failures for i in range(len(rows))]  # in training, on the device
 
 
+@pytest.mark.slow
 def test_each_way_of_asking_in_one_batch(tiny):
   """Given text, the VLM's own, with images, several and none: each row is what it would be alone."""
   mixture = [requests(1, rewrite='a red circle')[0], requests(1)[0], Request('a red circle', seed=3),
@@ -201,6 +205,7 @@ def test_sampled_rewrites_follow_the_seed_and_not_the_noise(tiny):
   assert sum(a == b for a, b in zip(first, shared)) < 4
 
 
+@pytest.mark.slow
 def test_qwen3_vl_conditions_in_the_same_way(recipe, qwen):
   """Images of two sizes and no image in one batch."""
   pipe = random_pipe(recipe(vlm=str(qwen)))

@@ -85,6 +85,7 @@ def is_int8(leaf):
   return isinstance(leaf, quantize.Int8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', MADE)
 def test_every_matrix_of_every_kind_is_quantised(folders, kind):
   """And nothing else: tables (a tied head is one), norms, biases and the projection of pixels stay as they are."""
@@ -95,6 +96,7 @@ def test_every_matrix_of_every_kind_is_quantised(folders, kind):
   assert jax.tree.structure(small) == jax.tree.structure(encoders.abstract(small.config, quantized='int8'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('quantized', ['int8', 'w8a8'])
 @pytest.mark.parametrize('kind', MADE)
 def test_int8_never_holds_two_dense_matrices(folders, kind, quantized):
@@ -181,6 +183,7 @@ def test_a_wrong_preprocessor_is_named(folders, tmp_path, kind):
       encoders.config(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', MADE)
 def test_weights_that_are_no_numbers_are_refused(folders, tmp_path, kind):
   folder = tmp_path / 'model'

@@ -18,6 +18,8 @@ from unifusion_jax.scenes import builder
 from unifusion_jax.scenes.evaluation import settings
 from unifusion_jax.training import record
 
+pytestmark = pytest.mark.slow
+
 COLOURS = dict(red=(200, 30, 30), blue=(30, 60, 200), green=(30, 160, 60), black=(20, 20, 20))
 
 

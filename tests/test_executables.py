@@ -139,6 +139,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(start, tmp_path):
   assert 'not saved: ' in notes[-1] and 'file' in notes[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('minutes, online', [(0.0, False), (5.0, True)])
 def test_training_starts_the_program_that_is_lowered_from_shapes(recipe, mesh, minutes, online, tmp_path):
   """So a plan, which has no weights and no data, writes the file that a start finds."""
@@ -154,6 +155,7 @@ def test_training_starts_the_program_that_is_lowered_from_shapes(recipe, mesh, m
   assert executables.path(tmp_path, 'a', planned) == executables.path(tmp_path, 'a', concrete)
 
 
+@pytest.mark.slow
 def test_a_program_for_a_tpu_is_written_here_and_not_loaded(start, mesh, tmp_path, monkeypatch):
   from jax.experimental import topologies
   for name in ('TPU_SKIP_MDS_QUERY', 'ALLOW_MULTIPLE_LIBTPU_LOAD'):

@@ -37,6 +37,7 @@ def test_the_import_is_light(tmp_path):
     from unifusion_jax import Pipeline  # noqa: F401
 
 
+@pytest.mark.slow
 def test_it_works_from_any_folder_without_a_mesh(tmp_path):
   code = ('from unifusion_jax import UniFusionPipeline\n'
           "pipe = UniFusionPipeline.from_pretrained('tiny')\n"
@@ -78,6 +79,7 @@ def test_parts_that_do_not_fit(tmp_path, recipe, qwen):
     UniFusionPipeline.from_pretrained(dtype='half')
 
 
+@pytest.mark.slow
 def test_an_export_is_a_pipeline(recipe, pipe, tmp_path):
   """Saved beside its parts, described, moved and loaded: the same images."""
   settings = recipe()

@@ -83,6 +83,7 @@ def changed(model, hidden, other, mask=MASK, image=IMAGE) -> np.ndarray:
   return np.abs(one - two).max((1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OTHERS)
 def test_masked_tokens_change_nothing_and_others_do(name):
   model, (hidden, z, _, t) = build(name), example()
@@ -163,6 +164,7 @@ def loss(model, hidden, mask, image, z, noise, t):
   return jnp.mean(flow.loss(model.velocity(flow.interpolate(z, noise, t), t, *cond), z, noise))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*OTHERS, 'two'])
 def test_meshes_agree_and_every_parameter_learns(name):
   hidden, z, noise, t = example()
@@ -213,6 +215,7 @@ def test_programs_do_not_grow_with_depth():
     assert equations(name, 3) == equations(name, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*OTHERS, *VARIANTS])
 def test_files_hold_the_way_and_load_again(name, tmp_path):
   model = build(name)
@@ -335,10 +338,12 @@ def trained(way: str, recipe, workdir):
   return made
 
 
+@pytest.mark.slow
 def test_a_text_encoder_trains(recipe, tmp_path):
   trained('text', recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_edits_from_training_to_images(recipe, tmp_path, capsys):
   made = trained('kv', recipe, tmp_path)
   export.run(made, tmp_path)
@@ -376,6 +381,7 @@ def megaflops_a_token(config, tokens=96) -> float:
   return counted.forward / tokens / 1e6
 
 
+@pytest.mark.slow
 def test_recipes_differ_in_the_condition_alone():
   """All scales can run, have one budget, and docs/ablations.md says their counts."""
   page = (pathlib.Path(__file__).parent.parent / 'docs' / 'ablations.md').read_text()

@@ -17,6 +17,8 @@ from unifusion_jax.request import Request
 from unifusion_jax.scenes import examples
 from unifusion_jax.weights import encoders, lora_files, quantize, rules, safetensors_io
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [LONG, 'a star', 'a blue square']
 INT8 = dict(quantized='int8', transformer_quantized='int8')
 

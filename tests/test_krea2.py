@@ -136,6 +136,7 @@ def test_tokens_are_as_many_as_qwens(theirs):
   assert len(theirs[0].tokenizer(TEMPLATE).input_ids) == 34 and len(theirs[0].tokenizer(SUFFIX).input_ids) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('height, width', [(64, 64), (32, 96)])
 def test_raw_with_guidance_is_krea2s(theirs, ours, height, width):
   """By the same arguments; unlike lengths in one batch, and a negative prompt. Our guidance is theirs + 1."""
@@ -259,6 +260,7 @@ def test_steered_the_vlm_reads_references(ours):
     ours('x', negative_prompt='y', guidance=1.0)
 
 
+@pytest.mark.slow
 def test_the_vlm_writes_freely(ours, monkeypatch):
   """Where what it writes is usable that conditions, with the image tokens; else the request does."""
   reference, chat = np.full((32, 32, 3), 90, np.uint8), ours.prompt_encoder.chat

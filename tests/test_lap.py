@@ -154,6 +154,7 @@ def test_same_as_krea2_text_fusion():
   np.testing.assert_allclose(call(ours, hidden(), mask)[mask], theirs[mask], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [None])  # in place of the fixture
 @pytest.mark.parametrize('shape', [(2, 1, 1), (2, 4, 1), (1, 2, 1)])
 def test_a_batch_of_one_row_a_device(shape, mesh):

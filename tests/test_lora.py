@@ -173,6 +173,7 @@ def test_diffusers_gives_the_same_velocity(naming, krea, tmp_path):  # noqa: F81
   assert np.abs(wanted - before).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base', ['bfloat16', 'int8'])
 def test_adapters_alone_are_trained(base):
   """From no change at all; one step changes the output, and the loss falls."""
@@ -202,6 +203,7 @@ def test_adapters_alone_are_trained(base):
   assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_dense_weights():
   """On a mesh of 2 x 2 x 2: d loss / d B is A^T times the gradient of the merged matrix."""
   config = lora.LoRAConfig(rank=2, alpha=4.0, targets=('dit/blocks/attn/w[qo]',))

@@ -18,6 +18,8 @@ from unifusion_jax.training import checkpoint, record
 from unifusion_jax.weights import lora_files, safetensors_io
 from unifusion_jax.weights.lora import LoRAConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def adapted(recipe, tmp_path):

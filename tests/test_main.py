@@ -25,6 +25,7 @@ def started(*arguments, **environment):
                         text=True, check=False, timeout=900, env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_from_training_to_images(run, tmp_path):
   """Every mode on one workdir, and what each leaves there."""
   workdir = tmp_path / 'run'

@@ -11,6 +11,8 @@ import tomllib
 import pytest
 from test_terminal import on_a_terminal
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 USES = """
 import sys

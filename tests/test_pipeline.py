@@ -45,12 +45,14 @@ def same(a, b):
 # Guidance
 
 
+@pytest.mark.slow
 def test_the_null_condition_is_the_empty_text_and_computed_once(pipe):
   null = pipe.null()
   assert null.mask.shape == (1, 1) and pipe.null() is null
   np.testing.assert_allclose(null.tokens[0], tokens(pipe.encode([Request('', rewrite='')]))[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_guidance_of_one_computes_no_null(pipe):
   """A model whose token budget has no room for the null prompt: it works as long as nobody asks for that."""
   encoder = pipe.prompt_encoder.with_tiles(4)  # the room of four tiles that a small image leaves is there for its text
@@ -67,6 +69,7 @@ def test_guidance_of_one_computes_no_null(pipe):
 # Sampling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('eta', [0.0, 1.0])
 def test_answers_do_not_depend_on_their_batch(pipe, eta):
   s = pipe.settings.changed(eta=eta)
@@ -89,6 +92,7 @@ def test_renewed_noise_follows_the_seed(pipe):
   np.testing.assert_array_equal(lively[0].image, lively[2].image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('eta', [0.0, 0.8])
 def test_part_after_part_is_the_whole_way(pipe, eta):
   encoded, seeds = pipe.encode(requests(2, rewrite='x')), [0, 1]

@@ -119,6 +119,7 @@ def planned(recipe, tmp_path_factory):
   return plan.run(config, folder), json.loads((folder / 'plan.json').read_text())
 
 
+@pytest.mark.slow
 def test_every_program_has_its_numbers(planned):
   results, written = planned
   assert [result['program'] for result in written['programs']] == list(settings.PROGRAMS)
@@ -130,6 +131,7 @@ def test_every_program_has_its_numbers(planned):
   assert train['model_flops']['backward'] > train['model_flops']['forward'] and not denoise['model_flops']['backward']
 
 
+@pytest.mark.slow
 def test_reports_fit_a_screen(planned):
   for result in planned[0]:
     lines = report.program(result, chips.topology('h100:8')).splitlines()
@@ -208,6 +210,7 @@ def test_other_objectives_do_not_sample(recipe):
     plans.plan(config, chips.topology('h100:8'), 'encode')
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
 @pytest.mark.parametrize('topology, program', [
     ('v6e:2x2', 'train'), ('v5e:2x2', 'rewrite'), ('v5p:2x2x1', 'rewrite'), ('tpu7x:2x2x1', 'rewrite')])

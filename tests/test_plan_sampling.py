@@ -13,6 +13,8 @@ from unifusion_jax.pipeline import UniFusionPipeline
 from unifusion_jax.planning import chips, memory, programs, resident
 from unifusion_jax.sharding import MeshConfig
 
+pytestmark = pytest.mark.slow
+
 INT8 = ('vlm_quantized=int8', 'transformer_quantized=int8')
 
 

@@ -21,6 +21,8 @@ from unifusion_jax import processes
 from unifusion_jax.data import loader
 from unifusion_jax.training import checkpoint, step
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_processes_put_and_fetch():
   results = run('''

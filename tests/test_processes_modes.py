@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 from PIL import Image
+import pytest
 import safetensors.numpy
 from several import run
 
@@ -14,6 +15,8 @@ from unifusion_jax.commands import rewrite
 from unifusion_jax.data import imaging
 from unifusion_jax.data.config import Task
 from unifusion_jax.evaluation import records
+
+pytestmark = pytest.mark.slow
 
 COMMANDS = """
 import pathlib

@@ -1,6 +1,9 @@
 """Training by several processes is that by one."""
 
+import pytest
 from several import run
+
+pytestmark = pytest.mark.slow
 
 TRAINING = '''
 import json, pathlib

@@ -157,6 +157,7 @@ def test_which_matrices_of_a_unifusion_are_rounded():
   assert small.dit.blocks.attn.gate.scale.shape == (3, 1, 4, 16) and small.dit.blocks.mlp.gate.scale.shape == (3, 1, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_velocity_within_two_percent(dtype):
   rng = np.random.default_rng(1)
@@ -209,6 +210,7 @@ def relative(ours, theirs):
   return np.sqrt(np.sum((ours - theirs) ** 2, (0, 1, 3)) / np.sum(theirs ** 2, (0, 1, 3)))
 
 
+@pytest.mark.slow
 def test_states_within_two_percent():
   vlm = tiny()
   inputs, taps = prompt(vlm), (0, 2, 4)
@@ -229,6 +231,7 @@ def test_states_of_a_model_with_outliers(change, most):
     assert (error < most[activations]).all(), (activations, error)
 
 
+@pytest.mark.slow
 def test_states_within_two_percent_on_the_embedded_vlm():
   folder = str(config.ASSETS / 'vlm')
   chat, source = verifi.Chat(folder), sources.SceneSource('edit', 'test', 64)
@@ -249,10 +252,12 @@ def test_states_within_two_percent_on_the_embedded_vlm():
     assert (error < most).all(), (dtype, activations, error)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_write_the_same(unrolled):
   test_writes_what_the_rounded_model_writes()
 
 
+@pytest.mark.slow
 def test_writes_what_the_rounded_model_writes():
   vlm = tiny()
   small = quantize.quantize(vlm)
@@ -263,6 +268,7 @@ def test_writes_what_the_rounded_model_writes():
   np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_same_states_on_one_device():
   inputs = [np.asarray(x) for x in prompt(tiny())]
   many = states(quantize.quantize(tiny()), *prompt(tiny()), (0, 4))

@@ -86,6 +86,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_parity(variant, tmp_path):
   model = torch_model(variant)

@@ -189,6 +189,7 @@ def test_examples_have_them_where_the_switch_is_on(taught):
   assert 'references' not in make(edit, unit=0) and 'references' not in make(dict(edit, references=[]))
 
 
+@pytest.mark.slow
 def test_a_memorised_edit(taught, mesh, tmp_path):
   """The first step changes the output, the loss falls, and from its middle training goes on as it did, bit for bit."""
   for name, image in (('before.png', WIDE), ('after.png', NOISE)):
@@ -283,6 +284,7 @@ def test_a_reference_of_strength_zero_is_absent(pipe):
   assert min(np.abs(both - alone).max(), np.abs(half - both).max()) > 1e-3 * np.abs(both).max()
 
 
+@pytest.mark.slow
 def test_rows_with_unlike_references_are_what_they_are_alone(pipe, monkeypatch):
   """One, two and none in a batch, of several shapes, guided and with new noise; encoded once for all seeds."""
   encode, calls = conditioning.clean_references, []

@@ -134,6 +134,7 @@ def test_a_broken_file_of_words_is_named(tmp_path):
       wording.Vocabulary.of(tmp_path / str(i))
 
 
+@pytest.mark.slow
 def test_the_embedded_vlm_turns_seven_circles_into_others_and_the_sample_says_so():
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))):
     pipe = UniFusionPipeline.from_pretrained('tiny')

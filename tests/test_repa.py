@@ -13,6 +13,8 @@ from unifusion_jax.data import imaging
 from unifusion_jax.models import unifusion
 from unifusion_jax.objectives import flow_matching, repa
 
+pytestmark = pytest.mark.slow
+
 WITH_REPA = flow_matching.FlowMatching(repa_weight=0.5, repa_depth=1)
 
 

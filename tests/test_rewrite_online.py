@@ -14,6 +14,8 @@ from unifusion_jax.models import text_generation
 from unifusion_jax.objectives import flow_matching
 from unifusion_jax.scenes import builder, examples
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = dict(number=np.arange(16, dtype=np.uint32))  # of the examples of a batch
 
 

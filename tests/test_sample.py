@@ -163,6 +163,7 @@ def test_requests_are_sampled_some_at_a_time(pipe, tmp_path):
     same(*(imaging.read(tmp_path / name / f'{i:03d}.png') for name in ('whole', 'parts')))
 
 
+@pytest.mark.slow
 def test_an_image_is_made_again_from_its_metadata_alone(pipe, recipe, tmp_path, monkeypatch):
   """One of a batch, out of files, with new noise between steps; and the same of the API's metadata."""
   monkeypatch.chdir(tmp_path)
@@ -272,6 +273,7 @@ def painted(tmp_path, count, **changes):
   return painter
 
 
+@pytest.mark.slow
 def test_many_images_need_little_memory_and_their_grids_are_pages(tmp_path, capsys):
   (tmp_path / '000.png').write_bytes(b'there already')
   painter = painted(tmp_path, 2 * sample.PAGE + 6, size=sample.CELL + 4)

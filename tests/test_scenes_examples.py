@@ -127,6 +127,7 @@ def heldout_things(task: str, e: dict) -> list[str]:
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
 def test_heldout_things_occur_in_heldout_only(task):
   count = 150 if task == 'multi' else 700

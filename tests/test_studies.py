@@ -17,6 +17,8 @@ from unifusion_jax.scenes import examples, language, render, world
 from unifusion_jax.scenes.evaluation import agreement, by_hand, generation, handwritten, noise_levels, verifi_study
 from unifusion_jax.scenes.evaluation import settings as evaluation
 
+pytestmark = pytest.mark.slow
+
 
 def with_settings(pipe, **changes):
   return UniFusionPipeline(pipe.model, pipe.frozen, pipe.prompt_encoder, dataclasses.replace(pipe.settings, **changes))

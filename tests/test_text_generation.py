@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text', ['qwen2', 'qwen3', 'llama', 'internlm2, a key for each query'])
 def test_greedy_writes_what_transformers_writes(text, tmp_path):
   model = torch_model(text, attention_bias=True)

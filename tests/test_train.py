@@ -32,6 +32,7 @@ def leaves(state):
   return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_two_and_two_steps_are_four(name, recipe, mesh, tmp_path):
   """In batches of several shapes, with AdamW; traced in one of the runs, which changes nothing."""
@@ -94,6 +95,7 @@ def test_work_after_the_last_checkpoint_is_done_again(recipe, mesh, tmp_path, mo
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_after_its_step(recipe, mesh, tmp_path, monkeypatch, capfd):
   """Saved, and the same call goes on to the same numbers."""
   made = recipe(train=config.TrainConfig(steps=4, log_every=1, save_every=100, preview_every=0))
@@ -148,6 +150,7 @@ def losses(recipe, shape, name):
   return np.array(out)
 
 
+@pytest.mark.slow
 def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
   """References of other sizes than the target, in batches of one shape."""
   data = dataclasses.replace(recipe().data, tasks=(Task('edit'),), max_prompt_tokens=132, max_rewrite_tokens=52)
@@ -157,12 +160,14 @@ def test_edits_under_qwen3_vl(recipe, qwen, mesh, tmp_path):
   assert all(np.isfinite(json.loads(line)['loss']) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_the_vlm_writes_as_training_goes(recipe, mesh, tmp_path):
   made = recipe(objective=dataclasses.replace(recipe().objective, rewrite_online=True),
                 train=config.TrainConfig(steps=2, log_every=1))
   assert int(train.run(made, tmp_path).step) == 2
 
 
+@pytest.mark.slow
 def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   made = recipe()
   data = train.batches(made)
@@ -177,6 +182,7 @@ def test_draws_of_an_example_are_the_example_several_times(recipe, mesh):
   np.testing.assert_allclose(drawn, alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh, unrolled):
   """Neither blocks after it nor the head: they cost no FLOPs of the compiled step."""
   made = recipe()
@@ -195,6 +201,7 @@ def test_a_step_computes_nothing_of_the_vlm_beyond_its_last_tap(recipe, mesh, un
   assert flops(4, False, taps=(1, 4)) > 1.01 * least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'aligned'])
 def test_every_mesh_gives_the_same_losses(name, recipe):
   one = losses(recipe, (1, 1, 1), name)
@@ -221,6 +228,7 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adam():
       assert 0.3 < values.min() and values.max() < 1.3
 
 
+@pytest.mark.slow
 def test_accumulated_edits_are_the_mean_of_their_parts(recipe, mesh):
   """The real loss, images in the batch: as if each half were a batch, and as the whole is, in the same noise."""
   data = dataclasses.replace(recipe().data, tasks=(Task('edit'),), max_prompt_tokens=132,
@@ -325,6 +333,7 @@ def shipped(name: str, scale: str) -> config.Config:
   return module.get_config(scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [None])  # in place of the fixture: an abstract mesh of any size comes into context
 @pytest.mark.parametrize('name, scale', [('t2i', 'tiny'), ('edit', 'tiny'), ('vlm', 'tiny'), ('vae', 'tiny'),
                                          ('edit_lora', 'tiny'), ('edit_lora', 'krea2'), ('t2i_lora', 'krea2'),

@@ -51,6 +51,7 @@ def close(ours, theirs):
   np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CONFIGS)
 def test_parity_and_round_trip(tmp_path, mesh, name):
   """Moments and images of a sharded batch that is not square; and the folder goes back to diffusers unchanged."""

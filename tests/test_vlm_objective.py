@@ -29,6 +29,7 @@ def small(name: str, **changes) -> config.Config:
       eval=EVALUATION[name](examples=3, batch_size=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, changes', [('vlm', {}), ('vlm', dict(lm_weight=0.0)), ('autoencoder', {})])
 def test_two_and_two_steps_are_four(name, changes, mesh, tmp_path):
   made = small(name, **changes)
@@ -54,6 +55,7 @@ def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
   assert (tmp_path / 'export' / name).read_bytes() == (config.ASSETS / 'vlm' / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
   """Its loss reaches its matrix; at weight 0 it is neither computed nor moved."""
   made = small('vlm')
@@ -113,6 +115,7 @@ def test_attributes_are_counted_one_by_one(written, right, total):
   assert tuple(eval_writing.attributes_right(written, truth)) == (right, total)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_is_measured_and_exported(mesh, tmp_path):
   made = small('autoencoder')
   state = train.run(made, tmp_path, stop_at=2)
