@@ -7,7 +7,7 @@
   python -m unifusion_jax.main --config=configs/describe.py --config.vlm=FOLDER --config.prompt="Write a haiku." \
       --config.temperature=0.7 --config.top_p=0.9 --config.seed=1
 
-Hardware: any; the default, the embedded VLM of 2.8M parameters, needs a CPU alone. It describes scenes right in 0.99 of
+Hardware: any; the default, the embedded VLM of 2.8M parameters, needs a CPU alone. It describes scenes right in 1.00 of
 300 test images (docs/embedded.md) and knows nothing else. docs/encoders.md lists the models.
 """
 

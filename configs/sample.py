@@ -11,7 +11,7 @@
 After the colon may stand a folder with unifusion.json, or with the whole pipeline of Krea 2: it says how it is sampled.
 :tiny is the embedded editing model, for a CPU. :krea2_raw and :krea2_turbo are Krea 2 in bfloat16, with the steps and
 guidance of its model cards: 52 and 4.5 (Krea counts one less, 3.5), and 8 without guidance. 12.8B parameters of the
-transformer, 4.4B of the VLM: 36 GB of weights. :krea2_raw_int8 and :krea2_turbo_int8 hold transformer and VLM in int8,
+transformer, 4.4B of the VLM: 35 GB of weights. :krea2_raw_int8 and :krea2_turbo_int8 hold transformer and VLM in int8,
 and one of the two at a time, for a chip of 16 GB. docs/krea2.md.
 """
 
