@@ -16,7 +16,7 @@ import pytest
 from test_evaluation import write_list
 from test_record import other_weights
 
-from unifusion_jax import command_line, config, parts
+from unifusion_jax import command_line, config
 from unifusion_jax.commands import compare
 from unifusion_jax.data import imaging
 from unifusion_jax.description import ASSETS
@@ -360,14 +360,18 @@ def test_requests_of_prompts_and_lists(tmp_path):
 
 
 def test_what_was_claimed_and_has_no_image_may_change(tmp_path):
-  made = command_line.read('compare', ['prompt=a red circle'])
-  located = {side: parts.locate(getattr(made, side).weights) for side in 'ab'}
-  claim = lambda size: compare._claim(made, requests.pairs(made, size, 8), located, tmp_path)
-  claim(64)
-  claim(96)
-  (tmp_path / 'images').mkdir()
-  with pytest.raises(UserError, match='pair 0000 is of another request or size'):
-    claim(64)
+  with socket.socket() as other:
+    other.bind(('127.0.0.1', 0))
+    other.listen()
+    port = other.getsockname()[1]  # taken: a run ends before any weights are read
+    begin = lambda width: compare.run(command_line.read('compare', [
+        'prompt=a red circle', f'width={width}', 'serve=true', f'port={port}']), tmp_path)
+    for width in (64, 96):
+      with pytest.raises(UserError, match='cannot be served at'):
+        begin(width)
+    (tmp_path / 'images').mkdir()
+    with pytest.raises(UserError, match='pair 0000 is of another request or size'):
+      begin(64)
 
 
 @pytest.mark.slow

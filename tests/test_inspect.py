@@ -85,7 +85,7 @@ def test_maps_of_a_request(pipe):
   tokens = len(read.labels)
   assert read.is_image.sum() == 16 and read.places.shape == (4, 4) and ''.join(read.labels[:16]) == ''
   assert read.labels[16:19] == ['a', 'small', 'blue'] and inside.position_of(read, 'blue') == 18
-  assert inside.position_of(read, 'dragon') is None and inside._label('') == "''"  # '' is an image's
+  assert inside.position_of(read, 'dragon') is None and inside.label_of('') == "''"  # '' is an image's
   with pytest.raises(UserError, match="inspect.tokens=dragon: no text that conditions has it; they are 'a small blue"):
     inspect.inspect(pipe, [EDIT], 64, 64, pipe.settings, inside.InspectConfig(('dragon',)), {})
   assert maps.attention.shape == (1, tokens, 2, 2, 2) and maps.difference < 1e-4

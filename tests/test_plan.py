@@ -154,6 +154,7 @@ def test_layers_are_scanned(small, topology, monkeypatch):
     assert unrolled_layers(programs.of('train', config).trace().jaxpr.jaxpr) == {1}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_searched(small, planned, monkeypatch, tmp_path, capsys):
   """A verdict, and the nearest settings that fit, tried one after another."""
   train = planned[0][0]
@@ -178,6 +179,7 @@ def test_a_plan_for_gpus_is_no_program_to_keep(small, tmp_path):
     plan.run(small('h100:2', plan__save=True), tmp_path)
 
 
+@pytest.mark.slow
 def test_where_nothing_fits(small, planned, monkeypatch, tmp_path, capsys):
   refused = dict(planned[0][0], fits=False, refused='Ran out of memory in memory space vmem.')
   refused['memory'] = dict(refused['memory'], total=None, temporaries=None)

@@ -123,13 +123,14 @@ def read_by(vlm, encoder: transforms.PromptEncoder, taps: tuple[int, ...], reque
   hidden, mask, row, chat = states.hidden, states.mask, rows[0], prompts.encoder.chat
   ids = row['input_ids'][row['cond_index'][mask]]
   is_image = ids == (-1 if chat.image_id is None else chat.image_id)
-  labels = ['' if image else _label(chat.tokenizer.decode([token])) for token, image in zip(ids, is_image)]
+  labels = ['' if image else label_of(chat.tokenizer.decode([token])) for token, image in zip(ids, is_image)]
   shown = _first_image(prompts, settings) if is_image.any() else (np.zeros((0, 0), int), None)
   return Read(request, written.rewrites[0], written.warnings[0], states._replace(hidden=hidden[:, list(taps)]),
               hidden[mask], labels, is_image, *shown)
 
 
-def _label(text: str) -> str:
+def label_of(text: str) -> str:
+  """A token's text as figures show it, never '', which is an image token's."""
   return text.strip() or repr(text)[1:-1] or "''"
 
 
