@@ -416,7 +416,7 @@ def test_the_command(run, tmp_path, capsys):
   with pytest.raises(UserError, match='it takes configs/compare.py'):
     run('--config=configs/edit.py', '--mode=compare', f'--workdir={tmp_path}')
   (tmp_path / 'compare.json').unlink()
-  with pytest.raises(UserError, match='has images but no compare.json'):
+  with pytest.raises(UserError, match='has images and votes but no compare.json'):
     run(*arguments)
   assert compare.CompareConfig().labels()['a'] == 'weights=tiny'
 
