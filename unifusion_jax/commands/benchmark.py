@@ -82,10 +82,10 @@ class BenchmarkConfig(sample.PipelineConfig):
     """Settings that cannot work, a sentence each."""
     s = self.sample
     unused = [f'sample.{name}' for name in ('prompt', 'references', 'rewrite') if getattr(s, name)]
-    return [*super().problems(devices), *self.benchmark.problems(),
-            *(f'{name} is the set\'s to say: leave it out' for name in unused),
-            *['sample.num_images is not read here: give benchmark.images, the images of each prompt'
-              for _ in range(s.num_images != 1)]]
+    wrong = [f'{name} is the set\'s to say: leave it out' for name in unused]
+    if s.num_images != 1:
+      wrong.append('sample.num_images is not read here: give benchmark.images, the images of each prompt')
+    return [*super().problems(devices), *self.benchmark.problems(), *wrong]
 
 
 def run(config: BenchmarkConfig, workdir: pathlib.Path) -> None:
