@@ -53,7 +53,7 @@ def tiny() -> config.Config:
                  Task('question/3-4', weight=0.22, prompt=150, rewrite=48),
                  Task('rewrite/1-2', weight=0.05, prompt=116, rewrite=30),
                  Task('rewrite/3-4', weight=0.06, prompt=132, rewrite=52),
-                 Task('multi', weight=0.05, prompt=96, rewrite=52)),
+                 Task('multi', weight=0.05, prompt=108, rewrite=52)),
           batch_size=64),
       optim=OptimConfig(name='muon', learning_rate=2e-3, warmup=300, decay=0.5, ema=0.998),
       train=config.TrainConfig(steps=10_000, log_every=20, save_every=500, preview_every=1000),

@@ -1,6 +1,7 @@
 """The wider world for training: true captions, looks that stay what they are called, and nothing of it in the tests."""
 
 import collections
+import dataclasses
 import itertools
 import re
 
@@ -17,6 +18,7 @@ from unifusion_jax.scenes.render import render
 from unifusion_jax.scenes.world import Background, Object, Scene
 
 WHITE = Background('plain', ('white',))
+SKY = Background('plain', ('sky',))
 
 
 def wide(task, i, **more):
@@ -350,6 +352,23 @@ def test_grounding_marks_the_tokens_of_what_an_edit_changes():
   marked = image_tokens.grounding(source, target, 4, (2, 2))
   np.testing.assert_array_equal(marked, image_tokens.nearest_objects(source, 4, (2, 2)) == 1)
   assert marked[48:64].any() and not marked[:16].any()
+
+
+def test_grounding_of_several_images_marks_what_the_result_takes():
+  """Objects that it has, moved and recoloured ones too, and the image whose background it has."""
+  star, ring = Object('star', 'red', 'medium', 'solid', 0.2, 0.2), Object('ring', 'blue', 'small', 'solid', 0.8, 0.8)
+  one, two = Scene((star, ring), WHITE), Scene((Object('heart', 'red', 'small', 'solid', 0.5, 0.5),), SKY)
+  grids = [(1, 1), (1, 1)]
+
+  def taken(target):
+    marked = image_tokens.taken([one, two], target, grids, 4).reshape(2, 16)
+    shown = [image_tokens.nearest_objects(scene, 4) for scene in (one, two)]
+    return [{int(i) for i in which[marks]} for which, marks in zip(shown, marked)], [
+        {int(i) for i in which[~marks]} for which, marks in zip(shown, marked)]
+  moved = dataclasses.replace(star, x=0.8, y=0.2)
+  assert taken(Scene((moved, two.objects[0]), SKY)) == ([{0}, {-1, 0}], [{-1, 1}, set()])  # -1: no object
+  green = tuple(dataclasses.replace(o, colour='green') for o in one.objects)
+  assert taken(Scene(green, WHITE)) == ([{-1, 0, 1}, set()], [set(), {-1, 0}])
 
 
 # --- what was written and drawn by hand

@@ -56,11 +56,11 @@ def test_the_vlm_is_measured_and_exported(mesh, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
-  """Its loss reaches its matrix; at weight 0 it is neither computed nor moved."""
+@pytest.mark.parametrize('task', ['edit/1-2', 'multi'])
+def test_the_pointer_learns_from_edits_and_only_when_asked(mesh, task):
+  """Its loss reaches its matrices; at weight 0 it is neither computed nor moves them."""
   made = small('vlm')
-  made.data = config.DataConfig(tasks=(Task('edit/1-2'),), max_prompt_tokens=132, max_rewrite_tokens=52,
-                                batch_size=8)
+  made.data = config.DataConfig(tasks=(Task(task),), max_prompt_tokens=132, max_rewrite_tokens=52, batch_size=8)
   batches = train.batches(made)
   batch = sharding.shard_batch(next(batches), mesh)
   batches.close()
@@ -73,22 +73,28 @@ def test_the_pointer_learns_from_edits_alone_and_when_asked(mesh):
   (with_pointer, metrics), moved = gradient(1.0)
   (without, bare), left = gradient(0.0)
   assert 'grounded' in metrics and 'grounded' not in bare and with_pointer > without
-  assert np.any(np.asarray(moved.grounding[...])) and not np.any(np.asarray(left.grounding[...]))
+  for name in ('grounding', 'grounding_keys'):
+    assert np.any(np.asarray(getattr(moved, name)[...])) and not np.any(np.asarray(getattr(left, name)[...]))
 
 
-def test_the_pointer_is_right_where_every_token_is():
+@pytest.mark.parametrize('within', [False, True])
+def test_the_pointer_is_right_where_every_token_is(within):
+  """What it looks for may be in the image's features or in the decoder's states of its tokens."""
   rng, width = np.random.default_rng(0), 16
-  reader = types.SimpleNamespace(grounding=10 * jnp.eye(width), grounding_bias=jnp.zeros(1))
+  reader = types.SimpleNamespace(grounding=10 * jnp.eye(width), grounding_keys=10 * jnp.eye(width),
+                                 grounding_bias=jnp.zeros(1))
   ends = jnp.array(rng.normal(size=(3, 1, 2, width)), jnp.float32)
   wanted = rng.random((3, 5)) < 0.5
   shown = jnp.ones((3, 5), bool)
-  images = jnp.where(wanted[..., None], ends[:, 0, -1:], -ends[:, 0, -1:])
+  telling = jnp.where(wanted[..., None], ends[:, 0, -1:], -ends[:, 0, -1:])
+  silent = jnp.zeros_like(telling)
+  keys = (silent, telling) if within else (telling, silent)
   ends = jnp.broadcast_to(ends[:, :, -1:], ends.shape)
-  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wanted), shown)
+  loss, right = vlm.grounding_loss(reader, ends, *keys, jnp.array(wanted), shown)
   assert right == 1 and loss < 1e-3
   wrong = wanted.copy()
   wrong[0, 2] ^= True
-  loss, right = vlm.grounding_loss(reader, ends, images, jnp.array(wrong), shown)
+  loss, right = vlm.grounding_loss(reader, ends, *keys, jnp.array(wrong), shown)
   assert right == pytest.approx(2 / 3) and loss > 1
 
 

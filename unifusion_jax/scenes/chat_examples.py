@@ -17,7 +17,8 @@ class ChatExample:
 
   input_ids [s] i32, attention_mask [s] bool; predict [w] i32, positions before a token to write; targets [w] i32, these
   tokens; target_mask [w] bool. With images also tiles and attributes [n COLUMNS] f32 of the n image tokens
-  (`image_tokens.dense_attributes`, -1 for padding); for edits grounding [n] bool.
+  (`image_tokens.dense_attributes`, -1 for padding); for edits, also of several images, grounding [n] bool and places
+  [n] i32, where in input_ids the image tokens are.
   """
   prompts: transforms.PromptEncoder
 
@@ -50,8 +51,12 @@ class ChatExample:
       n = len(references) * processor.max_tokens
       example['attributes'] = image_tokens.all_dense_attributes(scenes, grids, self._side, n)
       if _is_edit(task):
-        changed = image_tokens.grounding(scenes[0], world.Scene.from_json(record['scene']), self._side, grids[0])
-        example['grounding'] = np.pad(changed, (0, n - len(changed)))
+        target = world.Scene.from_json(record['scene'])
+        marks = (image_tokens.grounding(scenes[0], target, self._side, grids[0]) if len(scenes) == 1 else
+                 image_tokens.taken(scenes, target, grids, self._side))
+        places = np.flatnonzero(example['input_ids'] == chat.image_id)
+        example['grounding'], example['places'] = (
+            np.pad(each, (0, n - len(each))).astype(kind) for each, kind in ((marks, bool), (places, np.int32)))
     return example
 
   @property
@@ -71,7 +76,9 @@ class ChatExample:
     if references:
       spec |= dict(tiles=self.prompts.image_processor.spec(references),
                    attributes=shape((n, image_tokens.COLUMNS), np.float32))
-    return spec | dict(grounding=shape((n,), bool)) if references and _is_edit(task) else spec
+    if references and _is_edit(task):
+      spec |= dict(grounding=shape((n,), bool), places=shape((n,), np.int32))
+    return spec
 
 
 def _tokens(spans, kinds=None) -> int:
@@ -79,7 +86,7 @@ def _tokens(spans, kinds=None) -> int:
 
 
 def _is_edit(task: str) -> bool:
-  return task.partition('/')[0] == 'edit'
+  return task.partition('/')[0] in ('edit', 'multi')
 
 
 def system(task: str) -> str:

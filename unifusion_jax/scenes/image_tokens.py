@@ -72,6 +72,21 @@ def grounding(source: Scene, target: Scene, side: int, grid: Grid = (1, 1)) -> n
   return np.array([*changed, False])[nearest_objects(source, side, grid)]  # -1, no object, is the last entry
 
 
+def taken(sources: Sequence[Scene], target: Scene, grids: Sequence[Grid], side: int) -> np.ndarray:
+  """Whether each token of several images shows what the target takes from it, bool [s of all].
+
+  That is an object which the target has, perhaps in another place or colour, or between objects the background.
+  """
+  def alike(one: world.Object, other: world.Object) -> bool:
+    same = [getattr(one, name) == getattr(other, name) for name in ('shape', 'size', 'fill')]
+    return all(same) and (one.colour == other.colour or (one.x, one.y) == (other.x, other.y))
+  marks = []
+  for source, grid in zip(sources, grids, strict=True):
+    objects = [any(alike(o, other) for other in target.objects) for o in source.objects]
+    marks.append(np.array([*objects, source.background == target.background])[nearest_objects(source, side, grid)])
+  return np.concatenate(marks)
+
+
 def all_dense_attributes(scenes: Sequence[Scene], grids: Sequence[Grid], side: int, length: int) -> np.ndarray:
   """Dense attributes of all images of an example, one after another, f32 [length COLUMNS]; padding is -1."""
   out = np.full((length, COLUMNS), -1.0, np.float32)

@@ -14,10 +14,15 @@ from unifusion_jax import command_line, errors, verifi
 from unifusion_jax.scenes import examples
 
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<img>', '</img>', '<IMG_CONTEXT>')
+# Several images are numbered, in the words that requests have for them.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% set shown = namespace(images=0) %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{% set shown.images = shown.images + 1 %}"
+    "{% if images | length > 1 %}{{ 'picture ' ~ shown.images ~ '\\n' }}{% endif %}{{ '<IMG_CONTEXT>\\n' }}"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 TASKS = ('rewrite', 'edit', 'question', 'multi')

@@ -1,8 +1,9 @@
 """Objective of the embedded VLM: next-token loss on its answers, and two auxiliary heads that train its vision.
 
 The attributes head, linear on the projected image tokens, predicts the object and background that each token covers.
-The grounding head predicts which image tokens show the objects that an edit changes, from the decoder's states half-way
-up at the end of the instruction. Both are dropped when the VLM is exported.
+The grounding head predicts which image tokens show the objects that an edit changes, or of several images what the
+result takes, from the decoder's states half-way up: of the end of the instruction, and of the image tokens, which know
+the number of their image. Both are dropped when the VLM is exported.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ class VLMWithHeads(nnx.Module):
     width = config.text.width
     self.attributes = layers.weight(rngs, (width, sum(_PARTS)), (None, None), contract=1)
     self.grounding = layers.weight(rngs, (width, width), (None, None), contract=1)
+    self.grounding_keys = layers.weight(rngs, (width, width), (None, None), contract=1)
     self.grounding_bias = layers.constant(0.0, ())
 
 
@@ -47,7 +49,7 @@ class VLMObjective:
   """Weights of the three losses; only scenes have the labels for them."""
   lm_weight: float = 1.0          # next-token loss; 0 trains the vision tower alone, several times as fast
   attributes_weight: float = 1.0  # attributes head
-  grounding_weight: float = 1.0   # grounding head, on edits
+  grounding_weight: float = 1.0   # grounding head, on edits and requests of several images
   dtype: str = 'float32'          # of the computation; parameters stay f32
 
   tasks = ('t2i', 'edit', 'reconstruct', 'multi', 'caption', 'question', 'rewrite')
@@ -142,7 +144,8 @@ class VLMObjective:
     grounding = 0.0
     if self.grounding_weight and 'grounding' in batch:
       ends = jnp.take_along_axis(tapped, batch['predict'][:, :1, None, None], axis=1)
-      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, batch['grounding'],
+      states = jnp.take_along_axis(tapped[:, :, 0], batch['places'][..., None], axis=1)
+      grounding, metrics['grounded'] = grounding_loss(params, ends, image_features, states, batch['grounding'],
                                                       batch['attributes'][..., 0] >= 0)
     logits = params.vlm.decoder.logits(jnp.take_along_axis(last, batch['predict'][..., None], axis=1))
     mask = batch['target_mask'].astype(jnp.float32)
@@ -156,19 +159,20 @@ class VLMObjective:
     return self.lm_weight * loss + heads, dict(loss=loss, accuracy=accuracy, **metrics)
 
 
-def grounding_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, changes: jax.Array,
-                   shown: jax.Array):
+def grounding_loss(params: VLMWithHeads, ends: jax.Array, image_features: jax.Array, states: jax.Array,
+                   marked: jax.Array, shown: jax.Array):
   """Loss of the grounding head, and the share of examples with every image token right.
 
-  ends [b 1 l e]: states of l layers at the end of the instruction. image_features [b s e]. changes [b s] bool: tokens
-  of objects that the edit changes. shown [b s] bool: False on padding.
+  ends [b 1 l e]: states of l layers at the end of the instruction. image_features [b s e], states [b s e]: of the image
+  tokens, before and within the decoder. marked [b s] bool: the tokens to find. shown [b s] bool: False on padding.
   """
   queries = layers.einsum('ble,ef->blf', layers.rms_norm(ends[:, 0].astype(jnp.float32)), params.grounding)
-  keys = layers.rms_norm(image_features.astype(jnp.float32))
+  keys = layers.rms_norm(image_features.astype(jnp.float32)) + layers.einsum(
+      'bse,ef->bsf', layers.rms_norm(states.astype(jnp.float32)), params.grounding_keys)
   logits = jnp.einsum('blf,bsf->bls', queries, keys) / keys.shape[-1] ** 0.5 + params.grounding_bias[...]
-  changes, shown = changes[:, None], shown[:, None]
-  right = jnp.all(((logits[:, -1:] > 0) == changes) | ~shown, axis=(1, 2))
-  losses = jnp.logaddexp(0.0, jnp.where(changes, -logits, logits))
+  marked, shown = marked[:, None], shown[:, None]
+  right = jnp.all(((logits[:, -1:] > 0) == marked) | ~shown, axis=(1, 2))
+  losses = jnp.logaddexp(0.0, jnp.where(marked, -logits, logits))
   return jnp.sum(losses * shown) / (jnp.sum(shown) * logits.shape[1]), jnp.mean(right.astype(jnp.float32))
 
 
