@@ -59,7 +59,7 @@ SIZES = {
                  dict(t2i=3000, edit=1500, vlm=4000, vlm_tiles=2000, tiles=2000), examples=400, sampling_steps=24,
                  seconds=ON_GPU, variants=True),
     'short': Size(dataclasses.replace(GPU, noises=4, dit_batch=128),
-                  dict(t2i=250, edit=200, vlm=500, vlm_tiles=300, tiles=250), examples=300, sampling_steps=24,
+                  dict(t2i=250, edit=200, vlm=500, vlm_tiles=300, tiles=250), examples=150, sampling_steps=24,
                   seconds={name: value / 2 if name in ('t2i', 'edit', 'tiles') else value
                            for name, value in ON_GPU.items()}),
     'reduced': Size(CPU, dict(t2i=300, edit=200, vlm=300, vlm_tiles=150, tiles=150), examples=100, sampling_steps=24,
