@@ -7,8 +7,8 @@
   python -m unifusion_jax.main --config=configs/edit.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
 Sampling in a folder without a run uses the shipped editing model.
-:tiny trains for minutes on two CPU cores. The shipped weights make the change and keep all else in 0.77 of 200 test
-edits, and make the change in 0.90 (docs/embedded.md); their stages are in unifusion_jax/assets/tiny/provenance.json.
+:tiny trains for minutes on two CPU cores. The shipped weights make the change and keep all else in 0.75 of 200 test
+edits, and make the change in 0.87 (docs/embedded.md); their stages are in unifusion_jax/assets/tiny/provenance.json.
 :8b is the paper's editing fine-tune of 11,000 steps, at 1024 px. Before it :8b_256 and :8b_512, which are ours, learn
 to read references where a step is cheap; --config.init=runs/t2i_8b/export on :8b leaves them out, as the paper does.
 The first starts from the export of configs/t2i.py:8b; all train on your own list, on the pod that it names. They have

@@ -6,7 +6,7 @@
   python -m unifusion_jax.main --config=configs/t2i.py --config.data.path=FOLDER/list.jsonl --workdir=runs/own
 
 :tiny trains on scenes at 64 px with the embedded models, on two CPU cores. The shipped weights meet all constraints of
-0.73 of 150 test prompts with 1-2 objects, and of 0.30 with 3-4 objects (docs/embedded.md); their stages are in
+0.69 of 150 test prompts with 1-2 objects, and of 0.29 with 3-4 objects (docs/embedded.md); their stages are in
 unifusion_jax/assets/tiny/provenance.json.
 :8b_256, :8b_512 and :8b are one training in three stages, at 256, 512 and 1024 px, each from the weights of the one
 before (STAGES below, docs/training.md): the paper's size, with InternVL2.5-8B and taps 4, 7, ..., 31, on your own list.

@@ -417,6 +417,13 @@ def test_arms_are_compared_in_the_seeds_and_examples_that_both_have():
   assert 'shipped_text (1 of 2 seeds)' in report.section('b', made)
 
 
+def test_results_of_earlier_weights_are_named():
+  made = result('b', shipped={'edit/psnr': [[1.0, 2.0]]})
+  assert 'earlier weights' not in report.section('b', made)
+  made['settings']['weights'] = made['settings']['weights'] | dict(vlm='da14acc22685')
+  assert 'Made with earlier weights than the shipped ones (SHA-256 vlm da14acc22685...).' in report.section('b', made)
+
+
 def test_tiles_are_given_beside_one_tile():
   made = result('d', image_1={'rmse': [[30.0, 50.0]]}, image_9={'rmse': [[10.0, 30.0]]}, text_9={'rmse': [[9.0, 9.0]]})
   rows = report.table(made).splitlines()

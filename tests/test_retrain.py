@@ -25,6 +25,9 @@ def test_stages_start_from_the_exports_of_those_before_them(tmp_path, from_shipp
   # Weights that know the latents of the shipped autoencoder go on with it
   vae = shipped / 'vae' if from_shipped else tmp_path / 'vae' / 'export'
   assert stages['edit'].vae == stages['t2i'].vae == str(vae)
+  assert stages['vlm'].data.path == 'scenes/wide'
+  # The shipped DiTs know no other world
+  assert {stages[name].data.path for name in ('t2i', 'edit')} == {'scenes' if from_shipped else 'scenes/wide'}
   for config in stages.values():
     assert sum(task.weight for task in config.data.tasks) == pytest.approx(1)
 

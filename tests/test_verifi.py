@@ -28,11 +28,13 @@ def ids(spans):
 @pytest.mark.parametrize('images', [(), (16,), (16, 80), (4, 4, 4)])
 def test_spans_are_the_template(chat, images):
   spans = chat.spans('make the circle blue', images, 'a blue circle')
-  marks = ''.join('<img>' + '<IMG_CONTEXT>' * n + '</img>\n' for n in images)
-  messages = [dict(role='system', content=verifi.SYSTEM['rewrite']),
-              dict(role='user', content=marks + 'make the circle blue'),
+  user = [dict(type='image')] * len(images) + [dict(type='text', text='make the circle blue')]
+  messages = [dict(role='system', content=verifi.SYSTEM['rewrite']), dict(role='user', content=user),
               dict(role='assistant', content='a blue circle')]
-  whole = chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+  first, *others = chat.tokenizer.apply_chat_template(messages, tokenize=False).split('<IMG_CONTEXT>')
+  marks = ['<img>' + '<IMG_CONTEXT>' * n + '</img>' for n in images]
+  rendered = first + ''.join(mark + text for mark, text in zip(marks, others, strict=True))
+  whole = chat.tokenizer.encode(rendered, add_special_tokens=False)
   # The answer ends at the stop token; the template's line break after it is not written by anybody.
   assert whole[:len(ids(spans))] == ids(spans)
   assert chat.tokenizer.decode(whole[len(ids(spans)):]) == '\n'
@@ -105,20 +107,24 @@ NUMBERED = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}")
 
 
-def test_labels_of_several_images_are_the_templates(chat, tmp_path):
+@pytest.mark.parametrize('is_numbered', [True, False])
+def test_labels_of_several_images_are_the_templates(chat, tmp_path, is_numbered):
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     shutil.copy(f'{VLM}/{name}', tmp_path)
-  (tmp_path / 'chat_template.jinja').write_text(NUMBERED)
-  numbered = verifi.Chat(tmp_path)
+  (tmp_path / 'chat_template.jinja').write_text(
+      NUMBERED if is_numbered else NUMBERED.replace("{{ 'picture ' ~ seen.images ~ '\n' }}", ''))
+  made = verifi.Chat(tmp_path)
   for count in range(5):
-    assert chat.image_labels(count) == ((),) * count
+    labelled = is_numbered and count > 1
+    assert [bool(label) for label in made.image_labels(count)] == [labelled] * count
+    assert not is_numbered or made.image_labels(count) == chat.image_labels(count)  # the embedded VLM's
     user = [dict(type='image')] * count + [dict(type='text', text='swap them')]
     messages = [dict(role='system', content=verifi.SYSTEM['rewrite']), dict(role='user', content=user),
                 dict(role='assistant', content='a ring')]
-    whole = numbered.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    spelled = ids(numbered.spans('swap them', (1,) * count, 'a ring'))
+    whole = made.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    spelled = ids(made.spans('swap them', (1,) * count, 'a ring'))
     assert whole[:len(spelled)] == spelled
-    assert ('picture 2' in numbered.tokenizer.decode(spelled)) == (count > 1)
+    assert ('picture 2' in made.tokenizer.decode(spelled)) == labelled
   assert verifi.Chat(tmp_path, None).image_labels(0) == ()
 
 

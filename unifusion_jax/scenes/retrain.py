@@ -4,9 +4,10 @@
   python -m unifusion_jax.scenes.retrain --minutes=9 --from_shipped=vlm,t2i,edit   # these on from the shipped weights
   python -m unifusion_jax.scenes.retrain --minutes=9 --folder=DIR     # run again, it resumes
 
-All stages train on the wider world (`data.path=scenes/wide`). Each gets a share of the budget, decays its learning rate
-by the clock, and exports to FOLDER/STAGE/export, which later stages start from or read. With many cores the programs of
-later stages are compiled while an earlier one trains, by processes of their own, into jax's cache.
+All stages train on the wider world (`data.path=scenes/wide`), but DiTs that go on from shipped ones on `scenes`, which
+these know. Each gets a share of the budget, decays its learning rate by the clock, and exports to FOLDER/STAGE/export,
+which later stages start from or read. With many cores the programs of later stages are compiled while an earlier one
+trains, by processes of their own, into jax's cache.
 """
 
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: Seq
   batches = dict(vae=scale.vae_batch, tower=scale.vlm_batch, vlm=scale.vlm_batch, t2i=scale.dit_batch,
                  edit=scale.dit_batch)
   for name, config in configs.items():
+    is_dit = name in ('t2i', 'edit')
     config.train = dataclasses.replace(
         config.train, minutes=minutes * (1 - RESERVE) * shares[name], log_every=50, save_every=500, preview_every=0)
     config.optim = dataclasses.replace(
@@ -97,11 +99,12 @@ def stages(folder: pathlib.Path, minutes: float, scale: Scale, from_shipped: Seq
     if from_shipped and name in MORE:
       tasks = tuple(Task(task, weight) for task, weight in MORE[name].items())
     config.data = dataclasses.replace(
-        config.data, path='scenes/wide', tasks=tasks, max_prompt_tokens=PROMPT, max_rewrite_tokens=REWRITE,
-        batch_size=batches[name], workers=scale.workers, tiles=scale.tiles if name in ('tower', 'vlm') else (1,))
+        config.data, path='scenes' if is_dit and from_shipped else 'scenes/wide', tasks=tasks,
+        max_prompt_tokens=PROMPT, max_rewrite_tokens=REWRITE, batch_size=batches[name], workers=scale.workers,
+        tiles=scale.tiles if name in ('tower', 'vlm') else (1,))
     if name in ('tower', 'vlm'):
       config.objective.dtype = scale.dtype
-    if name in ('t2i', 'edit'):
+    if is_dit:
       config.vlm, config.vae = exports['vlm'], exports['vae']
       config.model.dtype = config.frozen_dtype = scale.dtype
       config.objective.noises_per_example = scale.noises

@@ -163,7 +163,8 @@ def section(claim: str, result: Mapping | None) -> str:
   trained = f'steps of each training: {steps}; {batches}' if steps else 'nothing is trained'
   parts = [
       f'Size `{at["size"]}`: {trained}; {at["examples"]} test examples of each kind, {at["sampling_steps"]} sampling '
-      f'steps. Device {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.',
+      f'steps. Device {at["device"]}, jax {at["jax"]}, {" to ".join(dict.fromkeys((dates[0], dates[-1])))}.'
+      f'{_earlier(at)}',
       table(result),
       '\n'.join(f'- {sentence}' for sentence in statements(result)) or '- No comparison has both of its arms yet.']
   missing = [name for name in experiments.arms(claim, experiments.SIZES[at['size']]) if name not in result['arms']]
@@ -175,6 +176,13 @@ def section(claim: str, result: Mapping | None) -> str:
   title = experiments.CLAIMS[claim].title
   parts.append(f'![{title}](results/{claim}.png)\n\nEvery verdict: [results/{claim}.json](results/{claim}.json).')
   return '\n\n'.join(parts) + '\n'
+
+
+def _earlier(settings: Mapping) -> str:
+  """A sentence where results were made with other weights than those that are shipped now; else nothing."""
+  now = experiments.settings(settings['size'])['weights']
+  other = [f'{part} {digest}' for part, digest in sorted(settings['weights'].items()) if now.get(part) != digest]
+  return f' Made with earlier weights than the shipped ones (SHA-256 {", ".join(other)}...).' if other else ''
 
 
 def page(text: str, found: Mapping[str, Mapping]) -> str:
@@ -202,6 +210,7 @@ def plot(result: Mapping, file: pathlib.Path) -> None:
       axis.errorbar(mean, y, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt='o', color='black', capsize=3)
       axis.plot(np.mean(runs, axis=1), [y] * len(runs), '|', color='tab:orange', markersize=12)
     axis.set(xlabel=claim.shown[value], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axis.locator_params(axis='x', nbins=6)  # with more their labels run into one another
     axis.grid(axis='x', alpha=0.3)
   figure.suptitle(claim.title)
   file.parent.mkdir(parents=True, exist_ok=True)
