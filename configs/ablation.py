@@ -23,8 +23,8 @@ Variants:
   :lap_norm       each tap normalised
   :lap_two        image tokens pooled by blocks of their own
 
-Hardware: that of configs/t2i.py. The five ways have been trained for 250 steps of 128 on one GPU (docs/paper.md), the variants
-not at all.
+Hardware: that of configs/t2i.py. The five ways have been trained for 250 steps of 128 on one GPU (docs/paper.md), the
+variants not at all.
 """
 
 import dataclasses
